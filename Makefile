@@ -1,0 +1,31 @@
+# demo and test need nothing but Python and a package index: .venv is made once, and installed again when pyproject.toml changes.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint types check clean
+
+demo: .venv/.installed
+	$(BIN)/fmdistill demo
+
+test: .venv/.installed
+	$(BIN)/python -m pytest
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/.installed
+	$(BIN)/pyright
+
+check: .venv/.installed
+	$(BIN)/fmdistill check
+
+.venv/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --upgrade 'pip>=23'
+	$(BIN)/python -m pip install -e '.[dev]'
+	touch $@
+
+clean: # leaves .venv, runs/, caches/ and report/, which cost hours
+	rm -rf dist build .pytest_cache .ruff_cache *.egg-info
+	find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,3 @@
+"""fmdistill compresses foundation vision models: cache the teacher once, distil, evaluate, export."""
+
+__version__ = "0.1.0"

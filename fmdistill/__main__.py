@@ -1,0 +1,7 @@
+"""`python -m fmdistill` is `fmdistill`."""
+
+import sys
+
+from fmdistill.cli import main
+
+sys.exit(main())
