@@ -1,0 +1,116 @@
+"""What a person sees while a stage runs, and the rows that it leaves: log lines, progress, metrics.jsonl."""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from fmdistill.files import write_whole
+from fmdistill.registry import UserError
+
+log = logging.getLogger("fmdistill")
+
+QUIET_INTERVAL = 10.0  # seconds between progress lines where stderr is a file
+
+
+class _AboveTheBar(logging.Handler):
+    """Writes through tqdm, so that a line never cuts a progress bar in two."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+class _Lines:
+    """Turns tqdm's redrawn bar into one line per state, for a stream that is no terminal."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> None:
+        line = text.strip("\r\n ")
+        if line:
+            self.stream.write(f"{line}\n")
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+
+def setup(level: int = logging.INFO) -> None:
+    """Send the logger "fmdistill" to stderr; of several training processes only the first speaks below a warning."""
+    handler = _AboveTheBar()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"))
+    for old in [h for h in log.handlers if isinstance(h, _AboveTheBar)]:
+        log.removeHandler(old)
+    log.addHandler(handler)
+    log.setLevel(level if _first_process() else max(level, logging.WARNING))
+
+
+def progress(
+    iterable: Iterable[Any] | None = None,
+    description: str = "",
+    total: int | None = None,
+    initial: int = 0,
+    unit: str = "it",
+) -> tqdm:
+    """Return a progress bar with the time left; iterate over it, or call its `update(n)` and `close()`.
+
+    Where stderr is no terminal it prints a line about every ten seconds, and its last state.
+    """
+    terminal = sys.stderr.isatty()
+    return tqdm(
+        iterable,
+        desc=description,
+        total=total,
+        initial=initial,
+        unit=unit,
+        file=sys.stderr if terminal else _Lines(sys.stderr),  # type: ignore[arg-type]
+        mininterval=0.5 if terminal else QUIET_INTERVAL,
+        miniters=None if terminal else 1,
+        dynamic_ncols=terminal,
+        ncols=None if terminal else 100,
+        disable=not _first_process(),
+    )
+
+
+class JsonLines:
+    """Appends rows to a .jsonl file, each one on disk when `write` returns as far as a killed process is concerned."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append one row."""
+        with self.path.open("a") as file:
+            file.write(json.dumps(dict(row)) + "\n")
+
+    def truncate_after(self, step: int) -> None:
+        """Drop the rows whose `step` is larger and a half-written last line, in one atomic replacement."""
+        kept = [row for row in read_json_lines(self.path) if row.get("step", step) <= step]
+        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
+    """Return the rows of a .jsonl file, none where it is missing; a half-written last line is left out."""
+    path = Path(path)
+    lines = path.read_text().split("\n") if path.is_file() else []
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number == len(lines):
+                break
+            raise UserError(f"{path}:{number}: not JSON: {line[:60]!r}; remove the line or start anew") from None
+    return rows
+
+
+def _first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"

@@ -1,0 +1,213 @@
+"""A recipe is one typed, frozen value: YAML, `extends`, `key=value` overrides, and nothing that executes."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fmdistill.files import write_whole
+from fmdistill.registry import UserError, typed
+
+SAVED = "recipe.yaml"  # the name of a resolved recipe in a run or cache; a file of this name is not trusted
+Component = dict  # {"name": ..., argument: value, ...}; typed when it is bound to its class
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Where and how teacher outputs are kept."""
+
+    root: str
+    codec: Literal["fp32", "fp16"] = "fp16"  # training shards; validation shards are always exact (fp32)
+    max_failed: float = 0.01  # largest fraction of images that may fail to decode or give a non-finite output
+
+
+@dataclass(frozen=True)
+class Train:
+    """The loop's own settings; everything else is a component."""
+
+    steps: int | None = None  # optimizer steps; set this or `epochs`
+    epochs: float | None = None
+    batch_size: int = 16  # images of one optimizer step, over all processes and accumulation
+    accumulate: int = 1
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # autocast; auto = bf16 on a GPU, fp32 on a CPU
+    clip: float | None = None  # largest gradient norm
+    window: int = 8  # shards whose samples are shuffled together
+    workers: int = 2  # image-loading processes per training process
+    device: str = "auto"
+    log_every: int = 10  # steps
+    validate_every: int = 500  # steps
+    checkpoint_every: int = 500  # steps
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot train, before anything is cached."""
+        if (self.steps is None) == (self.epochs is None):
+            raise UserError("train.steps and train.epochs: set exactly one of the two")
+        if self.steps is not None and self.steps < 1 or self.epochs is not None and self.epochs <= 0:
+            raise UserError(f"train.steps={self.steps}, train.epochs={self.epochs}: makes no step")
+        for name in ("batch_size", "accumulate", "window", "log_every", "validate_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"train.{name}={getattr(self, name)}: expected at least 1")
+        if self.workers < 0:
+            raise UserError(f"train.workers={self.workers}: expected 0 (load in the training process) or more")
+        if self.clip is not None and self.clip <= 0:
+            raise UserError(f"train.clip={self.clip}: expected a norm above 0, or null for no clipping")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One experiment: what to cache, train and judge."""
+
+    out: str  # the run's directory
+    images: Component
+    student: Component
+    task: Component
+    optimizer: Component
+    schedule: Component
+    train: Train
+    title: str = ""
+    seed: int = 0
+    teacher: Component | None = None
+    cache: Cache | None = None
+    objective: dict[str, dict] = field(default_factory=dict)
+    protocols: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Refuse a seed that no generator takes."""
+        if self.seed < 0:
+            raise UserError(f"seed={self.seed}: expected 0 or more")
+
+
+def locate(path: str | Path) -> Path:
+    """Return the recipe or protocol file `path`, looked up in the working folder first, then in the package."""
+    package = Path(__file__).parent
+    for base in (Path.cwd(), package, package.parent):
+        if (base / path).is_file():
+            return base / path
+    raise UserError(f"{path}: no such file here or in the package; `fmdistill check` lists those that ship")
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Return the recipe at `path` with `key=value` overrides applied; every field is typed and known.
+
+    One that a run or cache saved may not name code unless `trust=true` is given.
+    """
+    file, given = locate(path), parse_overrides(overrides)
+    trust = str(given.pop("trust", "false")).lower() == "true"
+    settings = _read(file)
+    foreign = [name for name in _names(settings) if ":" in name]
+    if file.name == SAVED and foreign and not trust:
+        raise UserError(f"{path}: names code outside fmdistill ({', '.join(foreign)}); add trust=true to import it")
+    return freeze(merge(settings, given), str(path))
+
+
+def load_saved(folder: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Return the resolved recipe saved in a run or cache; it may not name code unless `trust=true` is given."""
+    path = Path(folder) / SAVED
+    if not path.is_file():
+        raise UserError(f"{folder}: not a run, it holds no {SAVED}; `fmdistill distill RECIPE out={folder}` makes one")
+    return load(path, overrides)
+
+
+def freeze(settings: Mapping[str, Any], where: str) -> Recipe:
+    """Return `settings` as a Recipe; `where` names the file in errors."""
+    try:
+        return Recipe(**typed(Recipe, settings, "recipe"))
+    except UserError as error:
+        raise UserError(f"{where}: {str(error).removeprefix('recipe.')}") from None
+
+
+def save(recipe: Recipe, folder: str | Path) -> None:
+    """Write the resolved recipe to `folder`/recipe.yaml."""
+    path, text = Path(folder) / SAVED, to_yaml(recipe)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, text)  # several training processes save it at once
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """Return the resolved recipe as YAML."""
+    try:
+        return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(recipe)), resolve=False)
+    except OmegaConfBaseException as error:
+        raise UserError(f"recipe: a text with an unclosed '${{' cannot be saved: {_line(error)}") from error
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return a YAML mapping; interpolation stays literal text."""
+    import yaml
+
+    try:
+        loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise UserError(f"{path}: not YAML: {_line(error)}") from error
+    if not isinstance(loaded, dict):
+        raise UserError(f"{path}: a mapping of settings is expected")
+    return {str(k): v for k, v in loaded.items()}
+
+
+def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
+    """Return "a.b=text" strings as one nested mapping of literal texts."""
+    nested: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"'{override}': expected key=value, such as train.steps=1000")
+        *parents, last = key.split(".")
+        place = nested
+        for parent in parents:
+            place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise UserError(f"'{override}': {parent} is given a value elsewhere on the command line")
+        if isinstance(place.get(last), dict):
+            raise UserError(f"'{override}': settings below {last} are given elsewhere on the command line")
+        place[last] = text
+    return nested
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `base` with `over` laid on top; a mapping whose `name` changes is replaced, arguments and all.
+
+    Of the alternatives `steps` and `epochs`, setting one takes the other back.
+    """
+    merged = dict(base)
+    for one, other in (("steps", "epochs"), ("epochs", "steps")):
+        if one in over and other in merged and other not in over:
+            merged[other] = None
+    for key, value in over.items():
+        old = merged.get(key)
+        replaced = isinstance(value, Mapping) and isinstance(old, Mapping) and _renamed(old, value)
+        if isinstance(value, Mapping) and isinstance(old, Mapping) and not replaced:
+            merged[key] = merge(old, value)
+        else:
+            merged[key] = merge({}, value) if isinstance(value, Mapping) else value
+    return merged
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _renamed(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    return "name" in new and new["name"] != old.get("name")
+
+
+def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
+    settings = read_yaml(path)
+    parent = settings.pop("extends", None)
+    if parent is None:
+        return settings
+    if path in below:
+        raise UserError(f"{path}: extends itself, by way of {' and '.join(map(str, below))}; take one `extends` out")
+    return merge(_read(locate(str(parent)), (*below, path)), settings)
+
+
+def _names(settings: Any) -> list[str]:
+    if isinstance(settings, Mapping):
+        own = [str(settings["name"])] if "name" in settings else []
+        return own + [name for value in settings.values() for name in _names(value)]
+    if isinstance(settings, list):
+        return [name for value in settings for name in _names(value)]
+    return []

@@ -1,0 +1,145 @@
+"""Look a component up by name and bind its settings to its signature, before any data is touched."""
+
+import dataclasses
+import difflib
+import functools
+import importlib
+import inspect
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+
+class UserError(ValueError):
+    """Something a user wrote or supplied is wrong; the message names the value, the place and the way out."""
+
+
+def suggest(name: str, known: Collection[str]) -> str:
+    """Return ' Did you mean ...? Known: ...' for an error about an unknown `name`."""
+    close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
+    hint = f" Did you mean '{close[0]}'?" if close else ""
+    return f"{hint} Known: {', '.join(sorted(map(str, known))) or 'none'}."
+
+
+def resolve(name: str, table: Mapping[str, Callable], where: str) -> Callable:
+    """Return the component called `name` in `table`, or the object at "package.module:Name"."""
+    if name in table:
+        return table[name]
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise UserError(
+            f"{where}: unknown name '{name}'.{suggest(name, table)} Your own component is named 'package.module:Name'."
+        )
+    try:
+        found = getattr(_import(module), attribute)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{where}: cannot import '{name}': {error}. Is it here or on PYTHONPATH?") from error
+    if not callable(found):
+        raise UserError(f"{where}: '{name}' is a {type(found).__name__}; name a class or a function")
+    return found
+
+
+def _import(module: str) -> types.ModuleType:
+    if not {"", os.getcwd()} & set(sys.path):  # a console script starts without the working folder
+        sys.path.insert(0, os.getcwd())
+    return importlib.import_module(module)
+
+
+def bind(
+    settings: Mapping[str, Any], table: Mapping[str, Callable], where: str, context: Collection[str] = ()
+) -> functools.partial:
+    """Check `settings` ({"name": ..., argument: value, ...}) and return the component with its arguments bound.
+
+    `context` names the parameters that the caller supplies itself; a recipe may not set them.
+    """
+    if not isinstance(settings, Mapping) or not isinstance(settings.get("name"), str):
+        raise UserError(f"{where}: needs a `name`.{suggest('', table)}")
+    arguments = {key: value for key, value in settings.items() if key != "name"}
+    component = resolve(str(settings["name"]), table, f"{where}.name")
+    return functools.partial(component, **typed(component, arguments, where, context))
+
+
+def typed(
+    component: Callable, arguments: Mapping[str, Any], where: str, context: Collection[str] = ()
+) -> dict[str, Any]:
+    """Return `arguments` converted to the annotations of `component`; unknown, missing or mistyped ones raise."""
+    signature = inspect.signature(component)
+    hints = typing.get_type_hints(component.__init__ if inspect.isclass(component) else component)
+    known = {k: p for k, p in signature.parameters.items() if k not in context and p.kind != p.VAR_KEYWORD}
+    for key in arguments:
+        if key not in known:
+            raise UserError(f"{where}.{key}: no such setting here, it would be ignored.{suggest(key, known)}")
+    for key, parameter in known.items():
+        if parameter.default is parameter.empty and key not in arguments:
+            raise UserError(f"{where}.{key}: required but not set; give it in the recipe or as {where}.{key}=VALUE")
+    return {k: convert(v, hints.get(k, Any), f"{where}.{k}") for k, v in arguments.items()}
+
+
+def convert(value: Any, kind: Any, where: str) -> Any:
+    """Return `value` as `kind` (a type annotation) or raise a UserError that names both.
+
+    A string is literal where a string is expected and is read as YAML elsewhere, so that a
+    command-line override and a quoted value in a recipe mean the same.
+    """
+    options = typing.get_args(kind) if _is_union(kind) else (kind,)
+    if isinstance(value, str) and value == "null" and type(None) in options:
+        return None
+    if isinstance(value, str) and not {str, Any} & {*options, *_literal_types(options)}:
+        value = parse(value, where)
+    if kind is Any or kind is inspect.Parameter.empty:
+        return value
+    for option in options:
+        try:
+            return _as(value, option, where)
+        except TypeError:
+            continue
+    shown = kind.__name__ if inspect.isclass(kind) else str(kind).replace("typing.", "")
+    quote = "; quote it to keep it as text" if str in options and isinstance(value, int | float) else ""
+    raise UserError(f"{where}={value!r}: expected {shown}, got {type(value).__name__}{quote}")
+
+
+def _as(value: Any, kind: Any, where: str) -> Any:
+    origin, inner = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if origin is typing.Literal:
+        if value not in inner:
+            raise UserError(f"{where}={value!r}: unknown.{suggest(value, inner)}")
+        return str(value) if isinstance(value, str) else value
+    if origin in (list, tuple) and isinstance(value, list | tuple):
+        if not inner:
+            return origin(value)
+        each = (inner[0],) * len(value) if origin is list or inner[-1] is Ellipsis else inner
+        if len(each) != len(value):
+            raise UserError(f"{where}={value!r}: expected {len(each)} values, got {len(value)}")
+        return origin(convert(v, k, f"{where}[{i}]") for i, (v, k) in enumerate(zip(value, each, strict=True)))
+    if origin in (dict, Mapping) and isinstance(value, Mapping):
+        return {str(k): convert(v, inner[1], f"{where}.{k}") if inner else v for k, v in value.items()}
+    if dataclasses.is_dataclass(origin) and isinstance(value, Mapping):
+        return origin(**typed(origin, value, where))
+    if origin is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if inspect.isclass(origin) and isinstance(value, origin) and (origin is bool or not isinstance(value, bool)):
+        return value
+    raise TypeError
+
+
+def parse(text: str, where: str) -> Any:
+    """Return `text` read as one YAML value, without interpolation; `where` names its place in errors."""
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        return OmegaConf.to_container(OmegaConf.create(f"value: {text}"), resolve=False)["value"]  # type: ignore[index,call-overload]
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{where}={text!r}: not a YAML value; a list is written [a, b], a mapping {{a: 1}}") from error
+
+
+def _is_union(kind: Any) -> bool:
+    return typing.get_origin(kind) in (typing.Union, types.UnionType)
+
+
+def _literal_types(options: Collection[Any]) -> set[type]:
+    return {type(v) for o in options if typing.get_origin(o) is typing.Literal for v in typing.get_args(o)}
