@@ -1,0 +1,94 @@
+"""Images: where they come from, in shards. `build` makes the source that a recipe names."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from fmdistill.images.folder import Folder
+from fmdistill.images.mix import Mix
+from fmdistill.images.photos import Photos
+from fmdistill.images.scenes import Scenes
+from fmdistill.images.source import SPLITS, DecodeError, Encoded, Source, decode, escape, unescape
+from fmdistill.images.tar import Tar
+from fmdistill.registry import UserError, bind, convert
+
+__all__ = ["SOURCES", "DecodeError", "Encoded", "Images", "Shard", "Source"]
+__all__ += ["build", "check", "decode", "escape", "unescape"]
+
+SOURCES = {"folder": Folder, "tar": Tar, "photos": Photos, "scenes": Scenes, "mix": Mix}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard of a source; `take` is how many of its first images count, None for all."""
+
+    name: str
+    split: str
+    take: int | None = None
+
+
+@dataclass(frozen=True)
+class Images:
+    """A source, cut to `limit` images per split; a mix's limit is shared evenly among its sources."""
+
+    source: Source
+    limit: int | None = None
+
+    def shards(self) -> list[Shard]:
+        """Return the shards in their order, training first; those in which the limit falls are cut."""
+        names = self.source.shards()
+        if self.limit is None:
+            return [Shard(name, split) for split in SPLITS for name in names.get(split, [])]
+        return [shard for split in SPLITS for shard in self._cut(split, names.get(split, []), self.limit)]
+
+    def group(self, shard: str) -> str:
+        """Return the source of a mix that the shard of this name belongs to; "images" where there is one source."""
+        return shard.partition("-")[0] if isinstance(self.source, Mix) else "images"
+
+    def read(self, shard: Shard) -> Iterator[Encoded]:
+        """Yield the shard's images in order."""
+        yield from islice(self.source.read(shard.name), shard.take)
+
+    def _cut(self, split: str, names: list[str], limit: int) -> Iterator[Shard]:
+        counts: dict[str, dict[str, int]] = {}  # by group and shard; of each group what the limit can need at most
+        for name in names:
+            group = counts.setdefault(self.group(name), {})
+            if sum(group.values()) < limit:
+                group[name] = self.source.count(name)
+        left = _shares({group: min(sum(held.values()), limit) for group, held in counts.items()}, limit)
+        for name in names:
+            group = self.group(name)
+            if name in counts[group] and left[group] > 0:
+                count = counts[group][name]
+                yield Shard(name, split, take=left[group] if count > left[group] else None)
+                left[group] -= count
+
+
+def _shares(held: Mapping[str, int], limit: int) -> dict[str, int]:
+    shares: dict[str, int] = {}
+    # the smallest first, so that what it lacks of its share goes to the others
+    for group in sorted(held, key=lambda name: held[name]):
+        even = -(-(limit - sum(shares.values())) // (len(held) - len(shares)))
+        shares[group] = min(held[group], even)
+    return shares
+
+
+def check(settings: Mapping[str, Any]) -> None:
+    """Bind the source's settings, and those of a mix's sources, without touching data."""
+    source, _ = _bind(settings)
+    source()  # a source looks for its data when it lists, not when it is made
+
+
+def build(settings: Mapping[str, Any]) -> Images:
+    """Return the images that a recipe's `images` names; `limit` works with every source."""
+    source, limit = _bind(settings)
+    return Images(source(), limit)
+
+
+def _bind(settings: Mapping[str, Any]) -> tuple[Any, int | None]:
+    limit = convert(settings.get("limit"), int | None, "images.limit")
+    if limit is not None and limit < 1:
+        raise UserError(f"images.limit={limit}: expected at least 1, or null for no limit")
+    rest = {key: value for key, value in settings.items() if key != "limit"}
+    return bind(rest, SOURCES, "images"), limit

@@ -1,0 +1,174 @@
+"""A folder of images, nested as it may be, in shards that an added file hardly disturbs."""
+
+import logging
+import os
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import blake2b
+from pathlib import Path
+
+from fmdistill.images.source import SUFFIXES, Encoded
+from fmdistill.registry import UserError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Images under `root`; a key is the path below it, with its suffix. Names that begin with a dot are left out.
+
+    A stable hash of the key decides the split and the shard, so a file keeps its split for ever, and an added file
+    touches one shard, or splits one (extendible hashing: Fagin et al., 1979). `validation` is the fraction held
+    out; with `validation_root`, the validation images are those under that folder instead.
+    """
+
+    root: str
+    validation: float = 0.02
+    shard_size: int = 256
+    validation_root: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.validation < 1:
+            raise UserError(f"images.validation={self.validation}: expected a fraction, at least 0 and below 1")
+        if self.shard_size < 1:
+            raise UserError(f"images.shard_size={self.shard_size}: expected at least 1 image in a shard")
+        if self.validation_root is not None and self.validation not in (0, Folder.validation):
+            raise UserError(
+                f"images.validation={self.validation}: ignored beside images.validation_root={self.validation_root}; "
+                f"set one of the two"
+            )
+
+    def shards(self) -> dict[str, list[str]]:
+        """Return the names "train-<first bits of the hash>", or "train-all" while one shard is enough."""
+        return {split: list(shards) for split, shards in self._listing.items()}
+
+    def count(self, shard: str) -> int:
+        """Return how many images the shard holds."""
+        return len(self.keys(shard))
+
+    def keys(self, shard: str) -> list[str]:
+        """Return the shard's keys, sorted."""
+        return self._listing[shard.partition("-")[0]][shard]
+
+    def read(self, shard: str) -> Iterator[Encoded]:
+        """Yield the shard's images, sorted by key."""
+        for key in self.keys(shard):
+            yield self._read(shard, key)
+
+    def fetch(self, shard: str, key: str) -> Encoded:
+        """Return one image; KeyError where the shard holds no such key."""
+        if key not in self.keys(shard):
+            raise KeyError(key)
+        return self._read(shard, key)
+
+    def identity(self) -> dict:
+        """Return what decides keys, splits and shards."""
+        held_out = self.validation if self.validation_root is None else "validation_root"
+        return {"name": "folder", "validation": held_out, "shard_size": self.shard_size}
+
+    def _base(self, split: str) -> Path:
+        apart = split == "validation" and self.validation_root is not None
+        return Path(self.validation_root if apart else self.root).expanduser()  # type: ignore[arg-type]
+
+    def _read(self, shard: str, key: str) -> Encoded:
+        path = self._base(shard.partition("-")[0]) / key
+        try:
+            return Encoded(key, path.read_bytes())
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}); restore or remove it") from error
+
+    @cached_property
+    def _listing(self) -> dict[str, dict[str, list[str]]]:
+        hashed = [(*_hash(key), key) for key in _find(self._base("train"), "images.root")]
+        if self.validation_root is None:
+            held_out = [(bits, key) for bits, fraction, key in hashed if fraction < self.validation]
+            train = [(bits, key) for bits, fraction, key in hashed if fraction >= self.validation]
+            if not train or (self.validation > 0 and not held_out):
+                raise UserError(
+                    f"images.validation={self.validation}: of the {len(hashed)} images in {self.root}, {len(held_out)} "
+                    f"fall to validation; give another fraction, 0 for none, or images.validation_root"
+                )
+        else:
+            train = [(bits, key) for bits, _, key in hashed]
+            base = self._base("validation")
+            if base.resolve().is_relative_to(self._base("train").resolve()):
+                raise UserError(
+                    f"images.validation_root={self.validation_root}: lies inside images.root={self.root}, so its "
+                    f"images would be trained on; point them at folders that do not overlap"
+                )
+            held_out = [(_hash(key)[0], key) for key in _find(base, "images.validation_root")]
+        return {
+            "train": dict(_buckets("train", "", sorted(train), self.shard_size)),
+            "validation": dict(_buckets("validation", "", sorted(held_out), self.shard_size)),
+        }
+
+
+def _hash(key: str) -> tuple[str, float]:
+    digest = blake2b(os.fsencode(key), digest_size=16).digest()
+    bits = f"{int.from_bytes(digest[:8], 'big'):064b}"
+    return bits, (int.from_bytes(digest[8:], "big") >> 11) / 2**53
+
+
+def _buckets(split: str, prefix: str, hashed: list[tuple[str, str]], size: int) -> Iterator[tuple[str, list[str]]]:
+    if not hashed:
+        return
+    if len(hashed) <= size or len(prefix) == 64:
+        yield f"{split}-{prefix or 'all'}", sorted(key for _, key in hashed)
+        return
+    for bit in "01":
+        half = [(bits, key) for bits, key in hashed if bits[len(prefix)] == bit]
+        yield from _buckets(split, prefix + bit, half, size)
+
+
+def _find(root: Path, where: str) -> list[str]:
+    if not root.is_dir():
+        raise UserError(f"{where}={root}: no such folder; give one that holds images ({', '.join(SUFFIXES)})")
+    paths, linked, visited = _walk(root)
+    seen: set[str] = set()
+    broken = 0
+    for path in sorted(linked):
+        target = os.path.realpath(path)
+        if not os.path.isfile(target):
+            broken += 1
+        elif target not in seen and not (os.path.dirname(target) in visited and _is_image(os.path.basename(target))):
+            seen.add(target)
+            paths.append(path)
+    if broken:
+        log.warning("%s=%s: %d links to images lead nowhere and are left out", where, root, broken)
+    if not paths:
+        raise UserError(f"{where}={root}: holds no images; accepted are {', '.join(SUFFIXES)}, nested as they may be")
+    return [Path(os.path.relpath(path, root)).as_posix() for path in paths]
+
+
+def _walk(root: Path) -> tuple[list[str], list[str], set[str]]:
+    """Return the image files, the links to files with an image's name, and the real paths of all folders walked.
+
+    A folder is walked once, by its real path before any link to it: a loop of links ends, and no image gets two
+    keys, of which one might train and the other validate.
+    """
+    paths, linked, visited = [], [], set()
+    folders, links = deque([str(root)]), deque()
+    while folders or links:
+        folder = folders.popleft() if folders else links.popleft()
+        real = os.path.realpath(folder)
+        if real in visited:
+            continue
+        visited.add(real)
+        try:
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be listed ({error.strerror}); make it readable") from error
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if os.path.isdir(entry.path):
+                (links if entry.is_symlink() else folders).append(entry.path)
+            elif _is_image(entry.name):
+                (linked if entry.is_symlink() else paths).append(entry.path)
+    return paths, linked, visited
+
+
+def _is_image(name: str) -> bool:
+    return not name.startswith(".") and os.path.splitext(name)[1][1:].lower() in SUFFIXES

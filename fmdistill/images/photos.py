@@ -1,0 +1,156 @@
+"""Source `photos`: crops of the photographs that ship inside the scikit-image and scikit-learn wheels; no download."""
+
+import functools
+import io
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+
+from fmdistill.images.source import Encoded
+from fmdistill.registry import UserError
+
+# Split by photograph: a validation photograph gives neither crops nor textures to anything that trains.
+PHOTOGRAPHS = {
+    "train": [
+        "astronaut",
+        "china",
+        "motorcycle_left",
+        "rocket",
+        "camera",
+        "brick",
+        "grass",
+        "gravel",
+        "hubble_deep_field",
+        "ihc",
+        "moon",
+        "retina",
+    ],
+    "validation": ["chelsea", "coffee", "flower", "coins"],
+}
+FOLDERS = (("skimage", "data"), ("sklearn", "datasets/images"))
+# Crop side / largest side that fits, log-uniform; a dozen photographs train, so their crops range wider.
+ZOOM = {"train": (0.2, 1.0), "validation": (0.45, 1.0)}
+
+
+@functools.cache
+def photograph(name: str) -> np.ndarray:
+    """Return a photograph as read-only uint8 (H, W, 3) RGB."""
+    for package, folder in FOLDERS:
+        spec = find_spec(package)
+        for root in (spec.submodule_search_locations or []) if spec else []:
+            for suffix in (".png", ".jpg"):
+                path = Path(root, folder, name + suffix)
+                if path.is_file():
+                    with PIL.Image.open(path) as image:
+                        pixels = np.array(image.convert("RGB"))
+                    pixels.setflags(write=False)
+                    return pixels
+    raise UserError(
+        f"photograph '{name}': in no data folder of scikit-image or scikit-learn; install scikit-image and scikit-learn"
+    )
+
+
+def png(image: PIL.Image.Image) -> bytes:
+    """Return the image as PNG bytes, stored without compression: they are made on the fly and kept nowhere."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=0)
+    return buffer.getvalue()
+
+
+def frame(index: int, size: int) -> tuple[int, int]:
+    """Return the (width, height) of image `index`: even ones are square, odd ones 3:2 and 2:3 in turn."""
+    short = round(size * 2 / 3)
+    return {1: (size, short), 3: (short, size)}.get(index % 4, (size, size))
+
+
+def shard_names(train: int, validation: int, shard_size: int) -> dict[str, list[str]]:
+    """Return the names of a source's shards, `shard_size` images each and the last one less."""
+    counts = {"train": train, "validation": validation}
+    return {split: [f"{split}-{i:03d}" for i in range(-(-n // shard_size))] for split, n in counts.items()}
+
+
+def shard_range(shard: str, train: int, validation: int, shard_size: int) -> tuple[str, range]:
+    """Return the split of `shard` and the indices of its images in the split; KeyError for an unknown shard."""
+    if not any(shard in names for names in shard_names(train, validation, shard_size).values()):
+        raise KeyError(shard)
+    split, _, number = shard.rpartition("-")
+    total = train if split == "train" else validation
+    first = int(number) * shard_size
+    return split, range(first, min(first + shard_size, total))
+
+
+def check_counts(where: str, **counts: int) -> None:
+    """Raise where a count is negative, or where `size` or `shard_size` is too small to work."""
+    least = {"size": 16, "shard_size": 1}
+    for name, value in counts.items():
+        if value < least.get(name, 0):
+            raise UserError(f"{where}.{name}={value}: expected at least {least.get(name, 0)}")
+
+
+@dataclass(frozen=True)
+class Photos:
+    """Random crops at several scales, PNG; half are square, half are 3:2 or 2:3 with long side `size`."""
+
+    train: int = 192
+    validation: int = 48
+    size: int = 256  # pixels
+    seed: int = 0
+    shard_size: int = 32
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        check_counts("images", **asdict(self))
+
+    def shards(self) -> dict[str, list[str]]:
+        """Return the shard names by split."""
+        return shard_names(self.train, self.validation, self.shard_size)
+
+    def count(self, shard: str) -> int:
+        """Return how many crops the shard holds."""
+        return len(self.keys(shard))
+
+    def read(self, shard: str) -> Iterator[Encoded]:
+        """Yield the shard's crops in order."""
+        for key in self.keys(shard):
+            yield self._encode(key)
+
+    def fetch(self, shard: str, key: str) -> Encoded:
+        """Return one crop; KeyError where the shard holds no such key."""
+        if key not in self.keys(shard):
+            raise KeyError(key)
+        return self._encode(key)
+
+    def identity(self) -> dict:
+        """Return all settings and the split by photograph."""
+        return {"name": "photos", **asdict(self), "photographs": PHOTOGRAPHS, "zoom": ZOOM}
+
+    def keys(self, shard: str) -> list[str]:
+        """Return the shard's keys, in their order."""
+        split, indices = shard_range(shard, self.train, self.validation, self.shard_size)
+        names = PHOTOGRAPHS[split]
+        return [f"{names[i % len(names)]}-{i // len(names):04d}" for i in indices]
+
+    def _encode(self, key: str) -> Encoded:
+        return Encoded(key, png(crop(key, self.size, self.seed)))
+
+
+def crop(key: str, size: int, seed: int) -> PIL.Image.Image:
+    """Return the crop named `key` ("photograph-0007"), a pure function of key, size and seed."""
+    name, _, number = key.rpartition("-")
+    rng = np.random.default_rng([seed, zlib.crc32(key.encode())])
+    image = PIL.Image.fromarray(photograph(name))
+    # the photograph's place is added so that every few crops in a row hold all three shapes
+    split, place = next((split, names.index(name)) for split, names in PHOTOGRAPHS.items() if name in names)
+    width, height = frame(int(number) + place, size)
+    fit = min(image.width / width, image.height / height)
+    scale = fit * np.exp(rng.uniform(*np.log(ZOOM[split])))
+    left = rng.uniform(0, image.width - width * scale)
+    top = rng.uniform(0, image.height - height * scale)
+    box = (left, top, min(left + width * scale, image.width), min(top + height * scale, image.height))
+    cut = image.resize((width, height), PIL.Image.Resampling.BICUBIC, box=box)
+    return cut.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else cut

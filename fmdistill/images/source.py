@@ -1,0 +1,74 @@
+"""What a source of images is: named shards of encoded images, read in order or fetched by key."""
+
+import io
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+from urllib.parse import quote, unquote
+
+import PIL.Image
+
+SPLITS = ("train", "validation")
+SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff")  # of image files, in any case
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One image as it is stored; `extra` holds its other columns by suffix, such as {"json": b"..."}."""
+
+    key: str
+    data: bytes
+    label: int | None = None
+    extra: Mapping[str, bytes] = field(default_factory=dict)
+
+
+class Source(Protocol):
+    """Lists shards and reads one. Shard names and keys never depend on the order in which a file system lists files."""
+
+    def shards(self) -> dict[str, list[str]]:
+        """Return {"train": [...], "validation": [...]}; names are unique and safe as file names."""
+        ...
+
+    def count(self, shard: str) -> int:
+        """Return how many images the shard holds."""
+        ...
+
+    def keys(self, shard: str) -> list[str]:
+        """Return the shard's keys, in their order."""
+        ...
+
+    def read(self, shard: str) -> Iterator[Encoded]:
+        """Yield the shard's images in their order."""
+        ...
+
+    def fetch(self, shard: str, key: str) -> Encoded:
+        """Return one image of the shard; KeyError where it holds no such key."""
+        ...
+
+    def identity(self) -> dict:
+        """Return what determines keys and pixels (the name, seeds, sizes), without where the files lie."""
+        ...
+
+
+class DecodeError(ValueError):
+    """An image's bytes cannot be decoded; the message says why."""
+
+
+def decode(data: bytes) -> PIL.Image.Image:
+    """Return the image as RGB; an EXIF orientation is not applied (SA-1B has none)."""
+    try:
+        with PIL.Image.open(io.BytesIO(data)) as image:
+            return image.convert("RGB")
+    except Exception as error:  # PIL raises a dozen types for a broken file, struct.error and SyntaxError among them
+        raise DecodeError(f"{type(error).__name__}: {error}") from error
+
+
+def escape(key: str) -> str:
+    """Return `key` as a tar member's base name: no dot and no slash, so webdataset splits it where we do."""
+    # surrogateescape: a file name that is not UTF-8 reaches us as lone surrogates
+    return quote(key, safe="", errors="surrogateescape").replace(".", "%2E")
+
+
+def unescape(name: str) -> str:
+    """Return the key that `escape` turned into `name`."""
+    return unquote(name, errors="surrogateescape")

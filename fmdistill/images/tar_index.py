@@ -1,0 +1,98 @@
+"""Where a tar's images and their columns lie, found by one pass over its headers."""
+
+import posixpath
+import tarfile
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+from fmdistill.images.source import SUFFIXES
+from fmdistill.registry import UserError
+
+
+@dataclass(frozen=True)
+class Index:
+    """Where each image and its columns lie: {key: {suffix: (offset, bytes)}}, the image first; and what is damaged."""
+
+    images: dict[str, dict[str, tuple[int, int]]]
+    fault: str | None
+
+
+def scan(file: BinaryIO, where: str) -> Index:
+    """Return the index of a tar by one pass over its headers; a damaged tar gives what is whole, and its fault."""
+    end = file.seek(0, 2)
+    if end == 0:
+        return Index({}, "an empty file of 0 bytes, as a failed download leaves it")
+    file.seek(0)
+    found: list[tuple[str, int, int]] = []
+    position = 0
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            try:
+                for member in tar:
+                    name = _normal(member.name)
+                    if member.isreg() and not posixpath.basename(name).startswith("._"):
+                        found.append((name, member.offset_data, member.size))
+            finally:
+                position = tar.offset
+    except (tarfile.TarError, ValueError) as error:
+        if position == 0:
+            return Index({}, f"not a tar ({error}), or a compressed one, which must be unpacked first")
+    # tarfile takes a cut or broken header for the end, so the end is looked for: a block of zeros.
+    file.seek(position)
+    block = file.read(tarfile.BLOCKSIZE)
+    images = _group(found, where)
+    for name, offset, size in found:
+        if offset + size > end:  # the whole key goes: its other members would make a sample that lacks a column
+            images.pop(_owner(name, images) or "", None)
+    if len(block) < tarfile.BLOCKSIZE:
+        return Index(images, f"truncated at byte {end}{_last(images)}")
+    if any(block):
+        return Index(images, f"damaged at byte {position}, where a member's header should be{_last(images)}")
+    return Index(images, None if images else f"holds no images ({', '.join(SUFFIXES)})")
+
+
+def _group(members: list[tuple[str, int, int]], where: str) -> dict[str, dict[str, tuple[int, int]]]:
+    """Return {key: {suffix: (offset, bytes)}} in the images' order.
+
+    webdataset splits at the first dot and merges a.v1.jpg with a.v2.jpg; here an image's key ends at its last dot.
+    """
+    images: dict[str, dict[str, tuple[int, int]]] = {}
+    columns = []
+    for name, offset, size in members:
+        key, suffix = posixpath.splitext(name)
+        if suffix[1:].lower() not in SUFFIXES:
+            columns.append((name, offset, size))
+        elif key in images:
+            raise UserError(f"{where}: holds two images of the key '{key}'; rename one and pack the tar again")
+        else:
+            images[key] = {suffix[1:].lower(): (offset, size)}
+    for name, offset, size in columns:
+        key = _owner(name, images)
+        if key is None:
+            continue
+        suffix = name[len(key) + 1 :].lower()
+        if suffix in images[key]:
+            raise UserError(f"{where}: holds two columns '{suffix}' of the key '{key}'; rename one and pack it again")
+        images[key][suffix] = (offset, size)
+    return images
+
+
+def _owner(name: str, images: dict[str, dict[str, tuple[int, int]]]) -> str | None:
+    """Return the longest key in `images` that is `name` without some of its suffixes."""
+    start = name.rfind("/") + 1
+    dot = name.rfind(".", start)
+    while dot > start:
+        if name[:dot] in images:
+            return name[:dot]
+        dot = name.rfind(".", start, dot)
+    return None
+
+
+def _last(images: dict[str, Any]) -> str:
+    return f", after the image '{next(reversed(images))}'" if images else ""
+
+
+def _normal(name: str) -> str:
+    while name.startswith("./"):
+        name = name[2:].lstrip("/")
+    return name

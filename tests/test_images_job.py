@@ -1,0 +1,161 @@
+"""The whole job on other people's images: oddly named files in folders and tars never swap an embedding."""
+
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import tiny
+import torch
+
+from fmdistill import cache, distill
+from fmdistill.cache.dataset import CachedImages
+from fmdistill.distill.data import batches, every
+from fmdistill.distill.student import load_student
+from fmdistill.images import build
+from fmdistill.recipe import Recipe
+
+# As key: names that a split at the first dot, a change of case, unquoting or Unicode normalisation would merge.
+ODD = [
+    "a.v1.jpg",
+    "a.v2.jpg",
+    "a.jpg",
+    "A.JPG",
+    "a.jpeg",
+    "deep/er/a.jpg",
+    "deep.er/a.jpg",
+    "deep%2Fer/a.jpg",
+    "with space/b c .png",
+    "with space/b%20c .png",
+    "caf\u00e9.jpg",
+    "cafe\u0301.jpg",
+    "\u732b/\U0001f408 \u00fc.webp",
+    "percent%.bmp",
+    "plus+and&=?#'\"[1].png",
+    "-dash.tiff",
+    "n" * 60 + "/" + "m" * 150 + ".Jpg",
+    os.fsdecode(b"latin\xe9.jpg"),
+]
+BROKEN = "deep/broken .v1.JPG"
+KINDS = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP", "bmp": "BMP", "tiff": "TIFF"}
+FEW = ("train.steps=3", "train.batch_size=4", "train.validate_every=3", "train.checkpoint_every=3")
+
+
+def picture(number: int, name: str) -> bytes:
+    """Return an image unlike all others, in the format of its suffix; its height and width differ."""
+    rng = np.random.default_rng(number)
+    coarse = PIL.Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+    buffer = io.BytesIO()
+    coarse.resize((50 + 3 * (number % 5), 80 - 4 * (number % 7))).save(buffer, KINDS[name.rpartition(".")[2].lower()])
+    return buffer.getvalue()
+
+
+def folder_of(root: Path) -> tuple[Recipe, dict[str, bytes]]:
+    """Return a recipe on nested files, one of them broken, and the bytes that each key must stand for."""
+    stored = {}
+    for number, key in enumerate([*ODD, *(f"plain/{i}.jpg" for i in range(12)), BROKEN]):
+        stored[key] = picture(number, key)
+        path = root / "images" / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(stored[key][:300] if key == BROKEN else stored[key])
+    del stored[BROKEN]
+    settings = (f"images.root={root / 'images'}", "images.validation=0.3", "images.shard_size=6")
+    return tiny.load(root, "images.name=folder", *settings, *FEW, "cache.max_failed=0.1"), stored
+
+
+def tars_of(root: Path) -> tuple[Recipe, dict[str, bytes]]:
+    """Return a recipe on three tars, the first as SA-1B's are, and the bytes that each key must stand for."""
+    sa1b = [f"./sa_{number}.jpg" for number in (223750, 223751, 9, 10, 100)]
+    odd = [name for name in ODD if name not in ("a.jpeg", "a.jpg")]  # a key has no suffix, and a tar one image a key
+    stored, broken = {}, "held out/broken.v1"
+    for number, (tar, names) in enumerate({"sa_000020": sa1b, "odd": odd, "held.out-1": [f"{broken}.jpg"]}.items()):
+        columns = []
+        with tarfile.open(root / f"{tar}.tar", "w", format=tarfile.PAX_FORMAT) as file:
+            plain = [f"held out/{i}.v1.jpg" for i in range(5)] if tar == "held.out-1" else []
+            for place, name in enumerate([*names, *plain]):
+                key = name.removeprefix("./").rpartition(".")[0]
+                data = picture(100 * number + place, name)
+                if key == broken:
+                    data = data[:300]
+                else:
+                    stored[key] = data
+                columns.append((f"{name.rpartition('.')[0]}.json", b'{"caption": "none"}'))
+                add(file, name, data)
+            for name, data in columns:  # SA-1B's JSON does not lie beside its image
+                add(file, name, data)
+    listed = ("images.train=[sa_000020.tar, odd.tar]", "images.validation=held.*.tar", f"images.root={root}")
+    return tiny.load(root, "images.name=tar", *listed, *FEW, "cache.max_failed=0.1"), stored
+
+
+def add(file: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    file.addfile(info, io.BytesIO(data))
+
+
+@pytest.fixture(params=[folder_of, tars_of])
+def job(request, tmp_path) -> tuple[Recipe, dict[str, bytes]]:
+    return request.param(tmp_path)
+
+
+def taught(data: bytes) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the prepared pixels and the teacher's embedding of an image as it was made, past source and cache."""
+    teacher = tiny.teacher()
+    with PIL.Image.open(io.BytesIO(data)) as image:
+        pixels, size = teacher.preprocess.prepare(image.convert("RGB"))
+    return pixels, teacher(pixels[None], torch.tensor([size]))["embedding"][0]
+
+
+def test_every_key_has_its_own_image_and_its_own_embedding(job, caplog):
+    recipe, stored = job
+    cache.run(recipe)
+    opened = cache.open_cache(recipe)
+    expected = {key: taught(data) for key, data in stored.items()}
+    everything = torch.stack([embedding for _, embedding in expected.values()]).flatten(1)
+    nearest = torch.cdist(everything, everything, p=float("inf")).fill_diagonal_(torch.inf).min()
+    seen = []
+    for split, step in (("train", 2.0**-11), ("validation", 0.0)):
+        data = CachedImages(opened, split)
+        for batch in batches(data, every(data, 4), workers=0):
+            for key, pixels, kept in zip(
+                batch["keys"], batch["pixels"], batch["outputs"]["sam.embedding"], strict=True
+            ):
+                seen.append(key)
+                wanted_pixels, wanted = expected[key]
+                allowed = float(wanted.abs().max()) * (step + 1e-5)
+                assert allowed < nearest / 4, "the images are too much alike for a swap to show"
+                assert torch.equal(pixels, wanted_pixels), key
+                assert float((kept - wanted).abs().max()) <= allowed, key
+    assert sorted(seen) == sorted(stored)
+    (failed,) = [
+        failure for path in sorted(opened.root.glob("*-*.json")) for failure in json.loads(path.read_text())["failed"]
+    ]
+    assert "broken" in failed["key"] and "cannot be decoded" in failed["problem"]
+    assert f"'{failed['key']}' skipped" in caplog.text
+
+
+def test_distillation_runs_on_them_and_survives_a_second_cache_run(job):
+    recipe, stored = job
+    cache.run(recipe)
+    before = {path.name: path.read_bytes() for path in Path(recipe.cache.root).iterdir()}
+    cache.run(recipe)
+    assert {path.name: path.read_bytes() for path in Path(recipe.cache.root).iterdir()} == before
+    cache.verify(recipe, samples=len(stored))
+    run = distill.run(recipe)
+    assert (run / "metrics.jsonl").read_text().count('"learning_rate"') == 3
+    assert not load_student(run, trust=True).training
+
+
+def test_a_source_lists_the_keys_that_it_reads_and_fetches(job):
+    recipe, stored = job
+    images = build(recipe.images)
+    for shard in images.shards():
+        read = list(images.read(shard))
+        assert images.source.keys(shard.name) == [image.key for image in read]
+        for image in read:
+            assert images.source.fetch(shard.name, image.key) == image
+            assert image.data == stored.get(image.key, image.data[:300])  # 300 bytes are left of the broken one
