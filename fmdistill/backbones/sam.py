@@ -1,0 +1,160 @@
+"""SAM's own preprocessing and its official networks, loaded without executing anything."""
+
+# Legend: B images, S the padded square's side, g = S / stride tokens a side; sizes are (h, w) of the resized image.
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from segment_anything import sam_model_registry
+from segment_anything.modeling import Sam
+from torch import Tensor
+
+from fmdistill.files import file_hash
+from fmdistill.registry import UserError, suggest
+
+PIXEL_MEAN = (123.675, 116.28, 103.53)
+PIXEL_STD = (58.395, 57.12, 57.375)
+
+
+@dataclass(frozen=True)
+class SamPreprocess:
+    """Resizes the longest side to `image_size` and pads right and bottom, exactly as SAM does."""
+
+    image_size: int = 1024
+    stride: int = 16
+
+    def resized(self, height: int, width: int) -> tuple[int, int]:
+        """Return (h, w) after the resize; a side never falls below one pixel."""
+        scale = self.image_size * 1.0 / max(height, width)
+        return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+
+    def prepare(self, image: Image.Image) -> tuple[Tensor, tuple[int, int]]:
+        """Return uint8 pixels (3, S, S) in RGB, zero-padded at the right and bottom, and the resized (h, w)."""
+        h, w = self.resized(image.height, image.width)
+        # The tensor resize of torch rounds differently; SAM was trained on PIL's.
+        pixels = np.asarray(image.convert("RGB").resize((w, h), Image.Resampling.BILINEAR))
+        padded = torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8)
+        padded[:, :h, :w] = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+        return padded, (h, w)
+
+    def normalize(self, pixels: Tensor, sizes: Tensor) -> Tensor:
+        """Return uint8 pixels (B, 3, S, S) as float32 in SAM's scale; padded pixels are exactly 0 (padding is last)."""
+        mean = torch.tensor(PIXEL_MEAN, device=pixels.device).view(-1, 1, 1)
+        std = torch.tensor(PIXEL_STD, device=pixels.device).view(-1, 1, 1)
+        real = self._inside(sizes.to(pixels.device), self.image_size, 1)
+        return ((pixels - mean) / std).masked_fill(~real[:, None], 0.0)
+
+    def valid(self, sizes: Tensor) -> Tensor:
+        """Return bool (B, g, g): a token is valid if it holds any real pixel."""
+        return self._inside(sizes, self.image_size // self.stride, self.stride)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what determines the network's input, for a manifest."""
+        return {
+            "name": "sam",
+            "image_size": self.image_size,
+            "stride": self.stride,
+            "resize": "longest side, PIL bilinear",
+            "mean": list(PIXEL_MEAN),
+            "std": list(PIXEL_STD),
+            "padding": "right and bottom, 0 after normalisation",
+        }
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> "SamPreprocess":
+        """Return the preprocessing that `to_json` described; any other description is an error."""
+        made = cls(int(stored.get("image_size", 0)), int(stored.get("stride", 0)))
+        if made.to_json() != dict(stored):
+            raise UserError(f"preprocessing {dict(stored)!r}: not the 'sam' preprocessing of this version")
+        return made
+
+    @staticmethod
+    def _inside(sizes: Tensor, side: int, step: int) -> Tensor:
+        starts = torch.arange(side, device=sizes.device) * step
+        inside_B2N = starts < sizes[:, :, None]
+        return inside_B2N[:, 0, :, None] & inside_B2N[:, 1, None, :]
+
+
+PREPROCESSING = {"sam": SamPreprocess}
+
+PUBLISHED = "https://dl.fbaipublicfiles.com/segment_anything/"
+OFFICIAL = {
+    "vit_b": "sam_vit_b_01ec64.pth",
+    "vit_l": "sam_vit_l_0b3195.pth",
+    "vit_h": "sam_vit_h_4b8939.pth",
+}
+SHA256 = {
+    "sam_vit_b_01ec64.pth": "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",
+    "sam_vit_l_0b3195.pth": "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622",
+    "sam_vit_h_4b8939.pth": "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
+}
+_WIDTHS = {768: "vit_b", 1024: "vit_l", 1280: "vit_h"}
+
+
+def build_sam(kind: Literal["vit_b", "vit_l", "vit_h"], weights: str | Path | None) -> Sam:
+    """Return segment_anything's `kind` on the CPU in eval mode, with the checkpoint `weights` loaded.
+
+    UserError where the file is missing, damaged, not a state dict, or another network's.
+    """
+    if kind not in OFFICIAL:
+        raise UserError(f"teacher '{kind}': unknown SAM.{suggest(kind, OFFICIAL)}")
+    state = read_checkpoint(_existing(kind, weights))
+    sam = sam_model_registry[kind]()
+    _check_fits(state, sam, kind, weights)
+    sam.load_state_dict(state)
+    return sam.eval()
+
+
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """Return the state dict in a .pth file; nothing in the file is executed."""
+    expected = SHA256.get(path.name)
+    if expected and (found := file_hash(path)) != expected:
+        raise UserError(
+            f"teacher.weights={path}: sha256 is {found[:12]}..., Meta's file has {expected[:12]}...: "
+            f"damaged or incomplete; download {PUBLISHED}{path.name} again (or rename your own weights)"
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the pickle's protocol; the error below says what matters
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zip, unpickling, EOF and runtime errors, by what is wrong with the file
+        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"teacher.weights={path}: not a readable checkpoint of plain tensors ({reason}); nothing in it was run"
+        ) from error
+    if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise UserError(f"teacher.weights={path}: holds no state dict (names to tensors); save `model.state_dict()`")
+    return dict(state)
+
+
+def _existing(kind: str, weights: str | Path | None) -> Path:
+    where = f"Meta publishes it at {PUBLISHED}{OFFICIAL[kind]}; name the downloaded file with teacher.weights=PATH"
+    if weights is None or str(weights) in ("", "none"):
+        raise UserError(f"teacher sam_{kind}: teacher.weights is not set. {where}")
+    if not Path(weights).is_file():
+        raise UserError(f"teacher.weights={weights}: no such file. {where}")
+    return Path(weights)
+
+
+def _check_fits(state: Mapping[str, Tensor], sam: Sam, kind: str, weights: Any) -> None:
+    wanted = sam.state_dict()
+    width = state["image_encoder.pos_embed"].shape[-1] if "image_encoder.pos_embed" in state else None
+    other = _WIDTHS.get(width or 0)
+    if other and other != kind:
+        raise UserError(f"teacher.weights={weights}: holds SAM {other}, not {kind}; set teacher.name=sam_{other}")
+    for name in sorted(wanted.keys() | state.keys()):
+        if name not in state:
+            problem = "lacks"
+        elif name not in wanted:
+            problem = "has the unknown"
+        elif state[name].shape != wanted[name].shape:
+            problem = "has another shape of"
+        else:
+            continue
+        raise UserError(f"teacher.weights={weights}: not a SAM {kind} checkpoint, it {problem} '{name}'")

@@ -1,0 +1,144 @@
+"""TinyViT students with SAM's interface: timm's trunk at stride 16 and MobileSAM's neck.
+
+Shapes: B batch, S image side, C embedding channels.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+from safetensors.torch import load_file
+from timm.layers.norm import LayerNorm2d
+from torch import Tensor, nn
+
+from fmdistill.backbones.mobilesam_names import timm_names
+from fmdistill.registry import UserError, suggest
+
+
+class TinyViTSAM(nn.Module):
+    """MobileSAM's image encoder (Zhang et al. 2023, arXiv:2306.14289) at any width, on timm's TinyViT.
+
+    `last_stride` is the stride of the last stage's downsampling: 1 keeps the grid at S/16, timm's own 2 gives S/32.
+    `trunk` overrides settings of timm's TinyVit, such as `embed_dims`.
+    """
+
+    def __init__(
+        self,
+        variant: str = "tiny_vit_5m_224",
+        image_size: int = 1024,
+        out_channels: int = 256,
+        last_stride: int = 1,
+        **trunk: Any,
+    ):
+        super().__init__()
+        self.variant, self.image_size, self.out_channels = variant, image_size, out_channels
+        self.trunk: Any = timm.create_model(variant, num_classes=0, global_pool="", drop_path_rate=0.0, **trunk)
+        self.trunk.head = nn.Identity()  # unused parameters would stop distributed training
+        self.trunk.stages[3].downsample.conv2.conv.stride = (last_stride, last_stride)
+        self.neck = nn.Sequential(
+            nn.Conv2d(self.trunk.num_features, out_channels, 1, bias=False),
+            LayerNorm2d(out_channels, eps=1e-6),
+            nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False),
+            LayerNorm2d(out_channels, eps=1e-6),
+        )
+        self.register_load_state_dict_post_hook(_forget_cached_biases)
+
+    def forward(self, image_B3SS: Tensor) -> dict[str, Tensor]:
+        """Return {"embedding": (B, C, S/16, S/16)} of normalised float images (B, 3, S, S)."""
+        return {"embedding": self.neck(self.trunk.forward_features(image_B3SS))}
+
+
+def _forget_cached_biases(student: nn.Module, _keys: object) -> None:
+    student.train(student.training)  # timm's attention keeps its biases in eval mode and drops them here
+
+
+def tinyvit_sam(size: Literal["5m", "11m", "21m"] = "5m", pretrained: str = "none") -> TinyViTSAM:
+    """Return the full-size student: 1024 px, 256 channels on a 64x64 grid.
+
+    `pretrained` is "none", a timm tag such as "dist_in22k_ft_in1k" (downloaded once by timm), or the path of a
+    .safetensors, .pth or .pt state: timm's trunk, Microsoft's TinyViT, a MobileSAM checkpoint or a student of ours.
+    """
+    student = TinyViTSAM(f"tiny_vit_{size}_224")
+    load_pretrained(student, pretrained)
+    return student
+
+
+def tinyvit_sam_mini(pretrained: str = "none") -> TinyViTSAM:
+    """Return the quarter-scale student: 256 px, 64 channels on a 16x16 grid; `pretrained` is "none" or a path."""
+    student = TinyViTSAM(
+        image_size=256,
+        out_channels=64,
+        embed_dims=(16, 32, 80, 96),  # narrow early stages: they hold few weights and most of the time on a CPU
+        depths=(1, 1, 4, 2),
+        num_heads=(1, 1, 2, 2),
+        mbconv_expand_ratio=2.0,
+        window_sizes=(8, 8, 16, 8),  # divide the 32x32 and 16x16 grids, so no window is padding
+    )
+    load_pretrained(student, pretrained)
+    return student
+
+
+def load_pretrained(student: TinyViTSAM, pretrained: str) -> None:
+    """Fill the trunk of `student`, and its neck where the source has one, from a timm tag or a file."""
+    if pretrained == "none":
+        return
+    is_path = Path(pretrained).suffix in (".safetensors", ".pth", ".pt") or "/" in pretrained
+    state = _read(Path(pretrained)) if is_path else _download(student.variant, pretrained)
+    _load(student, _student_names(state), pretrained)
+
+
+def _download(variant: str, tag: str) -> dict[str, Tensor]:
+    known = [name.partition(".")[2] for name in timm.list_pretrained(f"{variant}.*")]
+    if tag not in known:
+        raise UserError(
+            f"student.pretrained={tag}: neither a file (.safetensors, .pth, .pt) nor a timm tag of {variant}."
+            f"{suggest(tag, ['none', *known])}"
+        )
+    try:
+        return timm.create_model(f"{variant}.{tag}", pretrained=True, num_classes=0, global_pool="").state_dict()
+    except Exception as error:  # the hub's client raises classes of whichever transport it was built on
+        raise UserError(
+            f"student.pretrained={tag}: timm could not download {variant}.{tag} ({type(error).__name__}); "
+            f"without network give the path of its model.safetensors, or `none`"
+        ) from error
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise UserError(f"student.pretrained={path}: no such file; give a timm tag, a state dict or `none`")
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except Exception as error:  # each format raises its own classes; weights_only refuses anything that executes
+        raise UserError(
+            f"student.pretrained={path}: not a plain state dict ({type(error).__name__}); save tensors alone"
+        ) from error
+    state = state.get("model", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise UserError(f"student.pretrained={path}: holds no mapping of names to tensors")
+    return state
+
+
+def _student_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    prefix = "image_encoder."
+    if any(name.startswith(prefix) for name in state):
+        state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    if any(name.startswith("layers.") for name in state):
+        state = timm_names(state)
+    own = ("trunk.", "neck.")
+    state = {name if name.startswith(own) else f"trunk.{name}": value for name, value in state.items()}
+    return {name: value for name, value in state.items() if not name.startswith("trunk.head.")}
+
+
+def _load(student: TinyViTSAM, state: dict[str, Tensor], source: str) -> None:
+    wanted = student.state_dict()
+    if not any(name.startswith("neck.") for name in state):
+        wanted = {name: value for name, value in wanted.items() if name.startswith("trunk.")}
+    wrong = [name for name in wanted.keys() & state.keys() if wanted[name].shape != state[name].shape]
+    odd = sorted([*(wanted.keys() ^ state.keys()), *wrong])
+    if odd:
+        raise UserError(
+            f"student.pretrained={source}: does not fit {student.variant} at {student.image_size} px, "
+            f"{len(odd)} names or shapes differ, first {odd[0]}; use a state of the same size"
+        )
+    student.load_state_dict(state, strict=False)

@@ -1,0 +1,152 @@
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from nondegenerate import randomize, tiny_sam
+from PIL import Image
+from segment_anything.utils.transforms import ResizeLongestSide
+
+from fmdistill.backbones import sam as sams
+from fmdistill.backbones.sam import SamPreprocess, build_sam
+from fmdistill.registry import UserError
+
+SIZES = [(64, 64), (40, 60), (60, 40), (37, 91), (101, 33), (200, 133), (1, 64), (63, 1000), (7, 5)]
+
+
+def picture(height, width, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+@pytest.mark.parametrize("side", [64, 97])
+def test_resize_equals_segment_anything_bit_for_bit(height, width, side):
+    image = picture(height, width)
+    pixels, (h, w) = SamPreprocess(side, 16).prepare(image)
+    expected = torch.from_numpy(ResizeLongestSide(side).apply_image(np.asarray(image))).permute(2, 0, 1)
+    assert (h, w) == tuple(expected.shape[1:])
+    assert pixels.dtype == torch.uint8 and pixels.shape == (3, side, side)
+    assert torch.equal(pixels[:, :h, :w], expected)
+    assert pixels[:, h:].sum() == 0 and pixels[:, :, w:].sum() == 0
+
+
+def test_normalize_equals_sam_preprocess_bit_for_bit():
+    sam, preprocess = tiny_sam(), SamPreprocess(64, 16)
+    prepared = [preprocess.prepare(picture(*size, seed=i)) for i, size in enumerate([(40, 60), (60, 40), (37, 91)])]
+    ours = preprocess.normalize(torch.stack([p for p, _ in prepared]), torch.tensor([s for _, s in prepared]))
+    for one, (pixels, (h, w)) in zip(ours, prepared, strict=True):
+        assert torch.equal(one, sam.preprocess(pixels[:, :h, :w]))
+        assert (one[:, h:] == 0).all() and (one[:, :, w:] == 0).all()
+    assert ours.dtype == torch.float32
+
+
+def test_a_side_never_vanishes():
+    assert SamPreprocess(64, 16).resized(3000, 1) == (64, 1)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (33, 64), (32, 64), (64, 1), (64, 49), (1, 64)])
+def test_a_token_is_valid_if_it_holds_any_real_pixel(size):
+    real = torch.zeros(64, 64)
+    real[: size[0], : size[1]] = 1
+    expected = torch.nn.functional.max_pool2d(real[None], 16)[0] > 0
+    assert torch.equal(SamPreprocess(64, 16).valid(torch.tensor([size]))[0], expected)
+
+
+def test_preprocessing_survives_json_and_refuses_another():
+    preprocess = SamPreprocess(256, 16)
+    assert SamPreprocess.from_json(preprocess.to_json()) == preprocess
+    with pytest.raises(UserError, match="preprocessing"):
+        SamPreprocess.from_json({**preprocess.to_json(), "resize": "squash"})
+
+
+@pytest.fixture
+def tiny_registry(monkeypatch):
+    monkeypatch.setattr(sams, "sam_model_registry", {kind: lambda: tiny_sam(seed=1) for kind in sams.OFFICIAL})
+
+
+def test_a_checkpoint_loads_every_tensor(tmp_path, tiny_registry):
+    stored = tiny_sam(seed=2)
+    torch.save(stored.state_dict(), tmp_path / "mine.pth")
+    loaded = build_sam("vit_b", tmp_path / "mine.pth")
+    assert not loaded.training
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, stored.state_dict()[name]), name
+
+
+def message(*arguments):
+    with pytest.raises(UserError) as caught:
+        build_sam(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("weights", [None, "none", "absent.pth"])
+def test_missing_weights_say_where_meta_publishes_them(weights):
+    text = message("vit_h", weights)
+    assert "https://dl.fbaipublicfiles.com/segment_anything/sam_vit_h_4b8939.pth" in text
+    assert "teacher.weights=PATH" in text
+
+
+def test_unknown_kind():
+    assert "Did you mean 'vit_b'" in message("vitb", "x.pth")
+
+
+def test_an_official_name_with_other_bytes_is_refused(tmp_path):
+    path = tmp_path / "sam_vit_b_01ec64.pth"
+    torch.save({"a": torch.zeros(1)}, path)
+    text = message("vit_b", path)
+    assert "sha256" in text and "ec2df6273261" in text and str(path) in text
+
+
+class Bomb:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("through_torch", [True, False])
+def test_a_pickle_bomb_does_not_go_off(tmp_path, through_torch):
+    target, path = tmp_path / "exploded", tmp_path / "bomb.pth"
+    bomb = {"weight": Bomb(str(target))}
+    torch.save(bomb, path) if through_torch else path.write_bytes(pickle.dumps(bomb))
+    assert "not a readable checkpoint" in message("vit_b", path)
+    assert not target.exists()
+    torch.load(path, weights_only=False) if through_torch else pickle.loads(path.read_bytes())
+    assert target.exists(), "the bomb must be live, else this test shows nothing"
+
+
+def test_truncated_foreign_and_empty_files(tmp_path, tiny_registry):
+    whole = tmp_path / "whole.pth"
+    torch.save(tiny_sam().state_dict(), whole)
+    cut = tmp_path / "cut.pth"
+    cut.write_bytes(whole.read_bytes()[:-500])
+    assert "cut.pth" in message("vit_b", cut)
+    (tmp_path / "text.pth").write_text("404 Not Found")
+    assert "text.pth" in message("vit_b", tmp_path / "text.pth")
+    (tmp_path / "empty.pth").write_bytes(b"")
+    assert "empty.pth" in message("vit_b", tmp_path / "empty.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    assert "no state dict" in message("vit_b", tmp_path / "list.pth")
+
+
+def test_another_network_is_named(tmp_path, tiny_registry):
+    path = tmp_path / "w.pth"
+    torch.save({"image_encoder.pos_embed": torch.zeros(1, 1, 1, 1024)}, path)
+    assert "teacher.name=sam_vit_l" in message("vit_b", path)
+    state = tiny_sam().state_dict()
+    torch.save({k: v for k, v in state.items() if k != "mask_decoder.iou_token.weight"}, path)
+    assert "lacks 'mask_decoder.iou_token.weight'" in message("vit_b", path)
+    torch.save({**state, "extra": torch.zeros(1)}, path)
+    assert "unknown 'extra'" in message("vit_b", path)
+    torch.save({**state, "mask_decoder.iou_token.weight": torch.zeros(1, 7)}, path)
+    assert "another shape of 'mask_decoder.iou_token.weight'" in message("vit_b", path)
+
+
+def test_randomize_leaves_nothing_degenerate():
+    for name, tensor in randomize(tiny_sam()).state_dict().items():
+        assert (tensor != 0).all() and (tensor.numel() == 1 or tensor.std() > 0), name
