@@ -1,0 +1,146 @@
+"""The cache stage: images -> teacher -> shards. `run` does only what is missing."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fmdistill import recipe as recipes
+from fmdistill.backbones.promptable import PromptHead
+from fmdistill.cache import manifest, teacher
+from fmdistill.cache.codec import CODECS, EXACT, by_split
+from fmdistill.cache.reader import Cache
+from fmdistill.cache.teacher_pass import Pass, ours_first, processes
+from fmdistill.cache.verify import holds_head, verify_files, verify_values
+from fmdistill.cache.writer import read_finished
+from fmdistill.files import sweep
+from fmdistill.images import Images, Shard
+from fmdistill.images import build as build_images
+from fmdistill.logs import log, progress
+from fmdistill.recipe import Recipe
+from fmdistill.registry import UserError
+
+__all__ = ["Cache", "open_cache", "run", "verify"]
+
+
+def open_cache(recipe: Recipe) -> Cache:
+    """Return the recipe's cache, finished, for reading."""
+    settings = _settings(recipe)
+    return Cache(settings.root, build_images(recipe.images))
+
+
+def run(recipe: Recipe) -> dict[str, Any]:
+    """Cache the teacher's outputs for every image of the recipe that has none yet; return the manifest."""
+    settings = _settings(recipe)
+    root = Path(settings.root)
+    images = build_images(recipe.images)
+    shards = images.shards()  # first, so that missing images are noticed before a teacher is loaded
+    if found := _complete_without_teacher(recipe, images, shards):
+        log.info("%s: all %d shards are cached already; the teacher's file is gone, and not needed", root, len(shards))
+        return found
+    model = teacher.build(recipe.teacher or {})
+    found = manifest.claim(root, identity(recipe, images, model))
+    sweep(root)
+    if not holds_head(root, head := model.head()):
+        head.save(root)
+    recipes.save(recipe, root)
+    missing = _missing(root, ours_first(shards, *processes()), found)
+    if not missing:
+        log.info("%s: all %d shards are cached already", root, len(shards))
+        return found
+    expected = estimate(images, missing)
+    _check_space(root, model, settings.codec, expected)
+    token, codecs = manifest.identity_hash(found), by_split(found["codec"])
+    work = Pass(model, images, root, token, codecs, settings.max_failed, sum(expected.values()))
+    with progress(total=work.expected, description=f"caching {found['teacher']['name']}", unit="image") as bar:
+        work.run(missing, bar)
+    log.info("%s: %d images cached, %d skipped", root, work.seen - work.failed, work.failed)
+    return found
+
+
+def verify(recipe: Recipe, samples: int = 64) -> dict[str, float]:
+    """Check every checksum, then recompute a sample; return the errors. UserError at the first damage."""
+    cache = open_cache(recipe)
+    shards = verify_files(cache)
+    model = teacher.build(recipe.teacher or {})
+    manifest.claim(cache.root, identity(recipe, cache.images, model))
+    if not holds_head(cache.root, model.head()):
+        raise UserError(
+            f"{cache.root}: head.json and head.safetensors are missing, damaged or not the teacher's; "
+            f"`fmdistill cache RECIPE` writes them anew"
+        )
+    return {"shards": shards, **verify_values(cache, model, samples)}
+
+
+def identity(recipe: Recipe, images: Images, model: teacher.Teacher) -> dict[str, Any]:
+    """Return what the cache's values depend on, and nothing else: no path, clock or host."""
+    return {
+        "family": model.family,
+        "teacher": model.fingerprint(),
+        "outputs": {name: list(shape) for name, shape in model.outputs.items()},
+        **_chosen(recipe, images),
+    }
+
+
+def estimate(images: Images, shards: list[Shard]) -> dict[str, int]:
+    """Return the images to come by split; shards beyond the first of a split are taken to be as large as it."""
+    expected: dict[str, int] = {}
+    for split in {s.split for s in shards}:
+        ours = [s for s in shards if s.split == split]
+        first = images.source.count(ours[0].name)
+        expected[split] = sum(first if s.take is None else s.take for s in ours)
+    return expected
+
+
+def _settings(recipe: Recipe) -> recipes.Cache:
+    if recipe.cache is None or recipe.teacher is None:
+        raise UserError("this recipe caches nothing: it has no `teacher` and `cache`")
+    return recipe.cache
+
+
+def _chosen(recipe: Recipe, images: Images) -> dict[str, Any]:
+    """Return the part of the identity that needs no teacher."""
+    codecs = {"train": _settings(recipe).codec, "validation": EXACT}
+    return {"codec": codecs, "images": images.source.identity()}
+
+
+def _missing(root: Path, shards: Sequence[Shard], found: Mapping[str, Any]) -> list[Shard]:
+    token, codecs = manifest.identity_hash(found), by_split(found["codec"])
+    return [shard for shard in shards if not read_finished(root, shard, token, codecs[shard.split])]
+
+
+def _complete_without_teacher(recipe: Recipe, images: Images, shards: list[Shard]) -> dict[str, Any] | None:
+    """Return the manifest where the teacher's file is gone and nothing is left for it to do."""
+    settings, root = recipe.teacher or {}, Path(_settings(recipe).root)
+    weights = settings.get("weights")
+    official = settings["name"] in teacher.TEACHERS  # of another teacher it is not known that `weights` is a file
+    if not official or not isinstance(weights, str) or weights in ("", "none", "packaged") or Path(weights).exists():
+        return None
+    if not (root / manifest.NAME).exists():
+        return None
+    found = manifest.read(root)
+    asked = {"name": settings["name"]}
+    if settings.get("dtype", "auto") != "auto":
+        asked["dtype"] = settings["dtype"]
+    manifest.claim(root, {**found, "teacher": {**found["teacher"], **asked}, **_chosen(recipe, images)})
+    try:
+        PromptHead.load(root)
+    except UserError:
+        return None
+    return None if _missing(root, shards, found) else found
+
+
+def _check_space(root: Path, model: teacher.Teacher, codec: str, expected: dict[str, int]) -> None:
+    need = sum(
+        count * CODECS[EXACT if split == "validation" else codec].size(shape)
+        for split, count in expected.items()
+        for shape in model.outputs.values()
+    )
+    free = shutil.disk_usage(root).free
+    images = sum(expected.values())
+    log.info("%s: about %d images to cache, %.2f GB; %.1f GB free", root, images, need / 1e9, free / 1e9)
+    if need > free:
+        raise UserError(
+            f"{root}: needs {need / 1e9:.1f} GB but only {free / 1e9:.1f} GB are free; choose another "
+            f"cache.root=FOLDER, or fewer images with images.limit={max(1, int(images * free / need * 0.95))}"
+        )

@@ -1,0 +1,63 @@
+"""The manifest: what a cache is, written once and first; another identity in the same folder is refused."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from fmdistill.files import write_first
+from fmdistill.registry import UserError
+
+FORMAT = 1
+NAME = "manifest.json"
+
+
+def claim(root: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Create `root`/manifest.json with `identity`, or check that the one there is the same; return it."""
+    root.mkdir(parents=True, exist_ok=True)
+    wanted = json.loads(json.dumps({"format": FORMAT, **identity}))
+    if not (root / NAME).exists():
+        write_first(root / NAME, json.dumps(wanted, indent=1, sort_keys=True))
+    found = read(root)
+    differences = list(_differences(found, wanted))
+    if differences:
+        raise UserError(
+            f"{root}: this cache is another one: {'; '.join(differences[:4])}. "
+            f"Choose another cache.root=FOLDER, or delete this one"
+        )
+    return found
+
+
+def read(root: Path) -> dict[str, Any]:
+    """Return the manifest of the cache at `root`."""
+    path = root / NAME
+    try:
+        manifest = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{root}: no cache here (no {NAME}); make it with `fmdistill cache RECIPE`") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not a manifest ({error}); delete the file to have it written anew") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise UserError(
+            f"{path}: format {manifest.get('format')!r} is not {FORMAT}; it needs another fmdistill version"
+        )
+    return manifest
+
+
+def identity_hash(manifest: Mapping[str, Any]) -> str:
+    """Return a short hash of the manifest, by which a sidecar names the cache that it belongs to."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _differences(found: Any, wanted: Any, where: str = "") -> Iterator[str]:
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        for key in sorted({*found, *wanted}):
+            yield from _differences(found.get(key), wanted.get(key), f"{where}.{key}" if where else key)
+    elif found != wanted:
+        yield f"{where} is {_short(found)} there and {_short(wanted)} here"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 70 else f"{text[:60]}..."

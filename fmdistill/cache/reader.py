@@ -1,0 +1,120 @@
+"""Read a cache: shards opened by their sidecars, members by offset, each checked at its first read in a process."""
+
+import os
+import zlib
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fmdistill.backbones.promptable import PromptHead
+from fmdistill.backbones.sam import PREPROCESSING, SamPreprocess
+from fmdistill.cache import manifest
+from fmdistill.cache.codec import CODECS, by_split
+from fmdistill.cache.writer import read_finished
+from fmdistill.images import Images, Shard
+from fmdistill.registry import UserError
+
+OPEN = 64  # tars that a process holds open; a system may allow it only a thousand files
+
+
+class _Descriptor:
+    """An open file, closed with its last use. Forked processes may share it: `pread` moves no position."""
+
+    def __init__(self, path: Path) -> None:
+        self.number = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        os.close(self.number)
+
+
+@lru_cache(maxsize=OPEN)
+def _opened(path: Path, owner: object) -> _Descriptor:
+    return _Descriptor(path)
+
+
+class ShardReader:
+    """One finished shard: keys and sizes from the sidecar, outputs from the tar."""
+
+    def __init__(self, root: Path, shard: Shard, sidecar: dict[str, Any], group: str) -> None:
+        self.name, self.path, self.group = shard.name, root / f"{shard.name}.tar", group
+        self.samples = [s for s in sidecar["samples"] if shard.take is None or s["index"] < shard.take]
+        self.codec = next(codec for codec in CODECS.values() if codec.dtype == sidecar["codec"])
+        self._owner = object()  # not the path: a shard that is written anew is another file
+        self._checked: set[int] = set()
+
+    @property
+    def keys(self) -> list[str]:
+        """The samples' keys, in order."""
+        return [sample["key"] for sample in self.samples]
+
+    def read(self, index: int) -> dict[str, np.ndarray]:
+        """Return one sample's outputs, {"embedding": float32 (C, g, g)}."""
+        file = _opened(self.path, self._owner)
+        sample = self.samples[index]
+        outputs = {}
+        for name, member in sample["outputs"].items():
+            data = os.pread(file.number, member["size"], member["offset"])
+            if index not in self._checked and (len(data) != member["size"] or zlib.crc32(data) != member["crc32"]):
+                raise UserError(
+                    f"{self.path}: the {name} of '{sample['key']}' is damaged (checksum); "
+                    f"delete this file and run `fmdistill cache` again"
+                )
+            outputs[name] = self.codec.decode(data)
+        self._checked.add(index)
+        return outputs
+
+
+class Cache:
+    """A finished cache, opened for the images that a recipe plans."""
+
+    def __init__(self, root: str | Path, images: Images) -> None:
+        self.root, self.images = Path(root), images
+        self.manifest = manifest.read(self.root)
+
+    @cached_property
+    def identity(self) -> str:
+        """Hash of the manifest; every sidecar repeats it."""
+        return manifest.identity_hash(self.manifest)
+
+    @property
+    def family(self) -> str:
+        """The teacher's family, the prefix of its outputs."""
+        return self.manifest["family"]
+
+    @cached_property
+    def preprocess(self) -> SamPreprocess:
+        """The teacher's preprocessing, which the student shares."""
+        settings = dict(self.manifest["teacher"]["preprocess"])
+        return PREPROCESSING[settings["name"]].from_json(settings)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each output of one image."""
+        return {name: tuple(shape) for name, shape in self.manifest["outputs"].items()}
+
+    @cached_property
+    def shards(self) -> dict[str, list[ShardReader]]:
+        """The planned shards by split, in the order of their names. UserError where one is missing."""
+        found: dict[str, list[ShardReader]] = {"train": [], "validation": []}
+        missing, codecs = [], by_split(self.manifest["codec"])
+        for shard in sorted(self.images.shards(), key=lambda s: s.name):
+            sidecar = read_finished(self.root, shard, self.identity, codecs[shard.split])
+            if sidecar is None:
+                missing.append(shard.name)
+            else:
+                found[shard.split].append(ShardReader(self.root, shard, sidecar, self.images.group(shard.name)))
+        if missing:
+            raise UserError(
+                f"{self.root}: {len(missing)} shards are not cached yet, '{missing[0]}' first; "
+                f"run `fmdistill cache RECIPE`"
+            )
+        return found
+
+    def head(self) -> PromptHead:
+        """Return the teacher's prompt encoder and mask decoder, kept beside the shards."""
+        try:
+            return PromptHead.load(self.root)
+        except UserError as error:
+            raise UserError(f"{error}; `fmdistill cache RECIPE` writes it anew") from None

@@ -1,0 +1,189 @@
+"""Run the teacher over shards in this process: decode ahead in threads, batches that never cross shards.
+
+Any number of processes may do so in one folder; those that torchrun or `accelerate launch` start share the work.
+"""
+
+import math
+import os
+import random
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fmdistill.cache.codec import Codec
+from fmdistill.cache.teacher import Teacher
+from fmdistill.cache.writer import Prepared, ShardWriter, image_hash, read_finished
+from fmdistill.images import DecodeError, Encoded, Images, Shard, decode
+from fmdistill.logs import log
+from fmdistill.registry import UserError
+
+AHEAD = 2  # batches decoded while the teacher works on one
+BEHIND = 2  # batches of outputs that wait to be encoded and written
+TIMED = 3  # batches by which the time left is told; the one before them, which warms up, is not counted
+
+
+@dataclass
+class Pass:
+    """One teacher pass over the missing shards: what it needs, and what it has seen so far."""
+
+    teacher: Teacher
+    images: Images
+    root: Path
+    identity: str
+    codecs: Mapping[str, Codec]  # by split
+    max_failed: float
+    expected: int  # images of all processes, for the time left
+    seen: int = 0
+    failed: int = 0
+    marks: list[tuple[float, int]] = field(default_factory=list)  # seconds and images seen after the first batches
+
+    def run(self, shards: list[Shard], bar: tqdm) -> None:
+        """Write every shard of the list that no other process has finished meanwhile, one after the other."""
+        for shard in shards:
+            finished = read_finished(self.root, shard, self.identity, self.codecs[shard.split])
+            if finished is None:
+                self.write(shard, bar)
+            else:
+                bar.update(len(finished["samples"]) + len(finished["failed"]))
+
+    def write(self, shard: Shard, bar: tqdm) -> None:
+        """Write one shard; nothing is visible unless it is whole."""
+        writer = ShardWriter(self.root, shard, self.identity, self.codecs[shard.split])
+        try:
+            self._teach(writer, bar)
+            if not writer.samples:
+                raise UserError(
+                    f"{shard.name}: none of its {len(writer.failed)} images gave an output; the first: "
+                    f"{writer.failed[0]['key'] if writer.failed else 'no image'}"
+                    f" ({writer.failed[0]['problem'] if writer.failed else 'the shard is empty'})"
+                )
+            writer.publish()
+        except BaseException:
+            writer.abandon()
+            raise
+
+    def _batches(self, shard: Shard) -> Iterator[list[Prepared]]:
+        encoded = enumerate(self.images.read(shard))
+        waiting: deque[list[Any]] = deque()
+        with ThreadPoolExecutor(max(1, self.teacher.workers)) as pool:
+            while True:
+                while len(waiting) <= AHEAD and (chunk := list(islice(encoded, self.teacher.batch))):
+                    waiting.append([pool.submit(self._prepare, index, image) for index, image in chunk])
+                if not waiting:
+                    return
+                yield [future.result() for future in waiting.popleft()]
+
+    def _prepare(self, index: int, image: Encoded) -> Prepared:
+        item = Prepared(index, image.key, image_hash(image.data))
+        try:
+            picture = decode(image.data)
+        except DecodeError as error:
+            item.problem = f"cannot be decoded: {error}"
+            return item
+        item.original = (picture.height, picture.width)
+        item.pixels, item.resized = self.teacher.preprocess.prepare(picture)
+        return item
+
+    def _teach(self, writer: ShardWriter, bar: tqdm) -> None:
+        """Give the teacher batch after batch; one thread writes what it said, in order, while it works on the next."""
+        waiting: deque[Future[None]] = deque()
+        with ThreadPoolExecutor(1) as thread:
+            try:
+                for batch in self._batches(writer.shard):
+                    good = [item for item in batch if item.pixels is not None]
+                    sizes_B2 = torch.tensor([item.resized for item in good])
+                    pixels = [item.pixels for item in good if item.pixels is not None]
+                    outputs = self.teacher(torch.stack(pixels), sizes_B2) if good else {}
+                    waiting.append(thread.submit(self._keep, writer, batch, good, sizes_B2, outputs, bar))
+                    if len(waiting) > BEHIND:
+                        waiting.popleft().result()
+                while waiting:
+                    waiting.popleft().result()
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+    def _keep(
+        self,
+        writer: ShardWriter,
+        batch: list[Prepared],
+        good: list[Prepared],
+        sizes_B2: Tensor,
+        outputs: dict[str, Tensor],
+        bar: tqdm,
+    ) -> None:
+        for item in batch:
+            if item.pixels is None:
+                self._fail(writer, item, item.problem)
+        if good:
+            finite_B = _finite(outputs)
+            if self.seen == 0 and not finite_B.any():
+                raise UserError(
+                    f"{writer.shard.name}: every output of the first batch is non-finite; "
+                    f"check teacher.weights, or try teacher.dtype=fp32"
+                )
+            valid_BHW = self.teacher.preprocess.valid(sizes_B2).numpy()
+            for i, item in enumerate(good):
+                if finite_B[i]:
+                    before = len(writer.failed)
+                    writer.add(item, {name: x[i].numpy() for name, x in outputs.items()}, valid_BHW[i])
+                    self.failed += len(writer.failed) - before
+                else:
+                    self._fail(writer, item, "non-finite output, set aside")
+        self.seen += len(batch)
+        self._check_failures(writer)
+        bar.update(len(batch))
+        self._tell()
+
+    def _tell(self) -> None:
+        if len(self.marks) > TIMED:
+            return
+        self.marks.append((time.monotonic(), self.seen))
+        left = self.expected - self.seen
+        if len(self.marks) > TIMED and left > 0:
+            (start, before), (now, after) = self.marks[0], self.marks[-1]
+            rate = processes()[1] * (after - before) / max(now - start, 1e-9)  # the others taken to be as fast
+            hours, minutes = divmod(math.ceil(left / rate / 60), 60)
+            log.info("%.3g images/s; about %d:%02d hours for the %d images left", rate, hours, minutes, left)
+
+    def _fail(self, writer: ShardWriter, item: Prepared, problem: str) -> None:
+        writer.fail(item, problem)
+        self.failed += 1
+        log.warning("%s: image '%s' skipped: %s", writer.shard.name, item.key, problem)
+
+    def _check_failures(self, writer: ShardWriter) -> None:
+        # Early on a single bad image is a large share, so the share is taken of at least a hundred images.
+        if self.failed > self.max_failed * max(self.seen, min(self.expected, 100)):
+            raise UserError(
+                f"{writer.shard.name}: {self.failed} of {self.seen} images gave no output, more than "
+                f"cache.max_failed={self.max_failed:g}; the last: '{writer.failed[-1]['key']}' "
+                f"({writer.failed[-1]['problem']}). Repair or remove them, or allow more of them"
+            )
+
+
+def _finite(outputs: dict[str, Tensor]) -> Tensor:
+    return torch.stack([x.isfinite().flatten(1).all(1) for x in outputs.values()]).all(0)
+
+
+def processes() -> tuple[int, int]:
+    """Return this process's rank and how many torchrun or `accelerate launch` started; (0, 1) where neither did."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def ours_first(shards: Sequence[Shard], rank: int, world: int) -> list[Shard]:
+    """Return all shards, first this process's share, then the others' in an order of its own.
+
+    So the slow and the dead are helped, and two processes that help seldom take the same shard.
+    """
+    rest = [shard for place, shard in enumerate(shards) if place % world != rank]
+    random.Random(rank).shuffle(rest)
+    return [*shards[rank::world], *rest]

@@ -1,0 +1,92 @@
+"""Check a finished cache: every checksum of every file, then a sample of its values against the teacher."""
+
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fmdistill.backbones.promptable import PromptHead
+from fmdistill.cache.codec import CODECS
+from fmdistill.cache.dataset import CachedImages
+from fmdistill.cache.reader import Cache
+from fmdistill.cache.teacher import Teacher, state_hash
+from fmdistill.cache.writer import read_sidecar
+from fmdistill.files import file_hash
+from fmdistill.logs import progress
+from fmdistill.registry import UserError
+
+# Largest difference that arithmetic explains, relative to the largest value: another batch size or device.
+ARITHMETIC = {"fp32": 1e-4, "bf16": 4e-2}
+
+
+def verify_files(cache: Cache) -> int:
+    """Return how many shards were read whole. UserError naming the first whose bytes differ from its sidecar."""
+    readers = [reader for split in cache.shards.values() for reader in split]
+    for reader in progress(readers, "verifying", unit="shard"):
+        sidecar = read_sidecar(reader.path.with_suffix(".json"), cache.identity)
+        if sidecar is None or file_hash(reader.path) != sidecar["sha256"]:
+            raise UserError(
+                f"{reader.path}: {_damage(reader.path, sidecar)}; delete it and run `fmdistill cache` again"
+            )
+    return len(readers)
+
+
+def holds_head(root: Path, head: PromptHead) -> bool:
+    """Return whether `root` keeps this very head, readable."""
+    try:
+        kept = PromptHead.load(root)
+    except UserError:
+        return False
+    return kept.config == head.config and state_hash(kept.state_dict()) == state_hash(head.state_dict())
+
+
+def verify_values(cache: Cache, teacher: Teacher, samples: int, seed: int = 0) -> dict[str, float]:
+    """Recompute `samples` images drawn by `seed`; return the largest and mean absolute error and the mean cosine.
+
+    UserError where an error is larger than the codec's step and the teacher's arithmetic explain.
+    """
+    errors, cosines, count = [], [], 0
+    for split in ("train", "validation"):
+        data = CachedImages(cache, split)
+        places = [(s, i) for s, shard in enumerate(data.shards) for i in range(len(shard.samples))]
+        chosen = np.random.default_rng(seed).permutation(len(places))[: -(-samples // 2)]
+        for number in progress(sorted(chosen), f"recomputing {split}", unit="image"):
+            shard, index = places[number]
+            item = data.item(0, shard, index)
+            fresh = teacher(item["pixels"][None], item["sizes"][None])
+            for name, value in fresh.items():
+                kept, new = item["outputs"][f"{cache.family}.{name}"], value[0]
+                error = (kept - new).abs()
+                codec = CODECS[cache.manifest["codec"][split]]
+                allowed = float(new.abs().max()) * (codec.step + ARITHMETIC[cache.manifest["teacher"]["dtype"]])
+                if float(error.max()) > allowed:
+                    raise UserError(
+                        f"{data.shards[shard].path}: {name} of '{item['keys']}' differs from the teacher's by "
+                        f"{float(error.max()):.3g}, more than {allowed:.3g}; is this the teacher of the manifest?"
+                    )
+                errors.append(error.flatten())
+                cosines.append(torch.nn.functional.cosine_similarity(kept.flatten(), new.flatten(), dim=0))
+            count += 1
+    if not errors:
+        raise UserError(f"{cache.root}: holds no sample to recompute")
+    every = torch.cat(errors)
+    largest, mean = float(every.max()), float(every.mean())
+    return {
+        "samples": count,
+        "largest_error": largest,
+        "mean_error": mean,
+        "mean_cosine": float(torch.stack(cosines).mean()),
+    }
+
+
+def _damage(path: Path, sidecar: dict | None) -> str:
+    if sidecar is None:
+        return "its sidecar is missing, damaged or disagrees with the tar's size"
+    with open(path, "rb") as file:
+        for sample in sidecar["samples"]:
+            for name, member in sample["outputs"].items():
+                file.seek(member["offset"])
+                if zlib.crc32(file.read(member["size"])) != member["crc32"]:
+                    return f"the {name} of '{sample['key']}' is damaged (checksum)"
+    return "bytes outside its members are damaged (checksum)"

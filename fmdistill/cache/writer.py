@@ -1,0 +1,183 @@
+"""Write one output shard: the unit of work, of failure and of scheduling. It appears whole or not at all.
+
+A shard is NAME.tar, webdataset-compatible with `mtime=0`, and its sidecar NAME.json, written last: keys, offsets,
+checksums, image hashes, sizes, and per-channel statistics. Neither holds a clock or a host. A member is named
+`escape(key)`.OUTPUT.npy; who reads the tar with webdataset gets the key back by `fmdistill.images.unescape(__key__)`.
+"""
+
+import hashlib
+import json
+import os
+import tarfile
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from fmdistill.cache.codec import Codec
+from fmdistill.files import publish, temporary_name, write_first, write_whole
+from fmdistill.images import Shard, escape
+
+BLOCK = tarfile.BLOCKSIZE
+
+
+@dataclass
+class Prepared:
+    """One image on its way to the teacher, or why it cannot go there."""
+
+    index: int
+    key: str
+    image_hash: str
+    original: tuple[int, int] = (0, 0)
+    resized: tuple[int, int] = (0, 0)
+    pixels: Tensor | None = None
+    problem: str = ""
+
+
+@dataclass
+class Statistics:
+    """Sums, sums of squares and largest magnitudes per channel, valid and padded tokens apart."""
+
+    sums: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def add(self, output: str, array: np.ndarray, valid: np.ndarray) -> None:
+        """Count one image's (C, g, g) map with its (g, g) validity."""
+        for kind, mask in (("valid", valid), ("padded", ~valid)):
+            tokens_CN = array[:, mask].astype(np.float64)
+            zero = np.zeros(array.shape[0])
+            old = self.sums.setdefault(output, {}).setdefault(
+                kind, {"count": 0, "sum": zero, "square": zero, "largest": zero}
+            )
+            if tokens_CN.shape[1]:
+                old["count"] += int(tokens_CN.shape[1])
+                old["sum"] = old["sum"] + tokens_CN.sum(1)
+                old["square"] = old["square"] + (tokens_CN**2).sum(1)
+                old["largest"] = np.maximum(old["largest"], np.abs(tokens_CN).max(1))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain lists, rounded to single precision."""
+        return {
+            output: {
+                kind: {k: v if k == "count" else [float(np.float32(x)) for x in v] for k, v in values.items()}
+                for kind, values in kinds.items()
+            }
+            for output, kinds in self.sums.items()
+        }
+
+
+class ShardWriter:
+    """Collects the outputs of one shard under a temporary name and publishes them together."""
+
+    def __init__(self, root: Path, shard: Shard, identity: str, codec: Codec) -> None:
+        self.path, self.shard, self.identity, self.codec = root / f"{shard.name}.tar", shard, identity, codec
+        self.temporary = temporary_name(self.path)
+        self.file = open(self.temporary, "xb")
+        self.digest = hashlib.sha256()
+        self.samples: list[dict[str, Any]] = []
+        self.failed: list[dict[str, Any]] = []
+        self.statistics = Statistics()
+
+    def fail(self, item: Prepared, problem: str) -> None:
+        """Record an image that has no output, and why."""
+        self.failed.append({"key": item.key, "index": item.index, "problem": problem})
+
+    def add(self, item: Prepared, outputs: dict[str, np.ndarray], valid: np.ndarray) -> None:
+        """Append one image's outputs; a value that the codec cannot hold is recorded as a failure."""
+        try:
+            members = {name: self.codec.encode(array) for name, array in outputs.items()}
+        except OverflowError as error:
+            return self.fail(item, f"non-finite output: {error}; cache.codec=fp32 holds it")
+        sample: dict[str, Any] = {
+            "key": item.key,
+            "index": item.index,
+            "image": item.image_hash,
+            "original": list(item.original),
+            "resized": list(item.resized),
+            "outputs": {},
+        }
+        for name, data in members.items():
+            offset = self._member(f"{escape(item.key)}.{name}.{self.codec.suffix}", data)
+            sample["outputs"][name] = {"offset": offset, "size": len(data), "crc32": zlib.crc32(data)}
+            self.statistics.add(name, outputs[name], valid)
+        self.samples.append(sample)
+
+    def _member(self, name: str, data: bytes) -> int:
+        info = tarfile.TarInfo(name)
+        info.size, info.mode, info.mtime = len(data), 0o644, 0
+        self._write(info.tobuf(tarfile.GNU_FORMAT))
+        offset = self.file.tell()
+        self._write(data)
+        self._write(b"\0" * (-len(data) % BLOCK))
+        return offset
+
+    def _write(self, data: bytes) -> None:
+        self.file.write(data)
+        self.digest.update(data)  # here, since reading a shard of gigabytes again would keep the teacher waiting
+
+    def publish(self) -> None:
+        """Finish the tar, publish it first-wins and its sidecar last."""
+        self._write(b"\0" * (2 * BLOCK))
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        sidecar = {
+            "identity": self.identity,
+            "take": self.shard.take,
+            "split": self.shard.split,
+            "codec": self.codec.dtype,
+            "bytes": self.temporary.stat().st_size,
+            "sha256": self.digest.hexdigest(),
+            "samples": self.samples,
+            "failed": self.failed,
+            "statistics": self.statistics.to_json(),
+        }
+        text = json.dumps(sidecar)
+        beside = self.path.with_suffix(".json")
+        if publish(self.temporary, self.path):
+            write_first(beside, text)
+        elif read_finished(self.path.parent, self.shard, self.identity, self.codec):
+            self.temporary.unlink()
+        else:
+            # The tar there is a dead writer's, a shorter cut, or another split's. Whoever replaces a tar replaces its
+            # sidecar too, so that two racing writers leave a pair that agrees.
+            os.replace(self.temporary, self.path)
+            write_whole(beside, text)
+
+    def abandon(self) -> None:
+        """Remove what was written; nothing of it was visible."""
+        try:
+            self.file.close()
+        except OSError:  # a full disk, again
+            pass
+        self.temporary.unlink(missing_ok=True)
+
+
+def read_sidecar(path: Path, identity: str) -> dict[str, Any] | None:
+    """Return a finished shard's sidecar; None where it is missing, broken, another's, or disagrees with its tar."""
+    try:
+        sidecar = json.loads(path.read_text())
+        size = path.with_suffix(".tar").stat().st_size
+    except (FileNotFoundError, ValueError):
+        return None
+    whole = isinstance(sidecar, dict) and sidecar.get("identity") == identity and sidecar.get("bytes") == size
+    return sidecar if whole else None
+
+
+def read_finished(root: Path, shard: Shard, identity: str, codec: Codec) -> dict[str, Any] | None:
+    """Return the sidecar of a finished shard that holds all that `shard` asks for as `codec` stores it; else None.
+
+    A shard that has changed its split is not finished: training's may be lossy, validation's is exact.
+    """
+    sidecar = read_sidecar(root / f"{shard.name}.json", identity)
+    if sidecar is None or sidecar["codec"] != codec.dtype:
+        return None
+    whole = sidecar["take"] is None or (shard.take is not None and sidecar["take"] >= shard.take)
+    return sidecar if whole else None
+
+
+def image_hash(data: bytes) -> str:
+    """Return the hash by which training knows that an image is still the one that the teacher saw."""
+    return hashlib.blake2b(data, digest_size=12).hexdigest()

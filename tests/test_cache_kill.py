@@ -1,0 +1,63 @@
+"""SIGKILL at any moment, two writers at once: the cache ends as if nothing had happened."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from fmdistill import cache
+
+TESTS = Path(__file__).parent
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name != "recipe.yaml"}
+
+
+def start(folder: Path, root: Path) -> subprocess.Popen:
+    code = "import sys; from fmdistill.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "cache", str(tiny.write(folder)), f"cache.root={root}", *SIZE]
+    env = {**os.environ, "PYTHONPATH": f"{TESTS}:{TESTS.parent}", "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+SIZE = ("images.train=480", "images.validation=160")
+
+
+@pytest.mark.slow
+def test_sigkill_at_twenty_moments_leaves_the_bytes_of_an_undisturbed_run(tmp_path):
+    (tmp_path / "whole").mkdir()
+    cache.run(tiny.load(tmp_path / "whole", f"cache.root={tmp_path}/whole/cache", *SIZE))
+    root, rng, kills = tmp_path / "killed", random.Random(0), 0
+    for _ in range(60):
+        process = start(tmp_path, root)
+        if kills < 20:
+            before = len(list(root.glob("*.json"))) if root.exists() else 0
+            # Kill it within a shard or two of its beginning, so that it takes twenty kills to get through.
+            while process.poll() is None and not (root.exists() and len(list(root.glob("*.json"))) > before):
+                time.sleep(0.002)
+            time.sleep(rng.uniform(0, 0.08))
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+        process.wait()
+        if process.returncode == 0:
+            break
+    assert kills == 20
+    assert contents(root) == contents(tmp_path / "whole/cache")
+
+
+@pytest.mark.slow
+def test_two_writers_racing_for_the_same_shards_leave_one_sound_cache(tmp_path):
+    (tmp_path / "whole").mkdir()
+    cache.run(tiny.load(tmp_path / "whole", f"cache.root={tmp_path}/whole/cache", *SIZE))
+    both = [start(tmp_path, tmp_path / "raced") for _ in range(2)]
+    assert [process.wait(120) for process in both] == [0, 0]
+    assert contents(tmp_path / "raced") == contents(tmp_path / "whole/cache")
