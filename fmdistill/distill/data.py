@@ -1,0 +1,97 @@
+"""Data: what a task trains on, item by item, and the loader that follows the order and nothing else."""
+
+import signal
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from fmdistill.registry import UserError
+
+Place = tuple[int, int, int]  # (epoch, shard, index)
+
+
+class Data(Protocol):
+    """Samples of one split, in shards of a fixed order."""
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Return the samples of each shard."""
+        ...
+
+    def item(self, epoch: int, shard: int, index: int) -> dict[str, Any]:
+        """Return one sample as tensors and texts; anything random draws from (seed, epoch, key)."""
+        ...
+
+
+class _Items(Dataset):
+    def __init__(self, data: Data) -> None:
+        self.data = data
+
+    def __getitem__(self, place: Place) -> dict[str, Any] | UserError:
+        try:
+            return self.data.item(*place)
+        except UserError as error:  # returned, since a worker would wrap it in a traceback
+            return error
+
+
+def batches(data: Data, places: Iterable[list[Place]], workers: int) -> Iterator[dict[str, Any]]:
+    """Yield one collated batch for each list of places, in their order, whatever the number of workers."""
+    sampler: Any = places
+    loader = DataLoader(
+        _Items(data),
+        batch_sampler=sampler,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        collate_fn=_collate,
+        worker_init_fn=_quiet,
+    )
+    # Ctrl-C is the training process's: a worker that is just starting would die of it, and its death be reported.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        loaded = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    for batch in loaded:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
+
+
+def every(data: Data, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[list[Place]]:
+    """Yield places such that all processes together see every sample exactly once, in order."""
+    places = [(0, shard, index) for shard, count in enumerate(data.counts) for index in range(count)]
+    ours = places[rank::world]
+    for start in range(0, len(ours), batch_size):
+        yield ours[start : start + batch_size]
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Return the batch with its tensors on `device`."""
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    return batch
+
+
+def _quiet(worker: int) -> None:
+    """Say nothing when the training process goes away in the middle of a batch."""
+    report = sys.excepthook
+    gone = (EOFError, ConnectionError)
+    sys.excepthook = lambda kind, error, trace: None if issubclass(kind, gone) else report(kind, error, trace)
+
+
+def _collate(items: list[Any]) -> Any:
+    for item in items:
+        if isinstance(item, UserError):
+            return item
+    return _stack(items)
+
+
+def _stack(values: list[Any]) -> Any:
+    if isinstance(values[0], dict):
+        return {key: _stack([value[key] for value in values]) for key in values[0]}
+    return torch.stack(values) if isinstance(values[0], torch.Tensor) else values

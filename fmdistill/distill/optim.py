@@ -1,0 +1,58 @@
+"""Optimizers and learning-rate schedules."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fmdistill.registry import UserError
+
+
+def adamw(
+    model: nn.Module, lr: float, weight_decay: float = 0.01, betas: tuple[float, float] = (0.9, 0.999)
+) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019); biases and norms, every parameter of one dimension, are not decayed."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas)
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """Linear warm-up over a share of the steps, then a cosine from one to `final`."""
+
+    warmup: float = 0.02
+    final: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.warmup < 1:
+            raise UserError(f"schedule.warmup={self.warmup}: expected a share of the steps, at least 0 and below 1")
+
+    def __call__(self, step: int, steps: int) -> float:
+        """Return the factor of the learning rate at `step` of `steps`, counted from zero."""
+        warm = math.ceil(self.warmup * steps)
+        if step < warm:
+            return (step + 1) / warm
+        done = (step - warm) / max(1, steps - warm)
+        return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The learning rate as given, after a linear warm-up over a share of the steps."""
+
+    warmup: float = 0.0
+
+    def __call__(self, step: int, steps: int) -> float:
+        """Return the factor of the learning rate at `step` of `steps`, counted from zero."""
+        warm = math.ceil(self.warmup * steps)
+        return min(1.0, (step + 1) / warm) if warm else 1.0
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": adamw}
+SCHEDULES: dict[str, Callable[..., Callable[[int, int], float]]] = {"cosine": Cosine, "constant": Constant}

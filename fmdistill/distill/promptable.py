@@ -1,0 +1,241 @@
+"""Task `promptable`: train a small SAM on images with known objects, by random prompts and a dense helper loss."""
+
+# Legend: B images, P prompts an image, N = B P, M masks, n low-resolution side, S image side, L drawn pixels.
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fmdistill.backbones.mini import MiniSam
+from fmdistill.backbones.promptable import PromptHead
+
+
+class Promptable(nn.Module):
+    """Focal and dice on the best of three masks and on the single mask, IoU head, same-object loss on the embedding.
+
+    The losses are those of SAM (Kirillov et al. 2023, appendix A) with a balanced focal loss at weight 1. A share
+    `refined` of the prompts is asked again, with a corrective point and the first answer as mask prompt. forward takes
+    pixels uint8 (B, 3, S, S), sizes (B, 2), labels (B, S, S) with -1 for padding, points (B, P, 2) xy,
+    target (B, P) object id, boxes (B, P, 4) xyxy, use_box bool (B, P).
+    """
+
+    def __init__(
+        self,
+        student: MiniSam,
+        focal: float = 1.0,
+        dice: float = 1.0,
+        iou: float = 1.0,
+        dense: float = 1.0,
+        spread: float = 0.05,
+        refined: float = 0.25,
+    ):
+        super().__init__()
+        self.student = student
+        self.focal, self.dice, self.iou, self.dense_weight = focal, dice, iou, dense
+        self.spread, self.refined = spread, refined
+        self.dense = SameObject(student.out_channels)
+
+    def forward(self, batch: dict) -> dict[str, Tensor]:
+        """Return "loss", its parts, and the errors 1 - IoU of the best of three and of the IoU head's pick."""
+        head, prompts = self.student.head, batch["target"].shape[1]
+        embedding_BCgg = self.student.embed(batch["pixels"], batch["sizes"])
+        side = embedding_BCgg.shape[-1] * 4
+        target_Nnn, valid_Nnn = coverage(batch["labels"], batch["target"], side)
+        boxed_N = batch["use_box"].flatten(0, 1)
+        point_N12 = batch["points"].flatten(0, 1)[:, None].float()
+        box_N4 = batch["boxes"].flatten(0, 1).float()
+        foreground_N1 = torch.ones_like(point_N12[..., 0])
+        first = mixed_prompts(head, point_N12, foreground_N1, box_N4, boxed_N)
+        logits_NMnn, score_NM = head.decode_batch(embedding_BCgg, *first)
+        losses, iou_NM = self._losses(logits_NMnn, score_NM, target_Nnn, valid_Nnn)
+        rows = torch.arange(len(iou_NM), device=iou_NM.device)
+        picked_N = iou_NM[rows, score_NM[:, 1:].argmax(1) + 1]
+        best_N = iou_NM[:, 1:].argmax(1) + 1
+
+        again = math.ceil(self.refined * prompts)
+        if again:
+            # The prompts are drawn at random, so each image's first ones are a random share.
+            keep = (rows % prompts) < again
+            mask_N1nn = logits_NMnn.detach()[rows, best_N][keep][:, None].float()
+            new_N12, label_N1 = correction(
+                mask_N1nn[:, 0], target_Nnn[keep], valid_Nnn[keep], batch["labels"].shape[-1]
+            )
+            second = mixed_prompts(
+                head, point_N12[keep], foreground_N1[keep], box_N4[keep], boxed_N[keep], (new_N12, label_N1), mask_N1nn
+            )
+            answer = head.decode_batch(embedding_BCgg, *second)
+            refined, _ = self._losses(*answer, target_Nnn[keep], valid_Nnn[keep])
+            losses["refined"] = torch.stack(list(refined.values())).sum() * self.refined
+        losses["dense"] = self.dense_weight * self.dense(embedding_BCgg, batch["labels"], _generator(batch))
+        total = torch.stack(list(losses.values())).sum()
+        errors = {"best_error": 1 - iou_NM[rows, best_N].mean(), "picked_error": 1 - picked_N.mean()}
+        return {"loss": total, **losses, **errors}
+
+    def _losses(
+        self, logits_NMnn: Tensor, score_NM: Tensor, target_Nnn: Tensor, valid_Nnn: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        focal_NM, dice_NM, iou_NM = mask_losses(logits_NMnn.float(), target_Nnn, valid_Nnn)
+        loss_NM = self.focal * focal_NM + self.dice * dice_NM
+        best = loss_NM[:, 1:].amin(1).mean()
+        # A mask that never wins never learns; a little of the mean keeps all three alive.
+        best = (1 - self.spread) * best + self.spread * loss_NM[:, 1:].mean()
+        iou = self.iou * F.mse_loss(score_NM.float(), iou_NM)
+        return {"best": best, "single": loss_NM[:, 0].mean(), "iou": iou}, iou_NM
+
+
+class SameObject(nn.Module):
+    """Same object or not, for random pairs of an image's pixels: logistic loss on the scaled cosine of embeddings.
+
+    The pixels' embeddings come from a pixel shuffle of the image embedding; the head is thrown away after training.
+    """
+
+    def __init__(self, channels: int, width: int = 16, upscale: int = 4, samples: int = 256):
+        super().__init__()
+        self.expand = nn.Conv2d(channels, width * upscale**2, 1)
+        self.upscale, self.samples = upscale, samples
+        self.log_scale = nn.Parameter(torch.tensor(5.0).log())
+        self.bias = nn.Parameter(torch.tensor(0.0))
+
+    def forward(self, embedding_BCgg: Tensor, labels_BSS: Tensor, generator: torch.Generator) -> Tensor:
+        """Return the loss, positives and negatives weighing the same; padding (label -1) takes no part."""
+        pixels_BDnn = F.pixel_shuffle(self.expand(embedding_BCgg), self.upscale).float()
+        step = labels_BSS.shape[-1] // pixels_BDnn.shape[-1]
+        label_Bn = labels_BSS[:, step // 2 :: step, step // 2 :: step].flatten(1).long()
+        picks_BL = torch.multinomial(_by_object(label_Bn), self.samples, replacement=True, generator=generator)
+        picked_BDL = pixels_BDnn.flatten(2).gather(2, picks_BL[:, None].expand(-1, pixels_BDnn.shape[1], -1))
+        # Fresh embeddings share one large direction; without its removal the loss stands still for hundreds of steps.
+        unit_BDL = F.normalize(picked_BDL - picked_BDL.mean(2, keepdim=True), dim=1)
+        logits_BLL = self.log_scale.exp() * unit_BDL.transpose(1, 2) @ unit_BDL + self.bias
+        label_BL = label_Bn.gather(1, picks_BL)
+        same_BLL = label_BL[:, :, None] == label_BL[:, None]
+        distinct_BLL = picks_BL[:, :, None] != picks_BL[:, None]
+        positive, negative = same_BLL & distinct_BLL, ~same_BLL
+        loss_BLL = F.softplus(torch.where(same_BLL, -logits_BLL, logits_BLL))
+        positive, negative = ((loss_BLL * part).sum() / part.sum().clamp(min=1) for part in (positive, negative))
+        return (positive + negative) / 2
+
+
+def mixed_prompts(
+    head: PromptHead,
+    points_NK2: Tensor,
+    labels_NK: Tensor,
+    box_N4: Tensor,
+    boxed_N: Tensor,
+    correction: tuple[Tensor, Tensor] | None = None,
+    masks_N1nn: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return sparse (N, T, C) and dense (N, C, g, g) embeddings: a box where `boxed_N`, else the point.
+
+    A point brings SAM's padding token and a box has two corners, so both make the same number of tokens and share one
+    decoder call, also with a corrective point (xy (N, 1, 2), label (N, 1)) added to either.
+    """
+    if correction:
+        points_NK2 = torch.cat([points_NK2, correction[0]], dim=1)
+        labels_NK = torch.cat([labels_NK, correction[1]], dim=1)
+    as_point, dense, _ = head.encode_prompts(points_NK2, labels_NK, masks=masks_N1nn)
+    as_box, _, _ = head.encode_prompts(*(correction or (None, None)), boxes=box_N4)
+    return torch.where(boxed_N[:, None, None], as_box, as_point), dense
+
+
+def coverage(labels_BSS: Tensor, target_BP: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """Return the share (N, n, n) of each cell's real pixels that the target covers, and whether it has any (bool)."""
+    step = labels_BSS.shape[-1] // side
+    real_B1nn = F.avg_pool2d((labels_BSS >= 0).float()[:, None], step)
+    hit_BPSS = labels_BSS[:, None] == target_BP[:, :, None, None]
+    hit_BPnn = F.avg_pool2d(hit_BPSS.float(), step) / real_B1nn.clamp(min=1e-6)
+    return hit_BPnn.flatten(0, 1), (real_B1nn > 0).expand_as(hit_BPnn).flatten(0, 1)
+
+
+def mask_losses(logits_NMnn: Tensor, target_Nnn: Tensor, valid_Nnn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return balanced focal (gamma 1) and dice losses and the IoU (no gradient), each (N, M), over the valid cells.
+
+    Targets are shares in [0, 1]: focal is Lin et al. 2017, Eq. 5, with |y - p| for 1 - p_t and twice its value, so that
+    an undecided cell costs its cross-entropy. Object and rest weigh the same whatever their areas: with a fixed alpha
+    of 0.75 a fresh decoder still gave small objects empty masks after 200 steps (one seed). The IoU is that of the
+    thresholded cells with the object at full resolution.
+    """
+    y, valid = target_Nnn[:, None] * valid_Nnn[:, None], valid_Nnn[:, None].float()
+    p = logits_NMnn.sigmoid()
+    focal = 2 * (y - p).abs() * (F.softplus(logits_NMnn) - logits_NMnn * y)
+    total_N1, rest = y.sum((2, 3)), (1 - y) * valid
+    on_object_NM = (focal * y).sum((2, 3)) / total_N1.clamp(min=1e-3)
+    elsewhere_NM = (focal * rest).sum((2, 3)) / rest.sum((2, 3)).clamp(min=1e-3)
+    focal_NM = (on_object_NM + elsewhere_NM) / 2
+    p = p * valid
+    dice_NM = 1 - (2 * (p * y).sum((2, 3)) + 1) / (p.sum((2, 3)) + total_N1 + 1)
+    with torch.no_grad():
+        on = (logits_NMnn > 0) * valid
+        intersection_NM = (on * y).sum((2, 3))
+        iou_NM = intersection_NM / (on.sum((2, 3)) + total_N1 - intersection_NM).clamp(min=1e-6)
+    return focal_NM, dice_NM, iou_NM
+
+
+def correction(mask_Nnn: Tensor, target_Nnn: Tensor, valid_Nnn: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Return a point (N, 1, 2) xy deep in the largest error of each mask's logits, and its label (N, 1), 1 or 0."""
+    side = mask_Nnn.shape[-1]
+    wanted_Nnn = target_Nnn > 0.5
+    wrong_Nnn = (((mask_Nnn > 0) != wanted_Nnn) & valid_Nnn).float()
+    depth_Nnn = F.avg_pool2d(wrong_Nnn[:, None], 7, 1, 3)[:, 0] * wrong_Nnn
+    cell_N = depth_Nnn.flatten(1).argmax(1)
+    xy_N2 = torch.stack([cell_N % side, cell_N // side], dim=1).float()
+    label_N1 = wanted_Nnn.flatten(1).gather(1, cell_N[:, None]).float()
+    step = size / side
+    return (xy_N2 * step + (step - 1) / 2)[:, None], label_N1
+
+
+def sample_prompts(
+    labels: np.ndarray,
+    rng: np.random.Generator,
+    n: int,
+    box_share: float = 0.3,
+    min_area: int = 12,
+    background: float = 0.1,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return points (n, 2) xy, target ids (n,), noisy boxes (n, 4) xyxy and use_box (n,) for labels (S, S).
+
+    Objects of `min_area` visible pixels or more are drawn with area^-1/4, so small ones mildly more often, the point
+    uniformly from the object; a share `background` asks for the background, which a grid of points mostly hits. Boxes
+    move by SAM's noise: a tenth of the side, at most 20 / 1024 of the image.
+    An image without objects prompts its background.
+    """
+    flat, size = labels.ravel(), labels.shape[1]
+    areas = np.bincount(flat + 1)[1:]  # padding is -1
+    objects = np.flatnonzero(areas >= min_area)
+    objects = objects[objects > 0]
+    if not len(objects):
+        objects = np.flatnonzero(areas > 0)[-1:]
+    chance = areas[objects] ** -0.25
+    target = rng.choice(objects, n, p=chance / chance.sum())
+    if areas[0] >= min_area:
+        target[rng.random(n) < background] = 0
+    points, boxes = np.empty((n, 2), np.float32), np.empty((n, 4), np.float32)
+    for one in np.unique(target):
+        mine = target == one
+        inside = np.flatnonzero(flat == one)
+        chosen = rng.choice(inside, mine.sum())
+        points[mine] = np.stack([chosen % size, chosen // size], axis=1)
+        columns = inside % size
+        boxes[mine] = columns.min(), inside[0] // size, columns.max(), inside[-1] // size
+    sides = np.tile(boxes[:, 2:] - boxes[:, :2], 2)
+    noise = rng.normal(size=(n, 4)) * sides * 0.1
+    limit = 20 * size / 1024
+    boxes = (boxes + np.clip(noise, -limit, limit)).clip(0, size - 1).astype(np.float32)
+    return points, target, boxes, (rng.random(n) < box_share) & (target > 0)
+
+
+def _by_object(label_Bn: Tensor) -> Tensor:
+    """Return drawing weights (B, n) of area^-1/2 of each pixel's object, so small ones are seen; padding has 0."""
+    images, most = len(label_Bn), int(label_Bn.max()) + 1
+    real = label_Bn >= 0
+    area = torch.zeros(images, most, device=label_Bn.device).scatter_add_(1, label_Bn.clamp(min=0), real.float())
+    return area.clamp(min=1).rsqrt().gather(1, label_Bn.clamp(min=0)) * real
+
+
+def _generator(batch: dict) -> torch.Generator:
+    """Return a generator that depends on the batch alone, so that a resumed run draws the same pixels."""
+    points = batch["points"]
+    seed = int((points.double() * torch.tensor([1.0, 257.0], device=points.device)).sum().item())
+    return torch.Generator(points.device).manual_seed(seed % 2**63)

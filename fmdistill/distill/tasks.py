@@ -1,0 +1,96 @@
+"""Tasks: the one module that the engine wraps. A task turns a batch into named losses; a job adds its data."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fmdistill.backbones.mini import MiniSam
+from fmdistill.backbones.sam import SamPreprocess
+from fmdistill.cache import open_cache
+from fmdistill.cache.dataset import CachedImages
+from fmdistill.distill import student as students
+from fmdistill.distill.data import Data
+from fmdistill.distill.labelled import LabelledImages
+from fmdistill.distill.objective import Objective
+from fmdistill.distill.promptable import Promptable
+from fmdistill.distill.seen import Seen
+from fmdistill.images import build as build_images
+from fmdistill.recipe import Recipe
+from fmdistill.registry import UserError, bind
+
+
+@dataclass(frozen=True)
+class Job:
+    """A task and the data that it trains and validates on."""
+
+    task: nn.Module  # forward(batch) -> {"loss": scalar, name: scalar, ...}
+    student: nn.Module  # the part of the task that a run keeps
+    train: Data
+    validation: Data
+
+
+class Distill(nn.Module):
+    """Student and objective: the student imitates the teacher's cached outputs."""
+
+    def __init__(self, student: nn.Module, objective: Objective, preprocess: SamPreprocess) -> None:
+        super().__init__()
+        self.student = student.to(memory_format=torch.channels_last)  # convolutions are faster so, on CPU and GPU
+        self.objective, self.preprocess = objective, preprocess
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Return {"loss", each named term, each term's statistics} for a batch of images and teacher outputs."""
+        pixels, sizes = batch["pixels"], batch["sizes"]
+        image_BCHW = self.preprocess.normalize(pixels, sizes).contiguous(memory_format=torch.channels_last)
+        outputs = self.student(image_BCHW)
+        named = {**{f"student.{name}": value for name, value in outputs.items()}, **batch["outputs"]}
+        with torch.autocast(pixels.device.type, enabled=False):
+            losses, statistics = self.objective(Seen(named, self.preprocess.valid(sizes).flatten(1)))
+            return {"loss": torch.stack(list(losses.values())).sum(), **losses, **statistics}
+
+
+def distill(recipe: Recipe) -> Job:
+    """Distil the cached teacher of the recipe into its student."""
+    cache = open_cache(recipe)
+    student = students.build(recipe.student)
+    _check_fit(student, cache.shapes["embedding"], cache.preprocess.image_size, recipe)
+    task = Distill(student, Objective(recipe.objective), cache.preprocess)
+    return Job(task, student, CachedImages(cache, "train"), CachedImages(cache, "validation"))
+
+
+def promptable(recipe: Recipe, prompts: int = 6, dense: float = 1.0) -> Job:
+    """Train a promptable segmenter from images with exact masks: `prompts` an image, `dense` the auxiliary's weight."""
+    if prompts < 1:
+        raise UserError(f"task.prompts={prompts}: expected at least 1")
+    student = students.build(recipe.student)
+    if not isinstance(student, MiniSam):
+        raise UserError(f"student.name={recipe.student['name']}: task promptable trains sam_mini, which makes masks")
+    images = build_images(recipe.images)
+    preprocess = SamPreprocess(image_size=student.image_size)
+    data = [LabelledImages(images, split, preprocess, prompts, recipe.seed) for split in ("train", "validation")]
+    return Job(Promptable(student, dense=dense), student, *data)
+
+
+TASKS: dict[str, Callable[..., Job]] = {"distill": distill, "promptable": promptable}
+
+
+def build(recipe: Recipe) -> Job:
+    """Return the recipe's job, its student's weights drawn from the recipe's seed."""
+    torch.manual_seed(recipe.seed)
+    return bind(recipe.task, TASKS, "task", context=("recipe",))(recipe)
+
+
+def _check_fit(student: Any, shape: tuple[int, ...], image_size: int, recipe: Recipe) -> None:
+    try:
+        student_size, channels = student.image_size, student.out_channels
+    except AttributeError as error:
+        raise UserError(
+            f"student.name={recipe.student['name']}: {error}; a student states its image_size and out_channels"
+        ) from None
+    if (student_size, channels) != (image_size, shape[0]):
+        raise UserError(
+            f"student.name={recipe.student['name']}: makes {channels} channels at {student_size} px, but the cache "
+            f"holds {shape[0]} channels at {image_size} px; choose a student of the teacher's size"
+        )

@@ -1,0 +1,193 @@
+"""The only loop. It knows steps, not objectives: it minimises the "loss" of whatever task it is given."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast, gather_object
+from torch import Tensor, nn
+
+from fmdistill.backbones.device import pick_device
+from fmdistill.cache.order import Batches
+from fmdistill.distill import checkpoint
+from fmdistill.distill.data import Data, batches, every, to_device
+from fmdistill.distill.optim import OPTIMIZERS, SCHEDULES
+from fmdistill.logs import JsonLines, progress
+from fmdistill.recipe import Recipe, Train
+from fmdistill.registry import UserError, bind
+
+Validator = Callable[[nn.Module], dict[str, float]]
+
+
+@dataclass
+class Engine:
+    """The process's place among the processes, its device and its precision."""
+
+    settings: Train
+    accelerator: Accelerator = field(init=False)
+
+    def __post_init__(self) -> None:
+        device = pick_device(self.settings.device, "train.device")
+        if device.index is not None:
+            torch.cuda.set_device(device)
+        # Autocast is the recipe's, whatever `accelerate config` was told on this machine.
+        self.accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
+        share = self.accelerator.num_processes * self.settings.accumulate
+        if self.settings.batch_size % share:
+            raise UserError(
+                f"train.batch_size={self.settings.batch_size}: not divisible by "
+                f"{self.accelerator.num_processes} processes x train.accumulate={self.settings.accumulate}; "
+                f"it counts the images of one optimizer step"
+            )
+
+    @property
+    def micro_batch(self) -> int:
+        """Images of one forward pass on one device."""
+        return self.settings.batch_size // (self.accelerator.num_processes * self.settings.accumulate)
+
+    def autocast(self) -> Any:
+        """Return the autocast context of the recipe's precision."""
+        kind = self.accelerator.device.type
+        wanted = self.settings.precision
+        bf16 = wanted == "bf16" or (wanted == "auto" and kind == "cuda")
+        return torch.autocast(kind, dtype=torch.bfloat16, enabled=bf16)
+
+    def mean(self, values: dict[str, Tensor]) -> dict[str, float]:
+        """Return the values' means over the processes."""
+        names = sorted(values)
+        stacked = torch.stack([values[name].detach().float() for name in names])
+        return dict(zip(names, self.accelerator.reduce(stacked, "mean").tolist(), strict=True))  # type: ignore[union-attr]
+
+
+def fit(task: nn.Module, data: Data, recipe: Recipe, validate: Validator, engine: Engine) -> int:
+    """Train `task` on `data` for the recipe's steps, resuming from the run's newest checkpoint; return the steps."""
+    settings, accelerator, run = recipe.train, engine.accelerator, Path(recipe.out)
+    plan = _plan(data, recipe, engine)
+    steps = total_steps(settings, plan)
+    schedule = bind(recipe.schedule, SCHEDULES, "schedule")()
+    optimizer = bind(recipe.optimizer, OPTIMIZERS, "optimizer", context=("model",))(task)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    task.to(accelerator.device).train()
+    start = checkpoint.resume(run, task, optimizer, plan.identity)
+    model, optimizer = accelerator.prepare(task, optimizer)
+    rows = JsonLines(run / "metrics.jsonl")
+    if accelerator.is_main_process:
+        rows.truncate_after(start)
+    parts = batches(data, plan.between(start, steps), settings.workers)
+    clock = time.monotonic()
+    with progress(total=steps, initial=start, description=f"training {run.name}", unit="step") as bar:
+        for step in range(start, steps):
+            torch.manual_seed(hash((recipe.seed, step, accelerator.process_index)) % 2**63)
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * schedule(step, steps)
+            losses = _backward(model, parts, engine, step)
+            norm = float(accelerator.clip_grad_norm_(model.parameters(), settings.clip or math.inf))  # type: ignore[arg-type]
+            _check_gradient(task, losses, norm, step)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            bar.update(1)
+            done = step + 1
+            if done % settings.log_every == 0 or done in (1, steps):
+                row = engine.mean({**losses, "grad_norm": torch.tensor(norm, device=accelerator.device)})
+                rate = optimizer.param_groups[0]["lr"]
+                speed = (done - start) * settings.batch_size / (time.monotonic() - clock)
+                bar.set_postfix(loss=f"{row['loss']:.4g}")
+                if accelerator.is_main_process:
+                    rows.write({"step": done, **row, "learning_rate": rate, "images_per_second": round(speed, 2)})
+            if done % settings.validate_every == 0 or done == steps:
+                found = validate(model)
+                if accelerator.is_main_process and found:
+                    rows.write({"step": done, **found})
+            if (done % settings.checkpoint_every == 0 or done == steps) and accelerator.is_main_process:
+                checkpoint.save(run, done, task, optimizer, plan.identity)
+    return steps
+
+
+def total_steps(settings: Train, plan: Batches) -> int:
+    """Return the optimizer steps that `train.steps` or `train.epochs` ask for, at least one."""
+    return settings.steps or max(1, round((settings.epochs or 0) * plan.steps_per_epoch))
+
+
+def validator(data: Data, engine: Engine) -> Validator:
+    """Return a callable that gives the task's mean losses over `data`, every sample exactly once."""
+
+    @torch.no_grad()
+    def validate(model: nn.Module) -> dict[str, float]:
+        accelerator = engine.accelerator
+        sums: dict[str, Tensor] = {}
+        count = torch.zeros((), device=accelerator.device)
+        places = list(every(data, engine.micro_batch, accelerator.process_index, accelerator.num_processes))
+        module = accelerator.unwrap_model(model).eval()
+        for buffer in module.buffers():  # BatchNorm's statistics are each process's own; the first one's are saved
+            broadcast(buffer)
+        for batch in batches(data, places, engine.settings.workers):
+            size = len(batch["keys"])
+            with engine.autocast():
+                losses = module(to_device(batch, accelerator.device))
+            for name, value in losses.items():
+                sums[name] = sums.get(name, torch.zeros_like(count)) + value.float() * size
+            count += size
+        module.train()
+        # A process may have got no sample, but every process has to take part in every reduction.
+        names = sorted({name for own in gather_object([list(sums)]) for name in own})
+        rows = torch.stack([count, *(sums.get(name, torch.zeros_like(count)) for name in names)])
+        total, *values = accelerator.reduce(rows, "sum").tolist()  # type: ignore[union-attr]
+        return {f"validation/{name}": value / total for name, value in zip(names, values, strict=True)}
+
+    return validate
+
+
+def _plan(data: Data, recipe: Recipe, engine: Engine) -> Batches:
+    settings, accelerator = recipe.train, engine.accelerator
+    if sum(data.counts) < settings.batch_size:
+        raise UserError(
+            f"train.batch_size={settings.batch_size}: there are only {sum(data.counts)} training images; "
+            f"make it smaller, or give more images"
+        )
+    place = {"rank": accelerator.process_index, "world": accelerator.num_processes}
+    counts = tuple(data.counts)
+    return Batches(counts, settings.batch_size, recipe.seed, settings.window, accumulate=settings.accumulate, **place)
+
+
+def _backward(model: nn.Module, parts: Iterator[dict], engine: Engine, step: int) -> dict[str, Tensor]:
+    """Accumulate one step's gradients; return its losses, the mean over its micro-batches."""
+    accelerator, accumulate = engine.accelerator, engine.settings.accumulate
+    sums: dict[str, Tensor] = {}
+    for part in range(accumulate):
+        batch = to_device(next(parts), accelerator.device)
+        last = part == accumulate - 1
+        with nullcontext() if last else accelerator.no_sync(model):
+            with engine.autocast():
+                losses = model(batch)
+            _check_loss(losses["loss"].detach(), batch, step)
+            accelerator.backward(losses["loss"] / accumulate)
+        for name, value in losses.items():
+            sums[name] = sums.get(name, torch.zeros_like(value.detach())) + value.detach() / accumulate
+    return sums
+
+
+def _check_loss(loss: Tensor, batch: dict, step: int) -> None:
+    if not torch.isfinite(loss):
+        raise UserError(
+            f"step {step + 1}: the loss is {float(loss)} for images {', '.join(batch['keys'][:4])}...; "
+            f"lower optimizer.lr, set train.clip=1, or train.precision=fp32"
+        )
+
+
+def _check_gradient(task: nn.Module, losses: dict[str, Tensor], norm: float, step: int) -> None:
+    if not math.isfinite(norm):
+        raise UserError(f"step {step + 1}: the gradient's norm is {norm}; lower optimizer.lr or set train.clip=1")
+    if step > 0:
+        return
+    if float(losses["loss"]) == 0:
+        raise UserError("step 1: the loss is exactly zero: the objective compares nothing, or every weight is zero")
+    silent = [name for name, p in task.named_parameters() if p.requires_grad and p.grad is None]
+    if silent or norm == 0:
+        which = f"{len(silent)} parameters, {silent[0]} first" if silent else "any parameter"
+        raise UserError(f"step 1: no gradient reaches {which}; the student's output is cut off from the loss")

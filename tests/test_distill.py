@@ -1,0 +1,235 @@
+"""The loop: exact resume, one order for any number of processes, and errors instead of silence."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from fmdistill import cache, distill
+from fmdistill.distill import checkpoint
+from fmdistill.distill.student import load_student
+from fmdistill.registry import UserError
+
+TESTS = Path(__file__).parent
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "student.safetensors")
+
+
+def rows(run: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+@pytest.fixture
+def cached(tmp_path):
+    cache.run(tiny.load(tmp_path))
+    return tmp_path
+
+
+def test_a_run_leaves_what_it_should_and_learns(cached):
+    run = distill.run(tiny.load(cached))
+    assert {p.name for p in run.iterdir()} == {"recipe.yaml", "metrics.jsonl", "student.safetensors", "checkpoints"}
+    found = rows(run)
+    steps = [row for row in found if "learning_rate" in row]
+    assert [row["step"] for row in steps] == list(range(1, 13))
+    statistics = {"embedding/effective_sample_size", "embedding/largest_weight"}
+    assert {"loss", "embedding", "grad_norm", *statistics} <= set(steps[0])
+    assert [row["step"] for row in found if "validation/loss" in row] == [6, 12]
+    assert steps[-1]["loss"] < 0.9 * steps[0]["loss"]
+    assert 0 < steps[0]["embedding/effective_sample_size"] < 1 < steps[0]["embedding/largest_weight"]
+    assert not load_student(run, trust=True).training
+
+
+def test_the_same_recipe_gives_the_same_weights_and_another_seed_others(cached):
+    first = weights(distill.run(tiny.load(cached)))
+    again = weights(distill.run(tiny.load(cached, f"out={cached}/again", "train.workers=2")))
+    other = weights(distill.run(tiny.load(cached, f"out={cached}/other", "seed=1")))
+    assert same(first, again)
+    assert not same(first, other)
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_run_stopped_anywhere_resumes_to_the_same_weights_and_log(cached, monkeypatch):
+    whole = distill.run(tiny.load(cached, f"out={cached}/whole"))
+    original = torch.optim.AdamW.step
+    for stop in (1, 4, 5, 11):
+        recipe = tiny.load(cached, f"out={cached}/stopped{stop}")
+        calls = []
+
+        def step(self, *args, calls=calls, stop=stop, **kwargs):
+            calls.append(1)
+            if len(calls) == stop + 1:
+                raise Killed
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(torch.optim.AdamW, "step", step)
+        with pytest.raises(Killed):
+            distill.run(recipe)
+        monkeypatch.setattr(torch.optim.AdamW, "step", original)
+        run = distill.run(recipe)
+        assert same(weights(whole), weights(run)) and rows(whole) == rows(run)
+
+
+@pytest.mark.slow
+def test_sigkill_at_ten_moments_leaves_the_same_weights_and_log(cached):
+    settings = ["train.steps=120", "train.checkpoint_every=10", "train.validate_every=40"]
+    whole = distill.run(tiny.load(cached, f"out={cached}/whole", *settings))
+    path = tiny.write(cached)
+    run = cached / "killed"
+    code = "import sys; from fmdistill.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "distill", str(path), f"out={run}", *settings]
+    env = {**os.environ, "PYTHONPATH": f"{TESTS}:{TESTS.parent}", "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    kills = 0
+    for attempt in range(60):
+        process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        if kills < 10:
+            started = time.monotonic()
+            log = run / "metrics.jsonl"
+            seen = log.stat().st_size if log.exists() else 0
+            # Let it get a little further than before, then kill it somewhere.
+            while process.poll() is None and time.monotonic() - started < 60:
+                time.sleep(0.02)
+                if log.exists() and log.stat().st_size > seen + 300 + 97 * attempt:
+                    break
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+        process.wait()
+        if process.returncode == 0:
+            break
+    assert kills == 10
+    assert same(weights(whole), weights(run)) and rows(whole) == rows(run)
+
+
+def test_a_checkpoint_that_is_half_written_or_damaged_is_not_used(cached):
+    recipe = tiny.load(cached)
+    run = distill.run(recipe)
+    before = weights(run)
+    (run / "student.safetensors").unlink()
+    (run / "checkpoints/.step-00000099.1.part").mkdir()
+    newest = sorted((run / "checkpoints").glob("step-*"))[-1]
+    (newest / "state.json").unlink()  # a folder without it is not a checkpoint
+    assert same(weights(distill.run(recipe)), before)
+    (run / "student.safetensors").unlink()
+    newest = sorted((run / "checkpoints").glob("step-*"))[-1]
+    (newest / "task.safetensors").write_bytes(b"no tensors here")
+    with pytest.raises(UserError, match=r"cannot resume from it .*delete this folder"):
+        distill.run(recipe)
+
+
+def test_a_run_of_another_recipe_in_the_same_folder_is_refused(cached):
+    distill.run(tiny.load(cached))
+    with pytest.raises(UserError, match=r"optimizer\.lr is .*0\.003.* there and .*0\.1.* here.*out=FOLDER"):
+        distill.run(tiny.load(cached, "optimizer.lr=0.1"))
+    with pytest.raises(UserError, match="holds a run already"):
+        distill.run(tiny.load(cached), resume=False)
+    assert distill.run(tiny.load(cached, "train.log_every=5")).name == "run"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.batch_size=100", "there are only 24 training images"),
+        ("train.batch_size=7 train.accumulate=2", r"train\.batch_size=7: not divisible"),
+        ("train.steps=null", "set exactly one"),
+        ("train.epochs=1 train.steps=3", "set exactly one"),
+        ("train.steps=0", "makes no step"),
+        ("train.window=0", "expected at least 1"),
+        ("train.clip=0", "above 0, or null"),
+        ("seed=-1", "expected 0 or more"),
+        ("student.name=tinyvit_sam_mini", "makes 64 channels at 256 px, but the cache holds 32 channels at 64 px"),
+        ("objective.embedding.output=logits", "output=logits: the student has none"),
+        ("objective.embedding.weighting.temperature=0", "expected a number above 0"),
+        ("optimizer.lr=1e30", "the loss is|the gradient's norm is"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_one_clear_line(cached, override, message):
+    with pytest.raises(UserError, match=message):
+        distill.run(tiny.load(cached, *override.split()))
+
+
+class Deaf(tiny.Student):
+    """A student one of whose parameters never takes part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = torch.nn.Parameter(torch.ones(3))
+
+
+class Perfect(tiny.Student):
+    """A student cut off from its own parameters."""
+
+    def forward(self, image):
+        out = super().forward(image)["embedding"]
+        return {"embedding": 0 * out}
+
+
+def test_no_gradient_at_step_one_is_an_error(cached):
+    with pytest.raises(UserError, match=r"no gradient reaches 1 parameters, student\.unused first"):
+        distill.run(tiny.load(cached, "student.name=test_distill:Deaf"))
+    with pytest.raises(UserError, match="no gradient reaches any parameter"):
+        distill.run(tiny.load(cached, "student.name=test_distill:Perfect", f"out={cached}/perfect"))
+
+
+def test_accumulation_follows_the_same_batches(cached):
+    """Without BatchNorm's batch statistics two micro-batches give the gradient of the whole batch."""
+    plain = distill.run(tiny.load(cached, "student.name=test_distill:Still", f"out={cached}/plain"))
+    halves = distill.run(
+        tiny.load(cached, "student.name=test_distill:Still", "train.accumulate=2", f"out={cached}/halves")
+    )
+    for name, value in weights(plain).items():
+        torch.testing.assert_close(weights(halves)[name], value, rtol=2e-4, atol=2e-5)
+
+
+class Still(tiny.Student):
+    """The toy student with its BatchNorm frozen."""
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self.net[1].eval()
+        return self
+
+
+def test_only_the_newest_checkpoints_stay(cached):
+    run = distill.run(tiny.load(cached, "train.checkpoint_every=2"))
+    assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["step-00000010", "step-00000012"]
+    assert checkpoint.KEEP == 2
+
+
+def test_epochs_take_the_place_of_inherited_steps(cached):
+    run = distill.run(tiny.load(cached, "train.epochs=2"))
+    assert rows(run)[-1]["step"] == 2 * 24 // 8
+
+
+def test_a_resume_on_other_images_is_refused(cached):
+    recipe = tiny.load(cached)
+    (distill.run(recipe) / "student.safetensors").unlink()
+    fewer = tiny.load(cached, "images.limit=16")
+    (Path(recipe.out) / "recipe.yaml").unlink()
+    with pytest.raises(UserError, match="the training images have changed since"):
+        distill.run(fewer)
+
+
+def test_a_run_whose_images_have_moved_is_the_same_run(cached):
+    recipe = tiny.load(cached)
+    run = distill.run(recipe)
+    moved = distill.run(dataclasses.replace(recipe, title="moved"))
+    assert moved == run and "title: moved" in (run / "recipe.yaml").read_text()

@@ -1,0 +1,119 @@
+"""SRW against the brute-force formula, weights of mean one, and the reduction."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fmdistill.distill.distances import DISTANCES
+from fmdistill.distill.objective import Objective, effective_sample_size, reduce
+from fmdistill.distill.seen import Seen
+from fmdistill.distill.weightings import WEIGHTINGS
+from fmdistill.distill.weightings.srw import SRW, average_similarity, patch_weights
+from fmdistill.registry import UserError
+
+GOLDEN = Path(__file__).parent.parent.parent / "shared/reference/kd_golden_values.json"
+
+
+def brute_force(feature_CN: np.ndarray, valid_N: np.ndarray, temperature: float) -> tuple[np.ndarray, np.ndarray]:
+    """Eq. 4 to 6 pair by pair, in float64."""
+    columns = feature_CN.astype(np.float64).T
+    n = len(columns)
+    cosine = np.array([[a @ b / np.linalg.norm(a) / np.linalg.norm(b) for b in columns] for a in columns])
+    similarity = np.array([sum(cosine[i, j] for j in range(n) if valid_N[j]) / valid_N.sum() for i in range(n)])
+    raw = np.array([np.exp(-similarity[i] / temperature) if valid_N[i] else 0.0 for i in range(n)])
+    return similarity, raw / raw.sum()
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.5, 2.0])
+@pytest.mark.parametrize("padded", [False, True])
+def test_srw_equals_the_pairwise_formula(temperature, padded):
+    generator = torch.Generator().manual_seed(0)
+    feature = torch.randn(3, 16, 36, generator=generator) + torch.randn(3, 16, 1, generator=generator)
+    valid = torch.ones(3, 36, dtype=torch.bool)
+    if padded:
+        valid[0, 24:], valid[1, ::6] = False, False
+    similarity, weights = average_similarity(feature, valid), patch_weights(feature, valid, temperature)
+    for b in range(3):
+        expected_similarity, expected = brute_force(feature[b].numpy(), valid[b].numpy(), temperature)
+        np.testing.assert_allclose(similarity[b], expected_similarity, atol=1e-6)
+        np.testing.assert_allclose(weights[b] / valid[b].sum(), expected, atol=1e-6)
+    assert (weights[~valid] == 0).all()
+    torch.testing.assert_close((weights * valid).sum(1) / valid.sum(1), torch.ones(3))
+
+
+def test_srw_gives_the_published_golden_values():
+    if not GOLDEN.is_file():
+        pytest.skip("the reference values are not beside this checkout")
+    golden = json.loads(GOLDEN.read_text())
+    k = np.arange(8 * 16, dtype=np.float64)
+    feature = (np.sin(0.41 * k + 1.1) * np.cos(0.013 * k * k + 1.1)).astype(np.float32).reshape(8, 16)
+    tokens = torch.from_numpy(feature).T[None]
+    valid = torch.ones(1, 8, dtype=torch.bool)
+    np.testing.assert_allclose(average_similarity(tokens, valid)[0], golden["srw.avesim"], atol=1e-6)
+    np.testing.assert_allclose(patch_weights(tokens, valid, 0.5)[0] / 8, golden["srw.w tau=0.5"], atol=1e-6)
+
+
+def seen(valid_rows: int = 2) -> Seen:
+    generator = torch.Generator().manual_seed(1)
+    student = torch.randn(2, 5, 4, 4, generator=generator).requires_grad_()
+    teacher = torch.randn(2, 5, 4, 4, generator=generator)
+    valid = torch.zeros(2, 4, 4, dtype=torch.bool)
+    valid[:, :valid_rows] = True
+    return Seen({"student.embedding": student, "sam.embedding": teacher}, valid.flatten(1))
+
+
+@pytest.mark.parametrize("weighting", sorted(WEIGHTINGS))
+@pytest.mark.parametrize("padding", ["include", "exclude"])
+def test_every_weighting_has_mean_one_no_gradient_and_is_zero_on_padding(weighting, padding):
+    view = seen().focus("embedding", padding)
+    distance = DISTANCES["mse"]()(*view.pair("embedding"))
+    weight = WEIGHTINGS[weighting]()(distance.detach(), view)
+    assert weight.shape == distance.shape == (2, 16) and not weight.requires_grad
+    assert (weight >= 0).all() and (weight[~view.valid] == 0).all()
+    torch.testing.assert_close(weight.sum(1) / view.valid.sum(1), torch.ones(2))
+    assert (weight[:, 8:].sum() > 0) == (padding == "include")
+
+
+@pytest.mark.parametrize("padding", ["include", "exclude"])
+def test_the_objective_is_the_weighted_mean_spelled_out(padding):
+    view = seen()
+    settings = {"distance": {"name": "mse"}, "weighting": {"name": "srw", "temperature": 0.3}, "padding": padding}
+    losses, statistics = Objective({"a": {**settings, "scale": 2.0}})(view)
+    s, t = (x.detach().flatten(2).numpy() for x in view.outputs.values())
+    total = 0.0
+    for b in range(2):
+        valid = view.valid[b].numpy() if padding == "exclude" else np.ones(16, bool)
+        _, weight = brute_force(t[b], valid, 0.3)
+        total += sum(weight[i] * ((s[b, :, i] - t[b, :, i]) ** 2).mean() for i in range(16) if valid[i])
+    np.testing.assert_allclose(losses["a"].item(), 2.0 * total / 2, rtol=1e-5)
+    assert 0 < statistics["a/effective_sample_size"] < 1 < statistics["a/largest_weight"]
+    losses["a"].backward()
+    gradient = view.outputs["student.embedding"].grad
+    assert (gradient[:, :, 2:].abs().sum() > 0) == (padding == "include")
+
+
+def test_uniform_weights_reproduce_the_plain_mean():
+    view = seen(4)
+    losses, statistics = Objective({"a": {"distance": {"name": "mse"}, "weighting": {"name": "uniform"}}})(view)
+    torch.testing.assert_close(losses["a"], torch.nn.functional.mse_loss(*view.outputs.values()))
+    assert statistics["a/effective_sample_size"] == 1
+
+
+def test_reduce_is_per_image_then_over_the_batch():
+    valid = torch.tensor([[True, True, True, False], [True, False, False, False]])
+    values = torch.tensor([[1.0, 2.0, 3.0, 0.0], [8.0, 0.0, 0.0, 0.0]])
+    assert reduce(values, valid) == (2.0 + 8.0) / 2
+    assert effective_sample_size(torch.tensor([[2.0, 1.0, 0.0, 0.0]]), valid[:1]) == pytest.approx(9 / (3 * 5))
+
+
+def test_what_srw_cannot_weigh_is_said():
+    vectors = Seen({"student.embedding": torch.zeros(4, 8), "clip.embedding": torch.ones(4, 8)}, torch.ones(4, 1) > 0)
+    with pytest.raises(UserError, match="weighs the patches of an image"):
+        SRW()(torch.zeros(4), vectors.focus("embedding", "include"))
+    with pytest.raises(UserError, match=r"output=embeding: the student has none\. Did you mean 'embedding'"):
+        vectors.pair("embeding")
+    with pytest.raises(UserError, match="names no term"):
+        Objective({})
