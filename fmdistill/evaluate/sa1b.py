@@ -1,0 +1,221 @@
+"""Score a cached teacher against SA-1B's own masks, before a student is trained on it.
+
+Letters: P annotated points of one image, H x W original pixels.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fmdistill.backbones.device import pick_device
+from fmdistill.backbones.fast_decoder import image_decoder
+from fmdistill.backbones.promptable import PromptHead
+from fmdistill.cache import open_cache
+from fmdistill.cache.dataset import CachedImages
+from fmdistill.evaluate.masks import iou, pack
+from fmdistill.logs import log, progress
+from fmdistill.recipe import Recipe
+from fmdistill.registry import UserError
+
+COLUMN = "json"  # an image's annotations beside it in SA-1B's tars
+LOW = 0.3  # picked mIoU below which a warning names likely causes
+BAD = (ValueError, TypeError, LookupError, OverflowError, RecursionError)  # what malformed JSON or RLE raises here
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Sa1b:
+    """How to judge: each annotation's first point, masks 1 to 3 with logits > 0, IoU at the original resolution.
+
+    `best` is the best of the three masks, `picked` the one with the top predicted IoU. The first `annotations` of
+    each of the first `images` validation images count.
+    """
+
+    images: int = 32
+    annotations: int = 32
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Refuse what would measure nothing."""
+        for name, value in (("images", self.images), ("annotations", self.annotations)):
+            if value < 1:
+                raise UserError(f"{name}={value}: needs at least 1")
+
+
+@dataclass(frozen=True)
+class Sa1bCase:
+    """One image: float32 embedding (C, g, g), its JSON as stored, original (H, W) and resized (h, w)."""
+
+    key: str
+    embedding: Tensor
+    text: bytes
+    original: Size
+    resized: Size
+
+
+def judge_teacher(recipe: Recipe, protocol: Sa1b = Sa1b()) -> dict[str, float] | None:
+    """Log how the recipe's cached teacher scores on its validation images' own masks; None where they have none."""
+    cache = open_cache(recipe)
+    data = CachedImages(cache, "validation")
+    shards = annotated(data)
+    if not shards:
+        return None
+    total = min(protocol.images, sum(data.counts[number] for number in shards))
+    shown = progress(cases(data, shards), "SA-1B's own masks", total=total, unit="image")
+    metrics, details = run(protocol, cache.head(), shown)
+    for problem in details["skipped"][:3]:
+        log.warning("%s: SA-1B's masks: skipped %s", cache.root, problem)
+    if len(details["skipped"]) > 3:
+        log.warning("%s: SA-1B's masks: skipped %d more", cache.root, len(details["skipped"]) - 3)
+    if not details["rows"]:
+        log.warning("%s: SA-1B's masks: none could be read, so the teacher is not scored against them", cache.root)
+        return metrics
+    log.info(
+        "%s: the teacher scores %.2f (picked), %.2f (best of three) mIoU against SA-1B's own masks: "
+        "%d annotations on %d images",
+        cache.root,
+        metrics["picked/miou"],
+        metrics["best/miou"],
+        metrics["annotations"],
+        metrics["images"],
+    )
+    if metrics["picked/miou"] < LOW:
+        log.warning(
+            "%s: that is below %.1f. Likely causes: teacher.weights is another model's file or untrained; images.root "
+            "holds other images than the JSON describes; the masks are not SAM's",
+            cache.root,
+            LOW,
+        )
+    return metrics
+
+
+def annotated(data: CachedImages) -> list[int]:
+    """Return the numbers of the shards with SA-1B's JSON: those of the groups whose first image has it."""
+    has: dict[str, bool] = {}
+    for number, shard in enumerate(data.shards):
+        if shard.samples and shard.group not in has:
+            has[shard.group] = _is_annotation(data.encoded(number, 0).extra)
+    return [number for number, shard in enumerate(data.shards) if has.get(shard.group)]
+
+
+def cases(data: CachedImages, shards: Iterable[int]) -> Iterator[Sa1bCase]:
+    """Yield the shards' images in order; one without JSON has an empty text."""
+    for number in shards:
+        for index, sample in enumerate(data.shards[number].samples):
+            text = data.encoded(number, index).extra.get(COLUMN, b"")
+            embedding = torch.from_numpy(data.shards[number].read(index)["embedding"])
+            sizes = [(int(h), int(w)) for h, w in (sample["original"], sample["resized"])]
+            yield Sa1bCase(sample["key"], embedding, text, sizes[0], sizes[1])
+
+
+def run(protocol: Sa1b, head: PromptHead, cases: Iterable[Sa1bCase]) -> tuple[dict[str, float], dict]:
+    """Return metrics {"picked/miou", "best/miou", "annotations", "images", "skipped"}, means over annotations, and
+    details {"rows": one per annotation, "skipped": why each unreadable image or annotation was}.
+    """
+    device = pick_device(protocol.device, "device")
+    head = head.to(device).eval()
+    rows: list[dict] = []
+    skipped: list[str] = []
+    for case in islice(cases, protocol.images):
+        points, truth = [], []
+        for place, annotation in _annotations(case, protocol.annotations, skipped):
+            try:
+                found = _point(annotation, case.original), decode_rle(annotation["segmentation"], case.original)
+            except BAD as error:
+                skipped.append(f"{place}: {_say(error)}")
+                continue
+            points.append(found[0])
+            truth.append(found[1])
+        if points:
+            rows += _scores(head, case, np.array(points), truth)
+    metrics = {f"{m}/miou": float(np.mean([row[m] for row in rows])) for m in ("picked", "best") if rows}
+    metrics["annotations"], metrics["images"] = float(len(rows)), float(len({row["key"] for row in rows}))
+    return metrics | {"skipped": float(len(skipped))}, {"rows": rows, "skipped": skipped}
+
+
+def decode_rle(rle: Mapping[str, Any], original: Size) -> np.ndarray:
+    """Return the bool (H, W) mask of COCO's compressed RLE; ValueError where it does not fill `original` exactly.
+
+    pycocotools reads past the end of a cut text and trusts the size that it states, so a stranger's RLE is decoded
+    here. Source: maskApi.c rleFrString: 5 bits a character, lowest first, runs from the fourth on less the one two
+    before.
+    """
+    counts, size = rle["counts"], rle["size"]
+    if list(size) != list(original):
+        raise ValueError(f"a mask of size {str(size)[:40]} on an image of {list(original)}")
+    if not isinstance(counts, str):
+        raise ValueError(f"counts are {type(counts).__name__}, expected a compressed RLE's text")
+    runs: list[int] = []
+    value = bits = 0
+    for character in counts:
+        code = ord(character) - 48
+        if not 0 <= code < 64 or bits > 30:
+            raise ValueError(f"character {character!r} at the wrong place of an RLE")
+        value |= (code & 31) << bits
+        bits += 5
+        if not code & 32:
+            value -= (code & 16) << (bits - 4)  # the sign
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = bits = 0
+    total = original[0] * original[1]
+    if bits or min(runs, default=0) < 0 or sum(runs) != total:
+        raise ValueError(f"an RLE that does not fill the image's {total} pixels")
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(original[1], original[0]).T
+
+
+def _is_annotation(extra: Mapping[str, bytes]) -> bool:
+    """Whether the JSON is SA-1B's, or damaged, and not the metadata that img2dataset keeps under the same suffix."""
+    if COLUMN not in extra:
+        return False
+    try:
+        return "annotations" in json.loads(extra[COLUMN])
+    except BAD:
+        return True
+
+
+def _annotations(case: Sa1bCase, limit: int, skipped: list[str]) -> Iterator[tuple[str, Any]]:
+    try:
+        listed = json.loads(case.text)["annotations"]
+        if not isinstance(listed, list):
+            raise ValueError(f"its annotations are {type(listed).__name__}, expected a list")
+    except BAD as error:
+        skipped.append(f"'{case.key}': {_say(error)}")
+        return
+    for number, annotation in enumerate(listed[:limit]):
+        yield f"'{case.key}', annotation {number}", annotation
+
+
+def _point(annotation: Mapping[str, Any], original: Size) -> tuple[float, float]:
+    x, y = (float(v) for v in annotation["point_coords"][0])
+    if not (math.isfinite(x) and math.isfinite(y) and 0 <= x <= original[1] and 0 <= y <= original[0]):
+        raise ValueError(f"its point ({x:g}, {y:g}) lies outside the image of {list(original)}")
+    return x, y
+
+
+@torch.inference_mode()
+def _scores(head: PromptHead, case: Sa1bCase, points_P2: np.ndarray, truth: list[np.ndarray]) -> list[dict]:
+    embedding = case.embedding.to(next(head.parameters()).device)
+    xy_P2 = points_P2 * [case.resized[1] / case.original[1], case.resized[0] / case.original[0]]
+    xy_P12 = torch.from_numpy(xy_P2.astype(np.float32))[:, None].to(embedding.device)
+    labels = torch.ones(len(xy_P12), 1, dtype=torch.int, device=embedding.device)
+    logits, predicted = image_decoder(head, embedding)(xy_P12, labels, multimask=True)
+    rows = []
+    for mask_HW, logits_Mnn, best in zip(truth, logits, predicted.argmax(1).tolist(), strict=True):
+        # one prompt at a time: SA-1B's images have millions of pixels
+        given = head.upsample(logits_Mnn[None], case.resized, case.original)[0] > 0
+        wanted = torch.from_numpy(mask_HW).to(embedding.device).expand_as(given)
+        three = iou(pack(wanted), pack(given))
+        rows.append({"key": case.key, "picked": float(three[best]), "best": float(three.max())})
+    return rows
+
+
+def _say(error: BaseException) -> str:
+    text = " ".join(str(error).split())[:120]
+    return f"has no {text}" if isinstance(error, KeyError) else text or type(error).__name__

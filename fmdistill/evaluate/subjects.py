@@ -1,0 +1,147 @@
+"""What an evaluator looks at: cases made from a recipe's cache and images, and a student."""
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fmdistill.backbones.device import pick_device
+from fmdistill.backbones.mini import MiniSam
+from fmdistill.backbones.sam import SamPreprocess
+from fmdistill.cache import Cache, open_cache
+from fmdistill.cache.dataset import CachedImages
+from fmdistill.distill import student as students
+from fmdistill.distill.labelled import COLUMN
+from fmdistill.evaluate import grid_miou, scene_miou
+from fmdistill.images import build as build_images
+from fmdistill.images import decode
+from fmdistill.images.scenes import decode_labels
+from fmdistill.logs import progress
+from fmdistill.recipe import Recipe
+from fmdistill.registry import UserError
+
+Judged = tuple[dict[str, float], dict]
+
+MEAN_OF = 512  # training images whose mean embedding is a floor
+
+
+def judge_grid(protocol: grid_miou.GridMiou, recipe: Recipe, models: Mapping[str, nn.Module]) -> Judged:
+    """Score students, named apart, against their teacher on the validation images of the recipe's cache."""
+    cache = open_cache(recipe)
+    device = pick_device(protocol.device, "device")
+    models = {name: model.to(device) for name, model in models.items()}
+    total = sum(len(shard.samples) for shard in cache.shards["validation"])
+    cases = grid_cases(cache, recipe, models, protocol)
+    shown = progress(cases, "grid_miou", total=min(total, protocol.images or total), unit="image")
+    return grid_miou.run(protocol, cache.head(), shown)
+
+
+def grid_cases(
+    cache: Cache, recipe: Recipe, students_by_name: Mapping[str, nn.Module], protocol: grid_miou.GridMiou
+) -> Iterator[grid_miou.Case]:
+    """Yield one case per validation image, every group in turn, with the protocol's floors among the students."""
+    data = CachedImages(cache, "validation")
+    models = dict(students_by_name)
+    constant: dict[str, Tensor] = {}
+    if protocol.floors:
+        torch.manual_seed(recipe.seed)
+        device = pick_device(protocol.device, "device")
+        models["untrained"] = students.build_untrained(recipe.student).eval().to(device)
+        constant["mean embedding"] = mean_embedding(cache)
+    places = _in_turn(data)
+    others = _others(data, places)
+    for shard, index in places:
+        item = data.item(0, shard, index)
+        embeddings = {name: embed(model, cache.preprocess, item) for name, model in models.items()} | constant
+        if protocol.floors:
+            other, place = others[shard, index]
+            embeddings["another image"] = torch.from_numpy(data.shards[other].read(place)["embedding"])
+        teacher = item["outputs"][f"{cache.family}.embedding"]
+        for name, embedding in embeddings.items():
+            if embedding.shape != teacher.shape:
+                raise UserError(
+                    f"student.name={recipe.student['name']}: {name} gives an embedding of {tuple(embedding.shape)}, "
+                    f"the cache holds {tuple(teacher.shape)}; judge it by the cache that it learned from"
+                )
+        yield grid_miou.Case(
+            key=item["keys"],
+            group=data.shards[shard].group,
+            teacher=teacher,
+            students=embeddings,
+            original=(int(item["originals"][0]), int(item["originals"][1])),
+            resized=(int(item["sizes"][0]), int(item["sizes"][1])),
+        )
+
+
+@torch.inference_mode()
+def embed(model: nn.Module, preprocess: SamPreprocess, item: dict) -> Tensor:
+    """Return the model's embedding (C, g, g) of one item of the cache, on the model's device."""
+    return outputs(model, preprocess, item)["embedding"][0].float()
+
+
+def outputs(model: nn.Module, preprocess: SamPreprocess, item: dict) -> Mapping[str, Tensor]:
+    """Return what the model makes of one item of the cache, on the model's device; UserError without an embedding."""
+    device = next(model.parameters(), torch.empty(0)).device
+    pixels, sizes = item["pixels"][None].to(device), item["sizes"][None].to(device)
+    found = model(preprocess.normalize(pixels, sizes))
+    if not isinstance(found, Mapping) or "embedding" not in found:
+        raise UserError(
+            f"{type(model).__name__}: a student's forward returns {{'embedding': (B, C, g, g)}}, "
+            f"this one a {type(found).__name__} without it"
+        )
+    return found
+
+
+def mean_embedding(cache: Cache) -> Tensor:
+    """Return the mean embedding (C, g, g) of training images, every group in turn, position by position."""
+    data = CachedImages(cache, "train")
+    chosen = _in_turn(data)[:MEAN_OF]
+    total = torch.zeros(cache.shapes["embedding"])
+    for shard, index in chosen:
+        total += torch.from_numpy(data.shards[shard].read(index)["embedding"])
+    return total / max(len(chosen), 1)
+
+
+def judge_scenes(protocol: scene_miou.SceneMiou, recipe: Recipe, models: Mapping[str, nn.Module]) -> Judged:
+    """Score a promptable student on the exact masks of the recipe's validation images."""
+    ((name, student),) = models.items()
+    if not isinstance(student, MiniSam):
+        raise UserError(f"scene_miou judges a promptable model; student.name={recipe.student['name']} makes no masks")
+    student.to(pick_device(protocol.device, "device"))
+    images = build_images(recipe.images)
+
+    def cases() -> Iterator[scene_miou.SceneCase]:
+        for shard in (s for s in images.shards() if s.split == "validation"):
+            for encoded in images.read(shard):
+                if COLUMN not in encoded.extra:
+                    raise UserError(
+                        f"{shard.name}: image '{encoded.key}' has no {COLUMN}; scene_miou needs exact masks"
+                    )
+                labels: np.ndarray = decode_labels(encoded.extra[COLUMN])
+                pixels, size = student.preprocess.prepare(decode(encoded.data))
+                item = {"pixels": pixels, "sizes": torch.tensor(size)}
+                yield scene_miou.SceneCase(encoded.key, embed(student, student.preprocess, item), labels, size)
+
+    shown = progress(cases(), "scene_miou", total=protocol.images, unit="image")
+    metrics, details = scene_miou.run(protocol, student.head, shown)
+    return {f"{name}/{key}": value for key, value in metrics.items()}, details
+
+
+def _others(data: CachedImages, places: list[tuple[int, int]]) -> dict[tuple[int, int], tuple[int, int]]:
+    """Return for each place the next one of its group; of all where its group has no other."""
+    found = {}
+    for group in dict.fromkeys(data.shards[shard].group for shard, _ in places):
+        ours = [place for place in places if data.shards[place[0]].group == group]
+        ring = ours if len(ours) > 1 else [*ours, *(place for place in places if place not in ours)]
+        found.update(zip(ours, [*ring[1:], ring[0]], strict=False))
+    return found
+
+
+def _in_turn(data: CachedImages) -> list[tuple[int, int]]:
+    """Return (shard, index) of every sample, the groups alternating, so that the first N hold some of each."""
+    groups: dict[str, list[tuple[int, int]]] = {}
+    for number, shard in enumerate(data.shards):
+        groups.setdefault(shard.group, []).extend((number, index) for index in range(len(shard.samples)))
+    longest = max(map(len, groups.values()), default=0)
+    return [rows[i] for i in range(longest) for rows in groups.values() if i < len(rows)]

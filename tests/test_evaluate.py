@@ -1,0 +1,120 @@
+"""What an evaluation leaves behind, and what is refused: own protocols without a judge, students that do not fit."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from fmdistill import cache, distill, evaluate, recipe, report
+from fmdistill.registry import UserError
+from fmdistill.report import rows
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory) -> Path:
+    """A folder with a finished toy run and two protocol files of one evaluator, not yet judged."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    loaded = tiny.load(folder, "train.steps=1")
+    cache.run(loaded)
+    distill.run(loaded)
+    (folder / "full.yaml").write_text("name: grid_miou\ngrids: [5]\nimages: 2\nfloors: true\n")
+    (folder / "short.yaml").write_text("name: grid_miou\ngrids: [5]\nimages: 1\n")
+    return folder
+
+
+def test_a_real_evaluation_stands_beside_the_paper_s_table(ran):
+    for name in ("full", "short"):
+        evaluate.run(ran / f"{name}.yaml", ran / "run", ["trust=true"])
+    kept = json.loads((ran / "run/evaluation/short.json").read_text())
+    assert kept["protocol"]["name"] == "grid_miou" and kept["protocol"]["images"] == 1
+    (run,) = rows.read_runs([ran / "run"])
+    assert run.protocols == {"full": "grid_miou", "short": "grid_miou"} == dict.fromkeys(run.evaluations, "grid_miou")
+    assert {row.name for row in rows.rows([run], "full")} > {row.name for row in rows.rows([run], "short")}
+    sections = report.text([str(ran / "run")]).split("\nshort\n")
+    assert len(sections) == 2
+    for text in sections:
+        assert "ACCV 2024" in text and "MobileSAM + SRW 73.33" in " ".join(text.split())
+
+
+@pytest.mark.parametrize("setting", ["images.limit=4", "images.validation=4", "student.name=test_evaluate:Wide"])
+def test_runs_that_see_other_images_or_floors_are_not_judged_together(ran, setting):
+    other = ran / setting.partition("=")[0]
+    recipe.save(tiny.load(ran, "train.steps=1", f"out={other}", setting), other)
+    with pytest.raises(UserError, match="differ; evaluate them one by one") as caught:
+        evaluate.run_together(ran / "short.yaml", [ran / "run", other], trust=True)
+    assert setting.partition(".")[0] in str(caught.value)
+
+
+@dataclass(frozen=True)
+class Mine:
+    size: int = 1
+
+
+class NoDataclass:
+    pass
+
+
+@dataclass(frozen=True)
+class Judged:
+    size: int = 1
+
+
+evaluate.JUDGES[Judged] = lambda protocol, recipe, models: ({f"{name}/size": protocol.size for name in models}, {})
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Mine", r"Mine has no judge; .*JUDGES\[Mine\]"),
+        ("NoDataclass", "makes a NoDataclass; a protocol is a dataclass"),
+    ],
+)
+def test_an_own_protocol_without_a_judge_is_one_line(tmp_path, name, message):
+    path = tmp_path / "own.yaml"
+    path.write_text(f"name: test_evaluate:{name}\n")
+    with pytest.raises(UserError, match=message) as caught:
+        evaluate.load(path)
+    assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
+
+
+def test_an_own_protocol_with_a_judge_is_used(ran):
+    (ran / "own.yaml").write_text("name: test_evaluate:Judged\nsize: 3\n")
+    assert evaluate.run(ran / "own.yaml", ran / "run", ["trust=true"]) == {"student/size": 3}
+    kept = json.loads((ran / "run/evaluation/own.json").read_text())
+    assert kept["protocol"] == {"name": "test_evaluate:Judged", "size": 3}
+    (ran / "run/evaluation/own.json").unlink()
+
+
+class Wide(tiny.Student):
+    def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"embedding": super().forward(image)["embedding"].repeat(1, 2, 1, 1)}
+
+
+class Bare(tiny.Student):
+    def forward(self, image: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(image)["embedding"]
+
+
+@pytest.mark.parametrize(
+    ("student", "message"),
+    [
+        ("Wide", r"student gives an embedding of \(64, 4, 4\), the cache holds \(32, 4, 4\)"),
+        ("Bare", "Bare: a student's forward returns {'embedding'.*this one a Tensor"),
+    ],
+)
+def test_a_student_whose_output_does_not_fit_is_one_line(ran, student, message):
+    weights = ran / "run/student.safetensors"
+    (ran / "other.yaml").write_text((ran / "tiny.yaml").read_text().replace("tiny:Student", f"test_evaluate:{student}"))
+    with pytest.raises(UserError, match=message) as caught:
+        evaluate.run(ran / "short.yaml", weights, [f"recipe={ran}/other.yaml"])
+    assert "\n" not in str(caught.value)
+
+
+def test_the_paper_s_protocol_ends_on_a_whole_tar_of_sa1b():
+    settings = evaluate.load("eval/sam_grid_miou.yaml").settings
+    assert settings.images == 500 and settings.grids == (5, 16, 32)
+    (paper,) = rows.published("grid_miou")
+    assert "5M" not in paper.setting  # the paper does not say which TinyViT
