@@ -1,0 +1,34 @@
+"""The export stage: a run -> a file that other software loads."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import nn
+
+from fmdistill import recipe as recipes
+from fmdistill.backbones.promptable import PromptHead
+from fmdistill.distill.student import load_student
+from fmdistill.export import half, mobilesam
+from fmdistill.recipe import Recipe
+from fmdistill.registry import UserError, resolve
+
+
+def run(run_dir: str | Path, format: str, out: str | Path, trust: bool = False) -> Path:
+    """Write the student of `run_dir` as `format` to `out`."""
+    write = resolve(format, FORMATS, "export format")
+    recipe = recipes.load_saved(run_dir, ["trust=true"] if trust else [])
+    return write(recipe, load_student(run_dir, trust), Path(out))
+
+
+def _mobilesam(recipe: Recipe, student: nn.Module, out: Path) -> Path:
+    if recipe.cache is None:
+        raise UserError(f"{recipe.out}: its recipe has no `cache`, so there is no decoder to export; set cache.root")
+    head = PromptHead.load(recipe.cache.root)  # not through the cache's reader: an export needs no images
+    return mobilesam.export(student, head, out)
+
+
+def _half(recipe: Recipe, student: nn.Module, out: Path) -> Path:
+    return half.export(student, out)
+
+
+FORMATS: dict[str, Callable[[Recipe, nn.Module, Path], Path]] = {"mobilesam": _mobilesam, "half": _half}

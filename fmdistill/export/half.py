@@ -1,0 +1,17 @@
+"""Write a student alone, in half precision: how sam_mini ships."""
+
+from pathlib import Path
+
+from safetensors.torch import save
+from torch import nn
+
+from fmdistill.files import write_whole
+
+
+def export(student: nn.Module, out: Path) -> Path:
+    """Write the student's own state dict as float16 safetensors to `out` and return it."""
+    state = {name: tensor.detach().cpu() for name, tensor in student.state_dict().items()}
+    half = {name: (t.half() if t.is_floating_point() else t).contiguous() for name, t in state.items()}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(out, save(half))
+    return out
