@@ -1,0 +1,159 @@
+"""A few validation images with what teacher, students and weightings make of them, as arrays for pictures."""
+
+# Legend: C channels, g patches a side, P points, h x w pixels of the resized image.
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fmdistill import recipe as recipes
+from fmdistill.backbones.fast_decoder import image_decoder
+from fmdistill.backbones.promptable import PromptHead
+from fmdistill.cache import Cache, open_cache
+from fmdistill.cache.dataset import CachedImages
+from fmdistill.distill.objective import Objective
+from fmdistill.distill.seen import Seen
+from fmdistill.distill.student import load_student
+from fmdistill.evaluate.grid_miou import choose
+from fmdistill.evaluate.subjects import outputs
+from fmdistill.report.rows import Run
+
+GRID = 10  # points a side, of which the shown one is chosen
+BATCH = 50  # points decoded at once
+AREA = (0.03, 0.30)  # share of the image that the teacher's mask at the shown point may cover
+
+
+@dataclass(frozen=True)
+class Example:
+    """One image: `weights` (g, g) by run and term; `masks` (h, w) bool at `point` (x, y), the teacher's first."""
+
+    key: str
+    group: str
+    image: np.ndarray  # (h, w, 3) uint8
+    weights: Mapping[str, np.ndarray]
+    valid: np.ndarray  # (g, g) bool
+    point: tuple[float, float] | None
+    masks: Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A run's student and objective, ready to be asked."""
+
+    name: str
+    student: nn.Module
+    objective: Objective
+
+
+@torch.inference_mode()
+def gather(runs: list[Run], per_group: int = 3, trust: bool = False) -> tuple[list[Example], int]:
+    """Return examples, `per_group` of each group of validation images, and the stride of a patch in pixels.
+
+    Runs of another cache than the first run's are left out. UserError where images, cache or students are missing,
+    or where a run names code and `trust` is not given.
+    """
+    for run in runs:
+        recipes.load_saved(run.folder, ["trust=true"] if trust else [])
+    first = runs[0].recipe
+    same = [run for run in runs if run.recipe.cache == first.cache]
+    cache = open_cache(first)
+    opened = [Opened(run.name, load_student(run.folder, trust), Objective(run.recipe.objective)) for run in same]
+    head, data = cache.head(), CachedImages(cache, "validation")
+    return [_example(data, place, cache, head, opened) for place in _places(data, per_group)], cache.preprocess.stride
+
+
+def choose_point(
+    teacher_Phw: Tensor, students_Phw: Iterable[Tensor], predicted_P: Tensor, image_area: float
+) -> int | None:
+    """Return the point whose masks differ most between the students, relative to the teacher's mask; None without one.
+
+    Masks are bool (P, h, w). Only points whose teacher mask covers a share of `image_area` within AREA count. A single
+    student is shown where the teacher is surest of its mask.
+    """
+    area_P = teacher_Phw.flatten(1).sum(1).float()
+    fits_P = (area_P >= AREA[0] * image_area) & (area_P <= AREA[1] * image_area)
+    if not fits_P.any():
+        return None
+    students = list(students_Phw)
+    score_P = predicted_P
+    if len(students) > 1:
+        differing = [(a ^ b).flatten(1).sum(1) for i, a in enumerate(students) for b in students[:i]]
+        score_P = torch.stack(differing).amax(0) / area_P.clamp_min(1)
+    return int(score_P.masked_fill(~fits_P, -torch.inf).argmax())
+
+
+def _places(data: CachedImages, per_group: int) -> list[tuple[int, int]]:
+    groups: dict[str, list[tuple[int, int]]] = {}
+    for i, shard in enumerate(data.shards):
+        groups.setdefault(shard.group, []).extend((i, j) for j in range(len(shard.keys)))
+    spread = {g: sorted({round(i) for i in np.linspace(0, len(p) - 1, per_group)}) for g, p in groups.items() if p}
+    return [groups[group][i] for group, indices in spread.items() for i in indices]
+
+
+def _example(
+    data: CachedImages, place: tuple[int, int], cache: Cache, head: PromptHead, opened: list[Opened]
+) -> Example:
+    item = data.item(0, *place)
+    h, w = (int(n) for n in item["sizes"])
+    sizes = item["sizes"][None]
+    valid = cache.preprocess.valid(sizes)
+    teacher = {name: value[None] for name, value in item["outputs"].items()}
+    embeddings = {"teacher": teacher[f"{cache.family}.embedding"][0]}
+    weights = {}
+    for one in opened:
+        made = outputs(one.student, cache.preprocess, item)
+        embeddings[one.name] = made["embedding"][0]
+        seen = Seen({**{f"student.{k}": v for k, v in made.items()}, **teacher}, valid.flatten(1))
+        weights |= _weights(one, seen, valid.shape[-1])
+    point, masks = _masks(head, embeddings, (h, w))
+    image = item["pixels"][:, :h, :w].permute(1, 2, 0).numpy()
+    group = data.shards[place[0]].group
+    return Example(item["keys"], group, image, weights, valid[0].numpy(), point, masks)
+
+
+def _weights(run: Opened, seen: Seen, g: int) -> dict[str, np.ndarray]:
+    """Return the weights of every term whose weights differ between patches."""
+    found = {}
+    for name, term in run.objective.terms.items():
+        focused = seen.focus(term.settings.output, term.settings.padding)  # type: ignore[union-attr,arg-type]
+        distance = term.distance(*focused.pair(focused.output))  # type: ignore[operator]
+        weight = term.weighting(distance, focused)  # type: ignore[operator]
+        if weight.dim() == 2 and weight.shape[1] == g * g and float(weight[focused.valid].std()) > 0:
+            found[run.name if len(run.objective.terms) == 1 else f"{run.name}, {name}"] = weight.view(g, g).numpy()
+    return found
+
+
+def _masks(
+    head: PromptHead, embeddings: Mapping[str, Tensor], resized: tuple[int, int]
+) -> tuple[tuple[float, float] | None, dict[str, np.ndarray]]:
+    centres = (torch.arange(GRID) + 0.5) / GRID
+    points_P2 = torch.cartesian_prod(centres * resized[1], centres * resized[0])
+    low, predicted = {}, {}
+    for name, embedding in embeddings.items():
+        low[name], predicted[name] = _best(head, embedding, points_P2)
+    share = low["teacher"].shape[-1] / head.config["image_size"]
+    inside = tuple(slice(0, max(1, round(n * share))) for n in resized)
+    bits = {name: logits[(slice(None), *inside)] > 0 for name, logits in low.items()}
+    students = [mask for name, mask in bits.items() if name != "teacher"]
+    chosen = choose_point(bits["teacher"], students, predicted["teacher"], bits["teacher"][0].numel())
+    if chosen is None:
+        return None, {}
+    masks = {
+        name: (head.upsample(logits[None, chosen : chosen + 1], resized, resized)[0, 0] > 0).numpy()
+        for name, logits in low.items()
+    }
+    x, y = points_P2[chosen].tolist()
+    return (x, y), masks
+
+
+def _best(head: PromptHead, embedding: Tensor, points_P2: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each point's mask with the top predicted IoU: logits (P, 4g, 4g) and that IoU (P,)."""
+    decode, kept = image_decoder(head, embedding), []
+    for points in points_P2.split(BATCH):
+        logits_PMnn, iou_PM = decode(points[:, None], torch.ones(len(points), 1, dtype=torch.int))
+        kept.append((choose(logits_PMnn, iou_PM, "best_predicted")[:, 0], iou_PM.amax(1)))
+    logits_Pnn, iou_P = (torch.cat(part) for part in zip(*kept, strict=True))
+    return logits_Pnn, iou_P

@@ -1,0 +1,163 @@
+"""Pictures from arrays: loss curves, patch weights on the image, masks and where they differ."""
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.colors import CenteredNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+
+# Letters: H x W pixels of the resized image, g patches a side.
+
+PALETTE = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#56b4e9",
+    "#e69f00",
+)  # Okabe and Ito: safe for colour-blind eyes
+AGREED, MISSED, ADDED = (0, 114, 178), (255, 215, 0), (213, 40, 120)  # RGB: in both masks, teacher only, student only
+STYLE: Any = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "svg.hashsalt": "fmdistill",
+}
+LOGARITHMIC = 5  # the ratio of largest to smallest from which an axis is logarithmic
+PANELS = (  # of a run's log, in this order; every run logs its terms besides, which a single term's loss repeats
+    "loss",
+    "validation/loss",
+    "[^/]+/effective_sample_size",
+    "[^/]+/largest_weight",
+    "grad_norm",
+    "learning_rate",
+)
+
+
+def curves_figure(logs: Mapping[str, Sequence[Mapping[str, Any]]], limit: int = 9) -> bytes | None:
+    """Return SVG with one panel per logged quantity, the loss first, a line per run; None where nothing is logged."""
+    keys = _logged(logs)[:limit]
+    if not keys:
+        return None
+    columns = min(3, len(keys))
+    lines = -(-len(keys) // columns)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(3.7 * columns, 2.6 * lines), layout="constrained")
+        for i, key in enumerate(keys):
+            axes = figure.add_subplot(lines, columns, i + 1)
+            _curves(axes, key, logs)
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), frameon=False)
+        return _save(figure, "svg")
+
+
+def weight_map_figure(image: np.ndarray, weights: np.ndarray, valid: np.ndarray, stride: int = 16) -> bytes:
+    """Return PNG: the image (H, W, 3) uint8, and beside it its weights (g, g), mean one, over the grey picture.
+
+    Patches that are not `valid` (g, g) bool are left out. White is 1; the colours span this image's own deviation.
+    """
+    height, width = image.shape[:2]
+    shown = np.ma.masked_where(~valid, weights)
+    span = max(float(np.abs(shown - 1).max()), 1e-6)
+    with matplotlib.rc_context(STYLE | {"axes.grid": False}):
+        figure = Figure(figsize=(6.4, 2.8 * min(1.0, height / width) + 0.1), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        left.imshow(image)
+        right.imshow(image.mean(axis=2), cmap="gray", vmin=0, vmax=255)
+        grid = weights.shape[0] * stride
+        heat = right.imshow(shown, cmap="RdBu_r", norm=CenteredNorm(1.0, span), alpha=0.65, extent=(0, grid, grid, 0))
+        _frame(left, height, width)
+        _frame(right, height, width)
+        left.set_anchor("E")  # a tall picture stays beside its map
+        right.set_anchor("W")
+        ticks = np.linspace(1 - span, 1 + span, 5).tolist()
+        figure.colorbar(heat, cax=right.inset_axes((1.03, 0, 0.04, 1)), ticks=ticks, format="%.2f")
+        return _save(figure, "png")
+
+
+def mask_figure(image: np.ndarray, point: tuple[float, float], masks: Mapping[str, np.ndarray]) -> bytes:
+    """Return PNG columns: image (H, W, 3) uint8 with the point (x, y), then each of `masks`, (H, W) bool.
+
+    The first mask is the teacher's; every other is coloured against it by AGREED, MISSED and ADDED.
+    """
+    names = list(masks)
+    height, width = image.shape[:2]
+    panel = 2.4
+    with matplotlib.rc_context(STYLE | {"axes.grid": False}):
+        size = (panel * (len(names) + 1), panel * height / width + 0.32)
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots(1, len(names) + 1)
+        axes[0].imshow(image)
+        axes[0].set_title("image and point")
+        teacher = masks[names[0]]
+        for axis, name in zip(axes[1:], names, strict=True):
+            axis.imshow(paint(image, teacher, masks[name]))
+            iou = "" if name == names[0] else f", IoU {_iou(teacher, masks[name]):.2f}"
+            axis.set_title(f"{name}{iou}")
+        for axis in axes:
+            axis.plot(*point, marker="o", markersize=6, color="#39ff14", markeredgecolor="black", markeredgewidth=1.2)
+            _frame(axis, height, width)
+        return _save(figure, "png")
+
+
+def paint(image: np.ndarray, teacher: np.ndarray, mask: np.ndarray, alpha: float = 0.6) -> np.ndarray:
+    """Return the greyed image (H, W, 3) uint8 with both masks' pixels coloured by who claims them."""
+    grey = np.repeat(image.mean(axis=2, keepdims=True), 3, axis=2) * 0.8 + 40
+    for region, colour in ((teacher & mask, AGREED), (teacher & ~mask, MISSED), (mask & ~teacher, ADDED)):
+        grey[region] = (1 - alpha) * grey[region] + alpha * np.array(colour)
+    return grey.round().clip(0, 255).astype(np.uint8)
+
+
+def _logged(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    keys = dict.fromkeys(key for lines in logs.values() for line in lines for key in line)
+    ranked = [(rank, key) for key in keys for rank, pattern in enumerate(PANELS) if re.fullmatch(pattern, key)]
+    return [key for _, key in sorted(ranked, key=lambda pair: pair[0])]
+
+
+def _curves(axes: Any, key: str, logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    drawn = []
+    for i, (name, lines) in enumerate(logs.items()):
+        points = [
+            (line["step"], line[key]) for line in lines if isinstance(line.get(key), int | float) and "step" in line
+        ]
+        steps, values = np.array(points, dtype=float).reshape(-1, 2).T
+        marker = "o" if len(steps) < 20 else None
+        colour = PALETTE[i % len(PALETTE)]
+        wide = max(1.0, 2.4 - 0.9 * i)  # so that a line shows below another that covers it
+        axes.plot(steps, values, label=name, color=colour, linewidth=wide, alpha=0.9, marker=marker, markersize=3)
+        drawn.append(values)
+    values = np.concatenate(drawn)
+    spread = len(values) > 0 and values.min() > 0 and values.max() > LOGARITHMIC * values.min()
+    if spread and key != "learning_rate":  # a schedule's shape is what its panel shows
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_title(key.replace("_", " "))
+    axes.set_xlabel("step")
+
+
+def _frame(axes: Any, height: int, width: int) -> None:
+    axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5), xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+
+
+def _iou(a: np.ndarray, b: np.ndarray) -> float:
+    union = (a | b).sum()
+    return float((a & b).sum() / union) if union else 1.0
+
+
+def _save(figure: Figure, kind: str) -> bytes:
+    file = io.BytesIO()
+    metadata = {"Date": None} if kind == "svg" else None
+    figure.savefig(file, format=kind, dpi=130, metadata=metadata, bbox_inches="tight", pad_inches=0.03)
+    return file.getvalue()

@@ -1,0 +1,153 @@
+"""Lay rows out as a table, in aligned text for a terminal and in HTML for the page."""
+
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from html import escape
+from itertools import groupby
+
+from fmdistill.report.rows import Published, Row
+
+
+@dataclass(frozen=True)
+class Column:
+    """One metric: the `group` heads neighbouring columns; `percent` metrics are fractions, shown times 100."""
+
+    key: str
+    group: str
+    label: str
+    percent: bool
+
+
+@dataclass(frozen=True)
+class Section:
+    """Rows under one heading; `signed` values are differences."""
+
+    heading: str
+    kind: str
+    rows: list[Row]
+    signed: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns, and sections of rows; a row without a column's metric leaves the cell empty."""
+
+    columns: list[Column]
+    sections: list[Section]
+
+
+def build(rows: list[Row], papers: list[Published] | None = None) -> Table:
+    """Return the table of `rows`: runs, their differences, floors, the share of the way closed, and the papers."""
+    runs, floors = ([r for r in rows if r.kind == kind] for kind in ("run", "floor"))
+    columns = _columns(runs)
+    sections = [Section("Our runs", "run", runs)]
+    if len(runs) > 1:
+        sections.append(Section(f"Difference to {runs[0].name}", "difference", _differences(runs), signed=True))
+    if floors:
+        sections.append(Section("Floors: what a student must beat", "floor", floors))
+        closed = [_closed(run, floors) for run in runs]
+        sections.append(Section("Share of the way from the best floor to the teacher (100)", "closed", closed))
+    for paper in papers or []:
+        shown = [row for row in paper.rows if row.metrics.keys() & {column.key for column in columns}]
+        if shown:
+            sections.append(Section(f"Published, not ours: {paper.source}. {paper.setting}", "published", shown))
+            gains = _differences(shown)
+            sections.append(Section(f"Published difference to {shown[0].name}", "published", gains, signed=True))
+    return Table(columns, sections)
+
+
+def plain(table: Table) -> str:
+    """Return the table as aligned text, the column groups on a line above their columns."""
+    bodies = [[[row.name, *_cells(row, table, section)] for row in section.rows] for section in table.sections]
+    cells = [["", *(column.label for column in table.columns)], *(line for body in bodies for line in body)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    top = " " * widths[0]
+    for name, members in _groups(table):
+        needed = sum(widths[i + 1] + 2 for i in members)
+        widths[members[-1] + 1] += max(0, len(name) + 2 - needed)
+        top += f"  {name:^{max(len(name), needed - 2)}}"
+    written = [top.rstrip(), _aligned(cells[0], widths)]
+    for section, body in zip(table.sections, bodies, strict=True):
+        written += ["", *textwrap.wrap(section.heading, 100), *(_aligned(line, widths) for line in body)]
+    return "\n".join(written)
+
+
+def html(table: Table) -> str:
+    """Return the table as HTML; sections carry their kind as a class, so that the page tells them apart."""
+    groups = ((name, len(members)) for name, members in _groups(table))
+    top = "".join(f'<th colspan="{span}" scope="colgroup">{escape(name)}</th>' for name, span in groups)
+    labels = "".join(f'<th scope="col">{escape(column.label)}</th>' for column in table.columns)
+    bodies = "".join(_body(section, table) for section in table.sections)
+    head = f'<thead><tr><th rowspan="2"></th>{top}</tr><tr>{labels}</tr></thead>'
+    return f'<div class="scroll"><table>{head}{bodies}</table></div>'
+
+
+def _body(section: Section, table: Table) -> str:
+    span = len(table.columns) + 1
+    heading = f'<tr class="heading"><th colspan="{span}"><span>{escape(section.heading)}</span></th></tr>'
+    lines = [
+        f'<tr><th scope="row">{escape(row.name)}</th>'
+        + "".join(f"<td>{escape(cell)}</td>" for cell in _cells(row, table, section))
+        + "</tr>"
+        for row in section.rows
+    ]
+    return f'<tbody class="{section.kind}">{heading}{"".join(lines)}</tbody>'
+
+
+def _columns(runs: list[Row]) -> list[Column]:
+    keys = list(dict.fromkeys(key for run in runs for key in run.metrics))
+    wanted = [key for key in keys if key.split("/")[-1] == "miou" or key.startswith("feature/")] or keys
+    columns = []
+    for key in wanted:
+        first, *middle = key.split("/")[:-1] or [""]
+        last = key.split("/")[-1]
+        if last == "miou":
+            columns.append(Column(key, f"mIoU, {middle[0] if middle else 'all images'}", first.replace("x", "×"), True))
+        else:
+            columns.append(Column(key, first, last, percent=False))
+    order = list(dict.fromkeys(column.group for column in columns))
+    return sorted(columns, key=lambda column: order.index(column.group))  # 5x5/miou, 5x5/photos/miou, 16x16/miou, ...
+
+
+def _differences(rows: list[Row]) -> list[Row]:
+    return [
+        Row(f"{row.name} − {rows[0].name}", row.kind, _combine(lambda a, b: a - b, row.metrics, rows[0].metrics))
+        for row in rows[1:]
+    ]
+
+
+def _closed(run: Row, floors: list[Row]) -> Row:
+    best: dict[str, float] = {}
+    for floor in floors:
+        for key, value in floor.metrics.items():
+            best[key] = max(value, best.get(key, value))
+    shares = {k: v for k, v in best.items() if k.split("/")[-1] == "miou" and v < 1}  # only a mIoU ends at 1
+    return Row(run.name, run.kind, _combine(lambda own, floor: (own - floor) / (1 - floor), run.metrics, shares))
+
+
+def _combine(function: Callable[[float, float], float], a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
+    return {key: function(a[key], b[key]) for key in a if key in b}
+
+
+def _cells(row: Row, table: Table, section: Section) -> list[str]:
+    return [_number(row.metrics.get(column.key), column, section.signed) for column in table.columns]
+
+
+def _number(value: float | None, column: Column, signed: bool) -> str:
+    if value is None:
+        return ""
+    shown = f"{100 * value:.2f}" if column.percent else f"{value:.4f}"
+    return ("+" if signed and not shown.startswith("-") else "") + shown.replace("-", "−")
+
+
+def _groups(table: Table) -> list[tuple[str, list[int]]]:
+    """Return runs of neighbouring columns of one group, by their indices."""
+    return [
+        (name, [i for i, _ in members])
+        for name, members in groupby(enumerate(table.columns), key=lambda pair: pair[1].group)
+    ]
+
+
+def _aligned(line: list[str], widths: list[int]) -> str:
+    return "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])

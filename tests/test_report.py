@@ -1,0 +1,261 @@
+import base64
+import json
+import re
+from html.parser import HTMLParser
+from io import BytesIO
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+from safetensors.torch import save_file
+
+from fmdistill import cache, recipe, report
+from fmdistill.backbones.promptable import PromptHead
+from fmdistill.distill import student as students
+from fmdistill.registry import UserError
+from fmdistill.report import examples, page, plots, rows, tables
+
+GROUPS = ("", "photos/", "scenes/")
+VOID = {"meta", "img", "br", "hr", "link", "input"}
+
+
+class Page(HTMLParser):
+    """Collects what a browser would load, the text of every table row by its section, and unbalanced tags."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.loaded, self.rows, self.section, self.faults = [], [], [], "", []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        given = dict(attrs)
+        self.loaded += [given[key] for key in ("src", "srcset", "poster", "data", "action") if key in given]
+        self.loaded += [given["href"]] if tag == "link" else []
+        self.section = given.get("class", "") if tag == "tbody" else self.section
+        if tag == "tr":
+            self.rows.append((self.section, ""))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if not self.open or self.open.pop() != tag:
+            self.faults.append(tag)
+
+    def handle_data(self, data):
+        if "tr" in self.open:
+            section, text = self.rows[-1]
+            self.rows[-1] = (section, f"{text} {data}".strip())
+
+
+def fabricate(folder, miou=0.7, weighting="uniform", floors=True):
+    folder.mkdir(parents=True)
+    (folder / "recipe.yaml").write_text(f"""
+title: "{weighting} <b>& co</b>"
+out: {folder}
+images: {{name: scenes}}
+teacher: {{name: sam_mini}}
+cache: {{root: {folder / "nowhere"}}}
+student: {{name: tinyvit_sam_mini}}
+task: {{name: distill}}
+optimizer: {{name: adamw}}
+schedule: {{name: cosine}}
+train: {{steps: 29}}
+objective: {{embedding: {{distance: {{name: mse}}, weighting: {{name: {weighting}}}}}}}
+""")
+    lines = [{"step": s, "loss": 1 / s, "embedding": 1 / s, "learning_rate": 0.1 / s} for s in range(1, 30)]
+    lines += [{"step": 29, "validation/loss": 0.1}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3')
+    metrics = {}
+    for subject, value in {"student": miou, **({"mean": 0.2, "untrained": 0.4} if floors else {})}.items():
+        for k in (5, 16):
+            metrics |= {f"{subject}/{k}x{k}/{group}miou": value for group in GROUPS}
+            metrics[f"{subject}/{k}x{k}/miou_per_image"] = value
+        metrics[f"{subject}/feature/mse"] = 1 - value
+    (folder / "evaluation").mkdir()
+    found = {"protocol": {"name": "grid_miou"}, "metrics": metrics}
+    (folder / "evaluation" / "sam_grid_miou.json").write_text(json.dumps(found))
+    return folder
+
+
+@pytest.fixture
+def two(tmp_path):
+    return [str(fabricate(tmp_path / "mse")), str(fabricate(tmp_path / "srw", miou=0.76, weighting="srw"))]
+
+
+def an_example(h=128, w=256):
+    y, x = np.mgrid[:h, :w]
+    image = np.stack([x % 256, y % 256, (x + y) % 256], axis=2).astype(np.uint8)
+    valid = np.zeros((16, 16), bool)
+    valid[: h // 16, : w // 16] = True
+    teacher, shifted = (x - 100) ** 2 + (y - 60) ** 2 < 900, (x - 110) ** 2 + (y - 60) ** 2 < 900
+    weights = np.where(np.arange(256).reshape(16, 16) % 2 == 0, 0.75, 1.25)
+    masks = {"teacher": teacher, "mse": shifted, "srw": teacher}
+    return examples.Example("a&b", "photos", image, {"srw": weights}, valid, (100.0, 60.0), masks)
+
+
+def test_page_is_self_contained_and_valid(two, tmp_path, monkeypatch):
+    monkeypatch.setattr(examples, "gather", lambda runs, trust=False: ([an_example(), an_example(256, 128)], 16))
+    path = report.run(two, str(tmp_path / "out"))
+    assert path == tmp_path / "out" / "index.html" and [p.name for p in path.parent.iterdir()] == ["index.html"]
+    text = path.read_text()
+    found = Page(text)
+    assert found.open == [] and found.faults == []
+    assert len(found.loaded) == 5 and all(link.startswith("data:image/") for link in found.loaded)
+    outside = re.sub(r"data:[^\"]*", "", text)
+    assert not re.search(r"https?://|url\(|@import|<script", outside)
+    assert "&lt;b&gt;&amp; co" in text and "<b>" not in text
+    assert "N·w from 0.75 to 1.25 over the 128 patches" in text
+    assert outside.index("<table>") < outside.index("One seed") + 2000 < outside.index("Where the loss looks")
+
+
+def test_published_rows_are_told_apart(two):
+    path = report.run(two, two[0] + "/report")
+    shown = Page(path.read_text()).rows
+    ours = [text for section, text in shown if section == "run"]
+    papers = [text for section, text in shown if section == "published"]
+    assert any("mse 70.00 70.00" in text for text in ours) and not any("MobileSAM" in text for text in ours)
+    assert any(text.startswith("MobileSAM + SRW 73.33 74.17") for text in papers)
+    assert any("Published, not ours" in text and "ACCV 2024" in text for text in papers)
+    assert any("+0.67 +0.64" in text for text in papers)
+    assert "No pictures" in path.read_text()  # the fabricated runs have no cache
+
+
+def test_table_says_what_was_won(two):
+    found = rows.rows(rows.read_runs(two), "sam_grid_miou")
+    assert [(row.name, row.kind) for row in found] == [
+        ("mse", "run"), ("srw", "run"), ("mean", "floor"), ("untrained", "floor"),
+    ]  # fmt: skip
+    table = tables.build(found)
+    assert [c.key for c in table.columns][:4] == ["5x5/miou", "16x16/miou", "5x5/photos/miou", "16x16/photos/miou"]
+    by_kind = {section.kind: section.rows for section in table.sections}
+    assert by_kind["difference"][0].metrics["5x5/miou"] == pytest.approx(0.06)
+    assert by_kind["closed"][1].metrics["16x16/scenes/miou"] == pytest.approx((0.76 - 0.4) / (1 - 0.4))
+    assert "feature/mse" not in by_kind["closed"][0].metrics  # less is better there, and nothing ends at 1
+
+
+def test_text_fits_a_terminal_and_warns_of_one_seed(two):
+    text = report.text(two)
+    assert "70.00" in text and "+6.00" in text and report.ONE_SEED in text
+    table = text.split(report.ONE_SEED)[0].splitlines()
+    assert max(map(len, table)) <= 110
+    heading, line = (next(i for i, text in enumerate(table) if text.startswith(s)) for s in ("Our runs", "mse"))
+    assert line == heading + 1
+
+
+def test_differing_floors_are_all_listed(tmp_path):
+    a, b = fabricate(tmp_path / "a"), fabricate(tmp_path / "b")
+    path = b / "evaluation" / "sam_grid_miou.json"
+    path.write_text(path.read_text().replace("0.4", "0.3"))
+    names = [row.name for row in rows.rows(rows.read_runs([a, b]), "sam_grid_miou") if row.kind == "floor"]
+    assert names == ["mean", "untrained", "untrained (b)"]
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    folders = [fabricate(tmp_path / seed / "srw") for seed in ("seed0", "seed1")]
+    assert [run.name for run in rows.read_runs(folders)] == ["seed0/srw", "seed1/srw"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda run: (run / "recipe.yaml").unlink(), "not a run"),
+        (lambda run: (run / "evaluation" / "sam_grid_miou.json").write_text("{"), "not JSON"),
+        (lambda run: (run / "metrics.jsonl").write_text("x\n{}\n"), "metrics.jsonl:1"),
+    ],
+)
+def test_a_damaged_run_is_one_clear_line(tmp_path, damage, says):
+    run = fabricate(tmp_path / "run")
+    damage(run)
+    with pytest.raises(UserError, match=says) as error:
+        report.run([str(run)], str(tmp_path / "out"))
+    assert "\n" not in str(error.value)
+
+
+def test_a_run_without_evaluation_still_has_curves(tmp_path):
+    run = fabricate(tmp_path / "run")
+    (run / "evaluation" / "sam_grid_miou.json").unlink()
+    text = report.run([str(run)], str(tmp_path / "out")).read_text()
+    assert "has been evaluated yet" in text and "data:image/svg+xml" in text
+
+
+def test_published_tables_load_and_bad_ones_do_not(tmp_path):
+    [table] = rows.published("grid_miou")
+    assert table.rows[1].metrics["32x32/miou"] == pytest.approx(0.7405)
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("source: x\n")
+    with pytest.raises(UserError, match="unit"):
+        rows.read_published(bad)
+
+
+def test_curves_draw_each_quantity_once():
+    def panels(log):
+        svg = plots.curves_figure({"one": log}).decode()
+        return len(set(re.findall(r'id="(axes_\d+)"', svg)))
+
+    assert plots.curves_figure({"one": []}) is None
+    log = [{"step": s, "loss": 1.0, "embedding": 1.0, "validation/loss": 2.0, "images_per_second": 3.0} for s in (1, 2)]
+    assert panels(log) == 2
+
+
+def test_paint_colours_by_who_claims_a_pixel():
+    teacher, mask = np.array([[True, True, False, False]]), np.array([[True, False, True, False]])
+    painted = plots.paint(np.full((1, 4, 3), 100, np.uint8), teacher, mask, alpha=1.0)
+    assert painted[0, :3].tolist() == [list(plots.AGREED), list(plots.MISSED), list(plots.ADDED)]
+    assert len(set(painted[0, 3].tolist())) == 1
+
+
+def test_figures_are_pictures_with_the_weights_where_they_belong():
+    example = an_example()
+    hot = np.ones((16, 16))
+    hot[1, 2] = 3.0  # pixels 32 to 48 across, 16 to 32 down
+    grey = np.full((128, 256, 3), 128, np.uint8)
+    picture = plots.weight_map_figure(grey, hot, example.valid)
+    rgb = imread(BytesIO(picture))[..., :3]
+    panel = np.abs(rgb - (0.65 * 0.97 + 0.35 * 128 / 255)).max(2) < 0.03  # near white over grey
+    columns = np.flatnonzero(panel.mean(0)[: int(0.91 * rgb.shape[1])] > 0.8)  # the rest is the colour bar
+    lines = np.flatnonzero(panel.mean(1) > 0.3)
+    (left, right), (top, bottom) = columns[[0, -1]], lines[[0, -1]]
+    red = np.argwhere((rgb[..., 0] - rgb[..., 2])[top:bottom, left:right] > 0.1)
+    y, x = red.mean(0) / (bottom - top, right - left)
+    assert abs(x - 40 / 256) < 0.02 and abs(y - 24 / 128) < 0.02
+    assert plots.mask_figure(example.image, (3, 4), example.masks).startswith(b"\x89PNG")
+    assert base64.b64encode(picture).decode() in page.figure(picture, "c", "a")
+
+
+def test_point_is_where_students_differ_within_the_area():
+    teacher = torch.zeros(4, 10, 10, dtype=torch.bool)
+    teacher[0, :1, :2] = True  # 2 %: too small
+    teacher[1, :2, :5] = True
+    teacher[2, :2, :5] = True
+    teacher[3] = True  # too large
+    a, b = teacher.clone(), teacher.clone()
+    a[2, 5:] = True
+    a[3] = False
+    predicted = torch.tensor([0.9, 0.8, 0.7, 0.99])
+    assert examples.choose_point(teacher, [a, b], predicted, 100) == 2
+    assert examples.choose_point(teacher, [a], predicted, 100) == 1
+    assert examples.choose_point(teacher[:1], [a[:1]], predicted[:1], 100) is None
+
+
+def test_examples_come_from_a_cache_and_its_students(tmp_path, monkeypatch):
+    settings = recipe.load(
+        "recipes/demo/sam_srw.yaml",
+        [
+            "images.name=scenes", "images.train=2", "images.validation=2", f"cache.root={tmp_path / 'cache'}",
+            f"out={tmp_path / 'run'}", "objective.embedding.weighting.temperature=0.5",
+        ],
+    )  # fmt: skip
+    cache.run(settings)
+    recipe.save(settings, settings.out)
+    torch.manual_seed(0)
+    save_file(students.build(settings.student).state_dict(), tmp_path / "run" / "student.safetensors")
+    monkeypatch.setattr(PromptHead, "decode", None)  # the slow path, an image token at a time for every prompt
+    shown, stride = examples.gather(rows.read_runs([settings.out]), per_group=2)
+    assert len(shown) == 2 and stride == 16
+    for example in shown:
+        h, w = example.image.shape[:2]
+        assert example.valid.sum() == -(-h // 16) * -(-w // 16)
+        assert example.weights["run"].mean() == pytest.approx(1, abs=1e-3)  # padding: include
+        assert all(mask.shape == (h, w) and mask.dtype == bool for mask in example.masks.values())
+        assert example.point is None or list(example.masks) == ["teacher", "run"]
