@@ -1,0 +1,201 @@
+"""The command line: a verb, a recipe, and key=value overrides. No flags."""
+
+import argparse
+import errno
+import os
+import re
+import sys
+from collections.abc import Sequence
+
+EPILOG = """A recipe is looked up in the working folder first, then in the package. A setting is changed as key=value,
+such as train.steps=1000; changing a component's name (teacher.name=sam_mini) drops its other settings.
+FMDISTILL_TRACEBACK=1 in the environment shows where an error came from."""
+
+# What takes less memory, by the stage that ran out of it.
+SMALLER = {
+    "caching": "teacher.batch",
+    "training": "train.accumulate, which cuts the same batch into more pieces (raise it)",
+    "evaluating": "points_per_batch in the protocol",
+}
+STAGES = {"cache": ["caching"], "verify": ["caching"], "distill": ["training"], "evaluate": ["evaluating"]}
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser; building it imports nothing heavy."""
+    top = argparse.ArgumentParser(prog="fmdistill", description=__doc__, epilog=EPILOG)
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, about: str, *arguments: tuple[str, str, str | None]) -> None:
+        one = verbs.add_parser(name, help=about, description=about, epilog=EPILOG)
+        for argument, meaning, count in arguments:
+            one.add_argument(argument, help=meaning, nargs=count, metavar=argument.upper())
+
+    recipe = ("recipe", "a recipe's path, such as recipes/demo/sam_srw.yaml", None)
+    overrides = ("overrides", "settings as key=value", "*")
+    trust = ("settings", "trust=true where the run names code outside fmdistill", "*")
+    verb("run", "cache, distil and evaluate", recipe, overrides)
+    verb("cache", "run the teacher over the images that are not cached yet", recipe, overrides)
+    verb("verify", "check every checksum of a cache, then recompute a sample", recipe, overrides)
+    verb("distill", "train the student from the cache, resuming where it stopped", recipe, overrides)
+    verb("evaluate", "judge a run or checkpoint by a protocol, or a recipe's run by its own protocols",
+         ("protocol", "a protocol's path, or a recipe's", None),
+         ("subject", "a run's folder or a checkpoint file, and settings as key=value", "*"))  # fmt: skip
+    verb("export", "write a finished run for other software", ("run", "a run's folder", None),
+         ("format", "mobilesam, or half (the student alone in float16)", None),
+         ("out", "the file to write", None), trust)  # fmt: skip
+    verb("report", "write one HTML page about runs", ("out", "the page's folder", None),
+         ("runs", "runs' folders, and trust=true where one names code outside fmdistill", "+"))  # fmt: skip
+    verb("check", "bind every component without touching data, of all that ships if nothing is named",
+         ("paths", "recipes and protocols", "*"))  # fmt: skip
+    verb("demo", "run the main job on the embedded default", ("overrides", "sam, and settings as key=value", "*"))
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb. Return 0, or 2 after one line that says what is wrong and what to do."""
+    arguments = vars(parser().parse_args(argv))
+    from fmdistill import logs
+    from fmdistill.registry import UserError
+
+    logs.setup()
+    verb = arguments.pop("verb")
+    try:
+        VERBS[verb](**arguments)
+        return 0
+    except (UserError, OSError, RuntimeError) as error:
+        known = _machine(error, verb) if isinstance(error, RuntimeError) else _line(error)
+        if known is None or os.environ.get("FMDISTILL_TRACEBACK"):
+            raise
+        code, line = 2, f"error: {known}"
+    except KeyboardInterrupt:
+        code, line = 130, "stopped; the same command continues where it stopped"
+    # Printed when the exception is gone and with it the progress bars, whose last state would follow it.
+    print(f"fmdistill: {line}", file=sys.stderr)
+    return code
+
+
+def _run(recipe: str, overrides: list[str]) -> None:
+    from fmdistill import pipeline, report
+    from fmdistill.recipe import load
+
+    settings = load(recipe, overrides)
+    pipeline.run(settings)
+    if pipeline.is_main():
+        print(report.text([settings.out]))
+
+
+def _cache(recipe: str, overrides: list[str]) -> None:
+    from fmdistill import cache, pipeline
+    from fmdistill.recipe import load
+
+    settings = load(recipe, overrides)
+    pipeline.check(settings)
+    cache.run(settings)
+
+
+def _verify(recipe: str, overrides: list[str]) -> None:
+    from fmdistill import cache
+    from fmdistill.recipe import load
+
+    for name, value in cache.verify(load(recipe, overrides)).items():
+        print(f"{name:24} {value:.6g}")
+
+
+def _distill(recipe: str, overrides: list[str]) -> None:
+    from fmdistill import distill, pipeline
+    from fmdistill.recipe import load
+
+    settings = load(recipe, overrides)
+    pipeline.check(settings)
+    print(distill.run(settings))
+
+
+def _evaluate(protocol: str, subject: list[str]) -> None:
+    from fmdistill import evaluate, pipeline
+    from fmdistill.recipe import load, locate, read_yaml
+    from fmdistill.registry import UserError
+
+    if subject and "=" not in subject[0]:
+        results = {protocol: evaluate.run(protocol, subject[0], subject[1:])}
+    elif "name" in read_yaml(locate(protocol)):  # a protocol; a recipe has none
+        raise UserError(f"{protocol}: a protocol judges something; give it: fmdistill evaluate {protocol} RUN")
+    else:
+        results = pipeline.evaluate_recipe(load(protocol, subject))
+    for name, metrics in results.items():
+        print(name)
+        for key, value in metrics.items():
+            print(f"  {key:48} {value:.4f}")
+
+
+def _export(run: str, format: str, out: str, settings: list[str]) -> None:
+    from fmdistill import export
+
+    print(export.run(run, format, out, _trust(settings)))
+
+
+def _report(out: str, runs: list[str]) -> None:
+    from fmdistill import report
+
+    settings = [one for one in runs if one.startswith("trust=")]
+    print(report.run([one for one in runs if one not in settings], out, _trust(settings)))
+
+
+def _trust(settings: list[str]) -> bool:
+    from fmdistill.registry import UserError
+
+    for one in settings:
+        if one not in ("trust=true", "trust=false"):
+            raise UserError(f"'{one}': only trust=true can be set here")
+    return "trust=true" in settings
+
+
+def _line(error: Exception) -> str:
+    line = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{line}; free some space, then the same command continues where it stopped"
+    if isinstance(error, FileExistsError | NotADirectoryError):
+        return f"{line}; a folder is expected there, choose another name"
+    return line
+
+
+def _machine(error: RuntimeError, verb: str) -> str | None:
+    """Return a line about a machine that is too small for the settings; None for any other error."""
+    from torch import OutOfMemoryError
+
+    if isinstance(error, OutOfMemoryError):
+        stages = STAGES.get(verb, list(SMALLER))
+        hints = "; ".join(f"while {stage}, change {SMALLER[stage]}" for stage in stages)
+        return f"{str(error).splitlines()[0].partition('. ')[0]}: the GPU's memory is full; {hints}"
+    if re.match(r"DataLoader worker \(pid(\(s\))? [\d, ]+\) (is killed by signal|exited unexpectedly)", str(error)):
+        return (
+            f"{str(error).splitlines()[0].partition('. ')[0]}: an image-loading process was killed, mostly for memory; "
+            "lower train.workers, and in a container give it shared memory (docker run --ipc=host)"
+        )
+    return None
+
+
+def _check(paths: list[str]) -> None:
+    from fmdistill import pipeline
+
+    for name in pipeline.check_files(paths):
+        print(f"{name}: ok")
+
+
+def _demo(overrides: list[str]) -> None:
+    from fmdistill import pipeline
+
+    kind = overrides.pop(0) if overrides and "=" not in overrides[0] else "sam"
+    pipeline.demo(kind, overrides)
+
+
+VERBS = {
+    "run": _run,
+    "cache": _cache,
+    "verify": _verify,
+    "distill": _distill,
+    "evaluate": _evaluate,
+    "export": _export,
+    "report": _report,
+    "check": _check,
+    "demo": _demo,
+}

@@ -1,0 +1,188 @@
+"""A whole toy run from two sources: what it leaves on disk, and floors that are what they claim to be."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from safetensors.torch import save_file
+
+from fmdistill import cache, distill, evaluate, pipeline
+from fmdistill.cache.codec import CODECS
+from fmdistill.cli import main
+from fmdistill.evaluate.subjects import mean_embedding
+from fmdistill.registry import UserError
+
+PROTOCOL = "name: grid_miou\ngrids: [2, 3]\nfloors: true\n"
+FLOORS = ("untrained", "mean embedding", "another image")
+MIX = """
+images:
+  name: mix
+  sources:
+    photos: {name: photos, train: 12, validation: 5, size: 64, shard_size: 4}
+    scenes: {name: scenes, train: 12, validation: 3, size: 64, shard_size: 4, objects: [2, 3]}
+"""
+
+
+class Teacher(torch.nn.Module):
+    """The cached teacher's own encoder as a student; `pretrained` is the path of its weights."""
+
+    image_size, out_channels = 64, tiny.CHANNELS
+
+    def __init__(self, pretrained: str = "none") -> None:
+        super().__init__()
+        made = tiny.teacher(seed=0 if pretrained == "none" else 1)
+        self.encoder = made.encoder
+        if pretrained != "none":
+            from safetensors.torch import load_file
+
+            self.load_state_dict(load_file(pretrained))
+
+    def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"embedding": torch.cat([self.encoder(one[None]) for one in image])}
+
+
+def load(folder: Path, *overrides: str):
+    path = tiny.write(folder)
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("images:")]
+    path.write_text("\n".join(lines) + MIX + f"protocols: [{folder}/grid.yaml]\n")
+    (folder / "grid.yaml").write_text(PROTOCOL)
+    from fmdistill import recipe
+
+    return recipe.load(path, overrides)
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """A folder with a finished run, and the metrics that the pipeline returned."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    (metrics,) = pipeline.run(load(folder, "train.steps=60")).values()
+    return folder, metrics
+
+
+def test_a_run_gives_each_group_s_metrics_for_the_student_and_every_floor(ran):
+    folder, metrics = ran
+    wanted = {
+        f"{subject}/{k}x{k}{group}/{figure}"
+        for subject in ("student", *FLOORS)
+        for k in (2, 3)
+        for group in ("", "/photos", "/scenes")
+        for figure in ("miou", "miou_per_image")
+    } | {f"{subject}/feature/{figure}" for subject in ("student", *FLOORS) for figure in ("cosine", "mse")}
+    assert metrics.keys() == wanted
+    assert all(math.isfinite(value) for value in metrics.values())
+    assert all(0 <= value <= 1 for name, value in metrics.items() if "miou" in name)
+    assert metrics["student/feature/mse"] < metrics["untrained/feature/mse"]
+    for subject in ("student", *FLOORS):
+        groups = [metrics[f"{subject}/3x3/{group}/miou"] for group in ("photos", "scenes")]
+        assert metrics[f"{subject}/3x3/miou"] == pytest.approx((5 * groups[0] + 3 * groups[1]) / 8)
+
+
+def test_the_result_is_kept_in_the_run_with_its_protocol_and_rows(ran):
+    folder, metrics = ran
+    kept = json.loads((folder / "run/evaluation/grid.json").read_text())
+    assert kept["metrics"] == metrics
+    assert kept["protocol"]["grids"] == [2, 3] and kept["protocol"]["select"] == "best_predicted"
+    rows = kept["rows"]
+    assert len(rows) == 8 * 4 and {row["group"] for row in rows} == {"photos", "scenes"}
+    ours = [row["2x2/miou"] for row in rows if row["student"] == "student" and row["group"] == "scenes"]
+    assert metrics["student/2x2/scenes/miou"] == pytest.approx(np.mean(ours))
+    assert [path.name for path in (folder / "run/evaluation").iterdir()] == ["grid.json"]
+
+
+def test_running_again_gives_the_same_numbers_without_training(ran, monkeypatch):
+    folder, metrics = ran
+    monkeypatch.setattr(distill.tasks, "build", lambda recipe: pytest.fail("trains again"))
+    (again,) = pipeline.run(load(folder, "train.steps=60")).values()
+    assert again == metrics
+    (judged,) = pipeline.evaluate_recipe(load(folder, "train.steps=60")).values()
+    assert judged == metrics
+    with pytest.raises(UserError, match=r"holds a run of another recipe: train\.steps is 60 there and 61 here"):
+        pipeline.evaluate_recipe(load(folder, "train.steps=61"))
+
+
+def test_the_teacher_against_itself_is_exactly_one(ran):
+    folder, _ = ran
+    path = folder / "teacher.safetensors"
+    save_file({name: value.contiguous() for name, value in Teacher().state_dict().items()}, path)
+    text = (folder / "tiny.yaml").read_text().replace("tiny:Student", "test_pipeline:Teacher")
+    (folder / "self.yaml").write_text(text)
+    settings = [f"recipe={folder}/self.yaml", "floors=false"]
+    found = evaluate.run(folder / "grid.yaml", path, settings)
+    scores = {name: value for name, value in found.items() if "miou" in name}
+    assert len(scores) == 12 and set(scores.values()) == {1.0}
+    assert found["student/feature/mse"] < 1e-8
+    for mode in ("single", "paired", "oracle"):
+        again = evaluate.run(folder / "grid.yaml", path, [*settings, f"select={mode}", "grids=[2]"])
+        assert {value for name, value in again.items() if "miou" in name} == {1.0}
+    assert (folder / "teacher.evaluation/grid.json").is_file()
+
+
+def test_a_checkpoint_file_scores_what_its_run_does(ran):
+    folder, metrics = ran
+    copy = folder / "copy.safetensors"
+    copy.write_bytes((folder / "run/student.safetensors").read_bytes())
+    found = evaluate.run(folder / "grid.yaml", copy, [f"recipe={folder}/tiny.yaml"])
+    assert found == metrics
+    assert json.loads((folder / "copy.evaluation/grid.json").read_text())["metrics"] == metrics
+    copy.write_bytes(copy.read_bytes()[:-40])
+    with pytest.raises(UserError, match=r"copy\.safetensors: does not hold this student"):
+        evaluate.run(folder / "grid.yaml", copy, [f"recipe={folder}/tiny.yaml"])
+
+
+def test_the_mean_embedding_is_the_plain_mean_over_the_training_images(ran):
+    folder, _ = ran
+    opened = cache.open_cache(load(folder))
+    kept = []
+    for path in sorted((folder / "cache").glob("*-train-*.json")):
+        data = path.with_suffix(".tar").read_bytes()
+        for sample in json.loads(path.read_text())["samples"]:
+            member = sample["outputs"]["embedding"]
+            piece = data[member["offset"] : member["offset"] + member["size"]]
+            kept.append(CODECS["fp16"].decode(piece))
+    assert len(kept) == 24
+    np.testing.assert_allclose(mean_embedding(opened).numpy(), np.mean(kept, axis=0), atol=1e-6)
+
+
+def test_the_floor_of_another_image_is_never_the_image_itself(ran):
+    folder, _ = ran
+    rows = json.loads((folder / "run/evaluation/grid.json").read_text())["rows"]
+    other = [row for row in rows if row["student"] == "another image"]
+    assert len(other) == 8 and all(row["feature/mse"] > 1e-3 for row in other)
+
+
+def test_of_several_processes_only_the_first_evaluates(ran, monkeypatch, capsys):
+    folder, metrics = ran
+    kept = folder / "run/evaluation/grid.json"
+    before = kept.stat().st_mtime_ns
+    for rank, expected in (("1", {}), ("0", {f"{folder}/grid.yaml": metrics})):
+        monkeypatch.setenv("RANK", rank)
+        assert pipeline.is_main() == (rank == "0")
+        assert pipeline.run(load(folder, "train.steps=60")) == expected
+        assert (kept.stat().st_mtime_ns == before) == (rank == "1")
+        assert (main(["run", str(folder / "tiny.yaml"), "train.steps=60"]), bool(capsys.readouterr().out)) == (
+            0,
+            rank == "0",
+        )
+        before = kept.stat().st_mtime_ns
+
+
+def test_check_names_the_file_and_what_is_wrong(tmp_path):
+    load(tmp_path)
+    path = tmp_path / "tiny.yaml"
+    assert pipeline.check_files([str(path), str(tmp_path / "grid.yaml")]) == [str(path), str(tmp_path / "grid.yaml")]
+    whole = path.read_text()
+    for old, new, message in (
+        ("temperature: 0.5", "temprature: 0.5", "Did you mean 'temperature'"),
+        ("name: adamw", "name: adam", "Did you mean 'adamw'"),
+        ("objects: [2, 3]", "objects: [3, 2]", "fewest <= most"),
+        ("cache: {root", "#cache: {root", "a recipe has both or neither"),
+        ("student:", "studnet:", "studnet"),
+    ):
+        path.write_text(whole.replace(old, new))
+        with pytest.raises(UserError, match=message) as caught:
+            pipeline.check_files([str(path)])
+        assert str(path) in str(caught.value)
