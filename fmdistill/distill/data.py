@@ -2,7 +2,9 @@
 
 import signal
 import sys
+import threading
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -48,12 +50,8 @@ def batches(data: Data, places: Iterable[list[Place]], workers: int) -> Iterator
         collate_fn=_collate,
         worker_init_fn=_quiet,
     )
-    # Ctrl-C is the training process's: a worker that is just starting would die of it, and its death be reported.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
+    with _interrupted_after():
         loaded = iter(loader)
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     for batch in loaded:
         if isinstance(batch, UserError):
             raise batch
@@ -75,6 +73,26 @@ def to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, dict):
         return {key: to_device(value, device) for key, value in batch.items()}
     return batch
+
+
+@contextmanager
+def _interrupted_after() -> Iterator[None]:
+    """Let Ctrl-C wait for the block's end: half-started, the loader cannot be cleaned up without a traceback.
+
+    The workers that start in the block keep ignoring it: it is the training process's, which stops them. A signal mask
+    would not do, since any other thread of this process may take the signal.
+    """
+    if threading.current_thread() is not threading.main_thread():  # Python interrupts the main thread only
+        yield
+        return
+    caught: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, frame: caught.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if caught:
+        signal.raise_signal(signal.SIGINT)
 
 
 def _quiet(worker: int) -> None:

@@ -22,6 +22,35 @@ def adamw(
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas)
 
 
+def muon(
+    model: nn.Module,
+    lr: float,
+    weight_decay: float = 0.01,
+    momentum: float = 0.95,
+    other_lr: float | None = None,
+    betas: tuple[float, float] = (0.9, 0.999),
+) -> torch.optim.Optimizer:
+    """Muon (Jordan et al. 2024) with Nesterov momentum for the weights of linear layers, NAdamW for all others.
+
+    Each update is scaled to AdamW's root mean square (Liu et al. 2025), so `lr` is of AdamW's order; NAdamW's is
+    `other_lr`, or `lr` too. As in `adamw`, parameters of one dimension are not decayed. timm's implementation.
+    """
+    try:
+        from timm.optim import Muon
+    except ImportError as error:
+        raise UserError("optimizer.name=muon: this timm has no Muon; `pip install -U timm`, or use adamw") from error
+    matrices = {id(layer.weight) for layer in model.modules() if isinstance(layer, nn.Linear)}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    rest = [p for p in trained if id(p) not in matrices]
+    other = {"lr": lr if other_lr is None else other_lr, "use_fallback": True}
+    groups = [
+        {"params": [p for p in trained if id(p) in matrices], "lr": lr, "weight_decay": weight_decay},
+        {"params": [p for p in rest if p.dim() > 1], "weight_decay": weight_decay, **other},
+        {"params": [p for p in rest if p.dim() <= 1], "weight_decay": 0.0, **other},
+    ]
+    return Muon([g for g in groups if g["params"]], lr=lr, momentum=momentum, nesterov=True, betas=betas)
+
+
 @dataclass(frozen=True)
 class Cosine:
     """Linear warm-up over a share of the steps, then a cosine from one to `final`."""
@@ -54,5 +83,5 @@ class Constant:
         return min(1.0, (step + 1) / warm) if warm else 1.0
 
 
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": adamw}
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": adamw, "muon": muon}
 SCHEDULES: dict[str, Callable[..., Callable[[int, int], float]]] = {"cosine": Cosine, "constant": Constant}

@@ -1,0 +1,49 @@
+import signal
+import threading
+
+import pytest
+import torch
+
+from fmdistill.distill import data
+
+
+class Numbers:
+    counts = (6,)
+
+    def item(self, epoch, shard, index):
+        return {"x": torch.tensor(index), "keys": str(index)}
+
+
+def places():
+    return [[(0, 0, 0), (0, 0, 1)], [(0, 0, 2), (0, 0, 3)], [(0, 0, 4), (0, 0, 5)]]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_follow_the_places_whatever_the_workers(workers):
+    assert [b["x"].tolist() for b in data.batches(Numbers(), places(), workers)] == [[0, 1], [2, 3], [4, 5]]
+
+
+def interrupt():
+    # from another thread, as the system may deliver Ctrl-C: a signal mask of the main thread would not hold it back
+    thread = threading.Thread(target=lambda: signal.pthread_kill(threading.get_ident(), signal.SIGINT))
+    thread.start()
+    thread.join()
+    sum(range(10_000))  # Python runs its handlers between two of the main thread's instructions
+
+
+def test_ctrl_c_while_the_loader_starts_waits_until_it_can_be_cleaned_up():
+    done = []
+    with pytest.raises(KeyboardInterrupt), data._interrupted_after():
+        interrupt()
+        done.append(1)
+    assert done == [1]
+    with pytest.raises(KeyboardInterrupt):  # and the handler from before is back
+        interrupt()
+
+
+def test_a_loader_can_start_in_a_thread_that_is_not_the_main_one():
+    found = []
+    thread = threading.Thread(target=lambda: found.extend(data.batches(Numbers(), places(), 0)))
+    thread.start()
+    thread.join()
+    assert len(found) == 3

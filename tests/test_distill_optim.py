@@ -1,0 +1,79 @@
+import pytest
+import timm.optim
+import tiny
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from fmdistill import cache, distill
+from fmdistill.distill import optim
+from fmdistill.distill.student import WEIGHTS
+from fmdistill.registry import UserError
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+        self.conv = nn.Conv2d(3, 3, 1)
+        self.norm = nn.LayerNorm(3)
+        self.frozen = nn.Linear(2, 2).requires_grad_(False)
+
+
+def names(net, group):
+    return {name for name, p in net.named_parameters() if any(p is q for q in group["params"])}
+
+
+def test_muon_takes_the_linear_weights_and_leaves_the_rest_to_adamw_undecayed_where_one_dimensional():
+    net = Net()
+    matrices, kernels, vectors = optim.muon(net, lr=0.01, weight_decay=0.1, other_lr=0.002).param_groups
+    assert names(net, matrices) == {"linear.weight"} and not matrices.get("use_fallback")
+    assert names(net, kernels) == {"conv.weight"} and names(net, vectors) == {
+        "linear.bias",
+        "conv.bias",
+        "norm.weight",
+        "norm.bias",
+    }
+    assert [g["lr"] for g in (matrices, kernels, vectors)] == [0.01, 0.002, 0.002]
+    assert [g["weight_decay"] for g in (matrices, kernels, vectors)] == [0.1, 0.1, 0.0]
+    assert kernels["use_fallback"] and vectors["use_fallback"]
+    assert {g["lr"] for g in optim.muon(Net(), lr=0.01).param_groups} == {0.01}
+
+
+def test_muons_first_step_is_orthogonal_and_of_adamws_size():
+    torch.manual_seed(0)
+    net = nn.Linear(64, 32, bias=False)
+    before = net.weight.detach().clone()
+    net.weight.grad = torch.randn(32, 64) @ torch.diag(torch.logspace(0, -2, 64))  # badly conditioned
+    optim.muon(net, lr=0.01, weight_decay=0.0).step()
+    update = (net.weight - before).detach()
+    spread = torch.linalg.svdvals(update)
+    assert spread.max() / spread.min() < 3  # the gradient's is far more; Newton-Schulz leaves 0.7 to 1.2
+    assert update.square().mean().sqrt().item() == pytest.approx(0.01 * 0.2, rel=0.2)  # AdamW's is about 0.2 lr
+
+
+def test_muon_without_a_timm_that_has_it_says_so(monkeypatch):
+    monkeypatch.delattr(timm.optim, "Muon")
+    with pytest.raises(UserError, match="pip install -U timm"):
+        optim.muon(Net(), lr=0.01)
+
+
+def test_a_run_with_muon_resumes_to_the_same_weights(tmp_path, monkeypatch):
+    muon = ["optimizer={name: muon, lr: 0.01, other_lr: 0.003}", "train.checkpoint_every=4"]
+    cache.run(tiny.load(tmp_path))
+    whole = distill.run(tiny.load(tmp_path, f"out={tmp_path}/whole", *muon))
+    original, calls = timm.optim.Muon.step, []
+
+    def step(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyError
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(timm.optim.Muon, "step", step)
+    stopped = tiny.load(tmp_path, f"out={tmp_path}/stopped", *muon)
+    with pytest.raises(KeyError):
+        distill.run(stopped)
+    monkeypatch.setattr(timm.optim.Muon, "step", original)
+    ours, theirs = (load_file(run / WEIGHTS) for run in (whole, distill.run(stopped)))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
