@@ -40,6 +40,12 @@ def test_muon_takes_the_linear_weights_and_leaves_the_rest_to_adamw_undecayed_wh
     assert {g["lr"] for g in optim.muon(Net(), lr=0.01).param_groups} == {0.01}
 
 
+def test_muon_takes_ungrouped_kernels_where_asked():
+    net = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Linear(8, 2))
+    matrices, kernels, _ = optim.muon(net, lr=0.01, convolutions=True).param_groups
+    assert names(net, matrices) == {"0.weight", "2.weight"} and names(net, kernels) == {"1.weight"}
+
+
 def test_muons_first_step_is_orthogonal_and_of_adamws_size():
     torch.manual_seed(0)
     net = nn.Linear(64, 32, bias=False)

@@ -28,9 +28,12 @@ def muon(
     weight_decay: float = 0.01,
     momentum: float = 0.95,
     other_lr: float | None = None,
+    convolutions: bool = False,
     betas: tuple[float, float] = (0.9, 0.999),
 ) -> torch.optim.Optimizer:
     """Muon (Jordan et al. 2024) with Nesterov momentum for the weights of linear layers, NAdamW for all others.
+
+    With `convolutions`, ungrouped kernels (O, I, h, w) count as linear layers too, as matrices (O, I h w).
 
     Each update is scaled to AdamW's root mean square (Liu et al. 2025), so `lr` is of AdamW's order; NAdamW's is
     `other_lr`, or `lr` too. As in `adamw`, parameters of one dimension are not decayed. timm's implementation.
@@ -39,7 +42,9 @@ def muon(
         from timm.optim import Muon
     except ImportError as error:
         raise UserError("optimizer.name=muon: this timm has no Muon; `pip install -U timm`, or use adamw") from error
-    matrices = {id(layer.weight) for layer in model.modules() if isinstance(layer, nn.Linear)}
+    dense = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    dense += [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.groups == 1 and convolutions]
+    matrices = {id(layer.weight) for layer in dense}
     trained = [p for p in model.parameters() if p.requires_grad]
     rest = [p for p in trained if id(p) not in matrices]
     other = {"lr": lr if other_lr is None else other_lr, "use_fallback": True}
