@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from fmdistill.backbones.preprocess import Preprocess, from_json
 from fmdistill.backbones.promptable import PromptHead
-from fmdistill.backbones.sam import PREPROCESSING, SamPreprocess
 from fmdistill.cache import manifest
 from fmdistill.cache.codec import CODECS, by_split
 from fmdistill.cache.writer import read_finished
@@ -84,10 +84,9 @@ class Cache:
         return self.manifest["family"]
 
     @cached_property
-    def preprocess(self) -> SamPreprocess:
+    def preprocess(self) -> Preprocess:
         """The teacher's preprocessing, which the student shares."""
-        settings = dict(self.manifest["teacher"]["preprocess"])
-        return PREPROCESSING[settings["name"]].from_json(settings)
+        return from_json(self.manifest["teacher"]["preprocess"])
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
