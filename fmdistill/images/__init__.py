@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from fmdistill.images.captioned import Captioned
 from fmdistill.images.folder import Folder
 from fmdistill.images.image_classes import ImageClasses
 from fmdistill.images.mix import Mix
@@ -23,6 +24,7 @@ SOURCES = {
     "tar": Tar,
     "photos": Photos,
     "scenes": Scenes,
+    "captioned": Captioned,
     "mix": Mix,
 }
 
