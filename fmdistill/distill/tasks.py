@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fmdistill.backbones.clip_mini import MiniClip
 from fmdistill.backbones.mini import MiniSam
 from fmdistill.backbones.sam import SamPreprocess
 from fmdistill.cache import open_cache
 from fmdistill.cache.dataset import CachedImages
 from fmdistill.distill import student as students
+from fmdistill.distill.contrastive import CaptionedImages, Contrastive
 from fmdistill.distill.data import Data
 from fmdistill.distill.labelled import LabelledImages
 from fmdistill.distill.objective import Objective
@@ -73,7 +75,17 @@ def promptable(recipe: Recipe, prompts: int = 6, dense: float = 1.0) -> Job:
     return Job(Promptable(student, dense=dense), student, *data)
 
 
-TASKS: dict[str, Callable[..., Job]] = {"distill": distill, "promptable": promptable}
+def contrastive(recipe: Recipe) -> Job:
+    """Train image and text tower together from images and their captions."""
+    student = students.build(recipe.student)
+    if not isinstance(student, MiniClip):
+        raise UserError(f"student.name={recipe.student['name']}: task contrastive trains clip_mini, which reads")
+    images, rows = build_images(recipe.images), student.token_ids.clone()
+    data = [CaptionedImages(images, split, student.preprocess, rows, recipe.seed) for split in ("train", "validation")]
+    return Job(Contrastive(student), student, *data)
+
+
+TASKS: dict[str, Callable[..., Job]] = {"distill": distill, "promptable": promptable, "contrastive": contrastive}
 
 
 def build(recipe: Recipe) -> Job:
