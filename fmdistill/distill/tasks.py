@@ -79,7 +79,7 @@ def contrastive(recipe: Recipe) -> Job:
     """Train image and text tower together from images and their captions."""
     student = students.build(recipe.student)
     if not isinstance(student, MiniClip):
-        raise UserError(f"student.name={recipe.student['name']}: task contrastive trains clip_mini, which reads")
+        raise UserError(f"student.name={recipe.student['name']}: task contrastive trains clip_mini alone")
     images, rows = build_images(recipe.images), student.token_ids.clone()
     data = [CaptionedImages(images, split, student.preprocess, rows, recipe.seed) for split in ("train", "validation")]
     return Job(Contrastive(student), student, *data)
