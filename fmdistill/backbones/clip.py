@@ -58,8 +58,8 @@ class ClipPreprocess:
         size, how = self.image_size, INTERPOLATIONS[self.interpolation]
         # Lists ask for both sides; torchvision resizes the shortest where it is given one number.
         resized: Any = TF.resize(image, [size, size] if self.resize_mode == "squash" else [size], how)  # type: ignore[arg-type]
-        cropped = TF.center_crop(resized, [size, size]).convert("RGB")
-        return torch.from_numpy(np.asarray(cropped).copy()).permute(2, 0, 1).contiguous(), (size, size)
+        cropped: Any = TF.center_crop(resized, [size, size])
+        return torch.from_numpy(np.asarray(cropped.convert("RGB")).copy()).permute(2, 0, 1).contiguous(), (size, size)
 
     def normalize(self, pixels: Tensor, sizes: Tensor) -> Tensor:
         """Return uint8 pixels (B, 3, S, S) as float32 (x / 255 - mean) / std, by torchvision's arithmetic."""
@@ -141,7 +141,7 @@ class TextHead(nn.Module):
         model_cfg = deepcopy(dict(config["model_cfg"]))
         custom = model_cfg.pop("custom_text", False)
         kind = CoCa if custom and "multimodal_cfg" in model_cfg else CustomTextCLIP if custom else CLIP
-        model = kind(**{**model_cfg, "vision_cfg": dict(_NO_TOWER)})
+        model: Any = kind(**{**model_cfg, "vision_cfg": dict(_NO_TOWER)})
         model.visual = nn.Identity()
         return cls(model, config, tokenizer_files)
 

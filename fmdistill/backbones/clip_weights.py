@@ -35,7 +35,7 @@ def load_clip(model: str, pretrained: str = "none") -> tuple[nn.Module, dict[str
             raise UserError(f"teacher.pretrained={pretrained}: {model} brings its own weights; set it to none")
         return _from_folder(model)
     name, quick_gelu, preprocessing, path = _resolve(model, pretrained)
-    config = open_clip.get_model_config(name)
+    config: Any = open_clip.get_model_config(name)
     if quick_gelu:
         config["quick_gelu"] = True
     _supported(config, model)
@@ -84,7 +84,7 @@ def _from_folder(model: str) -> tuple[nn.Module, dict[str, Any]]:
     if not (folder / "open_clip_config.json").is_file():
         raise UserError(f"teacher.model={model}: holds no open_clip_config.json; name a folder that open_clip wrote")
     try:
-        config = open_clip.get_model_config(model)
+        config: Any = open_clip.get_model_config(model)
         _supported(config, model)
         built = open_clip.create_model(model, require_pretrained=True, pretrained_text=False)
     except UserError:
@@ -94,7 +94,7 @@ def _from_folder(model: str) -> tuple[nn.Module, dict[str, Any]]:
     return built.eval(), _described(built, config)
 
 
-def _load(built: nn.Module, path: Path, problem: str) -> None:
+def _load(built: Any, path: Path, problem: str) -> None:
     try:
         if _is_openai(path):
             built.load_state_dict(_openai_state(path))

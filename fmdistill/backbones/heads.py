@@ -24,6 +24,11 @@ class Head(Protocol):
         """Write head.safetensors and head.json into `folder`."""
         ...
 
+    @classmethod
+    def load(cls, folder: str | Path) -> "Head":
+        """Return the head that `save` wrote, in eval mode; UserError where it is missing or damaged."""
+        ...
+
 
 HEADS = {"sam": PromptHead, "clip": TextHead}
 
