@@ -37,6 +37,8 @@ _log = logging.getLogger(__name__)
 class MiniClip(nn.Module):
     """Both towers as one trainable network; `token_ids` (R,) says which rows of the vocabulary it has, ascending."""
 
+    token_ids: Tensor
+
     def __init__(self, token_ids: Tensor):
         super().__init__()
         self.clip = CLIP(**_config(len(token_ids)))
