@@ -18,7 +18,10 @@ from fmdistill.registry import UserError, bind
 
 TRUSTED = ["trust=true"]  # of a run that was checked to be of the recipe that the user gave
 RECIPE_KEYS = {"extends", "out", "student", "task", "teacher"}  # a protocol has none of these
-DEMO = {"sam": ("recipes/demo/sam_mse.yaml", "recipes/demo/sam_srw.yaml")}
+DEMO = {
+    "sam": ("recipes/demo/sam_mse.yaml", "recipes/demo/sam_srw.yaml"),
+    "clip": ("recipes/demo/clip_mse.yaml", "recipes/demo/clip_srw.yaml"),
+}
 
 
 def check(settings: Recipe) -> None:
