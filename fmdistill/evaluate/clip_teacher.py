@@ -23,12 +23,12 @@ CAUSES = (
 def judge_teacher(recipe: Recipe, protocols: Iterable[object] = ()) -> dict[str, float]:
     """Log how the recipe's cached teacher scores on its validation images' captions and labels; {} without any.
 
-    Captions are the source's column `txt`. Labels need class names: those of the first Zeroshot among `protocols`.
-    Only the first 2000 images are scored, by their cached embeddings.
+    Captions are the source's column `txt`. Labels need class names: those of the first Zeroshot among `protocols` that
+    judges these images, or others of the same kind of source. The first 2000 images count, by their cached embeddings.
     """
     cache = open_cache(recipe)
     captioned, labelled = _carries(CachedImages(cache, "validation"))
-    named = next((one for one in protocols if isinstance(one, Zeroshot)), None)
+    named = next((one for one in protocols if isinstance(one, Zeroshot) and _fits(one, recipe)), None)
     found: dict[str, float] = {}
     if captioned:
         found |= _by_captions(cache)
@@ -42,6 +42,10 @@ def judge_teacher(recipe: Recipe, protocols: Iterable[object] = ()) -> dict[str,
             ", and no zeroshot protocol names their classes" if labelled else " and no labels",
         )
     return found
+
+
+def _fits(protocol: Zeroshot, recipe: Recipe) -> bool:
+    return protocol.images is None or protocol.images["name"] == recipe.images["name"]
 
 
 def _carries(data: CachedImages) -> tuple[bool, bool]:

@@ -90,8 +90,9 @@ def classifier(
     model = head.text_model.to(device)
     with full_precision():
         weight_DK = open_clip.build_zero_shot_classifier(
-            model, head.tokenizer, list(names), list(prompts), num_classes_per_batch=10, device=device
-        )
+            model, head.tokenizer, list(names), list(prompts), num_classes_per_batch=10, device=device,
+            use_tqdm=len(names) * len(prompts) > 10_000,  # minutes, without a GPU
+        )  # fmt: skip
     weight_DK = weight_DK.float().cpu().contiguous()
     if path is not None and os.access(path.parent.parent, os.W_OK):  # a cache may be lent for reading only
         path.parent.mkdir(exist_ok=True)
