@@ -112,7 +112,7 @@ class Captioned:
         turn, number = divmod(index, len(chosen))  # every class once a turn
         order = np.random.default_rng([self.seed, turn]).permutation(len(chosen))
         size, place = (values[rng.integers(len(values))] for values in (list(SIZES), list(PLACES)))
-        return Attributes(*chosen[order[number]], size, place)
+        return Attributes(*chosen[int(order[number])], size, place)
 
     def _tailed(self, rng: np.random.Generator) -> tuple[str, str, str]:
         return self._pick(rng, SHAPES), self._pick(rng, list(COLOURS)), self._pick(rng, TEXTURES)
