@@ -234,9 +234,10 @@ def test_openai_s_own_file_is_known_by_its_hash_and_brings_quick_gelu(tmp_path, 
     assert list(state) == ["proj"] and state["proj"].dtype == torch.float32 and state["proj"][1, 2] == 5
 
 
-def test_an_untrained_model_is_the_same_every_time_and_leaves_the_generator_alone():
+def test_an_untrained_model_is_the_same_every_time_and_leaves_the_generator_and_logging_alone(caplog):
     torch.manual_seed(1)
     first, drawn = build_clip("ViT-S-32"), torch.rand(3)
     torch.manual_seed(1)
     assert torch.equal(drawn, torch.rand(3))
     assert torch.equal(first.visual.proj, build_clip("ViT-S-32").visual.proj) and not first.training
+    assert set(caplog.messages) == {"ViT-S-32 is untrained: teacher.pretrained=none"}

@@ -1,7 +1,10 @@
 """Build an open_clip model with its weights, without executing anything that a file holds."""
 
+import logging
 import warnings
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,8 @@ from fmdistill.files import file_hash
 from fmdistill.registry import UserError, suggest
 
 LOCAL = "local-dir:"
+
+_log = logging.getLogger(__name__)
 
 
 def build_clip(model: str, pretrained: str = "none") -> nn.Module:
@@ -39,8 +44,9 @@ def load_clip(model: str, pretrained: str = "none") -> tuple[nn.Module, dict[str
     if quick_gelu:
         config["quick_gelu"] = True
     _supported(config, model)
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # open_clip warns of files that it was not given
+    if path is None:
+        _log.warning("%s is untrained: teacher.pretrained=none", model)
+    with torch.random.fork_rng(devices=[]), _quiet():
         torch.manual_seed(0)
         built = open_clip.create_model(
             name, force_quick_gelu=quick_gelu, force_preprocess_cfg=preprocessing, pretrained_text=False
@@ -86,7 +92,8 @@ def _from_folder(model: str) -> tuple[nn.Module, dict[str, Any]]:
     try:
         config: Any = open_clip.get_model_config(model)
         _supported(config, model)
-        built = open_clip.create_model(model, require_pretrained=True, pretrained_text=False)
+        with _quiet():
+            built = open_clip.create_model(model, require_pretrained=True, pretrained_text=False)
     except UserError:
         raise
     except Exception as error:  # of JSON, safetensors, pickle and torch, by what is wrong with the folder
@@ -94,12 +101,28 @@ def _from_folder(model: str) -> tuple[nn.Module, dict[str, Any]]:
     return built.eval(), _described(built, config)
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep open_clip, which logs to the root, from setting logging up, and from warning of weights that come later."""
+    root, silent, before = logging.getLogger(), logging.NullHandler(), logging.root.manager.disable
+    root.addHandler(silent)
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+        root.removeHandler(silent)
+
+
 def _load(built: Any, path: Path, problem: str) -> None:
     try:
-        if _is_openai(path):
-            built.load_state_dict(_openai_state(path))
-        else:
-            open_clip.load_checkpoint(built, str(path), weights_only=True)
+        with _quiet():
+            if _is_openai(path):
+                built.load_state_dict(_openai_state(path))
+            else:
+                open_clip.load_checkpoint(built, str(path), weights_only=True)
     except Exception as error:  # of safetensors, pickle, zip and torch, by what is wrong with the file
         raise UserError(f"{problem} ({_reason(error)}); nothing in it was run") from error
 
