@@ -15,7 +15,7 @@ FMDISTILL_TRACEBACK=1 in the environment shows where an error came from."""
 SMALLER = {
     "caching": "teacher.batch",
     "training": "train.accumulate, which cuts the same batch into more pieces (raise it)",
-    "evaluating": "points_per_batch in the protocol",
+    "evaluating": "points_per_batch or batch in the protocol",
 }
 STAGES = {"cache": ["caching"], "verify": ["caching"], "distill": ["training"], "evaluate": ["evaluating"]}
 
@@ -41,13 +41,13 @@ def parser() -> argparse.ArgumentParser:
          ("protocol", "a protocol's path, or a recipe's", None),
          ("subject", "a run's folder or a checkpoint file, and settings as key=value", "*"))  # fmt: skip
     verb("export", "write a finished run for other software", ("run", "a run's folder", None),
-         ("format", "mobilesam, or half (the student alone in float16)", None),
-         ("out", "the file to write", None), trust)  # fmt: skip
+         ("format", "mobilesam, openclip (a folder, local-dir: to open_clip), or half (the student in float16)", None),
+         ("out", "the file or folder to write", None), trust)  # fmt: skip
     verb("report", "write one HTML page about runs", ("out", "the page's folder", None),
          ("runs", "runs' folders, and trust=true where one names code outside fmdistill", "+"))  # fmt: skip
     verb("check", "bind every component without touching data, of all that ships if nothing is named",
          ("paths", "recipes and protocols", "*"))  # fmt: skip
-    verb("demo", "run the main job on the embedded default", ("overrides", "sam, and settings as key=value", "*"))
+    verb("demo", "run the main job on the embedded default", ("overrides", "sam or clip; settings as key=value", "*"))
     return top
 
 

@@ -11,14 +11,17 @@ from fmdistill.distill import objective
 from fmdistill.distill.optim import OPTIMIZERS, SCHEDULES
 from fmdistill.distill.student import STUDENTS
 from fmdistill.distill.tasks import TASKS
-from fmdistill.evaluate import sa1b
+from fmdistill.evaluate import teacher_score
 from fmdistill.logs import log
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError, bind
 
 TRUSTED = ["trust=true"]  # of a run that was checked to be of the recipe that the user gave
 RECIPE_KEYS = {"extends", "out", "student", "task", "teacher"}  # a protocol has none of these
-DEMO = {"sam": ("recipes/demo/sam_mse.yaml", "recipes/demo/sam_srw.yaml")}
+DEMO = {
+    "sam": ("recipes/demo/sam_mse.yaml", "recipes/demo/sam_srw.yaml"),
+    "clip": ("recipes/demo/clip_mse.yaml", "recipes/demo/clip_srw.yaml"),
+}
 
 
 def check(settings: Recipe) -> None:
@@ -60,18 +63,23 @@ def shipped() -> list[str]:
 
 
 def run(settings: Recipe) -> dict[str, dict[str, float]]:
-    """Cache, score the teacher on SA-1B's masks if present, distil and evaluate; return the metrics by protocol.
+    """Cache, score the teacher on what its images carry, distil and evaluate; return the metrics by protocol.
 
     Of several training processes only the first evaluates; the others return {}.
     """
     check(settings)
     if settings.teacher is not None:
         cache.run(settings)
-        sa1b.judge_teacher(settings)
+        _score_teacher(settings)
     out = distill.run(settings)
     if not is_main():
         return {}
     return {protocol: evaluate.run(protocol, out, TRUSTED) for protocol in settings.protocols}
+
+
+def _score_teacher(settings: Recipe) -> None:
+    if is_main():
+        teacher_score.judge_teacher(settings, [evaluate.load(path).settings for path in settings.protocols])
 
 
 def is_main() -> bool:
@@ -96,6 +104,7 @@ def demo(kind: str = "sam", overrides: Sequence[str] = ()) -> Path:
     for settings in loaded:
         check(settings)
     cache.run(loaded[0])
+    _score_teacher(loaded[0])
     for settings in loaded:
         log.info("%s", settings.title)
         distill.run(settings)

@@ -6,9 +6,15 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-DISTRIBUTIONS = {"PIL": "pillow", "skimage": "scikit-image", "sklearn": "scikit-learn", "yaml": "pyyaml"}
-# segment_anything imports torchvision and does not declare it; the photographs are read as files, without an import
-NOT_IMPORTED = {"torchvision", "scikit-image", "scikit-learn"}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "open_clip": "open-clip-torch",
+    "skimage": "scikit-image",
+    "sklearn": "scikit-learn",
+    "yaml": "pyyaml",
+}
+# the photographs are read as files, without an import
+NOT_IMPORTED = {"scikit-image", "scikit-learn"}
 
 
 def imported(package: Path) -> set[str]:
@@ -28,7 +34,7 @@ def declared(pyproject: str) -> set[str]:
     """The names in `dependencies`, without versions."""
     block = re.search(r"^dependencies = \[\n(.*?)^\]", pyproject, re.DOTALL | re.MULTILINE)
     assert block
-    return set(re.findall(r'^ *"([\w-]+)', block[1], re.MULTILINE))
+    return {name.replace("_", "-") for name in re.findall(r'^ *"([\w-]+)', block[1], re.MULTILINE)}
 
 
 def test_what_is_imported_is_declared_and_the_reverse():

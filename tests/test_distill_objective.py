@@ -1,4 +1,4 @@
-"""SRW against the brute-force formula, weights of mean one, and the reduction."""
+"""Distances and SRW against brute-force formulas, weights of mean one, and the reduction."""
 
 import json
 from pathlib import Path
@@ -11,8 +11,8 @@ from fmdistill.distill.distances import DISTANCES
 from fmdistill.distill.objective import Objective, effective_sample_size, reduce
 from fmdistill.distill.seen import Seen
 from fmdistill.distill.weightings import WEIGHTINGS
-from fmdistill.distill.weightings.srw import SRW, average_similarity, patch_weights
-from fmdistill.registry import UserError
+from fmdistill.distill.weightings.srw import SRW, average_similarity, patch_weights, sample_weights
+from fmdistill.registry import UserError, bind
 
 GOLDEN = Path(__file__).parent.parent.parent / "shared/reference/kd_golden_values.json"
 
@@ -54,6 +54,8 @@ def test_srw_gives_the_published_golden_values():
     valid = torch.ones(1, 8, dtype=torch.bool)
     np.testing.assert_allclose(average_similarity(tokens, valid)[0], golden["srw.avesim"], atol=1e-6)
     np.testing.assert_allclose(patch_weights(tokens, valid, 0.5)[0] / 8, golden["srw.w tau=0.5"], atol=1e-6)
+    samples = torch.from_numpy(feature)
+    np.testing.assert_allclose(sample_weights(samples, samples, 0.5) / 8, golden["srw.w tau=0.5"], atol=1e-6)
 
 
 def seen(valid_rows: int = 2) -> Seen:
@@ -111,9 +113,83 @@ def test_reduce_is_per_image_then_over_the_batch():
 
 def test_what_srw_cannot_weigh_is_said():
     vectors = Seen({"student.embedding": torch.zeros(4, 8), "clip.embedding": torch.ones(4, 8)}, torch.ones(4, 1) > 0)
-    with pytest.raises(UserError, match="weighs the patches of an image"):
-        SRW()(torch.zeros(4), vectors.focus("embedding", "include"))
     with pytest.raises(UserError, match=r"output=embeding: the student has none\. Did you mean 'embedding'"):
         vectors.pair("embeding")
     with pytest.raises(UserError, match="names no term"):
         Objective({})
+    with pytest.raises(UserError, match="nothing to weigh within an image; use global_batch or batch"):
+        SRW(group="image")(torch.zeros(4), vectors.focus("embedding", "include"))
+    with pytest.raises(UserError, match="patches are not exchanged between processes; use image or batch"):
+        SRW(group="global_batch")(torch.zeros(2, 16), seen().focus("embedding", "include"))
+    with pytest.raises(UserError, match=r"group='images': unknown\. Did you mean 'image'"):
+        bind({"name": "srw", "group": "images"}, WEIGHTINGS, "objective.a.weighting")
+    both = Seen({"clip.embedding": torch.ones(2, 8), "clip.tokens": torch.ones(2, 8, 2, 2)}, torch.ones(2, 4) > 0)
+    with pytest.raises(UserError, match="tokens: has one vector per patch, output=embedding one vector per image"):
+        SRW(feature="tokens")(torch.zeros(2), both.focus("embedding", "include"))
+
+
+def test_distances_are_the_formulas_spelled_out():
+    generator = torch.Generator().manual_seed(2)
+    student, teacher = torch.randn(2, 3, 7, generator=generator)
+    s, t = student.double().numpy(), teacher.double().numpy()
+    unit_s, unit_t = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (s, t))
+    expected = {
+        "plain": ({"name": "mse"}, ((s - t) ** 2).mean(1)),
+        "unit": ({"name": "mse", "normalize": True}, ((unit_s - unit_t) ** 2).mean(1)),
+        "cosine": ({"name": "cosine"}, 1 - (unit_s * unit_t).sum(1)),
+    }
+    for settings, values in expected.values():
+        distance = bind(settings, DISTANCES, "distance")()
+        np.testing.assert_allclose(distance(student, teacher), values, rtol=1e-5)
+        as_maps = distance(student.T[None, :, None], teacher.T[None, :, None])  # (1, 7, 1, 3): three patches
+        np.testing.assert_allclose(as_maps, values[None], rtol=1e-5)
+    with pytest.raises(UserError, match=r"\(7,\) by the student and \(6,\) by the teacher"):
+        DISTANCES["cosine"]()(student, teacher[:, :6])
+
+
+def test_half_precision_outputs_are_compared_in_float32_and_double_ones_in_double():
+    plain = Objective({"a": {"distance": {"name": "mse"}, "weighting": {"name": "uniform"}}})
+    half = torch.full((4, 8), 1.0, dtype=torch.bfloat16)
+    losses, _ = plain(Seen({"student.embedding": half, "clip.embedding": torch.full((4, 8), 1.001)}))
+    assert losses["a"].dtype == torch.float32 and losses["a"].item() == pytest.approx(1e-6, rel=1e-3)
+    losses, _ = plain(Seen({"student.embedding": half.double(), "clip.embedding": torch.ones(4, 8) + 1e-6}))
+    assert losses["a"].dtype == torch.float64
+
+
+def vectors_of(count: int, group: str | None = None, temperature: float = 0.1) -> tuple[torch.Tensor, np.ndarray, SRW]:
+    """Teacher vectors with one common direction, the pairwise formula's weights, and the weighting."""
+    generator = torch.Generator().manual_seed(3)
+    teacher = torch.randn(count, 16, generator=generator) + 0.5
+    _, expected = brute_force(teacher.T.numpy(), np.ones(count, bool), temperature)
+    return teacher, expected * count, SRW(temperature=temperature, group=group)  # type: ignore[arg-type]
+
+
+def test_srw_weighs_the_samples_of_a_batch_by_the_pairwise_formula():
+    teacher, expected, srw = vectors_of(12, "batch")
+    weight = srw(torch.zeros(12), Seen({"clip.embedding": teacher}, output="embedding"))
+    np.testing.assert_allclose(weight, expected, rtol=1e-5)
+    assert weight.mean().item() == pytest.approx(1, rel=1e-5) and weight.max() > 1.2
+
+
+def test_srw_weighs_a_slice_of_the_global_batch_as_the_whole_does():
+    teacher, expected, srw = vectors_of(12)
+    whole = {"clip.embedding": teacher}
+    for rows in (slice(0, 4), slice(4, 12)):
+        part = Seen({"clip.embedding": teacher[rows]}, output="embedding", whole=whole)
+        np.testing.assert_allclose(srw(torch.zeros(len(teacher[rows])), part), expected[rows], rtol=1e-5)
+        alone = SRW(0.1, group="batch")(torch.zeros(len(teacher[rows])), part)
+        assert np.abs(alone.numpy() - expected[rows]).max() > 0.05
+
+
+def test_srw_weighs_small_temperatures_without_overflow():
+    teacher, expected, srw = vectors_of(12, "batch", temperature=0.002)
+    weight = srw(torch.zeros(12), Seen({"clip.embedding": teacher}, output="embedding"))
+    assert torch.isfinite(weight).all() and weight.mean().item() == pytest.approx(1, rel=1e-4)
+
+
+def test_srw_can_weigh_the_patches_of_all_images_as_one_group():
+    view = seen().focus("embedding", "exclude")
+    weight = SRW(0.3, group="batch")(torch.zeros(2, 16), view)
+    feature, valid = view.teacher("embedding").flatten(2), view.valid.flatten().numpy()
+    _, expected = brute_force(torch.cat(list(feature), 1).numpy(), valid, 0.3)
+    np.testing.assert_allclose(weight.flatten(), expected * valid.sum(), rtol=1e-4, atol=1e-6)

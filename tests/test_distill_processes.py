@@ -41,16 +41,16 @@ def rows(run: Path) -> list[dict]:
     return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
 
 
-def torchrun(folder: Path, *overrides: str) -> subprocess.CompletedProcess:
+def torchrun(folder: Path, *arguments: str, script: str = __file__) -> subprocess.CompletedProcess:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1"]
-    command += [f"--master_port={port}", __file__, str(folder), *overrides]
+    command += [f"--master_port={port}", script, str(folder), *arguments]
     env = {**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}", "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True) as started:
         try:
-            _, stderr = started.communicate(timeout=60)
+            _, stderr = started.communicate(timeout=300)
         except subprocess.TimeoutExpired:  # a reduction in which not every process takes part
             os.killpg(started.pid, signal.SIGKILL)
             raise

@@ -186,3 +186,28 @@ def test_check_names_the_file_and_what_is_wrong(tmp_path):
         with pytest.raises(UserError, match=message) as caught:
             pipeline.check_files([str(path)])
         assert str(path) in str(caught.value)
+
+
+def test_the_clip_demo_judges_both_runs_and_their_teacher(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = ["images.train=16", "images.validation=12", "train.steps=2", "train.batch_size=8", "train.workers=0"]
+    page = pipeline.demo("clip", small)
+    assert page == Path("report/demo_clip/index.html") and "image weights" in page.read_text()
+    rows = {}
+    for name in ("clip_mse", "clip_srw"):
+        found = json.loads((tmp_path / "runs" / "demo" / name / "evaluation" / "clip_zeroshot_demo.json").read_text())
+        subjects = {key.split("/")[0] for key in found["metrics"]}
+        assert subjects == {"student", "teacher"}
+        assert {f"student/q{quarter}/top1" for quarter in (1, 2, 3, 4)} <= found["metrics"].keys()
+        rows[name] = [row for row in found["rows"] if row["student"] == "teacher"]
+    assert rows["clip_mse"] == rows["clip_srw"] and len(rows["clip_mse"]) == 12
+    logs = [
+        json.loads(line)
+        for line in (tmp_path / "runs" / "demo" / "clip_srw" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert 0 < logs[0]["embedding/effective_sample_size"] < 1 < logs[0]["embedding/largest_weight"]
+
+
+def test_an_unknown_demo_is_one_clear_line():
+    with pytest.raises(UserError, match="demo dino: unknown; known: sam, clip"):
+        pipeline.demo("dino")

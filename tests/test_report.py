@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 
 from fmdistill import cache, recipe, report
 from fmdistill.backbones.promptable import PromptHead
+from fmdistill.cache.dataset import CachedImages
 from fmdistill.distill import student as students
 from fmdistill.registry import UserError
-from fmdistill.report import examples, page, plots, rows, tables
+from fmdistill.report import examples, page, plots, ranked, rows, tables
 
 GROUPS = ("", "photos/", "scenes/")
 VOID = {"meta", "img", "br", "hr", "link", "input"}
@@ -96,16 +97,19 @@ def an_example(h=128, w=256):
 
 def test_page_is_self_contained_and_valid(two, tmp_path, monkeypatch):
     monkeypatch.setattr(examples, "gather", lambda runs, trust=False: ([an_example(), an_example(256, 128)], 16))
+    images = [np.zeros((8, 8, 3), np.uint8), np.ones((8, 8, 3), np.uint8)]
+    monkeypatch.setattr(ranked, "gather", lambda runs, trust=False: [ranked.Ranked("srw", images, [1.5, 0.5], 9)])
     path = report.run(two, str(tmp_path / "out"))
     assert path == tmp_path / "out" / "index.html" and [p.name for p in path.parent.iterdir()] == ["index.html"]
     text = path.read_text()
     found = Page(text)
     assert found.open == [] and found.faults == []
-    assert len(found.loaded) == 5 and all(link.startswith("data:image/") for link in found.loaded)
+    assert len(found.loaded) == 6 and all(link.startswith("data:image/") for link in found.loaded)
     outside = re.sub(r"data:[^\"]*", "", text)
     assert not re.search(r"https?://|url\(|@import|<script", outside)
     assert "&lt;b&gt;&amp; co" in text and "<b>" not in text
     assert "N·w from 0.75 to 1.25 over the 128 patches" in text
+    assert "N·w by srw: the heaviest images of 9" in text
     assert outside.index("<table>") < outside.index("One seed") + 2000 < outside.index("Where the loss looks")
 
 
@@ -141,6 +145,47 @@ def test_text_fits_a_terminal_and_warns_of_one_seed(two):
     assert max(map(len, table)) <= 110
     heading, line = (next(i for i, text in enumerate(table) if text.startswith(s)) for s in ("Our runs", "mse"))
     assert line == heading + 1
+
+
+def classified(folder, name, top1, teacher=0.9, floors=("chance",), protocol="top"):
+    metrics = {}
+    for subject, value in {"student": top1, "teacher": teacher, **dict.fromkeys(floors, 0.1)}.items():
+        metrics |= {f"{subject}/top1": value, f"{subject}/top5": value, f"{subject}/mean_per_class_recall": value}
+        if subject not in floors:
+            metrics |= {f"{subject}/q{n}/top1": value - 0.1 + n / 50 for n in range(1, 5)}
+    run = fabricate(folder / name)
+    found = {"protocol": {"name": protocol}, "metrics": metrics}
+    (run / "evaluation" / "sam_grid_miou.json").unlink()
+    (run / "evaluation" / "top.json").write_text(json.dumps(found))
+    return str(run)
+
+
+def test_shares_of_a_classifier_are_percent_beside_their_teacher(tmp_path):
+    runs = [classified(tmp_path, "mse", 0.5), classified(tmp_path, "srw", 0.55)]
+    found = rows.rows(rows.read_runs(runs), "top")
+    assert [(row.name, row.kind) for row in found] == [
+        ("mse", "run"), ("srw", "run"), ("teacher", "teacher"), ("chance", "floor"),
+    ]  # fmt: skip
+    table = tables.build(found)
+    shown = [(column.group, column.label, column.percent) for column in table.columns]
+    assert shown[:5] == [("top-1", label, True) for label in ("all", "q1", "q2", "q3", "q4")]
+    assert shown[5:] == [("top-5", "all", True), ("class recall", "all", True)]
+    by_kind = {section.kind: section.rows for section in table.sections}
+    assert by_kind["closed"][0].metrics["top1"] == pytest.approx((0.5 - 0.1) / (0.9 - 0.1))
+    assert "q1/top1" not in by_kind["closed"][0].metrics  # no floor says where that way begins
+    text = report.text(runs)
+    assert "55.00" in text and "+5.00" in text and "62.50" not in text.split("Share")[0]
+    assert max(map(len, text.split(report.ONE_SEED)[0].splitlines())) <= 110
+    shown = report.run(runs, str(tmp_path / "out")).read_text()
+    assert "q1 is the least similar" in shown and "mIoU" not in shown
+
+
+def test_without_a_teacher_no_share_of_the_way_is_claimed(tmp_path):
+    run = classified(tmp_path, "mse", 0.5)
+    path = tmp_path / "mse" / "evaluation" / "top.json"
+    path.write_text(path.read_text().replace("teacher/", "another/"))
+    table = tables.build(rows.rows(rows.read_runs([run]), "top"))
+    assert [section.kind for section in table.sections] == ["run", "floor"]
 
 
 def test_differing_floors_are_all_listed(tmp_path):
@@ -259,3 +304,26 @@ def test_examples_come_from_a_cache_and_its_students(tmp_path, monkeypatch):
         assert example.weights["run"].mean() == pytest.approx(1, abs=1e-3)  # padding: include
         assert all(mask.shape == (h, w) and mask.dtype == bool for mask in example.masks.values())
         assert example.point is None or list(example.masks) == ["teacher", "run"]
+
+
+def test_whole_images_are_ranked_by_their_weight(tmp_path):
+    settings = recipe.load(
+        "recipes/demo/clip_srw.yaml",
+        ["images.train=2", "images.validation=10", f"cache.root={tmp_path / 'cache'}", f"out={tmp_path / 'run'}"],
+    )
+    cache.run(settings)
+    recipe.save(settings, settings.out)
+    torch.manual_seed(0)
+    save_file(students.build(settings.student).state_dict(), tmp_path / "run" / "student.safetensors")
+    runs = rows.read_runs([settings.out])
+    [found] = ranked.gather(runs, shown=4)
+    assert found.name == "run" and found.weighed == 10 and len(found.images) == 4
+    assert found.weights == sorted(found.weights, reverse=True) and found.weights[0] > 1 > found.weights[-1]
+    data = CachedImages(cache.open_cache(settings), "validation")
+    items = [data.item(0, 0, index) for index in range(10)]
+    unit = torch.nn.functional.normalize(torch.stack([item["outputs"]["clip.embedding"] for item in items]), dim=1)
+    similarity = (unit @ unit.T).mean(1)
+    assert np.array_equal(found.images[0], items[int(similarity.argmin())]["pixels"].permute(1, 2, 0).numpy())
+    shown, _ = examples.gather(runs, per_group=2)
+    assert [(dict(one.weights), one.point) for one in shown] == [({}, None)] * 2
+    assert "What the loss looks at: image weights" in report.run([settings.out], str(tmp_path / "out")).read_text()

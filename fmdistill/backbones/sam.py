@@ -81,8 +81,6 @@ class SamPreprocess:
         return inside_B2N[:, 0, :, None] & inside_B2N[:, 1, None, :]
 
 
-PREPROCESSING = {"sam": SamPreprocess}
-
 PUBLISHED = "https://dl.fbaipublicfiles.com/segment_anything/"
 OFFICIAL = {
     "vit_b": "sam_vit_b_01ec64.pth",

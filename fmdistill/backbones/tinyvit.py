@@ -3,8 +3,9 @@
 Shapes: B batch, S image side, C embedding channels.
 """
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import timm
 import torch
@@ -42,15 +43,16 @@ class TinyViTSAM(nn.Module):
             nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False),
             LayerNorm2d(out_channels, eps=1e-6),
         )
-        self.register_load_state_dict_post_hook(_forget_cached_biases)
+        self.register_load_state_dict_post_hook(forget_cached_biases)
 
     def forward(self, image_B3SS: Tensor) -> dict[str, Tensor]:
         """Return {"embedding": (B, C, S/16, S/16)} of normalised float images (B, 3, S, S)."""
         return {"embedding": self.neck(self.trunk.forward_features(image_B3SS))}
 
 
-def _forget_cached_biases(student: nn.Module, _keys: object) -> None:
-    student.train(student.training)  # timm's attention keeps its biases in eval mode and drops them here
+def forget_cached_biases(student: nn.Module, _keys: object) -> None:
+    """Drop the attention biases that timm keeps in eval mode; a hook for after a state was loaded."""
+    student.train(student.training)
 
 
 def tinyvit_sam(size: Literal["5m", "11m", "21m"] = "5m", pretrained: str = "none") -> TinyViTSAM:
@@ -79,13 +81,28 @@ def tinyvit_sam_mini(pretrained: str = "none") -> TinyViTSAM:
     return student
 
 
-def load_pretrained(student: TinyViTSAM, pretrained: str) -> None:
-    """Fill the trunk of `student`, and its neck where the source has one, from a timm tag or a file."""
+class OnTinyViT(Protocol):
+    """A student whose `trunk` is timm's TinyViT `variant`."""
+
+    variant: str
+    image_size: int
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the weights, those of the trunk under "trunk."."""
+        ...
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True) -> Any:
+        """Take the weights."""
+        ...
+
+
+def load_pretrained(student: OnTinyViT, pretrained: str) -> None:
+    """Fill the trunk of `student`, and what follows it where the source has that too, from a timm tag or a file."""
     if pretrained == "none":
         return
     is_path = Path(pretrained).suffix in (".safetensors", ".pth", ".pt") or "/" in pretrained
     state = _read(Path(pretrained)) if is_path else _download(student.variant, pretrained)
-    _load(student, _student_names(state), pretrained)
+    _load(student, _student_names(state, student.state_dict().keys()), pretrained)
 
 
 def _download(variant: str, tag: str) -> dict[str, Tensor]:
@@ -119,21 +136,22 @@ def _read(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def _student_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    prefix = "image_encoder."
-    if any(name.startswith(prefix) for name in state):
-        state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+def _student_names(state: dict[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
+    for prefix in ("image_encoder.", "visual."):  # MobileSAM's whole model, open_clip's
+        if any(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     if any(name.startswith("layers.") for name in state):
         state = timm_names(state)
-    own = ("trunk.", "neck.")
-    state = {name if name.startswith(own) else f"trunk.{name}": value for name, value in state.items()}
-    return {name: value for name, value in state.items() if not name.startswith("trunk.head.")}
+    if not any(name.startswith("trunk.") for name in state):
+        state = {f"trunk.{name}": value for name, value in state.items()}
+    return {name: value for name, value in state.items() if name in wanted or not name.startswith("trunk.head.")}
 
 
-def _load(student: TinyViTSAM, state: dict[str, Tensor], source: str) -> None:
+def _load(student: OnTinyViT, state: dict[str, Tensor], source: str) -> None:
     wanted = student.state_dict()
-    if not any(name.startswith("neck.") for name in state):
-        wanted = {name: value for name, value in wanted.items() if name.startswith("trunk.")}
+    if all(name.startswith("trunk.") for name in state):
+        own = {name for name in wanted if name.startswith("trunk.head.")} - state.keys()  # Microsoft's has no such norm
+        wanted = {name: value for name, value in wanted.items() if name.startswith("trunk.") and name not in own}
     wrong = [name for name in wanted.keys() & state.keys() if wanted[name].shape != state[name].shape]
     odd = sorted([*(wanted.keys() ^ state.keys()), *wrong])
     if odd:

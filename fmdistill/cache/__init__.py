@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from fmdistill import recipe as recipes
-from fmdistill.backbones.promptable import PromptHead
+from fmdistill.backbones.heads import load_head
 from fmdistill.cache import manifest, teacher
-from fmdistill.cache.codec import CODECS, EXACT, by_split
+from fmdistill.cache.codec import CODECS, EXACT, by_split, stacked
 from fmdistill.cache.reader import Cache
 from fmdistill.cache.teacher_pass import Pass, ours_first, processes
 from fmdistill.cache.verify import holds_head, verify_files, verify_values
@@ -19,6 +19,8 @@ from fmdistill.images import build as build_images
 from fmdistill.logs import log, progress
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError
+
+RECORD = 300  # bytes of a sample in its sidecar: little beside a map, a third of a vector
 
 __all__ = ["Cache", "open_cache", "run", "verify"]
 
@@ -112,30 +114,25 @@ def _missing(root: Path, shards: Sequence[Shard], found: Mapping[str, Any]) -> l
 def _complete_without_teacher(recipe: Recipe, images: Images, shards: list[Shard]) -> dict[str, Any] | None:
     """Return the manifest where the teacher's file is gone and nothing is left for it to do."""
     settings, root = recipe.teacher or {}, Path(_settings(recipe).root)
-    weights = settings.get("weights")
-    official = settings["name"] in teacher.TEACHERS  # of another teacher it is not known that `weights` is a file
-    if not official or not isinstance(weights, str) or weights in ("", "none", "packaged") or Path(weights).exists():
-        return None
-    if not (root / manifest.NAME).exists():
+    weights = teacher.weights_path(settings)
+    if weights is None or weights.exists() or not (root / manifest.NAME).exists():
         return None
     found = manifest.read(root)
-    asked = {"name": settings["name"]}
-    if settings.get("dtype", "auto") != "auto":
-        asked["dtype"] = settings["dtype"]
+    asked = teacher.asked(settings)
     manifest.claim(root, {**found, "teacher": {**found["teacher"], **asked}, **_chosen(recipe, images)})
     try:
-        PromptHead.load(root)
+        load_head(found["family"], root)
     except UserError:
         return None
     return None if _missing(root, shards, found) else found
 
 
 def _check_space(root: Path, model: teacher.Teacher, codec: str, expected: dict[str, int]) -> None:
-    need = sum(
-        count * CODECS[EXACT if split == "validation" else codec].size(shape)
-        for split, count in expected.items()
-        for shape in model.outputs.values()
-    )
+    need = sum(RECORD * count for count in expected.values())
+    for split, count in expected.items():
+        chosen = CODECS[EXACT if split == "validation" else codec]
+        for shape in model.outputs.values():
+            need += chosen.size((count, *shape)) if stacked(shape) else count * chosen.size(shape)
     free = shutil.disk_usage(root).free
     images = sum(expected.values())
     log.info("%s: about %d images to cache, %.2f GB; %.1f GB free", root, images, need / 1e9, free / 1e9)

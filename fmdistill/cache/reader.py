@@ -2,16 +2,17 @@
 
 import os
 import zlib
+from collections.abc import Mapping
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fmdistill.backbones.promptable import PromptHead
-from fmdistill.backbones.sam import PREPROCESSING, SamPreprocess
+from fmdistill.backbones.heads import load_head
+from fmdistill.backbones.preprocess import Preprocess, from_json
 from fmdistill.cache import manifest
-from fmdistill.cache.codec import CODECS, by_split
+from fmdistill.cache.codec import CODECS, by_split, stacked
 from fmdistill.cache.writer import read_finished
 from fmdistill.images import Images, Shard
 from fmdistill.registry import UserError
@@ -37,10 +38,13 @@ def _opened(path: Path, owner: object) -> _Descriptor:
 class ShardReader:
     """One finished shard: keys and sizes from the sidecar, outputs from the tar."""
 
-    def __init__(self, root: Path, shard: Shard, sidecar: dict[str, Any], group: str) -> None:
+    def __init__(
+        self, root: Path, shard: Shard, sidecar: dict[str, Any], group: str, shapes: Mapping[str, tuple[int, ...]]
+    ) -> None:
         self.name, self.path, self.group = shard.name, root / f"{shard.name}.tar", group
         self.samples = [s for s in sidecar["samples"] if shard.take is None or s["index"] < shard.take]
         self.codec = next(codec for codec in CODECS.values() if codec.dtype == sidecar["codec"])
+        self.shapes = shapes
         self._owner = object()  # not the path: a shard that is written anew is another file
         self._checked: set[int] = set()
 
@@ -50,7 +54,7 @@ class ShardReader:
         return [sample["key"] for sample in self.samples]
 
     def read(self, index: int) -> dict[str, np.ndarray]:
-        """Return one sample's outputs, {"embedding": float32 (C, g, g)}."""
+        """Return one sample's outputs, such as {"embedding": float32 (C, g, g)}, of the cache's `shapes`."""
         file = _opened(self.path, self._owner)
         sample = self.samples[index]
         outputs = {}
@@ -61,7 +65,7 @@ class ShardReader:
                     f"{self.path}: the {name} of '{sample['key']}' is damaged (checksum); "
                     f"delete this file and run `fmdistill cache` again"
                 )
-            outputs[name] = self.codec.decode(data)
+            outputs[name] = self.codec.decode_row(data) if stacked(self.shapes[name]) else self.codec.decode(data)
         self._checked.add(index)
         return outputs
 
@@ -84,10 +88,9 @@ class Cache:
         return self.manifest["family"]
 
     @cached_property
-    def preprocess(self) -> SamPreprocess:
+    def preprocess(self) -> Preprocess:
         """The teacher's preprocessing, which the student shares."""
-        settings = dict(self.manifest["teacher"]["preprocess"])
-        return PREPROCESSING[settings["name"]].from_json(settings)
+        return from_json(self.manifest["teacher"]["preprocess"])
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -104,7 +107,8 @@ class Cache:
             if sidecar is None:
                 missing.append(shard.name)
             else:
-                found[shard.split].append(ShardReader(self.root, shard, sidecar, self.images.group(shard.name)))
+                group = self.images.group(shard.name)
+                found[shard.split].append(ShardReader(self.root, shard, sidecar, group, self.shapes))
         if missing:
             raise UserError(
                 f"{self.root}: {len(missing)} shards are not cached yet, '{missing[0]}' first; "
@@ -112,9 +116,9 @@ class Cache:
             )
         return found
 
-    def head(self) -> PromptHead:
-        """Return the teacher's prompt encoder and mask decoder, kept beside the shards."""
+    def head(self) -> Any:
+        """Return the teacher's small head, kept beside the shards: HEADS names its class by the family."""
         try:
-            return PromptHead.load(self.root)
+            return load_head(self.family, self.root)
         except UserError as error:
             raise UserError(f"{error}; `fmdistill cache RECIPE` writes it anew") from None

@@ -1,9 +1,6 @@
 """Teachers: frozen models whose outputs are cached. Each maps prepared images to named outputs."""
 
-import hashlib
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -11,20 +8,21 @@ import torch
 from segment_anything.modeling import Sam
 from torch import Tensor
 
-from fmdistill.backbones.device import pick_device
+from fmdistill.backbones.heads import Head
 from fmdistill.backbones.mini import build_sam_mini
+from fmdistill.backbones.preprocess import Preprocess
 from fmdistill.backbones.promptable import PromptHead
 from fmdistill.backbones.sam import SamPreprocess, build_sam
+from fmdistill.cache import clip_teacher
+from fmdistill.cache.compute import DType, Precision, computing, own_device, own_dtype, state_hash
 from fmdistill.registry import bind
-
-DType = Literal["auto", "fp32", "bf16"]
 
 
 class Teacher(Protocol):
     """What the cache asks of a teacher."""
 
     family: str  # prefix of its outputs, such as "sam"
-    preprocess: SamPreprocess
+    preprocess: Preprocess
     outputs: dict[str, tuple[int, ...]]  # name -> shape of one image's output
     batch: int
     workers: int
@@ -37,7 +35,7 @@ class Teacher(Protocol):
         """Return all that the outputs depend on: weights, preprocessing, compute dtype and path."""
         ...
 
-    def head(self) -> PromptHead:
+    def head(self) -> Head:
         """Return the small part that is kept beside the shards."""
         ...
 
@@ -50,7 +48,7 @@ class SamTeacher:
     def __init__(self, sam: Sam, *, name: str, device: str, dtype: DType, batch: int, workers: int) -> None:
         self.name, self.batch, self.workers = name, batch, workers
         self.device = own_device(device)
-        self.dtype = dtype if dtype != "auto" else ("bf16" if self.device.type == "cuda" else "fp32")
+        self.dtype: Precision = own_dtype(dtype, self.device)
         self.sam = sam.eval().requires_grad_(False)
         self.encoder = self.sam.image_encoder.to(self.device)
         size = self.encoder.img_size
@@ -63,11 +61,7 @@ class SamTeacher:
     def __call__(self, pixels: Tensor, sizes: Tensor) -> dict[str, Tensor]:
         """Return {"embedding": float32 (B, C, g, g)} on the CPU for uint8 (B, 3, S, S) pixels."""
         x_BCHW = self.preprocess.normalize(pixels.to(self.device), sizes.to(self.device))
-        exact = self.dtype == "fp32"
-        with (
-            full_precision() if exact else nullcontext(),
-            torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=not exact),
-        ):
+        with computing(self.dtype, self.device):
             embedding_BCHW = self.encoder(x_BCHW)
         return {"embedding": embedding_BCHW.float().cpu()}
 
@@ -116,7 +110,14 @@ def sam_mini(
     return SamTeacher(sam, name="sam_mini", device=device, dtype=dtype, batch=batch, workers=workers)
 
 
-TEACHERS = {"sam_vit_b": sam_vit_b, "sam_vit_l": sam_vit_l, "sam_vit_h": sam_vit_h, "sam_mini": sam_mini}
+TEACHERS = {
+    "sam_vit_b": sam_vit_b,
+    "sam_vit_l": sam_vit_l,
+    "sam_vit_h": sam_vit_h,
+    "sam_mini": sam_mini,
+    "open_clip": clip_teacher.open_clip,
+    "clip_mini": clip_teacher.clip_mini,
+}
 
 
 def build(settings: Mapping[str, Any]) -> Teacher:
@@ -124,35 +125,22 @@ def build(settings: Mapping[str, Any]) -> Teacher:
     return bind(settings, TEACHERS, "teacher")()
 
 
-def own_device(name: str) -> torch.device:
-    """Return the device called `name`; of several processes that a launcher started, "auto" gives each its own GPU."""
-    device, local = pick_device(name, "teacher.device"), os.environ.get("LOCAL_RANK")
-    if name == "auto" and device.type == "cuda" and local:
-        return torch.device("cuda", int(local) % torch.cuda.device_count())
-    return device
+def weights_path(settings: Mapping[str, Any]) -> Path | None:
+    """Return where the weights lie that `settings` name; None where they are packaged, open_clip's own, or unknown."""
+    weights = settings.get("weights")
+    if settings["name"] == "open_clip":
+        return clip_teacher.weights_path(settings)
+    if settings["name"] not in TEACHERS:  # of another teacher it is not known that `weights` is a file
+        return None
+    return Path(weights) if isinstance(weights, str) and weights not in ("", "none", "packaged") else None
 
 
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Compute in float32 as such: by default PyTorch's convolutions on CUDA round their inputs to TF32's 10 bits."""
-    convolutions, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
-    torch.backends.cudnn.allow_tf32 = False
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = convolutions
-        torch.set_float32_matmul_precision(products)
-
-
-def state_hash(state: Mapping[str, Tensor]) -> str:
-    """Return the sha256 of a state dict's names, dtypes, shapes and values, whatever file it came in."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.dim() else b"")
-        digest.update(b"" if tensor.dim() else repr(tensor.item()).encode())
-    return digest.hexdigest()
+def asked(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the part of the fingerprint that `settings` tell without the weights."""
+    found = {"name": settings["name"]}
+    if settings.get("dtype", "auto") != "auto":
+        found["dtype"] = settings["dtype"]
+    return {**found, **(clip_teacher.asked(settings) if settings["name"] == "open_clip" else {})}
 
 
 def _official(kind: Literal["vit_b", "vit_l", "vit_h"], weights: str | None, **settings: Any) -> SamTeacher:

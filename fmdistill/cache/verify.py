@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fmdistill.backbones.promptable import PromptHead
+from fmdistill.backbones.heads import Head
 from fmdistill.cache.codec import CODECS
 from fmdistill.cache.dataset import CachedImages
 from fmdistill.cache.reader import Cache
@@ -32,10 +32,10 @@ def verify_files(cache: Cache) -> int:
     return len(readers)
 
 
-def holds_head(root: Path, head: PromptHead) -> bool:
+def holds_head(root: Path, head: Head) -> bool:
     """Return whether `root` keeps this very head, readable."""
     try:
-        kept = PromptHead.load(root)
+        kept = type(head).load(root)
     except UserError:
         return False
     return kept.config == head.config and state_hash(kept.state_dict()) == state_hash(head.state_dict())

@@ -1,8 +1,10 @@
 """Write one output shard: the unit of work, of failure and of scheduling. It appears whole or not at all.
 
 A shard is NAME.tar, webdataset-compatible with `mtime=0`, and its sidecar NAME.json, written last: keys, offsets,
-checksums, image hashes, sizes, and per-channel statistics. Neither holds a clock or a host. A member is named
-`escape(key)`.OUTPUT.npy; who reads the tar with webdataset gets the key back by `fmdistill.images.unescape(__key__)`.
+checksums, image hashes, sizes, and per-channel statistics. Neither holds a clock or a host. A map (C, g, g) is a
+member of its own, `escape(key)`.OUTPUT.npy; who reads the tar with webdataset gets the key back by
+`fmdistill.images.unescape(__key__)`. Vectors (D,) are the rows of one member OUTPUT.npy (n, D) at the tar's end, in
+the order of the sidecar's samples, whose records point at the rows.
 """
 
 import hashlib
@@ -17,7 +19,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fmdistill.cache.codec import Codec
+from fmdistill.cache.codec import Codec, stacked
 from fmdistill.files import publish, temporary_name, write_first, write_whole
 from fmdistill.images import Shard, escape
 
@@ -44,7 +46,9 @@ class Statistics:
     sums: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def add(self, output: str, array: np.ndarray, valid: np.ndarray) -> None:
-        """Count one image's (C, g, g) map with its (g, g) validity."""
+        """Count one image's (C, g, g) map with its (g, g) validity, or its vector (C,), which is one valid token."""
+        if stacked(array.shape):
+            array, valid = array[:, None], np.ones(1, bool)
         for kind, mask in (("valid", valid), ("padded", ~valid)):
             tokens_CN = array[:, mask].astype(np.float64)
             zero = np.zeros(array.shape[0])
@@ -78,6 +82,7 @@ class ShardWriter:
         self.digest = hashlib.sha256()
         self.samples: list[dict[str, Any]] = []
         self.failed: list[dict[str, Any]] = []
+        self.rows: dict[str, bytearray] = {}  # by output, until the tar's end
         self.statistics = Statistics()
 
     def fail(self, item: Prepared, problem: str) -> None:
@@ -87,7 +92,10 @@ class ShardWriter:
     def add(self, item: Prepared, outputs: dict[str, np.ndarray], valid: np.ndarray) -> None:
         """Append one image's outputs; a value that the codec cannot hold is recorded as a failure."""
         try:
-            members = {name: self.codec.encode(array) for name, array in outputs.items()}
+            members = {
+                name: self.codec.encode_row(array) if stacked(array.shape) else self.codec.encode(array)
+                for name, array in outputs.items()
+            }
         except OverflowError as error:
             return self.fail(item, f"non-finite output: {error}; cache.codec=fp32 holds it")
         sample: dict[str, Any] = {
@@ -99,10 +107,23 @@ class ShardWriter:
             "outputs": {},
         }
         for name, data in members.items():
-            offset = self._member(f"{escape(item.key)}.{name}.{self.codec.suffix}", data)
+            if stacked(outputs[name].shape):
+                offset = len(self.rows.setdefault(name, bytearray()))  # its place in the tar is known at the end
+                self.rows[name] += data
+            else:
+                offset = self._member(f"{escape(item.key)}.{name}.{self.codec.suffix}", data)
             sample["outputs"][name] = {"offset": offset, "size": len(data), "crc32": zlib.crc32(data)}
             self.statistics.add(name, outputs[name], valid)
         self.samples.append(sample)
+
+    def _stack(self) -> None:
+        count = len(self.samples)
+        for name, rows in self.rows.items():
+            width = len(rows) // (count * np.dtype(self.codec.dtype).itemsize)
+            header = self.codec.header((count, width))
+            start = self._member(f"{name}.{self.codec.suffix}", header + bytes(rows)) + len(header)
+            for sample in self.samples:
+                sample["outputs"][name]["offset"] += start
 
     def _member(self, name: str, data: bytes) -> int:
         info = tarfile.TarInfo(name)
@@ -119,6 +140,7 @@ class ShardWriter:
 
     def publish(self) -> None:
         """Finish the tar, publish it first-wins and its sidecar last."""
+        self._stack()
         self._write(b"\0" * (2 * BLOCK))
         self.file.flush()
         os.fsync(self.file.fileno())

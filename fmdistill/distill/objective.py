@@ -36,7 +36,8 @@ class Term(nn.Module):
     def forward(self, seen: Seen) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the term's scalar loss and its statistics: effective sample size and largest weight."""
         seen = seen.focus(self.settings.output, self.settings.padding)
-        distance = self.distance(*seen.pair(self.settings.output))
+        student, teacher = seen.pair(self.settings.output)
+        distance = self.distance(_exact(student), _exact(teacher))
         weight = self.weighting(distance.detach(), seen)
         loss = self.settings.scale * reduce(weight * distance, seen.valid)
         return loss, {
@@ -72,17 +73,23 @@ def check(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, TermSettings]:
     return terms
 
 
-def reduce(values: Tensor, valid: Tensor) -> Tensor:
+def reduce(values: Tensor, valid: Tensor | None) -> Tensor:
     """Return the mean over the batch of each image's sum over its valid count; (B, N) with (B, N) valid, or (B,)."""
     if values.dim() == 1:
         return values.mean()
+    assert valid is not None
     return (values.sum(1) / valid.sum(1).clamp_min(1)).mean()
 
 
 @torch.no_grad()
-def effective_sample_size(weight: Tensor, valid: Tensor) -> Tensor:
-    """Return (sum w)^2 / (n sum w^2) in (0, 1]: the images' mean over valid patches; for (B,) over the batch."""
+def effective_sample_size(weight: Tensor, valid: Tensor | None) -> Tensor:
+    """Return (sum w)^2 / (n sum w^2) in (0, 1]: the images' mean over valid patches; for (B,) over the micro-batch."""
     if weight.dim() == 1:
         return weight.sum().square() / (len(weight) * weight.square().sum())
+    assert valid is not None
     count_B = valid.sum(1).clamp_min(1)
     return (weight.sum(1).square() / (count_B * weight.square().sum(1).clamp_min(1e-12))).mean()
+
+
+def _exact(output: Tensor) -> Tensor:
+    return output.to(torch.promote_types(output.dtype, torch.float32))

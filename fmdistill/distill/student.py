@@ -10,11 +10,20 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fmdistill import recipe as recipes
+from fmdistill.backbones.clip_mini import clip_mini_student
 from fmdistill.backbones.mini import sam_mini_student
 from fmdistill.backbones.tinyvit import tinyvit_sam, tinyvit_sam_mini
+from fmdistill.backbones.tinyvit_clip import tinyvit_clip, tinyvit_clip_mini
 from fmdistill.registry import UserError, bind, resolve
 
-STUDENTS = {"tinyvit_sam": tinyvit_sam, "tinyvit_sam_mini": tinyvit_sam_mini, "sam_mini": sam_mini_student}
+STUDENTS = {
+    "tinyvit_sam": tinyvit_sam,
+    "tinyvit_sam_mini": tinyvit_sam_mini,
+    "tinyvit_clip": tinyvit_clip,
+    "tinyvit_clip_mini": tinyvit_clip_mini,
+    "sam_mini": sam_mini_student,
+    "clip_mini": clip_mini_student,
+}
 WEIGHTS = "student.safetensors"
 
 

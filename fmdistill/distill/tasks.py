@@ -1,23 +1,28 @@
 """Tasks: the one module that the engine wraps. A task turns a batch into named losses; a job adds its data."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fmdistill.backbones.clip_mini import MiniClip
 from fmdistill.backbones.mini import MiniSam
+from fmdistill.backbones.preprocess import Preprocess
 from fmdistill.backbones.sam import SamPreprocess
 from fmdistill.cache import open_cache
 from fmdistill.cache.dataset import CachedImages
 from fmdistill.distill import student as students
+from fmdistill.distill.contrastive import CaptionedImages, Contrastive
 from fmdistill.distill.data import Data
 from fmdistill.distill.labelled import LabelledImages
 from fmdistill.distill.objective import Objective
 from fmdistill.distill.promptable import Promptable
 from fmdistill.distill.seen import Seen
+from fmdistill.distill.train import Shared
 from fmdistill.images import build as build_images
+from fmdistill.images.source import SPLITS
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError, bind
 
@@ -30,24 +35,30 @@ class Job:
     student: nn.Module  # the part of the task that a run keeps
     train: Data
     validation: Data
+    shared: Shared | None = None  # what of a batch the whole optimizer step shares, (B, ...) each; None = nothing
 
 
 class Distill(nn.Module):
     """Student and objective: the student imitates the teacher's cached outputs."""
 
-    def __init__(self, student: nn.Module, objective: Objective, preprocess: SamPreprocess) -> None:
+    def __init__(self, student: nn.Module, objective: Objective, preprocess: Preprocess) -> None:
         super().__init__()
         self.student = student.to(memory_format=torch.channels_last)  # convolutions are faster so, on CPU and GPU
         self.objective, self.preprocess = objective, preprocess
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Return {"loss", each named term, each term's statistics} for a batch of images and teacher outputs."""
+        """Return {"loss", each named term, each term's statistics} for a batch of images and teacher outputs.
+
+        batch["whole"] holds the teacher's vectors of the whole optimizer step; without it the batch is the whole.
+        """
         pixels, sizes = batch["pixels"], batch["sizes"]
         image_BCHW = self.preprocess.normalize(pixels, sizes).contiguous(memory_format=torch.channels_last)
         outputs = self.student(image_BCHW)
         named = {**{f"student.{name}": value for name, value in outputs.items()}, **batch["outputs"]}
         with torch.autocast(pixels.device.type, enabled=False):
-            losses, statistics = self.objective(Seen(named, self.preprocess.valid(sizes).flatten(1)))
+            maps = any(output.dim() > 2 for output in batch["outputs"].values())
+            valid = self.preprocess.valid(sizes).flatten(1) if maps else None
+            losses, statistics = self.objective(Seen(named, valid, whole=batch.get("whole") or vectors(batch)))
             return {"loss": torch.stack(list(losses.values())).sum(), **losses, **statistics}
 
 
@@ -57,7 +68,13 @@ def distill(recipe: Recipe) -> Job:
     student = students.build(recipe.student)
     _check_fit(student, cache.shapes["embedding"], cache.preprocess.image_size, recipe)
     task = Distill(student, Objective(recipe.objective), cache.preprocess)
-    return Job(task, student, CachedImages(cache, "train"), CachedImages(cache, "validation"))
+    shared = vectors if any(len(shape) == 1 for shape in cache.shapes.values()) else None
+    return Job(task, student, CachedImages(cache, "train"), CachedImages(cache, "validation"), shared)
+
+
+def vectors(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the teachers' outputs that are one vector per image, (B, D) each: small enough to share."""
+    return {name: output for name, output in batch["outputs"].items() if output.dim() == 2}
 
 
 def promptable(recipe: Recipe, prompts: int = 6, dense: float = 1.0) -> Job:
@@ -69,11 +86,21 @@ def promptable(recipe: Recipe, prompts: int = 6, dense: float = 1.0) -> Job:
         raise UserError(f"student.name={recipe.student['name']}: task promptable trains sam_mini, which makes masks")
     images = build_images(recipe.images)
     preprocess = SamPreprocess(image_size=student.image_size)
-    data = [LabelledImages(images, split, preprocess, prompts, recipe.seed) for split in ("train", "validation")]
-    return Job(Promptable(student, dense=dense), student, *data)
+    train, validation = (LabelledImages(images, split, preprocess, prompts, recipe.seed) for split in SPLITS)
+    return Job(Promptable(student, dense=dense), student, train, validation)
 
 
-TASKS: dict[str, Callable[..., Job]] = {"distill": distill, "promptable": promptable}
+def contrastive(recipe: Recipe) -> Job:
+    """Train image and text tower together from images and their captions."""
+    student = students.build(recipe.student)
+    if not isinstance(student, MiniClip):
+        raise UserError(f"student.name={recipe.student['name']}: task contrastive trains clip_mini alone")
+    images, rows = build_images(recipe.images), student.token_ids.clone()
+    train, validation = (CaptionedImages(images, split, student.preprocess, rows, recipe.seed) for split in SPLITS)
+    return Job(Contrastive(student), student, train, validation)
+
+
+TASKS: dict[str, Callable[..., Job]] = {"distill": distill, "promptable": promptable, "contrastive": contrastive}
 
 
 def build(recipe: Recipe) -> Job:
@@ -90,7 +117,8 @@ def _check_fit(student: Any, shape: tuple[int, ...], image_size: int, recipe: Re
             f"student.name={recipe.student['name']}: {error}; a student states its image_size and out_channels"
         ) from None
     if (student_size, channels) != (image_size, shape[0]):
+        kind = "dimensions" if len(shape) == 1 else "channels"
         raise UserError(
-            f"student.name={recipe.student['name']}: makes {channels} channels at {student_size} px, but the cache "
-            f"holds {shape[0]} channels at {image_size} px; choose a student of the teacher's size"
+            f"student.name={recipe.student['name']}: makes {channels} {kind} at {student_size} px, but the cache "
+            f"holds {shape[0]} {kind} at {image_size} px; choose a student of the teacher's size"
         )

@@ -1,8 +1,9 @@
 """The only loop. It knows steps, not objectives: it minimises the "loss" of whatever task it is given."""
 
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from fmdistill.recipe import Recipe, Train
 from fmdistill.registry import UserError, bind
 
 Validator = Callable[[nn.Module], dict[str, float]]
+Shared = Callable[[dict], dict[str, Tensor]]
 
 
 @dataclass
@@ -65,8 +67,16 @@ class Engine:
         return dict(zip(names, self.accelerator.reduce(stacked, "mean").tolist(), strict=True))  # type: ignore[union-attr]
 
 
-def fit(task: nn.Module, data: Data, recipe: Recipe, validate: Validator, engine: Engine) -> int:
-    """Train `task` on `data` for the recipe's steps, resuming from the run's newest checkpoint; return the steps."""
+def fit(
+    task: nn.Module, data: Data, recipe: Recipe, validate: Validator, engine: Engine, shared: Shared | None = None
+) -> int:
+    """Train `task` on `data` for the recipe's steps, resuming from the run's newest checkpoint; return the steps.
+
+    What `shared` names of a batch reaches every micro-batch of the optimizer step as batch["whole"], from all processes
+    and all accumulation, in the order of the global batch. So an objective that asks for no more of the other images
+    gives the same gradient for any number of processes and any accumulation. A BatchNorm in train mode does not: its
+    statistics are those of a micro-batch, on every device (PyTorch's SyncBatchNorm, not used here, needs a GPU).
+    """
     settings, accelerator, run = recipe.train, engine.accelerator, Path(recipe.out)
     plan = _plan(data, recipe, engine)
     steps = total_steps(settings, plan)
@@ -86,7 +96,7 @@ def fit(task: nn.Module, data: Data, recipe: Recipe, validate: Validator, engine
             torch.manual_seed(hash((recipe.seed, step, accelerator.process_index)) % 2**63)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * schedule(step, steps)
-            losses = _backward(model, parts, engine, step)
+            losses = _backward(model, parts, engine, step, shared)
             norm = float(accelerator.clip_grad_norm_(model.parameters(), settings.clip or math.inf))  # type: ignore[arg-type]
             _check_gradient(task, losses, norm, step)
             optimizer.step()
@@ -155,12 +165,13 @@ def _plan(data: Data, recipe: Recipe, engine: Engine) -> Batches:
     return Batches(counts, settings.batch_size, recipe.seed, settings.window, accumulate=settings.accumulate, **place)
 
 
-def _backward(model: nn.Module, parts: Iterator[dict], engine: Engine, step: int) -> dict[str, Tensor]:
+def _backward(
+    model: nn.Module, parts: Iterator[dict], engine: Engine, step: int, shared: Shared | None
+) -> dict[str, Tensor]:
     """Accumulate one step's gradients; return its losses, the mean over its micro-batches."""
     accelerator, accumulate = engine.accelerator, engine.settings.accumulate
     sums: dict[str, Tensor] = {}
-    for part in range(accumulate):
-        batch = to_device(next(parts), accelerator.device)
+    for part, batch in enumerate(step_batches(parts, engine, shared)):
         last = part == accumulate - 1
         with nullcontext() if last else accelerator.no_sync(model):
             with engine.autocast():
@@ -170,6 +181,20 @@ def _backward(model: nn.Module, parts: Iterator[dict], engine: Engine, step: int
         for name, value in losses.items():
             sums[name] = sums.get(name, torch.zeros_like(value.detach())) + value.detach() / accumulate
     return sums
+
+
+def step_batches(parts: Iterator[dict], engine: Engine, shared: Shared | None) -> Iterator[dict]:
+    """Yield the micro-batches of one optimizer step on the device, each with what the step shares as "whole"."""
+    device = engine.accelerator.device
+    step: Iterable[dict] = itertools.islice(parts, engine.settings.accumulate)
+    whole: dict[str, Tensor] = {}
+    if shared is not None:
+        step = list(step)
+        named = [shared(batch) for batch in step]
+        own = {name: torch.cat([one[name] for one in named]) for name in sorted(named[0])}
+        whole = {name: engine.accelerator.gather(value.to(device)) for name, value in own.items()}  # type: ignore[misc]
+    for batch in step:
+        yield {**to_device(batch, device), "whole": whole}
 
 
 def _check_loss(loss: Tensor, batch: dict, step: int) -> None:

@@ -10,9 +10,12 @@ from torch import nn
 
 from fmdistill import recipe as recipes
 from fmdistill.distill import student as students
-from fmdistill.evaluate import subjects
+from fmdistill.evaluate import colour_baseline, retrieval, subjects, zeroshot
+from fmdistill.evaluate.colour_baseline import CaptionedZeroshot
 from fmdistill.evaluate.grid_miou import GridMiou
+from fmdistill.evaluate.retrieval import Retrieval
 from fmdistill.evaluate.scene_miou import SceneMiou
+from fmdistill.evaluate.zeroshot import Zeroshot
 from fmdistill.files import write_whole
 from fmdistill.logs import log
 from fmdistill.recipe import Recipe
@@ -20,8 +23,20 @@ from fmdistill.registry import UserError, bind
 
 Judge = Callable[[Any, Recipe, Mapping[str, nn.Module]], tuple[dict[str, float], dict]]
 
-PROTOCOLS: dict[str, Callable[..., Any]] = {"grid_miou": GridMiou, "scene_miou": SceneMiou}
-JUDGES: dict[type, Judge] = {GridMiou: subjects.judge_grid, SceneMiou: subjects.judge_scenes}
+PROTOCOLS: dict[str, Callable[..., Any]] = {
+    "grid_miou": GridMiou,
+    "scene_miou": SceneMiou,
+    "zeroshot": Zeroshot,
+    "retrieval": Retrieval,
+    "captioned_zeroshot": CaptionedZeroshot,
+}
+JUDGES: dict[type, Judge] = {
+    GridMiou: subjects.judge_grid,
+    SceneMiou: subjects.judge_scenes,
+    Zeroshot: zeroshot.judge,
+    Retrieval: retrieval.judge,
+    CaptionedZeroshot: colour_baseline.judge,
+}
 
 
 @dataclasses.dataclass(frozen=True)

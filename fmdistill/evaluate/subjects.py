@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fmdistill.backbones.device import pick_device
 from fmdistill.backbones.mini import MiniSam
-from fmdistill.backbones.sam import SamPreprocess
+from fmdistill.backbones.preprocess import Preprocess
 from fmdistill.cache import Cache, open_cache
 from fmdistill.cache.dataset import CachedImages
 from fmdistill.distill import student as students
@@ -29,6 +29,11 @@ MEAN_OF = 512  # training images whose mean embedding is a floor
 def judge_grid(protocol: grid_miou.GridMiou, recipe: Recipe, models: Mapping[str, nn.Module]) -> Judged:
     """Score students, named apart, against their teacher on the validation images of the recipe's cache."""
     cache = open_cache(recipe)
+    if cache.family != "sam":
+        raise UserError(
+            f"{cache.root}: its teacher is of the family '{cache.family}' and makes no masks; grid_miou judges a run "
+            f"that was distilled from SAM"
+        )
     device = pick_device(protocol.device, "device")
     models = {name: model.to(device) for name, model in models.items()}
     total = sum(len(shard.samples) for shard in cache.shards["validation"])
@@ -75,19 +80,24 @@ def grid_cases(
 
 
 @torch.inference_mode()
-def embed(model: nn.Module, preprocess: SamPreprocess, item: dict) -> Tensor:
+def embed(model: nn.Module, preprocess: Preprocess, item: dict) -> Tensor:
     """Return the model's embedding (C, g, g) of one item of the cache, on the model's device."""
     return outputs(model, preprocess, item)["embedding"][0].float()
 
 
-def outputs(model: nn.Module, preprocess: SamPreprocess, item: dict) -> Mapping[str, Tensor]:
+def outputs(model: nn.Module, preprocess: Preprocess, item: dict) -> Mapping[str, Tensor]:
     """Return what the model makes of one item of the cache, on the model's device; UserError without an embedding."""
     device = next(model.parameters(), torch.empty(0)).device
     pixels, sizes = item["pixels"][None].to(device), item["sizes"][None].to(device)
-    found = model(preprocess.normalize(pixels, sizes))
+    return forward(model, preprocess.normalize(pixels, sizes))
+
+
+def forward(model: nn.Module, image: Tensor) -> Mapping[str, Tensor]:
+    """Return what the model makes of normalised images (B, 3, S, S); UserError without an embedding."""
+    found = model(image)
     if not isinstance(found, Mapping) or "embedding" not in found:
         raise UserError(
-            f"{type(model).__name__}: a student's forward returns {{'embedding': (B, C, g, g)}}, "
+            f"{type(model).__name__}: a student's forward returns {{'embedding': (B, C, g, g) or (B, D)}}, "
             f"this one a {type(found).__name__} without it"
         )
     return found

@@ -1,4 +1,4 @@
-"""The export stage: a run -> a file that other software loads."""
+"""The export stage: a run -> a file or folder that other software loads."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,9 +6,12 @@ from pathlib import Path
 from torch import nn
 
 from fmdistill import recipe as recipes
+from fmdistill.backbones.clip import ClipPreprocess, TextHead
+from fmdistill.backbones.preprocess import from_json
 from fmdistill.backbones.promptable import PromptHead
+from fmdistill.cache import manifest
 from fmdistill.distill.student import load_student
-from fmdistill.export import half, mobilesam
+from fmdistill.export import half, mobilesam, openclip
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError, resolve
 
@@ -27,8 +30,25 @@ def _mobilesam(recipe: Recipe, student: nn.Module, out: Path) -> Path:
     return mobilesam.export(student, head, out)
 
 
+def _openclip(recipe: Recipe, student: nn.Module, out: Path) -> Path:
+    if recipe.cache is None:
+        raise UserError(f"{recipe.out}: its recipe has no `cache`, so there is no text tower to export; set cache.root")
+    found = manifest.read(Path(recipe.cache.root))
+    preprocess = from_json(found["teacher"]["preprocess"])
+    if found["family"] != "clip" or not isinstance(preprocess, ClipPreprocess):
+        raise UserError(
+            f"{recipe.cache.root}: its teacher is of the family '{found['family']}' and has no text tower; openclip "
+            f"exports a run that was distilled from CLIP"
+        )
+    return openclip.export(student, TextHead.load(recipe.cache.root), preprocess, out)
+
+
 def _half(recipe: Recipe, student: nn.Module, out: Path) -> Path:
     return half.export(student, out)
 
 
-FORMATS: dict[str, Callable[[Recipe, nn.Module, Path], Path]] = {"mobilesam": _mobilesam, "half": _half}
+FORMATS: dict[str, Callable[[Recipe, nn.Module, Path], Path]] = {
+    "mobilesam": _mobilesam,
+    "openclip": _openclip,
+    "half": _half,
+}

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from fmdistill.images.captioned import Captioned
 from fmdistill.images.folder import Folder
+from fmdistill.images.image_classes import ImageClasses
 from fmdistill.images.mix import Mix
 from fmdistill.images.photos import Photos
 from fmdistill.images.scenes import Scenes
@@ -16,7 +18,15 @@ from fmdistill.registry import UserError, bind, convert
 __all__ = ["SOURCES", "DecodeError", "Encoded", "Images", "Shard", "Source"]
 __all__ += ["build", "check", "decode", "escape", "unescape"]
 
-SOURCES = {"folder": Folder, "tar": Tar, "photos": Photos, "scenes": Scenes, "mix": Mix}
+SOURCES = {
+    "folder": Folder,
+    "image_classes": ImageClasses,
+    "tar": Tar,
+    "photos": Photos,
+    "scenes": Scenes,
+    "captioned": Captioned,
+    "mix": Mix,
+}
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Images in tars: SA-1B's own, img2dataset's and webdataset's, on a disk or behind a URL that fsspec knows."""
 
 import glob
+import logging
 import posixpath
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ import fsspec.core
 from fmdistill.images.source import SPLITS, Encoded
 from fmdistill.images.tar_index import Index, scan
 from fmdistill.registry import UserError, parse
+
+_log = logging.getLogger(__name__)
 
 KEPT = 32  # indices of the tars last used: one of SA-1B's 11,186 images takes about 6 MB
 
@@ -53,6 +56,8 @@ class Tar:
     def read(self, shard: str) -> Iterator[Encoded]:
         """Yield the images in the tar's order; after the last whole one, a damaged tar raises a UserError."""
         index = self._index(shard)
+        for oddity in index.oddities():
+            _log.warning("%s: %s", self._at(shard), oddity)
         with self._at(shard).open() as file:
             for key, members in index.images.items():
                 yield _encoded(file, key, members, str(self._at(shard)))

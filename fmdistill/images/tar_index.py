@@ -11,10 +11,25 @@ from fmdistill.registry import UserError
 
 @dataclass(frozen=True)
 class Index:
-    """Where each image and its columns lie: {key: {suffix: (offset, bytes)}}, the image first; and what is damaged."""
+    """Where each image and its columns lie: {key: {suffix: (offset, bytes)}}, the image first; and what is damaged.
+
+    `alone` are the columns that belong to no image, as a failed download leaves them.
+    """
 
     images: dict[str, dict[str, tuple[int, int]]]
     fault: str | None
+    alone: tuple[str, ...] = ()
+
+    def oddities(self) -> list[str]:
+        """Return a line for each kind of incomplete sample: captions without an image, images with an empty caption."""
+        found = []
+        texts = [name for name in self.alone if name.lower().endswith(".txt")]
+        empty = [key for key, members in self.images.items() if members.get("txt", (0, 1))[1] == 0]
+        if texts:
+            found.append(f"{len(texts)} captions have no image and are left out, '{texts[0]}' first")
+        if empty:
+            found.append(f"{len(empty)} images have an empty caption, '{empty[0]}' first")
+        return found
 
 
 def scan(file: BinaryIO, where: str) -> Index:
@@ -40,7 +55,7 @@ def scan(file: BinaryIO, where: str) -> Index:
     # tarfile takes a cut or broken header for the end, so the end is looked for: a block of zeros.
     file.seek(position)
     block = file.read(tarfile.BLOCKSIZE)
-    images = _group(found, where)
+    images, alone = _group(found, where)
     for name, offset, size in found:
         if offset + size > end:  # the whole key goes: its other members would make a sample that lacks a column
             images.pop(_owner(name, images) or "", None)
@@ -48,16 +63,16 @@ def scan(file: BinaryIO, where: str) -> Index:
         return Index(images, f"truncated at byte {end}{_last(images)}")
     if any(block):
         return Index(images, f"damaged at byte {position}, where a member's header should be{_last(images)}")
-    return Index(images, None if images else f"holds no images ({', '.join(SUFFIXES)})")
+    return Index(images, None if images else f"holds no images ({', '.join(SUFFIXES)})", tuple(alone))
 
 
-def _group(members: list[tuple[str, int, int]], where: str) -> dict[str, dict[str, tuple[int, int]]]:
-    """Return {key: {suffix: (offset, bytes)}} in the images' order.
+def _group(members: list[tuple[str, int, int]], where: str) -> tuple[dict[str, dict[str, tuple[int, int]]], list[str]]:
+    """Return {key: {suffix: (offset, bytes)}} in the images' order, and the columns of no image.
 
     webdataset splits at the first dot and merges a.v1.jpg with a.v2.jpg; here an image's key ends at its last dot.
     """
     images: dict[str, dict[str, tuple[int, int]]] = {}
-    columns = []
+    columns, alone = [], []
     for name, offset, size in members:
         key, suffix = posixpath.splitext(name)
         if suffix[1:].lower() not in SUFFIXES:
@@ -69,12 +84,13 @@ def _group(members: list[tuple[str, int, int]], where: str) -> dict[str, dict[st
     for name, offset, size in columns:
         key = _owner(name, images)
         if key is None:
+            alone.append(name)
             continue
         suffix = name[len(key) + 1 :].lower()
         if suffix in images[key]:
             raise UserError(f"{where}: holds two columns '{suffix}' of the key '{key}'; rename one and pack it again")
         images[key][suffix] = (offset, size)
-    return images
+    return images, alone
 
 
 def _owner(name: str, images: dict[str, dict[str, tuple[int, int]]]) -> str | None:

@@ -1,33 +1,50 @@
 """runs -> what a person looks at: one self-contained HTML page, and the same tables as text."""
 
+import re
 from pathlib import Path
 
 from fmdistill.files import write_whole
 from fmdistill.logs import log
 from fmdistill.registry import UserError
-from fmdistill.report import examples, page, plots, rows, tables
+from fmdistill.report import examples, page, plots, ranked, rows, tables
 from fmdistill.report.rows import Run
 
 ONE_SEED = (
     "One seed is not a comparison: two seeds of one recipe differ by amounts like those between these rows, "
     "so a difference counts only when it holds over several seeds."
 )
-HOW_TO_READ = (
-    "mIoU × 100 of the masks that the student's and the teacher's embeddings give for the same k×k grid of points, "
-    "both through the teacher's prompt decoder; the teacher against itself scores 100. Feature figures compare the "
-    "embeddings themselves over the tokens that hold any picture. Shaded rows are a paper's, with another teacher, "
-    "other images and a larger student: set their differences beside ours, not their values."
+HOW_TO_READ = {  # by the metric that a table holds, as a pattern of its name
+    r"(.*/)?miou": (
+        "mIoU × 100 of the masks that the student's and the teacher's embeddings give for the same k×k grid of points, "
+        "both through the teacher's prompt decoder; the teacher against itself scores 100."
+    ),
+    r"feature/.*": "Feature figures compare the embeddings themselves over the tokens that hold any picture.",
+    r"(.*/)?top\d+": "Top-k: the share of images, × 100, whose class is among the k best answers of a classifier.",
+    r"(.*/)?mean_per_class_recall": "Class recall: top-1 class by class, their mean.",
+    r"(.*/)?q1/.*": (
+        "Quarters of the images by their similarity to the others in the teacher's embedding: q1 is the least similar, "
+        "the rare images, q4 the most."
+    ),
+    r".*@\d+": "Recall@k: the share of queries, × 100, whose right answer is among the k nearest.",
+}
+ABOUT_PUBLISHED = (
+    "Shaded rows are a paper's, with another teacher, other images and a larger student: set their differences beside "
+    "ours, not their values."
 )
 ABOUT_CURVES = (
     "Each panel is one logged quantity, a line per run. A weighted and an unweighted loss are different quantities: "
     "compare runs by the table, and a run's curve with itself. The effective sample size is (Σw)²/(N Σw²), 1 where "
-    "every patch counts the same."
+    "every patch or image counts the same."
 )
 ABOUT_WEIGHTS = (
     "The weight of every patch in the loss, as training computed it, over the grey picture: red patches count more "
     "than the average patch, blue ones less, white is exactly average; each picture has its own scale. SRW gives "
     "high weights to patches whose teacher embedding is unlike the rest of its image. N·w is a weight relative to the "
     "mean."
+)
+ABOUT_IMAGE_WEIGHTS = (
+    "The weight of whole images in the loss, computed over validation images as one batch. SRW gives high weights to "
+    "images whose teacher embedding is unlike the others'. N·w is a weight relative to the mean."
 )
 ABOUT_MASKS = (
     "One point per image, the same for every network; each mask is the one with the network's own highest predicted "
@@ -75,7 +92,11 @@ def _tables(runs: list[Run]) -> list[str]:
         return [*parts, page.paragraph("None of these runs has been evaluated yet: fmdistill evaluate PROTOCOL RUN.")]
     for protocol, table in built:
         parts += [page.heading(f"Protocol {protocol}", 3), tables.html(table)]
-    return [*parts, page.paragraph(HOW_TO_READ)]
+    keys = [column.key for _, table in built for column in table.columns]
+    told = [text for pattern, text in HOW_TO_READ.items() if any(re.fullmatch(pattern, key) for key in keys)]
+    if any(section.kind == "published" for _, table in built for section in table.sections):
+        told.append(ABOUT_PUBLISHED)
+    return [*parts, page.paragraph(" ".join(told))]
 
 
 def _curves(runs: list[Run]) -> list[str]:
@@ -90,10 +111,11 @@ def _curves(runs: list[Run]) -> list[str]:
 def _pictures(runs: list[Run], trust: bool) -> list[str]:
     try:
         shown, stride = examples.gather(runs, trust=trust)
+        by_image = ranked.gather(runs, trust=trust)
     except UserError as error:
         log.warning("report: no pictures: %s", error)
         return [page.heading("Pictures"), page.paragraph(f"No pictures: {error}", "notice")]
-    return [*_weight_maps(shown, stride), *_masks(shown)]
+    return [*_weight_maps(shown, stride), *_weighed_images(by_image), *_masks(shown)]
 
 
 def _weight_maps(shown: list[examples.Example], stride: int) -> list[str]:
@@ -110,6 +132,17 @@ def _weight_maps(shown: list[examples.Example], stride: int) -> list[str]:
     if not figures:
         return []
     return [page.heading("Where the loss looks: patch weights"), page.paragraph(ABOUT_WEIGHTS), page.grid(figures)]
+
+
+def _weighed_images(by_image: list[ranked.Ranked]) -> list[str]:
+    figures = []
+    for found in by_image:
+        picture = plots.strip_figure(found.images, [f"{weight:.2f}" for weight in found.weights])
+        caption = f"N·w by {found.name}: the heaviest images of {found.weighed}, heaviest first, then the lightest."
+        figures.append(page.figure(picture, caption, f"Images by their weight, {found.name}", wide=True))
+    if not figures:
+        return []
+    return [page.heading("What the loss looks at: image weights"), page.paragraph(ABOUT_IMAGE_WEIGHTS), *figures]
 
 
 def _masks(shown: list[examples.Example]) -> list[str]:

@@ -2,8 +2,9 @@
 
 # Legend: C channels, g patches a side, P points, h x w pixels of the resized image.
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,14 +56,19 @@ def gather(runs: list[Run], per_group: int = 3, trust: bool = False) -> tuple[li
     Runs of another cache than the first run's are left out. UserError where images, cache or students are missing,
     or where a run names code and `trust` is not given.
     """
+    cache, opened = open_runs(runs, trust)
+    head, data = cache.head(), CachedImages(cache, "validation")
+    return [_example(data, place, cache, head, opened) for place in _places(data, per_group)], cache.preprocess.stride
+
+
+def open_runs(runs: list[Run], trust: bool = False) -> tuple[Cache, list[Opened]]:
+    """Return the cache of the first run, and those of the runs that learned from it; errors as `gather`."""
     for run in runs:
         recipes.load_saved(run.folder, ["trust=true"] if trust else [])
     first = runs[0].recipe
     same = [run for run in runs if run.recipe.cache == first.cache]
-    cache = open_cache(first)
     opened = [Opened(run.name, load_student(run.folder, trust), Objective(run.recipe.objective)) for run in same]
-    head, data = cache.head(), CachedImages(cache, "validation")
-    return [_example(data, place, cache, head, opened) for place in _places(data, per_group)], cache.preprocess.stride
+    return open_cache(first), opened
 
 
 def choose_point(
@@ -93,9 +99,7 @@ def _places(data: CachedImages, per_group: int) -> list[tuple[int, int]]:
     return [groups[group][i] for group, indices in spread.items() for i in indices]
 
 
-def _example(
-    data: CachedImages, place: tuple[int, int], cache: Cache, head: PromptHead, opened: list[Opened]
-) -> Example:
+def _example(data: CachedImages, place: tuple[int, int], cache: Cache, head: Any, opened: list[Opened]) -> Example:
     item = data.item(0, *place)
     h, w = (int(n) for n in item["sizes"])
     sizes = item["sizes"][None]
@@ -106,9 +110,9 @@ def _example(
     for one in opened:
         made = outputs(one.student, cache.preprocess, item)
         embeddings[one.name] = made["embedding"][0]
-        seen = Seen({**{f"student.{k}": v for k, v in made.items()}, **teacher}, valid.flatten(1))
-        weights |= _weights(one, seen, valid.shape[-1])
-    point, masks = _masks(head, embeddings, (h, w))
+        named = {**{f"student.{k}": v for k, v in made.items()}, **teacher}
+        weights |= _weights(one, Seen(named, valid.flatten(1), whole=teacher), valid.shape[-1])
+    point, masks = _masks(head, embeddings, (h, w)) if isinstance(head, PromptHead) else (None, {})
     image = item["pixels"][:, :h, :w].permute(1, 2, 0).numpy()
     group = data.shards[place[0]].group
     return Example(item["keys"], group, image, weights, valid[0].numpy(), point, masks)
@@ -116,14 +120,20 @@ def _example(
 
 def _weights(run: Opened, seen: Seen, g: int) -> dict[str, np.ndarray]:
     """Return the weights of every term whose weights differ between patches."""
-    found = {}
+    return {
+        name: weight.view(g, g).numpy()
+        for name, weight, focused in term_weights(run, seen)
+        if weight.dim() == 2 and weight.shape[1] == g * g and float(weight[focused.valid].std()) > 0
+    }
+
+
+def term_weights(run: Opened, seen: Seen) -> Iterator[tuple[str, Tensor, Seen]]:
+    """Yield each term's name, its weights (B,) or (B, N), and what it saw."""
     for name, term in run.objective.terms.items():
         focused = seen.focus(term.settings.output, term.settings.padding)  # type: ignore[union-attr,arg-type]
         distance = term.distance(*focused.pair(focused.output))  # type: ignore[operator]
         weight = term.weighting(distance, focused)  # type: ignore[operator]
-        if weight.dim() == 2 and weight.shape[1] == g * g and float(weight[focused.valid].std()) > 0:
-            found[run.name if len(run.objective.terms) == 1 else f"{run.name}, {name}"] = weight.view(g, g).numpy()
-    return found
+        yield run.name if len(run.objective.terms) == 1 else f"{run.name}, {name}", weight, focused
 
 
 def _masks(

@@ -109,6 +109,17 @@ def mask_figure(image: np.ndarray, point: tuple[float, float], masks: Mapping[st
         return _save(figure, "png")
 
 
+def strip_figure(images: Sequence[np.ndarray], titles: Sequence[str]) -> bytes:
+    """Return PNG: a row of images (h, w, 3) uint8, each below its title."""
+    with matplotlib.rc_context(STYLE | {"axes.grid": False, "axes.titlelocation": "center"}):
+        figure = Figure(figsize=(0.95 * len(images), 1.2), layout="constrained")
+        for axes, image, title in zip(np.ravel(figure.subplots(1, len(images))), images, titles, strict=True):
+            axes.imshow(image)
+            axes.set_title(title, fontsize=8)
+            _frame(axes, *image.shape[:2])
+        return _save(figure, "png")
+
+
 def paint(image: np.ndarray, teacher: np.ndarray, mask: np.ndarray, alpha: float = 0.6) -> np.ndarray:
     """Return the greyed image (H, W, 3) uint8 with both masks' pixels coloured by who claims them."""
     grey = np.repeat(image.mean(axis=2, keepdims=True), 3, axis=2) * 0.8 + 40

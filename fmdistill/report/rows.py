@@ -11,8 +11,9 @@ from fmdistill.logs import read_json_lines
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError
 
-STUDENT = "student"  # the subject of an evaluation's metrics that is the run's own network; the others are its floors
-Kind = Literal["run", "floor", "published"]
+# The subjects of an evaluation's metrics: the run's own network, its teacher where that is judged too, and floors.
+STUDENT, TEACHER = "student", "teacher"
+Kind = Literal["run", "teacher", "floor", "published"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def read_runs(folders: Iterable[str | Path]) -> list[Run]:
 
 
 def rows(runs: list[Run], evaluation: str) -> list[Row]:
-    """Return one row per run and subject of an evaluation; a floor that the runs share is listed once."""
+    """Return one row per run and subject of an evaluation; a teacher or floor that the runs share is listed once."""
     found: list[Row] = []
     for run in runs:
         subjects = _by_subject(run.evaluations.get(evaluation, {}))
@@ -70,9 +71,10 @@ def rows(runs: list[Run], evaluation: str) -> list[Row]:
                 found.append(Row(run.name, "run", metrics))
             elif STUDENT not in subjects:
                 found.append(Row(f"{run.name}: {subject}", "run", metrics))
-            elif not any(row.kind == "floor" and row.metrics == metrics for row in found):
+            elif not any(row.kind != "run" and row.metrics == metrics for row in found):
                 known = any(row.name == subject for row in found)
-                found.append(Row(f"{subject} ({run.name})" if known else subject, "floor", metrics))
+                kind = "teacher" if subject == TEACHER else "floor"
+                found.append(Row(f"{subject} ({run.name})" if known else subject, kind, metrics))
     return sorted(found, key=lambda row: row.kind != "run")
 
 

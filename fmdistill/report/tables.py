@@ -1,17 +1,28 @@
 """Lay rows out as a table, in aligned text for a terminal and in HTML for the page."""
 
+import re
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
 from itertools import groupby
+from typing import Any
 
 from fmdistill.report.rows import Published, Row
+
+# What is a share from 0 to 1, by the last word of a metric's name, and how a column is headed.
+SHARES = {
+    "miou": "mIoU",
+    "top1": "top-1",
+    "top5": "top-5",
+    "mean_per_class_recall": "class recall",
+    r"\w+@\d+": r"\g<0>",
+}
 
 
 @dataclass(frozen=True)
 class Column:
-    """One metric: the `group` heads neighbouring columns; `percent` metrics are fractions, shown times 100."""
+    """One metric: the `group` heads neighbouring columns; `percent` metrics are shares, shown times 100."""
 
     key: str
     group: str
@@ -38,16 +49,19 @@ class Table:
 
 
 def build(rows: list[Row], papers: list[Published] | None = None) -> Table:
-    """Return the table of `rows`: runs, their differences, floors, the share of the way closed, and the papers."""
-    runs, floors = ([r for r in rows if r.kind == kind] for kind in ("run", "floor"))
+    """Return the table of `rows`: runs, differences, teachers, floors, the share of the way closed, and the papers."""
+    runs, teachers, floors = ([r for r in rows if r.kind == kind] for kind in ("run", "teacher", "floor"))
     columns = _columns(runs)
     sections = [Section("Our runs", "run", runs)]
     if len(runs) > 1:
         sections.append(Section(f"Difference to {runs[0].name}", "difference", _differences(runs), signed=True))
+    if teachers:
+        sections.append(Section("Teacher: what a student imitates", "teacher", teachers))
     if floors:
         sections.append(Section("Floors: what a student must beat", "floor", floors))
-        closed = [_closed(run, floors) for run in runs]
-        sections.append(Section("Share of the way from the best floor to the teacher (100)", "closed", closed))
+        closed = [_closed(run, floors, teachers) for run in runs]
+        if any(row.metrics for row in closed):
+            sections.append(Section("Share of the way from the best floor to the teacher (100)", "closed", closed))
     for paper in papers or []:
         shown = [row for row in paper.rows if row.metrics.keys() & {column.key for column in columns}]
         if shown:
@@ -100,14 +114,24 @@ def _columns(runs: list[Row]) -> list[Column]:
     wanted = [key for key in keys if key.split("/")[-1] == "miou" or key.startswith("feature/")] or keys
     columns = []
     for key in wanted:
-        first, *middle = key.split("/")[:-1] or [""]
-        last = key.split("/")[-1]
+        *parts, last = key.split("/")
+        shown = share_heading(last)
         if last == "miou":
-            columns.append(Column(key, f"mIoU, {middle[0] if middle else 'all images'}", first.replace("x", "×"), True))
+            first, *middle = parts or [""]
+            group = f"{shown}, {middle[0] if middle else 'all images'}"
+            columns.append(Column(key, group, first.replace("x", "×"), percent=True))
+        elif shown is not None:
+            columns.append(Column(key, shown, "/".join(parts) or "all", percent=True))
         else:
-            columns.append(Column(key, first, last, percent=False))
+            columns.append(Column(key, "/".join(parts[:1]), last, percent=False))
     order = list(dict.fromkeys(column.group for column in columns))
     return sorted(columns, key=lambda column: order.index(column.group))  # 5x5/miou, 5x5/photos/miou, 16x16/miou, ...
+
+
+def share_heading(metric: str) -> str | None:
+    """Return the heading of a metric that is a share, None for any other."""
+    found = (re.sub(pattern, shown, metric) for pattern, shown in SHARES.items() if re.fullmatch(pattern, metric))
+    return next(found, None)
 
 
 def _differences(rows: list[Row]) -> list[Row]:
@@ -117,16 +141,19 @@ def _differences(rows: list[Row]) -> list[Row]:
     ]
 
 
-def _closed(run: Row, floors: list[Row]) -> Row:
+def _closed(run: Row, floors: list[Row], teachers: list[Row]) -> Row:
     best: dict[str, float] = {}
     for floor in floors:
         for key, value in floor.metrics.items():
             best[key] = max(value, best.get(key, value))
-    shares = {k: v for k, v in best.items() if k.split("/")[-1] == "miou" and v < 1}  # only a mIoU ends at 1
-    return Row(run.name, run.kind, _combine(lambda own, floor: (own - floor) / (1 - floor), run.metrics, shares))
+    # A mIoU with the teacher's masks ends at 1; any other share ends where the teacher is, if it was judged.
+    ends = {key: 1.0 for key in best if key.split("/")[-1] == "miou"}
+    ends |= {k: v for teacher in teachers for k, v in teacher.metrics.items() if share_heading(k.split("/")[-1])}
+    ways = {key: (low, ends[key] - low) for key, low in best.items() if ends.get(key, low) > low}
+    return Row(run.name, run.kind, _combine(lambda own, way: (own - way[0]) / way[1], run.metrics, ways))
 
 
-def _combine(function: Callable[[float, float], float], a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
+def _combine(function: Callable[[float, Any], float], a: dict[str, float], b: dict[str, Any]) -> dict[str, float]:
     return {key: function(a[key], b[key]) for key in a if key in b}
 
 

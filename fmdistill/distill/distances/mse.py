@@ -3,13 +3,33 @@
 from dataclasses import dataclass
 
 from torch import Tensor
+from torch.nn import functional as F
+
+from fmdistill.registry import UserError
 
 
 @dataclass(frozen=True)
 class MSE:
-    """Mean over the channels of the squared difference, one value per sample or patch."""
+    """Mean over the channels of the squared difference, one value per sample or patch.
+
+    With `normalize`, of the unit vectors: |u - v|^2 / C = 2 (1 - cos) / C, so 2 / C for unrelated ones.
+    """
+
+    normalize: bool = False
 
     def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Map (B, C) vectors to (B,), or (B, C, H, W) maps to (B, H W)."""
-        distance = (student.float() - teacher.float()).square().mean(1)
+        check_shapes(student, teacher)
+        if self.normalize:
+            student, teacher = F.normalize(student, dim=1), F.normalize(teacher, dim=1)
+        distance = (student - teacher).square().mean(1)
         return distance.flatten(1) if distance.dim() > 1 else distance
+
+
+def check_shapes(student: Tensor, teacher: Tensor) -> None:
+    """Raise a UserError unless both are of one shape, (B, C) or (B, C, H, W)."""
+    if student.shape != teacher.shape:
+        raise UserError(
+            f"distance: an image's output is {tuple(student.shape[1:])} by the student and {tuple(teacher.shape[1:])} "
+            f"by the teacher; choose a student of the teacher's size, or another output"
+        )

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from fmdistill.distill.seen import Seen
@@ -13,8 +14,7 @@ class Uniform:
 
     def __call__(self, distance: Tensor, seen: Seen) -> Tensor:
         """Return ones where valid, zeros elsewhere, of the distance's shape."""
-        return (
-            seen.valid.to(distance.dtype).expand_as(distance)
-            if distance.dim() > 1
-            else distance.new_ones(len(distance))
-        )
+        if distance.dim() == 1:
+            return torch.ones_like(distance)
+        assert seen.valid is not None
+        return seen.valid.to(distance.dtype).expand_as(distance)

@@ -1,0 +1,135 @@
+"""clip_mini: a small CLIP of open_clip's own classes, whose text tower keeps the token rows of `captioned` alone."""
+
+# Legend: B images or texts, L context length, D embedding channels, W text width, V the whole vocabulary, R rows kept.
+
+import copy
+import logging
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from open_clip import SimpleTokenizer
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from open_clip.model import CLIP
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fmdistill.backbones.clip import ClipPreprocess, TextHead
+from fmdistill.images.captioned import words
+from fmdistill.registry import UserError
+
+IMAGE_SIZE, PATCH, EMBED_DIM, CONTEXT = 64, 8, 128, 16
+MODEL_CFG: dict[str, Any] = {
+    "embed_dim": EMBED_DIM,
+    "vision_cfg": {"image_size": IMAGE_SIZE, "patch_size": PATCH, "width": 128, "head_width": 32, "layers": 6},
+    "text_cfg": {"context_length": CONTEXT, "vocab_size": 49408, "width": 128, "heads": 4, "layers": 3},
+}
+PREPROCESS_CFG = {"size": IMAGE_SIZE, "interpolation": "bicubic", "resize_mode": "shortest"}  # mean and std are CLIP's
+PREPROCESS_CFG |= {"mean": list(OPENAI_DATASET_MEAN), "std": list(OPENAI_DATASET_STD)}
+CONFIG = {"model_cfg": MODEL_CFG, "preprocess_cfg": PREPROCESS_CFG, "tokenizer": "simple"}
+PACKAGED = Path(__file__).parent / "weights" / "clip_mini.safetensors"
+
+_log = logging.getLogger(__name__)
+
+
+class MiniClip(nn.Module):
+    """Both towers as one trainable network; `token_ids` (R,) says which rows of the vocabulary it has, ascending."""
+
+    token_ids: Tensor
+
+    def __init__(self, token_ids: Tensor):
+        super().__init__()
+        self.clip = CLIP(**_config(len(token_ids)))
+        self.image_size, self.out_channels = IMAGE_SIZE, EMBED_DIM
+        self.preprocess = ClipPreprocess.from_config(PREPROCESS_CFG, PATCH)
+        self.register_buffer("token_ids", token_ids.long())
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        """Return {"embedding": (B, D)}, not normalised, of normalised images (B, 3, 64, 64)."""
+        return {"embedding": self.clip.encode_image(image)}
+
+    def encode_text(self, tokens_BL: Tensor) -> Tensor:
+        """Return the embeddings (B, D), not normalised, of the whole vocabulary's token ids."""
+        # The rows ascend, so the end token keeps the largest number, by which open_clip finds it.
+        rows_BL = torch.searchsorted(self.token_ids, tokens_BL.contiguous()).clamp(max=len(self.token_ids) - 1)
+        assert (self.token_ids[rows_BL] == tokens_BL).all(), "a token without a row"
+        return self.clip.encode_text(rows_BL)
+
+    def whole(self) -> CLIP:
+        """Return the network with the whole vocabulary, in eval mode; rows that are not kept are zero."""
+        full = CLIP(**_config(MODEL_CFG["text_cfg"]["vocab_size"]))
+        state = self.clip.state_dict()
+        kept_RW = state["token_embedding.weight"]
+        rows_VW = kept_RW.new_zeros(full.vocab_size, kept_RW.shape[1])
+        rows_VW[self.token_ids] = kept_RW
+        full.load_state_dict({**state, "token_embedding.weight": rows_VW})
+        return full.eval()
+
+    def head(self) -> TextHead:
+        """Return the text side, which knows the whole vocabulary by name and the kept rows by meaning."""
+        return TextHead.from_clip(self.whole(), CONFIG)
+
+
+@cache
+def tokenizer() -> SimpleTokenizer:
+    """Return open_clip's tokenizer at clip_mini's context length."""
+    return SimpleTokenizer(context_length=CONTEXT)
+
+
+def tokenize(texts: list[str], token_ids: Tensor) -> Tensor:
+    """Return the token ids (B, L) of texts; UserError for one with a token that is not among `token_ids`."""
+    tokens_BL = tokenizer()(texts)
+    missing_B = ~torch.isin(tokens_BL, token_ids).all(1)
+    if missing_B.any():
+        text = texts[int(missing_B.nonzero()[0])]
+        raise UserError(
+            f"clip_mini: the caption '{text}' has a word beyond the {len(words())} of the source `captioned`, which "
+            f"are all that clip_mini has; train it on that source"
+        )
+    return tokens_BL
+
+
+def clip_mini_student(pretrained: str = "none") -> MiniClip:
+    """Return clip_mini for training: fresh ("none"), "packaged", or from a safetensors file."""
+    if pretrained == "none":
+        return MiniClip(tokenizer()(words()).unique())  # the padding, start and end tokens among them
+    return _load(PACKAGED if pretrained == "packaged" else Path(pretrained))
+
+
+def build_clip_mini(weights: str | Path = "packaged") -> CLIP:
+    """Return clip_mini as open_clip's CLIP in eval mode, unused token rows zero.
+
+    `weights` is "packaged", "none", a safetensors file or a run's folder. Without weights ("none", or a checkout that
+    has no packaged ones) the network is untrained, the same every time.
+    """
+    untrained = str(weights) == "none"
+    if str(weights) == "packaged" and not PACKAGED.is_file():
+        _log.warning("clip_mini is untrained: this checkout has no %s", PACKAGED.name)
+        untrained = True
+    with torch.random.fork_rng(devices=[]):  # open_clip draws weights even where they are replaced
+        torch.manual_seed(0)
+        if untrained:
+            return clip_mini_student().whole()
+        path = PACKAGED if str(weights) == "packaged" else Path(weights)
+        return _load(path / "student.safetensors" if path.is_dir() else path).whole()
+
+
+def _config(rows: int) -> dict:
+    config = copy.deepcopy(MODEL_CFG)
+    config["text_cfg"]["vocab_size"] = rows
+    return config
+
+
+def _load(path: Path) -> MiniClip:
+    if not path.is_file():
+        raise UserError(f"clip_mini weights {path}: no such file; use 'packaged', 'none', a safetensors file or a run")
+    try:
+        state = {name: t.float() if t.is_floating_point() else t for name, t in load_file(path).items()}
+        model = MiniClip(state.get("token_ids", torch.zeros(1)))
+        model.load_state_dict(state)
+    except (SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"clip_mini weights {path}: not a clip_mini checkpoint ({reason})") from error
+    return model

@@ -1,0 +1,155 @@
+"""CLIP as a teacher: the image tower of any open_clip model, its embeddings as they are, not normalised."""
+
+# Legend: B images, D the embedding's width, C the tokens' width, g tokens a side, N = g * g.
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from open_clip.transformer import VisionTransformer
+from torch import Tensor, nn
+
+from fmdistill.backbones.clip import ClipPreprocess, TextHead, load_clip
+from fmdistill.backbones.clip_mini import CONFIG, build_clip_mini
+from fmdistill.backbones.clip_weights import LOCAL
+from fmdistill.cache.compute import DType, Precision, computing, own_device, own_dtype, state_hash
+from fmdistill.registry import UserError
+
+DEFAULT = "ViT-B-32"
+
+
+class ClipTeacher:
+    """An open_clip model's image tower, frozen: its projected embedding (B, D), and patch tokens (B, C, g, g) if asked.
+
+    The tokens are the tower's own `output_tokens`: of its last layer, at its width C, not projected.
+    """
+
+    family = "clip"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Mapping[str, Any],
+        *,
+        name: str,
+        kind: str,
+        tokens: bool,
+        device: str,
+        dtype: DType,
+        batch: int,
+        workers: int,
+    ) -> None:
+        self.name, self.kind, self.tokens, self.batch, self.workers = name, kind, tokens, batch, workers
+        self.device = own_device(device)
+        self.dtype: Precision = own_dtype(dtype, self.device)
+        self.model: Any = model.eval().requires_grad_(False)
+        self.config, self._head = config, TextHead.from_clip(model, config)
+        self.visual: Any = self.model.visual.to(self.device)
+        self.outputs: dict[str, tuple[int, ...]] = {"embedding": (config["model_cfg"]["embed_dim"],)}
+        grid = _grid(self.visual)
+        if tokens:
+            if grid is None:
+                raise UserError(
+                    f"teacher.tokens=true: the image tower of {kind} ({type(self.visual).__name__}) gives no patch "
+                    f"tokens; choose one of open_clip's own ViTs without attentional pooling, or teacher.tokens=false"
+                )
+            self.visual.output_tokens = True
+            self.outputs["tokens"] = (self.visual.conv1.out_channels, grid, grid)
+        image_size = ClipPreprocess.from_config(config["preprocess_cfg"], 1).image_size
+        self.preprocess = ClipPreprocess.from_config(config["preprocess_cfg"], image_size // (grid or 1))
+
+    @torch.inference_mode()
+    def __call__(self, pixels: Tensor, sizes: Tensor) -> dict[str, Tensor]:
+        """Return {"embedding": float32 (B, D)} on the CPU for uint8 (B, 3, S, S) pixels; and "tokens" (B, C, g, g)."""
+        x_BCHW = self.preprocess.normalize(pixels.to(self.device), sizes.to(self.device))
+        with computing(self.dtype, self.device):
+            found = self.visual(x_BCHW)
+        embedding_BD, *tokens_BNC = found if isinstance(found, tuple) else (found,)
+        outputs = {"embedding": embedding_BD.float().cpu()}
+        if self.tokens:
+            tokens_BCgg = tokens_BNC[0].transpose(1, 2).unflatten(2, self.outputs["tokens"][1:])
+            outputs["tokens"] = tokens_BCgg.float().cpu().contiguous()
+        return outputs
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return the teacher's identity; the weights' hash covers both towers."""
+        return {
+            "name": self.name,
+            "model": self.kind,
+            "weights": state_hash(self.model.state_dict()),
+            "preprocess": self.preprocess.to_json(),
+            "quick_gelu": bool(self.config["model_cfg"].get("quick_gelu", False)),
+            "tokens": self.tokens,
+            "normalized": False,
+            "dtype": self.dtype,
+            "path": "open_clip",
+        }
+
+    def head(self) -> TextHead:
+        """Return the text tower, logit scale and tokenizer."""
+        return self._head
+
+
+def open_clip(
+    model: str = DEFAULT,
+    pretrained: str | None = None,
+    tokens: bool = False,
+    device: str = "auto",
+    dtype: DType = "auto",
+    batch: int = 64,
+    workers: int = 2,
+) -> ClipTeacher:
+    """Any CLIP of open_clip: `model` a name or local-dir:FOLDER, `pretrained` a tag, a checkpoint file or none.
+
+    OpenAI's weights need QuickGELU, which their tag and their own .pt files bring; a copy of them in another file needs
+    the name of a "-quickgelu" model.
+    """
+    local = model.startswith(LOCAL)
+    if pretrained is None and not local:
+        raise UserError(
+            "teacher.pretrained: not set; give one of open_clip's tags such as openai, a checkpoint file, "
+            "or none for an untrained model"
+        )
+    made, config = load_clip(model, pretrained or "none")
+    settings: dict[str, Any] = {"device": device, "dtype": dtype, "batch": batch, "workers": workers}
+    return ClipTeacher(made, config, name="open_clip", kind=_kind(model), tokens=tokens, **settings)
+
+
+def clip_mini(
+    weights: str = "packaged",
+    tokens: bool = False,
+    device: str = "auto",
+    dtype: DType = "auto",
+    batch: int = 64,
+    workers: int = 2,
+) -> ClipTeacher:
+    """The small CLIP that ships with fmdistill, 64 px; or one that you trained: its run or safetensors file."""
+    settings: dict[str, Any] = {"device": device, "dtype": dtype, "batch": batch, "workers": workers}
+    return ClipTeacher(build_clip_mini(weights), CONFIG, name="clip_mini", kind="clip_mini", tokens=tokens, **settings)
+
+
+def weights_path(settings: Mapping[str, Any]) -> Path | None:
+    """Return the folder or checkpoint file that `open_clip`'s settings name; None for a tag, and for none."""
+    model, pretrained = str(settings.get("model", DEFAULT)), str(settings.get("pretrained"))
+    if model.startswith(LOCAL):
+        return Path(model.removeprefix(LOCAL))
+    is_path = "/" in pretrained or Path(pretrained).suffix in (".safetensors", ".bin", ".pt", ".pth", ".npz")
+    return Path(pretrained) if is_path else None
+
+
+def asked(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the part of the fingerprint that `open_clip`'s settings tell without the weights."""
+    tokens = str(settings.get("tokens", False)).lower() in ("true", "yes", "on", "1")
+    return {"model": _kind(str(settings.get("model", DEFAULT))), "tokens": tokens}
+
+
+def _kind(model: str) -> str:
+    return LOCAL.rstrip(":") if model.startswith(LOCAL) else model.replace("/", "-")
+
+
+def _grid(visual: Any) -> int | None:
+    """Return the side of the patch tokens' grid; None for a tower that gives no such tokens."""
+    if not isinstance(visual, VisionTransformer) or visual.attn_pool is not None or visual.pool_type == "none":
+        return None
+    return visual.grid_size[0] if visual.grid_size[0] == visual.grid_size[1] else None

@@ -1,0 +1,64 @@
+"""What every teacher computes with: its own device, exact float32, and a hash of its weights."""
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fmdistill.backbones.device import pick_device
+
+DType = Literal["auto", "fp32", "bf16"]
+Precision = Literal["fp32", "bf16"]
+
+
+def own_device(name: str) -> torch.device:
+    """Return the device called `name`; of several processes that a launcher started, "auto" gives each its own GPU."""
+    device, local = pick_device(name, "teacher.device"), os.environ.get("LOCAL_RANK")
+    if name == "auto" and device.type == "cuda" and local:
+        return torch.device("cuda", int(local) % torch.cuda.device_count())
+    return device
+
+
+def own_dtype(name: DType, device: torch.device) -> Precision:
+    """Return the precision called `name`; "auto" is bf16 on a GPU and fp32 elsewhere."""
+    if name == "auto":
+        return "bf16" if device.type == "cuda" else "fp32"
+    return name
+
+
+@contextmanager
+def computing(dtype: Precision, device: torch.device) -> Iterator[None]:
+    """Compute in `dtype`: fp32 exactly, bf16 by autocast."""
+    if dtype == "fp32":
+        with full_precision(), torch.autocast(device.type, enabled=False):
+            yield
+    else:
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            yield
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Compute in float32 as such: by default PyTorch's convolutions on CUDA round their inputs to TF32's 10 bits."""
+    convolutions, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = convolutions
+        torch.set_float32_matmul_precision(products)
+
+
+def state_hash(state: Mapping[str, Tensor]) -> str:
+    """Return the sha256 of a state dict's names, dtypes, shapes and values, whatever file it came in."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.dim() else b"")
+        digest.update(b"" if tensor.dim() else repr(tensor.item()).encode())
+    return digest.hexdigest()

@@ -1,0 +1,112 @@
+"""Task `contrastive`: train a small CLIP from images and captions, as CLIP was trained (Radford et al. 2021)."""
+
+# Legend: B images of the batch and their captions, L context length, D embedding channels.
+
+import math
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fmdistill.backbones.clip import ClipPreprocess
+from fmdistill.backbones.clip_mini import MiniClip, tokenize
+from fmdistill.images import Encoded, Images, Shard, decode
+from fmdistill.registry import UserError
+
+COLUMN = "txt"
+LARGEST_SCALE = 100.0
+
+
+class Contrastive(nn.Module):
+    """CLIP's symmetric cross-entropy between the images and the captions of a batch, the logit scale at most 100.
+
+    Where a caption occurs several times in the batch, each of its images is right for each copy: the target is spread
+    evenly over them. The batch is what one process sees at once, so processes and accumulation bring no more negatives.
+    """
+
+    def __init__(self, student: MiniClip):
+        super().__init__()
+        self.student = student
+
+    def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return "loss", its halves, the errors of the nearest caption and the nearest image, and the logit scale."""
+        scale = self.student.clip.logit_scale
+        with torch.no_grad():  # as CLIP does: past the end of the range the gradient still leads back
+            scale.clamp_(max=math.log(LARGEST_SCALE))
+        image_BD = self.student(self.student.preprocess.normalize(batch["pixels"], batch["sizes"]))["embedding"]
+        text_BD = self.student.encode_text(batch["tokens"])
+        with torch.autocast(image_BD.device.type, enabled=False):
+            return symmetric_cross_entropy(image_BD.float(), text_BD.float(), scale.exp(), same(batch["tokens"]))
+
+
+def symmetric_cross_entropy(image_BD: Tensor, text_BD: Tensor, scale: Tensor, same_BB: Tensor) -> dict[str, Tensor]:
+    """Return "loss", the mean of "image" (which caption?) and "text" (which image?), the errors and "logit_scale".
+
+    `same_BB` (bool) says which captions are equal, and so share the target.
+    """
+    logits_BB = scale * F.normalize(image_BD, dim=1) @ F.normalize(text_BD, dim=1).T
+    target_BB = same_BB / same_BB.sum(1, keepdim=True)
+    image, text = F.cross_entropy(logits_BB, target_BB), F.cross_entropy(logits_BB.T, target_BB)
+    with torch.no_grad():
+        wrong = [~same_BB.gather(1, logits.argmax(1, keepdim=True)) for logits in (logits_BB, logits_BB.T)]
+        errors = dict(zip(("image_error", "text_error"), (w.float().mean() for w in wrong), strict=True))
+    return {"loss": (image + text) / 2, "image": image, "text": text, **errors, "logit_scale": scale.detach()}
+
+
+def same(tokens_BL: Tensor) -> Tensor:
+    """Return bool (B, B): which captions are equal."""
+    return (tokens_BL[:, None] == tokens_BL[None]).all(2)
+
+
+@dataclass(frozen=True)
+class CaptionedImages:
+    """One split of a source whose images carry captions in the column `txt`, one a line."""
+
+    images: Images
+    split: str
+    preprocess: ClipPreprocess
+    token_ids: Tensor  # on the CPU: what the student has rows for
+    seed: int
+
+    @cached_property
+    def shards(self) -> list[Shard]:
+        """The split's shards in the order of their names."""
+        return sorted((s for s in self.images.shards() if s.split == self.split), key=lambda s: s.name)
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The samples of each shard."""
+        return tuple(self.images.source.count(s.name) if s.take is None else s.take for s in self.shards)
+
+    @cached_property
+    def keys(self) -> dict[int, list[str]]:
+        """The keys of each shard, filled as shards are first used."""
+        return {}
+
+    def item(self, epoch: int, shard: int, index: int) -> dict[str, Any]:
+        """Return pixels, size, and the tokens (L,) of a caption drawn from (seed, epoch, key)."""
+        name = self.shards[shard].name
+        if shard not in self.keys:
+            self.keys[shard] = self.images.source.keys(name)
+        key = self.keys[shard][index]
+        encoded = self.images.source.fetch(name, key)
+        pixels, size = self.preprocess.prepare(decode(encoded.data))
+        captions = _captions(name, encoded)
+        rng = np.random.default_rng([self.seed, epoch, zlib.crc32(key.encode())])
+        text = captions[rng.integers(len(captions))]
+        tokens = tokenize([text], self.token_ids)[0]
+        return {"pixels": pixels, "sizes": torch.tensor(size), "tokens": tokens, "keys": key}
+
+
+def _captions(shard: str, encoded: Encoded) -> list[str]:
+    text = encoded.extra.get(COLUMN, b"").decode(errors="replace")
+    captions = [line.strip() for line in text.splitlines() if line.strip()]
+    if not captions:
+        raise UserError(f"{shard}: image '{encoded.key}' has no caption; task contrastive needs a {COLUMN} for each")
+    return captions

@@ -1,0 +1,104 @@
+"""Score a cached CLIP by its own text tower, before a student is trained on it: the cheapest check of a cache."""
+
+from collections.abc import Iterable
+
+from fmdistill.cache import Cache, open_cache
+from fmdistill.cache.dataset import CachedImages
+from fmdistill.evaluate import retrieval, zeroshot
+from fmdistill.evaluate.annotated import CAPTION, TEACHER
+from fmdistill.evaluate.retrieval import Retrieval
+from fmdistill.evaluate.zeroshot import Zeroshot
+from fmdistill.logs import log
+from fmdistill.recipe import Recipe
+from fmdistill.registry import UserError
+
+IMAGES = 2000  # of the validation images, at most
+ENOUGH = 32  # images from which a score is told from chance
+CAUSES = (
+    "Likely causes: teacher.pretrained is another model's or untrained, or its QuickGELU is missing; the labels or "
+    "captions are of other images"
+)
+
+
+def judge_teacher(recipe: Recipe, protocols: Iterable[object] = ()) -> dict[str, float]:
+    """Log how the recipe's cached teacher scores on its validation images' captions and labels; {} without any.
+
+    Captions are the source's column `txt`. Labels need class names: those of the first Zeroshot among `protocols` that
+    judges these images, or others of the same kind of source. The first 2000 images count, by their cached embeddings.
+    """
+    cache = open_cache(recipe)
+    captioned, labelled = _carries(CachedImages(cache, "validation"))
+    named = next((one for one in protocols if isinstance(one, Zeroshot) and _fits(one, recipe)), None)
+    found: dict[str, float] = {}
+    if captioned:
+        found |= _by_captions(cache)
+    if labelled and named is not None:
+        found |= _by_names(cache, named)
+    if not captioned and not (labelled and named):
+        log.info(
+            "%s: the teacher is not scored: its validation images have no captions (column %s)%s",
+            cache.root,
+            CAPTION,
+            ", and no zeroshot protocol names their classes" if labelled else " and no labels",
+        )
+    return found
+
+
+def _fits(protocol: Zeroshot, recipe: Recipe) -> bool:
+    return protocol.images is None or protocol.images["name"] == recipe.images["name"]
+
+
+def _carries(data: CachedImages) -> tuple[bool, bool]:
+    """Return whether the first images of the groups have captions, and whether labels."""
+    first: dict[str, tuple[bool, bool]] = {}
+    for number, shard in enumerate(data.shards):
+        if shard.samples and shard.group not in first:
+            encoded = data.encoded(number, 0)
+            first[shard.group] = (CAPTION in encoded.extra, encoded.label is not None)
+    return any(caption for caption, _ in first.values()), bool(first) and all(label for _, label in first.values())
+
+
+def _by_captions(cache: Cache) -> dict[str, float]:
+    try:
+        metrics, details = retrieval.score_teacher(Retrieval(limit=IMAGES), cache)
+    except UserError as error:
+        log.warning("%s: the teacher is not scored by captions: %s", cache.root, error)
+        return {}
+    found = {name.removeprefix(f"{TEACHER}/"): value for name, value in metrics.items()}
+    images, captions = len(details["rows"]), details["captions"]
+    log.info(
+        "%s: the teacher, from the cache: an image finds its caption in %.1f %%, a caption its image in %.1f %% "
+        "(recall@1, %d images, %d captions)",
+        cache.root,
+        100 * found["text_retrieval@1"],
+        100 * found["image_retrieval@1"],
+        images,
+        captions,
+    )
+    _warn(cache, images, found["text_retrieval@1"], 1 / captions)
+    return found
+
+
+def _by_names(cache: Cache, protocol: Zeroshot) -> dict[str, float]:
+    alone = Zeroshot(classnames=protocol.classnames, templates=protocol.templates, limit=IMAGES, device=protocol.device)
+    try:
+        metrics, details = zeroshot.score_teacher(alone, cache)
+    except UserError as error:  # of names for other images, such as ImageNet's beside a protocol's own
+        log.warning("%s: the teacher is not scored zero-shot: %s", cache.root, error)
+        return {}
+    found = {name.removeprefix(f"{TEACHER}/"): value for name, value in metrics.items()}
+    log.info(
+        "%s: the teacher, from the cache: zero-shot %s %% (%d images, classnames=%s)",
+        cache.root,
+        ", ".join(f"{name} {100 * value:.1f}" for name, value in found.items()),
+        len(details["rows"]),
+        protocol.classnames,
+    )
+    labels = [row["label"] for row in details["rows"]]
+    _warn(cache, len(labels), found["top1"], max(map(labels.count, set(labels))) / len(labels))
+    return found
+
+
+def _warn(cache: Cache, images: int, score: float, chance: float) -> None:
+    if images >= ENOUGH and score < 2 * chance < 1:
+        log.warning("%s: that is below twice chance (%.1f %%). %s", cache.root, 100 * chance, CAUSES)

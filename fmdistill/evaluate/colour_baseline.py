@@ -1,0 +1,76 @@
+"""Zero-shot accuracy on generated captioned images, beside chance and what a figure's colour alone would give."""
+
+# Legend: h, w pixels of the centre, C = 3 colours in [0, 255].
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import nn
+
+from fmdistill.distill.data import every
+from fmdistill.evaluate import text_side, zeroshot
+from fmdistill.evaluate.text_classifier import class_names
+from fmdistill.evaluate.zeroshot import Judged, Zeroshot
+from fmdistill.images.figures import COLOURS
+from fmdistill.recipe import Recipe
+from fmdistill.registry import UserError
+
+CENTRE = 0.5  # of the image's side
+
+
+@dataclass(frozen=True)
+class CaptionedZeroshot:
+    """How to judge: `zeroshot` as its own protocol, and two subjects beside the student that never saw a picture.
+
+    "chance" guesses among all classes; "nearest colour" compares the mean colour of the image's centre with the
+    colours' reference values and guesses among the classes that name the nearest one.
+    """
+
+    zeroshot: Zeroshot = field(default_factory=Zeroshot)
+
+    def __post_init__(self) -> None:
+        """Refuse class names without colours."""
+        names = class_names(self.zeroshot.classnames)
+        if not any(_named(names, colour) for colour in COLOURS):
+            raise UserError(
+                f"zeroshot.classnames={self.zeroshot.classnames}: no name holds a colour ({', '.join(COLOURS)}); "
+                f"judge other classes by the protocol zeroshot"
+            )
+
+
+def judge(protocol: CaptionedZeroshot, recipe: Recipe, models: Mapping[str, nn.Module]) -> Judged:
+    """Score students as `zeroshot` does, and add "chance/top1", "nearest colour/top1" and their top5.
+
+    The guesses are counted by their expectation, so nothing is drawn.
+    """
+    metrics, details = zeroshot.judge(protocol.zeroshot, recipe, models)
+    names = class_names(protocol.zeroshot.classnames)
+    data = text_side.of_run(recipe, models, protocol.zeroshot.images, "captioned_zeroshot").data
+    places = [place for (place,) in every(data, 1)][: protocol.zeroshot.limit]
+    items = (data.item(*place) for place in places)
+    found = [guess(item["pixels"].permute(1, 2, 0).numpy(), int(item["labels"]), names) for item in items]
+    for k in zeroshot.TOP:
+        if k <= len(names):
+            metrics[f"chance/top{k}"] = k / len(names)
+            metrics[f"nearest colour/top{k}"] = float(np.mean([min(1.0, k * chance) for chance in found]))
+    return metrics, details
+
+
+def guess(pixels_hwC: np.ndarray, label: int, names: Sequence[str]) -> float:
+    """Return the chance of naming `label` from the colour of the picture's centre alone."""
+    named = _named(names, nearest_colour(pixels_hwC))
+    return 1 / len(named) if label in named else 0.0
+
+
+def nearest_colour(pixels_hwC: np.ndarray) -> str:
+    """Return the name whose reference colour is nearest to the mean of the picture's centre."""
+    margin = [round(side * (1 - CENTRE) / 2) for side in pixels_hwC.shape[:2]]
+    centre = pixels_hwC[margin[0] : -margin[0] or None, margin[1] : -margin[1] or None]
+    mean_C = centre.reshape(-1, 3).mean(axis=0)
+    distance = {name: np.linalg.norm(mean_C - reference) for name, reference in COLOURS.items()}
+    return min(distance, key=lambda name: distance[name])
+
+
+def _named(names: Sequence[str], colour: str) -> list[int]:
+    return [label for label, name in enumerate(names) if colour in name.split()]

@@ -1,0 +1,68 @@
+"""Where images and texts meet: the text tower of a run's teacher, its preprocessing, and the images to judge."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fmdistill.backbones.clip import TextHead
+from fmdistill.backbones.clip_mini import MiniClip
+from fmdistill.cache import Cache, open_cache
+from fmdistill.cache.dataset import CachedImages
+from fmdistill.evaluate.annotated import Annotated
+from fmdistill.images import build as build_images
+from fmdistill.recipe import Recipe
+from fmdistill.registry import UserError
+
+
+@dataclass(frozen=True)
+class TextSide:
+    """A text tower, the images to compare with its texts, and where text classifiers are kept (None: nowhere)."""
+
+    head: TextHead
+    data: Annotated
+    folder: Path | None
+
+
+def of_run(
+    recipe: Recipe, models: Mapping[str, nn.Module], images: Mapping[str, Any] | None, protocol: str
+) -> TextSide:
+    """Return the text side that a run is judged by: its cache's, or the student's own where it is a whole CLIP.
+
+    `images` names a source; None is the validation images of the recipe, beside the teacher's embeddings if cached.
+    """
+    if recipe.cache is not None:
+        return of_cache(open_cache(recipe), images, protocol)
+    whole = list(models.values())
+    if len(whole) != 1 or not isinstance(whole[0], MiniClip):
+        raise UserError(
+            f"student.name={recipe.student['name']}: has no text tower, and its recipe no cache with a teacher's; "
+            f"{protocol} judges a run that was distilled from CLIP"
+        )
+    data = Annotated(build_images(recipe.images if images is None else images), whole[0].preprocess)
+    return TextSide(whole[0].head(), data, None)
+
+
+def of_cache(cache: Cache, images: Mapping[str, Any] | None, protocol: str, pixels: bool = True) -> TextSide:
+    """Return the text side kept in a cache; UserError where its teacher has none."""
+    head = cache.head() if cache.family == "clip" else None
+    if not isinstance(head, TextHead):
+        raise UserError(
+            f"{cache.root}: its teacher is of the family '{cache.family}' and has no text tower; "
+            f"{protocol} judges a run that was distilled from CLIP"
+        )
+    cached = CachedImages(cache, "validation") if images is None else None
+    found = cache.images if images is None else build_images(images)
+    return TextSide(head, Annotated(found, cache.preprocess, cached, pixels), cache.root / "classifiers")
+
+
+def check_reading(batch: int, workers: int, limit: int | None) -> None:
+    """Refuse a protocol's settings by which no image can be read."""
+    if batch < 1:
+        raise UserError(f"batch={batch}: needs at least 1")
+    if workers < 0:
+        raise UserError(f"workers={workers}: expected 0 (load in this process) or more")
+    if limit is not None and limit < 1:
+        raise UserError(f"limit={limit}: needs at least 1, or null for all")

@@ -1,0 +1,144 @@
+"""Score image towers by words alone: which class name's text embedding is nearest to an image's embedding.
+
+Letters: N images, K classes, D the shared embedding's width.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fmdistill import images as image_sources
+from fmdistill.backbones.device import pick_device
+from fmdistill.cache import Cache
+from fmdistill.evaluate import annotated, rarity, text_side
+from fmdistill.evaluate.text_classifier import check_classes, class_names, classifier, templates
+from fmdistill.recipe import Component, Recipe
+from fmdistill.registry import UserError
+
+Judged = tuple[dict[str, float], dict]
+
+TOP = (1, 5)
+CHUNK = 4096  # images whose logits are in memory at once
+
+
+@dataclass(frozen=True)
+class Zeroshot:
+    """How to judge: logits = 100 * e @ W, e the image's unit embedding, W open_clip's own zero-shot classifier.
+
+    `images` is a source whose validation images are judged, or null for those of the run's cache, where the teacher is
+    judged too, from its cached embeddings. `classnames` is "imagenet" or a text file with a name a line, label 0
+    first; `templates` "openai" (80), "simple" (7), a file, or a list. An image is prepared as for the teacher.
+
+    `quartiles` adds the SRW paper's Table 4: images ranked by the teacher's average cosine similarity to the others of
+    random batches of 64 (drawn once, by `seed`; see evaluate/rarity.py), and each quarter's accuracy, q1 the rarest.
+    """
+
+    images: Component | None = None
+    classnames: str = "imagenet"
+    templates: str | list[str] = "openai"
+    quartiles: bool = False
+    seed: int = 0
+    limit: int | None = None  # of the first images
+    batch: int = 64
+    workers: int = 2
+    device: str = "auto"
+    dtype: annotated.DType = "fp32"
+
+    def __post_init__(self) -> None:
+        """Refuse what would measure nothing, and names that are not there, before hours of training."""
+        text_side.check_reading(self.batch, self.workers, self.limit)
+        if self.images is not None:
+            image_sources.check(self.images)
+            if self.quartiles:
+                raise UserError("quartiles=true: they come from the teacher's cached embeddings; leave `images` out")
+        class_names(self.classnames)
+        templates(self.templates)
+
+
+def judge(protocol: Zeroshot, recipe: Recipe, models: Mapping[str, nn.Module]) -> Judged:
+    """Score students, named apart, and from a cache the teacher, on labelled images.
+
+    Metrics are "STUDENT/top1", "STUDENT/top5" (with at least five classes), "STUDENT/mean_per_class_recall" over the
+    classes that have images, "STUDENT/q1/top1" to q4; details {"rows": one per image and subject}.
+    """
+    side = text_side.of_run(recipe, models, protocol.images, "zeroshot")
+    weight_DK = _classifier(protocol, side)
+    device = pick_device(protocol.device, "device")
+    reading = {name: getattr(protocol, name) for name in ("batch", "workers", "limit", "dtype")}
+    return score(protocol, annotated.embed(side.data, models, device, "zeroshot", **reading), weight_DK)
+
+
+def score_teacher(protocol: Zeroshot, cache: Cache) -> Judged:
+    """Score the teacher alone, from its cached embeddings of the validation images; no picture is decoded."""
+    side = text_side.of_cache(cache, None, "zeroshot", pixels=False)
+    weight_DK = _classifier(protocol, side)
+    device = pick_device(protocol.device, "device")
+    found = annotated.embed(side.data, {}, device, "the teacher, zero-shot", protocol.batch, 0, protocol.limit)
+    return score(protocol, found, weight_DK)
+
+
+def _classifier(protocol: Zeroshot, side: text_side.TextSide) -> Tensor:
+    names = class_names(protocol.classnames)
+    check_classes(side.data.images, protocol.classnames, len(names))
+    device = pick_device(protocol.device, "device")
+    return classifier(side.head, names, templates(protocol.templates), device, side.folder)
+
+
+def score(protocol: Zeroshot, found: annotated.Embedded, weight_DK: Tensor) -> Judged:
+    """Return metrics and rows of embeddings that are there already; `weight_DK` has unit columns."""
+    labels = _labels(found, weight_DK.shape[1])
+    quartile = None
+    if protocol.quartiles:
+        quartile = rarity.quartiles(rarity.similarity(found.embeddings[annotated.TEACHER], protocol.seed))
+    metrics: dict[str, float] = {}
+    rows: list[dict[str, Any]] = []
+    for name, embedding_ND in found.embeddings.items():
+        best_NT = top(embedding_ND, weight_DK, name)
+        metrics |= {f"{name}/{key}": value for key, value in measure(best_NT, labels, weight_DK.shape[1]).items()}
+        for number in range(1, 5) if quartile is not None else ():
+            ours = quartile == number
+            if ours.any():
+                parts = measure(best_NT[ours], labels[ours], weight_DK.shape[1])
+                metrics |= {f"{name}/q{number}/{key}": parts[key] for key in parts if key.startswith("top")}
+        for place, (key, label) in enumerate(zip(found.keys, labels.tolist(), strict=True)):
+            row = {"key": key, "student": name, "label": label, "prediction": int(best_NT[place, 0])}
+            rows.append(row if quartile is None else {**row, "quartile": int(quartile[place])})
+    return metrics, {"rows": rows}
+
+
+def top(embedding_ND: Tensor, weight_DK: Tensor, name: str) -> np.ndarray:
+    """Return the labels of the at most five best classes, best first, int (N, T); `name` says whose in errors."""
+    if embedding_ND.shape[1] != len(weight_DK):
+        raise UserError(
+            f"{name}: gives embeddings of {embedding_ND.shape[1]} numbers, the texts have {len(weight_DK)}; judge it "
+            f"by the cache that it learned from"
+        )
+    count = min(max(TOP), weight_DK.shape[1])
+    parts = [100 * F.normalize(part, dim=-1) @ weight_DK for part in embedding_ND.split(CHUNK)]
+    return np.concatenate([logits_NK.topk(count, dim=1).indices.numpy() for logits_NK in parts])
+
+
+def measure(best_NT: np.ndarray, labels_N: np.ndarray, classes: int) -> dict[str, float]:
+    """Return {"top1", "top5", "mean_per_class_recall"}; a top-k of more classes than there are is left out."""
+    right_NT = best_NT == labels_N[:, None]
+    metrics = {f"top{k}": float(right_NT[:, :k].any(1).mean()) for k in TOP if k <= classes}
+    counts = np.bincount(labels_N, minlength=classes)
+    recalls = np.bincount(labels_N, weights=right_NT[:, 0], minlength=classes)[counts > 0] / counts[counts > 0]
+    return {**metrics, "mean_per_class_recall": float(recalls.mean())}
+
+
+def _labels(found: annotated.Embedded, classes: int) -> np.ndarray:
+    labels: Sequence[int | None] = found.labels
+    for key, label in zip(found.keys, labels, strict=True):
+        if label is None:
+            raise UserError(
+                f"image '{key}': has no label; zeroshot needs class folders (source image_classes), or a tar with "
+                f"KEY.cls beside each image"
+            )
+        if label >= classes:
+            raise UserError(f"image '{key}': label {label}, but there are {classes} class names, for labels from 0")
+    return np.array(labels, dtype=np.int64)

@@ -1,0 +1,118 @@
+"""Write a student and its teacher's text side as a folder that open_clip loads by itself, as "local-dir:FOLDER"."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import open_clip
+from open_clip.tokenizer import HFTokenizer
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+from fmdistill.backbones.clip import ClipPreprocess, TextHead
+from fmdistill.backbones.tinyvit_clip import TinyViTCLIP
+from fmdistill.files import temporary_name, write_whole
+from fmdistill.registry import UserError
+
+CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+
+
+def export(student: nn.Module, head: TextHead, preprocess: ClipPreprocess, out: Path) -> Path:
+    """Write `out`/open_clip_config.json and open_clip_model.safetensors, float32, and return `out`.
+
+    The folder appears whole, after open_clip has loaded it, or not at all; an earlier export at `out` is replaced, any
+    other folder refused.
+    """
+    fitting = _checked(student, head, preprocess)
+    _check_place(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(out)
+    temporary.mkdir()
+    try:
+        state = {f"visual.{name}": _plain(value) for name, value in fitting.state_dict().items()}
+        state |= {name: _plain(value) for name, value in head.state_dict().items()}
+        write_whole(temporary / WEIGHTS, to_bytes(state))
+        write_whole(temporary / CONFIG, json.dumps(config(fitting, head, preprocess), indent=2) + "\n")
+        if isinstance(head.tokenizer, HFTokenizer):  # of a folder, open_clip looks for its files there
+            head.tokenizer.save_pretrained(temporary)
+        open_clip.create_model(f"local-dir:{temporary}", require_pretrained=True, pretrained_text=False)
+        _put(temporary, out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return out
+
+
+def config(student: TinyViTCLIP, head: TextHead, preprocess: ClipPreprocess) -> dict[str, Any]:
+    """Return the open_clip_config.json: the teacher's, with the student in place of its image tower.
+
+    `quick_gelu` stays as the text tower needs it; a TinyViT always uses its own GELU.
+    """
+    image_tower = {
+        "timm_model_name": student.timm_name,
+        "timm_model_pretrained": False,
+        "timm_pool": "avg",
+        "timm_proj": "linear",
+        "image_size": student.image_size,
+    }
+    return {
+        "model_cfg": {**head.config["model_cfg"], "vision_cfg": image_tower},
+        "preprocess_cfg": {
+            "size": preprocess.image_size,
+            "mode": "RGB",
+            "mean": list(preprocess.mean),
+            "std": list(preprocess.std),
+            "interpolation": preprocess.interpolation,
+            "resize_mode": preprocess.resize_mode,
+        },
+    }
+
+
+def _checked(student: nn.Module, head: TextHead, preprocess: ClipPreprocess) -> TinyViTCLIP:
+    if not isinstance(student, TinyViTCLIP):
+        raise UserError(
+            f"export openclip: the student is a {type(student).__name__}; open_clip builds image towers from timm by "
+            f"name, so train a `tinyvit_clip` or choose another format"
+        )
+    if student.timm_name is None:
+        raise UserError(
+            "export openclip: open_clip builds image towers from timm by name, and timm has none of this small size; "
+            "train a `tinyvit_clip`, or write the student alone with the format half"
+        )
+    for setting, own, theirs in (
+        ("embedding has", student.out_channels, head.config["model_cfg"]["embed_dim"]),
+        ("image side is", student.image_size, preprocess.image_size),
+    ):
+        if own != theirs:
+            raise UserError(
+                f"export openclip: the student's {setting} {own}, its teacher's {theirs}; use the cache that the "
+                f"student was distilled from"
+            )
+    return student
+
+
+def _check_place(out: Path) -> None:
+    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / CONFIG).is_file())):
+        raise UserError(f"{out}: is there already and no export of open_clip's; choose another name for the folder")
+
+
+def _put(temporary: Path, out: Path) -> None:
+    """Rename `temporary` to `out`; an earlier export steps aside first, and back if that fails."""
+    if not out.exists():
+        os.rename(temporary, out)
+        return
+    earlier = temporary_name(out)
+    os.rename(out, earlier)
+    try:
+        os.rename(temporary, out)
+    except BaseException:
+        os.rename(earlier, out)
+        raise
+    shutil.rmtree(earlier)
+
+
+def _plain(value: Tensor) -> Tensor:
+    value = value.detach().cpu().clone().contiguous()
+    return value.float() if value.is_floating_point() else value

@@ -1,0 +1,257 @@
+"""Zero-shot accuracy is a plain open_clip loop's, prediction by prediction, and what cannot be judged is one line."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import clip_run
+import numpy as np
+import open_clip
+import PIL.Image
+import pytest
+import tiny
+import torch
+from nondegenerate import randomize
+
+from fmdistill import cache, distill, evaluate
+from fmdistill.evaluate import clip_teacher, rarity, teacher_score, text_classifier, zeroshot
+from fmdistill.evaluate.zeroshot import Zeroshot
+from fmdistill.registry import UserError
+
+TEMPLATES = ["a photo of a {}.", "the {}!"]
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory) -> Path:
+    """A folder with a cached toy CLIP, a run, and protocols for its own images and for others."""
+    folder = tmp_path_factory.mktemp("zeroshot")
+    clip_run.write_teacher(folder / "teacher")
+    clip_run.write_classes(folder / "train", 2)
+    clip_run.write_classes(folder / "val", 7, seed=50)
+    recipe = clip_run.load(folder)
+    cache.run(recipe)
+    clip_run.finish(recipe, randomize(clip_run.Student(), 3))
+    shared = (
+        f"name: zeroshot\nclassnames: {folder}/names.txt\ntemplates: {json.dumps(TEMPLATES)}\nworkers: 0\nbatch: 8\n"
+    )
+    (folder / "own.yaml").write_text(shared)
+    (folder / "other.yaml").write_text(shared + "images: {name: image_classes, root: nowhere}\n")
+    return folder
+
+
+def judged(folder: Path, protocol: str, *overrides: str) -> tuple[dict[str, float], list[dict]]:
+    metrics = evaluate.run(folder / f"{protocol}.yaml", folder / "run", ["trust=true", *overrides])
+    return metrics, json.loads((folder / f"run/evaluation/{protocol}.json").read_text())["rows"]
+
+
+def plain_loop(folder: Path, tower: str) -> dict[str, tuple[int, list[int]]]:
+    """Return {key: (label, classes, best first)} by open_clip's own functions alone, image by image."""
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder / 'teacher'}")
+    model.eval()
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{folder / 'teacher'}")
+    names = [clip_run.CLASSES[name] for name in sorted(clip_run.CLASSES)]
+    weight = open_clip.build_zero_shot_classifier(model, tokenizer, names, TEMPLATES)
+    if tower == "student":
+        model = clip_run.Model(distill.load_student(folder / "run", trust=True), model)
+    found = {}
+    for path in sorted((folder / "val").rglob("*.png")):
+        with torch.no_grad(), PIL.Image.open(path) as image:
+            logits = 100 * model.encode_image(preprocess(image)[None], normalize=True) @ weight
+        label = sorted(clip_run.CLASSES).index(path.parent.name)
+        found[f"{path.parent.name}/{path.name}"] = (label, logits[0].argsort(descending=True).tolist())
+    return found
+
+
+@pytest.mark.parametrize("tower", ["student", "teacher"])
+def test_every_prediction_is_a_plain_open_clip_loop_s(ran, tower):
+    metrics, rows = judged(ran, "own")
+    expected = plain_loop(ran, tower)
+    ours = {row["key"]: row for row in rows if row["student"] == tower}
+    assert ours.keys() == expected.keys() and len(ours) == 42
+    assert {k: (r["label"], r["prediction"]) for k, r in ours.items()} == {
+        k: (label, best[0]) for k, (label, best) in expected.items()
+    }
+    assert len({row["prediction"] for row in ours.values()}) > 1  # else the comparison says nothing
+    top1 = np.mean([best[0] == label for label, best in expected.values()])
+    top5 = np.mean([label in best[:5] for label, best in expected.values()])
+    assert metrics[f"{tower}/top1"] == pytest.approx(top1) and metrics[f"{tower}/top5"] == pytest.approx(top5)
+    recalls = [np.mean([b[0] == lab for lab, b in expected.values() if lab == c]) for c in range(6)]
+    assert metrics[f"{tower}/mean_per_class_recall"] == pytest.approx(np.mean(recalls))
+
+
+def test_other_images_are_given_on_the_command_line_and_have_no_teacher(ran):
+    metrics, rows = judged(ran, "other", f"images.root={ran}/val")
+    own, _ = judged(ran, "own")
+    assert {name.split("/")[0] for name in metrics} == {"student"}
+    assert metrics == {name: value for name, value in own.items() if name.startswith("student/")}
+    assert len(judged(ran, "other", f"images.root={ran}/val", "limit=9")[1]) == 9
+    with pytest.raises(UserError, match="images.root=nowhere: no such folder"):
+        judged(ran, "other")
+
+
+def test_quartiles_split_the_images_by_the_teacher_s_own_similarity(ran):
+    metrics, rows = judged(ran, "own", "quartiles=true", "seed=3")
+    for subject in ("student", "teacher"):
+        ours = [row for row in rows if row["student"] == subject]
+        sizes = np.bincount([row["quartile"] for row in ours], minlength=5)[1:]
+        assert sorted(sizes) == [10, 10, 11, 11]
+        for number in range(1, 5):
+            right = [row["prediction"] == row["label"] for row in ours if row["quartile"] == number]
+            assert metrics[f"{subject}/q{number}/top1"] == pytest.approx(np.mean(right))
+    assert judged(ran, "own", "quartiles=true", "seed=3")[0] == metrics
+    with pytest.raises(UserError, match="quartiles=true: they come from the teacher's cached"):
+        judged(ran, "other", f"images.root={ran}/val", "quartiles=true")
+
+
+def test_rarity_is_the_average_cosine_to_the_others_of_the_batch():
+    rng = np.random.default_rng(0)
+    common = rng.normal(size=(1, 8)) + 0.1 * rng.normal(size=(150, 8))
+    rare = rng.normal(size=(50, 8))
+    vectors = np.concatenate([common, rare])
+    found = rarity.similarity(torch.tensor(vectors), seed=1)
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    order = np.random.default_rng(1).permutation(200)
+    for members in np.array_split(order, 3):
+        for i in members[:5]:
+            assert found[i] == pytest.approx(np.mean([unit[i] @ unit[j] for j in members if j != i]))
+    quartile = rarity.quartiles(found)
+    assert (quartile[150:] == 1).mean() > 0.9 and list(np.bincount(quartile)) == [0, 50, 50, 50, 50]
+    assert found[quartile == 1].max() <= found[quartile == 2].min()
+
+
+def test_the_text_classifier_is_kept_by_all_that_it_depends_on(ran, monkeypatch):
+    judged(ran, "own")
+    before = set((ran / "cache/classifiers").iterdir())
+    monkeypatch.setattr(open_clip, "build_zero_shot_classifier", None)  # a second call would fail
+    judged(ran, "own")
+    monkeypatch.undo()
+    head = cache.open_cache(clip_run.load(ran)).head()
+    names, prompts = text_classifier.class_names(f"{ran}/names.txt"), TEMPLATES
+    token = text_classifier._token(head, names, prompts)
+    assert ran / f"cache/classifiers/{token}.safetensors" in before
+    assert text_classifier._token(head, names[::-1], prompts) != token
+    assert text_classifier._token(head, names, prompts[:1]) != token
+    head.config["model_cfg"]["quick_gelu"] = False
+    assert text_classifier._token(head, names, prompts) != token
+    head.config["model_cfg"]["quick_gelu"] = True
+    with torch.no_grad():
+        head.text_model.ln_final.bias[0] += 1
+    assert text_classifier._token(head, names, prompts) != token
+
+
+def test_top5_needs_five_classes_and_recall_counts_classes_with_images():
+    best = np.array([[0, 1, 2], [0, 1, 2], [1, 0, 2], [0, 2, 1]])
+    found = zeroshot.measure(best, np.array([0, 0, 0, 2]), 3)
+    assert found == {"top1": 0.5, "mean_per_class_recall": pytest.approx((2 / 3 + 0) / 2)}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["classnames=none.txt"], "classnames=none.txt: no such file here or in the package; give imagenet, or"),
+        (["classnames={ran}/gap.txt"], "gap.txt: line 2 is empty"),
+        (["classnames={ran}/short.txt"], "6 class folders, but classnames=.*short.txt has 2 names"),
+        (["classnames=imagenet"], "6 class folders, but classnames=imagenet has 1000 names"),
+        (["templates=none.txt"], "templates=none.txt: no such file"),
+        (["templates={ran}/short.txt"], r"templates=.*short.txt: 'owl' needs \{\} once"),
+        (["images.root={ran}/flat"], "flat: holds no class folders"),
+        (["images.name=folder", "images.root={ran}/val", "images.validation=0.5"], "has no label; zeroshot needs"),
+        (["images.name=photos", "images.train=1", "images.validation=0"], "no validation images"),
+        (["batch=0"], "batch=0: needs at least 1"),
+        (["limit=0"], "limit=0: needs at least 1"),
+        (["images.name=imageclasses"], "Did you mean 'image_classes'"),
+    ],
+)
+def test_what_cannot_be_judged_is_one_clear_line(ran, overrides, says):
+    (ran / "short.txt").write_text("owl\nfox\n")
+    (ran / "gap.txt").write_text("owl\n\nfox\n")
+    (ran / "flat").mkdir(exist_ok=True)
+    root = [] if any("images." in one for one in overrides) else [f"images.root={ran}/val"]
+    with pytest.raises(UserError, match=says) as error:
+        judged(ran, "other", *root, *(one.format(ran=ran) for one in overrides))
+    assert "\n" not in str(error.value)
+
+
+def test_imagenet_s_folders_must_be_its_wnids(tmp_path):
+    from timm.data.imagenet_info import ImageNetInfo
+
+    from fmdistill.images import build
+
+    wnids = ImageNetInfo("imagenet-1k").label_names()
+    for wnid in wnids:
+        (tmp_path / "val" / wnid).mkdir(parents=True)
+    images = build({"name": "image_classes", "root": str(tmp_path / "val")})
+    text_classifier.check_classes(images, "imagenet", 1000)
+    assert len(text_classifier.class_names("imagenet")) == 1000
+    (tmp_path / "val" / wnids[500]).rename(tmp_path / "val" / "n99999999")
+    images = build({"name": "image_classes", "root": str(tmp_path / "val")})
+    with pytest.raises(UserError, match=f"class folder 500 is '{wnids[501]}', ImageNet-1k's is '{wnids[500]}'"):
+        text_classifier.check_classes(images, "imagenet", 1000)
+
+
+def test_templates_are_open_clip_s_and_clip_benchmark_s_files_work(tmp_path):
+    ours = text_classifier.templates("openai")
+    assert [t.format("x") for t in ours] == [t("x") for t in open_clip.OPENAI_IMAGENET_TEMPLATES] and len(ours) == 80
+    assert len(text_classifier.templates("simple")) == 7
+    (tmp_path / "t.txt").write_text("a photo of {c}.\nthe {}\n")
+    assert text_classifier.templates(str(tmp_path / "t.txt")) == ["a photo of {}.", "the {}"]
+    with pytest.raises(UserError, match="the list is empty"):
+        text_classifier.templates([])
+
+
+def test_a_sam_run_has_no_text_tower_and_a_clip_run_no_masks(ran, tmp_path):
+    sam = tiny.load(tmp_path, "train.steps=1")
+    cache.run(sam)
+    clip_run.finish(sam, tiny.Student())
+    with pytest.raises(UserError, match="of the family 'sam' and has no text tower; zeroshot judges") as error:
+        evaluate.run(ran / "own.yaml", sam.out, ["trust=true"])
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="of the family 'clip' and makes no masks"):
+        evaluate.run("eval/sam_grid_demo.yaml", ran / "run", ["trust=true"])
+    bare = dataclasses.replace(clip_run.load(ran), cache=None, teacher=None)
+    with pytest.raises(UserError, match="has no text tower, and its recipe no cache"):
+        zeroshot.judge(evaluate.load(ran / "own.yaml").settings, bare, {"student": clip_run.Student()})
+
+
+class Wide(clip_run.Student):
+    def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"embedding": super().forward(image)["embedding"].repeat(1, 2)}
+
+
+@pytest.mark.parametrize(
+    ("student", "says"),
+    [
+        (Wide(), "student: gives embeddings of 48 numbers, the texts have 24"),
+        (tiny.Student(), r"gives an embedding of \(32, 2, 2\) for an image; this protocol"),
+    ],
+)
+def test_a_student_that_does_not_fit_is_one_line(ran, student, says):
+    with pytest.raises(UserError, match=says):
+        zeroshot.judge(evaluate.load(ran / "own.yaml").settings, clip_run.load(ran), {"student": student})
+
+
+def test_the_teacher_s_own_score_is_logged_from_the_cache(ran, caplog):
+    caplog.set_level("INFO")
+    protocol = evaluate.load(ran / "own.yaml").settings
+    found = teacher_score.judge_teacher(clip_run.load(ran), [protocol])
+    expected = plain_loop(ran, "teacher")
+    assert found is not None
+    assert found["top1"] == pytest.approx(np.mean([best[0] == label for label, best in expected.values()]))
+    assert "the teacher, from the cache: zero-shot top1 " in caplog.text and "(42 images" in caplog.text
+    assert "below twice chance" in caplog.text and "QuickGELU" in caplog.text  # its weights are random
+
+    caplog.clear()
+    assert teacher_score.judge_teacher(clip_run.load(ran)) is None
+    assert "the teacher is not scored" in caplog.text and "no zeroshot protocol names their classes" in caplog.text
+    caplog.clear()
+    assert clip_teacher.judge_teacher(clip_run.load(ran), [Zeroshot()]) == {}
+    assert "not scored zero-shot: images.root=" in caplog.text and "1000 names" in caplog.text
+
+
+def test_runs_of_one_cache_are_judged_together(ran):
+    other = clip_run.load(ran, f"out={ran}/second")
+    clip_run.finish(other, randomize(clip_run.Student(), 4))
+    evaluate.run_together(ran / "own.yaml", [ran / "run", ran / "second"], trust=True)
+    kept = json.loads((ran / "second/evaluation/own.json").read_text())
+    assert {row["student"] for row in kept["rows"]} == {"student", "teacher"}
+    assert kept["metrics"] == evaluate.run(ran / "own.yaml", ran / "second", ["trust=true"])

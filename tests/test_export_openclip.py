@@ -1,0 +1,153 @@
+"""The exported folder is all that open_clip needs: bit-equal embeddings in a process without fmdistill."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import clip_run
+import open_clip
+import PIL.Image
+import pytest
+import tiny
+import torch
+from nondegenerate import randomize
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from fmdistill import cache, export
+from fmdistill.backbones.tinyvit_clip import tinyvit_clip, tinyvit_clip_mini
+from fmdistill.export import openclip
+from fmdistill.registry import UserError
+
+TEXTS = ["a photo of a red fox", "the sky, at night"]
+ELSEWHERE = """
+import sys, torch, open_clip, PIL.Image
+from safetensors.torch import load_file, save_file
+folder, given, out, picture, *texts = sys.argv[1:]
+model, _, preprocess = open_clip.create_model_and_transforms("local-dir:" + folder)
+model.eval()
+tokens = open_clip.get_tokenizer("local-dir:" + folder)(texts)
+pixels = load_file(given)["pixels"]
+with torch.no_grad():
+    found = {"image": model.encode_image(pixels), "text": model.encode_text(tokens)}
+found |= {"prepared": preprocess(PIL.Image.open(picture)), "scale": model.logit_scale.detach().reshape(1)}
+save_file({name: value.contiguous() for name, value in found.items()}, out)
+assert not any(name.partition(".")[0] == "fmdistill" for name in sys.modules), "fmdistill was imported"
+"""
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory) -> Path:
+    """A folder with the cache of a toy CLIP and the run of a TinyViT whose every weight and statistic is drawn."""
+    folder = tmp_path_factory.mktemp("openclip")
+    clip_run.write_teacher(folder / "teacher")
+    clip_run.write_classes(folder / "train", 1)
+    clip_run.write_classes(folder / "val", 1, seed=50)
+    (folder / "picture.png").write_bytes(clip_run.picture(4))
+    recipe = clip_run.load(folder, *tinyvit())
+    cache.run(recipe)
+    clip_run.finish(recipe, randomize(tinyvit_clip("5m", embed_dim=24, image_size=32), 5))
+    return folder
+
+
+def tinyvit() -> list[str]:
+    return ["student.name=tinyvit_clip", "student.embed_dim=24", "student.image_size=32"]
+
+
+def elsewhere(folder: Path, exported: Path) -> dict[str, torch.Tensor]:
+    """Return what open_clip makes of the export in a process of its own."""
+    pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    save_file({"pixels": pixels}, folder / "given.safetensors")
+    arguments = [exported, folder / "given.safetensors", folder / "found.safetensors", folder / "picture.png", *TEXTS]
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, *map(str, arguments)], cwd=folder, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return {"pixels": pixels, **load_file(folder / "found.safetensors")}
+
+
+def test_another_process_gets_bit_equal_embeddings_without_our_code(ran):
+    out = export.run(ran / "run", "openclip", ran / "deep" / "openclip")
+    assert sorted(path.name for path in out.iterdir()) == [openclip.CONFIG, openclip.WEIGHTS]
+    assert [path.name for path in out.parent.iterdir()] == ["openclip"]
+    found = elsewhere(ran, out)
+    opened = cache.open_cache(clip_run.load(ran, *tinyvit()))
+    student, head = export.load_student(ran / "run").eval(), opened.head()
+    with torch.no_grad():
+        assert torch.equal(student(found["pixels"])["embedding"], found["image"])
+        assert torch.equal(head.encode_text(TEXTS), found["text"])
+    assert found["image"].std(0).min() > 1e-4 and float(found["scale"].exp()) == pytest.approx(head.scale)
+    pixels, size = opened.preprocess.prepare(PIL.Image.open(ran / "picture.png"))
+    assert torch.equal(opened.preprocess.normalize(pixels[None], torch.tensor([size]))[0], found["prepared"])
+
+
+def test_quick_gelu_survives(ran):
+    def texts(folder: Path) -> torch.Tensor:
+        model = open_clip.create_model(f"local-dir:{folder}").eval()
+        with torch.no_grad():
+            return model.encode_text(open_clip.get_tokenizer(f"local-dir:{folder}")(TEXTS))
+
+    out = export.run(ran / "run", "openclip", ran / "gelu")
+    config = json.loads((out / openclip.CONFIG).read_text())
+    assert config["model_cfg"]["quick_gelu"] is True
+    assert torch.equal(texts(out), texts(ran / "teacher"))
+    config["model_cfg"]["quick_gelu"] = False
+    (out / openclip.CONFIG).write_text(json.dumps(config))  # it loads without a word
+    assert (texts(out) - texts(ran / "teacher")).abs().max() > 1e-3
+
+
+def test_a_folder_appears_whole_replaces_an_export_and_nothing_else(ran, tmp_path, monkeypatch):
+    out = export.run(ran / "run", "openclip", tmp_path / "out")
+    (out / "stale").write_text("")
+    before = (out / openclip.WEIGHTS).read_bytes()
+
+    def broken(*arguments, **settings):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+        patch.setattr(openclip, "write_whole", broken)
+        export.run(ran / "run", "openclip", out)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+        patch.setattr(open_clip, "create_model", broken)
+        export.run(ran / "run", "openclip", tmp_path / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and (out / "stale").is_file()
+    assert export.run(ran / "run", "openclip", out) == out
+    assert sorted(path.name for path in out.iterdir()) == [openclip.CONFIG, openclip.WEIGHTS]
+    assert (out / openclip.WEIGHTS).read_bytes() == before
+
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("")
+    (tmp_path / "file").write_text("")
+    for name in ("mine", "file"):
+        with pytest.raises(UserError, match=f"{name}: is there already and no export"):
+            export.run(ran / "run", "openclip", tmp_path / name)
+    assert (tmp_path / "mine/notes.txt").is_file()
+
+
+@pytest.mark.parametrize(
+    ("student", "says"),
+    [
+        (lambda: nn.Linear(2, 2), "the student is a Linear; open_clip builds image towers from timm"),
+        (lambda: tinyvit_clip_mini(24, 32), "timm has none of this small size"),
+        (lambda: tinyvit_clip(embed_dim=16, image_size=32), "embedding has 16, its teacher's 24"),
+        (lambda: tinyvit_clip(embed_dim=24, image_size=64), "image side is 64, its teacher's 32"),
+    ],
+)
+def test_what_does_not_fit_is_one_clear_line(ran, tmp_path, student, says):
+    opened = cache.open_cache(clip_run.load(ran))
+    with pytest.raises(UserError, match=says) as error:
+        openclip.export(student(), opened.head(), opened.preprocess, tmp_path / "out")
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_a_run_without_a_text_tower_is_one_clear_line(tmp_path):
+    sam = tiny.load(tmp_path, "train.steps=1")
+    clip_run.finish(sam, tiny.Student())
+    with pytest.raises(UserError, match="no cache here"):
+        export.run(sam.out, "openclip", tmp_path / "out", trust=True)
+    cache.run(sam)
+    with pytest.raises(UserError, match="of the family 'sam' and has no text tower; openclip exports"):
+        export.run(sam.out, "openclip", tmp_path / "out", trust=True)

@@ -1,0 +1,77 @@
+"""Class folders: labels are the folders' sorted places, splits are roots, and nothing shifts a label quietly."""
+
+from pathlib import Path
+
+import pytest
+
+from fmdistill.images import build
+from fmdistill.images.image_classes import ImageClasses
+from fmdistill.registry import UserError
+
+
+def fill(root: Path, **counts: int) -> None:
+    for name, count in counts.items():
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            (root / name / f"{i}.v1.JPEG").write_bytes(f"{name}{i}".encode())
+
+
+def labels(source: ImageClasses, split: str) -> dict[str, int | None]:
+    return {e.key: e.label for name in source.shards()[split] for e in source.read(name)}
+
+
+def test_labels_are_the_sorted_folders_and_all_of_one_root_validates(tmp_path):
+    fill(tmp_path, n02=3, n10=2, Zebra=1, n01=4, empty=0, **{".hidden": 1})
+    source = ImageClasses(str(tmp_path), shard_size=3)
+    assert source.classes == ["Zebra", "empty", "n01", "n02", "n10"]
+    found = labels(source, "validation")
+    assert source.shards()["train"] == [] and len(found) == 10 and len(source.shards()["validation"]) > 1
+    assert all(label == source.classes.index(key.partition("/")[0]) for key, label in found.items())
+    for name in source.shards()["validation"]:
+        assert name.startswith("validation-") and source.count(name) == len(source.keys(name))
+        for key in source.keys(name):
+            assert source.fetch(name, key).label == found[key]
+        with pytest.raises(KeyError):
+            source.fetch(name, "n01/none.jpg")
+
+
+def test_two_roots_are_two_splits_with_one_list_of_classes(tmp_path):
+    fill(tmp_path / "train", a=3, b=2)
+    fill(tmp_path / "val", a=0, b=1)
+    source = ImageClasses(str(tmp_path / "train"), str(tmp_path / "val"))
+    assert labels(source, "validation") == {"b/0.v1.JPEG": 1}
+    assert sorted(labels(source, "train").values()) == [0, 0, 0, 1, 1]
+    assert ImageClasses("x").identity() != ImageClasses("x", "y").identity()
+
+
+def test_a_limit_and_the_registry(tmp_path):
+    fill(tmp_path, a=5, b=5)
+    images = build({"name": "image_classes", "root": str(tmp_path), "limit": "4"})
+    assert sum(len(list(images.read(shard))) for shard in images.shards()) == 4
+    assert {shard.split for shard in images.shards()} == {"validation"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"root": "missing"}, ["images.root=missing", "no such folder"]),
+        ({"root": "flat"}, ["images.root=flat", "no class folders", "flat/CLASS/IMAGE"]),
+        ({"root": "bare"}, ["images.root=bare", "no images"]),
+        ({"root": "loose"}, ["images.root=loose", "1 images lie outside", "'x.jpg'"]),
+        ({"root": "ab", "validation_root": "abc"}, ["images.validation_root=abc", "3 class folders", "2 of", "'c'"]),
+        ({"root": "ab", "validation_root": "flat"}, ["images.validation_root=flat", "no class folders"]),
+        ({"root": "ab", "shard_size": 0}, ["images.shard_size=0"]),
+    ],
+)
+def test_a_wrong_setting_gives_one_line(tmp_path, monkeypatch, settings, says):
+    monkeypatch.chdir(tmp_path)
+    fill(tmp_path / "ab", a=1, b=1)
+    fill(tmp_path / "abc", a=1, b=1, c=1)
+    fill(tmp_path / "bare", a=0)
+    fill(tmp_path / "loose", a=1)
+    (tmp_path / "loose/x.jpg").write_bytes(b"")
+    (tmp_path / "flat").mkdir()
+    (tmp_path / "flat/x.jpg").write_bytes(b"")
+    with pytest.raises(UserError) as error:
+        ImageClasses(**settings).shards()
+    assert all(text in str(error.value) for text in says) and "\n" not in str(error.value)
