@@ -39,7 +39,7 @@ def muon(
     `other_lr`, or `lr` too. As in `adamw`, parameters of one dimension are not decayed. timm's implementation.
     """
     try:
-        from timm.optim import Muon
+        from timm.optim.muon import Muon
     except ImportError as error:
         raise UserError("optimizer.name=muon: this timm has no Muon; `pip install -U timm`, or use adamw") from error
     dense = [m for m in model.modules() if isinstance(m, nn.Linear)]
