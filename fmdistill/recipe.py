@@ -37,6 +37,7 @@ class Train:
     clip: float | None = None  # largest gradient norm
     window: int = 8  # shards whose samples are shuffled together
     workers: int = 2  # image-loading processes per training process
+    image_memory: float = 0.0  # GB of prepared images that each of them keeps, so that a later epoch need not decode
     device: str = "auto"
     log_every: int = 10  # steps
     validate_every: int = 500  # steps
@@ -53,6 +54,8 @@ class Train:
                 raise UserError(f"train.{name}={getattr(self, name)}: expected at least 1")
         if self.workers < 0:
             raise UserError(f"train.workers={self.workers}: expected 0 (load in the training process) or more")
+        if self.image_memory < 0:
+            raise UserError(f"train.image_memory={self.image_memory}: expected gigabytes, 0 to keep no images")
         if self.clip is not None and self.clip <= 0:
             raise UserError(f"train.clip={self.clip}: expected a norm above 0, or null for no clipping")
 

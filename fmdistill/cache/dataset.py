@@ -1,9 +1,11 @@
 """Images joined to their teacher's outputs by key, one split of a cache."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fmdistill.cache.reader import Cache, ShardReader
 from fmdistill.cache.writer import image_hash
@@ -13,10 +15,11 @@ from fmdistill.registry import UserError
 
 @dataclass(frozen=True)
 class CachedImages:
-    """Images with their teacher's outputs, from a cache."""
+    """Images with their teacher's outputs, from a cache; a process keeps the first `memory` GB that it prepares."""
 
     cache: Cache
     split: str
+    memory: float = 0.0
 
     @property
     def shards(self) -> list[ShardReader]:
@@ -32,11 +35,7 @@ class CachedImages:
         """Return pixels uint8 (3, S, S), size (h, w), original (H, W), key, shard name and outputs."""
         reader = self.shards[shard]
         sample = reader.samples[index]
-        encoded = self.encoded(shard, index)
-        try:
-            pixels, size = self.cache.preprocess.prepare(decode(encoded.data))
-        except DecodeError as error:
-            raise UserError(f"{reader.name}: image '{sample['key']}' cannot be decoded any more: {error}") from None
+        pixels, size = self._prepared(shard, index)
         outputs = {f"{self.cache.family}.{k}": torch.from_numpy(v) for k, v in reader.read(index).items()}
         return {
             "pixels": pixels,
@@ -46,6 +45,24 @@ class CachedImages:
             "shards": reader.name,
             "outputs": outputs,
         }
+
+    @cached_property
+    def _kept(self) -> dict[tuple[int, int], tuple[Tensor, tuple[int, int]]]:
+        return {}
+
+    def _prepared(self, shard: int, index: int) -> tuple[Tensor, tuple[int, int]]:
+        if (shard, index) in self._kept:
+            return self._kept[shard, index]
+        try:
+            found = self.cache.preprocess.prepare(decode(self.encoded(shard, index).data))
+        except DecodeError as error:
+            reader = self.shards[shard]
+            key = reader.samples[index]["key"]
+            raise UserError(f"{reader.name}: image '{key}' cannot be decoded any more: {error}") from None
+        # Prepared images are all of one size. None makes room for another: the order is random, so none is likelier.
+        if (len(self._kept) + 1) * found[0].nbytes <= self.memory * 1e9:
+            self._kept[shard, index] = found
+        return found
 
     def encoded(self, shard: int, index: int) -> Encoded:
         """Return the image as stored. UserError where it is gone, or is no longer the one that the teacher saw."""

@@ -17,7 +17,7 @@ __all__ = ["check_run", "load_student", "run"]
 # What may differ between a run and its resumption: nothing that moves a weight. The images may have moved, since every
 # image's hash is checked; the teacher is in the cache.
 FREE = {"title", "protocols", "out"}
-FREE |= {f"train.{key}" for key in ("workers", "log_every", "validate_every", "checkpoint_every")}
+FREE |= {f"train.{key}" for key in ("workers", "image_memory", "log_every", "validate_every", "checkpoint_every")}
 FREE |= {f"teacher.{key}" for key in ("weights", "device", "batch", "workers")}
 
 

@@ -69,7 +69,8 @@ def distill(recipe: Recipe) -> Job:
     _check_fit(student, cache.shapes["embedding"], cache.preprocess.image_size, recipe)
     task = Distill(student, Objective(recipe.objective), cache.preprocess)
     shared = vectors if any(len(shape) == 1 for shape in cache.shapes.values()) else None
-    return Job(task, student, CachedImages(cache, "train"), CachedImages(cache, "validation"), shared)
+    train = CachedImages(cache, "train", recipe.train.image_memory)
+    return Job(task, student, train, CachedImages(cache, "validation"), shared)
 
 
 def vectors(batch: Mapping[str, Any]) -> dict[str, Tensor]:
