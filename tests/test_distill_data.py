@@ -31,7 +31,14 @@ def interrupt():
     sum(range(10_000))  # Python runs its handlers between two of the main thread's instructions
 
 
-def test_ctrl_c_while_the_loader_starts_waits_until_it_can_be_cleaned_up():
+@pytest.fixture
+def listening():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_while_the_loader_starts_waits_until_it_can_be_cleaned_up(listening):
     done = []
     with pytest.raises(KeyboardInterrupt), data._interrupted_after():
         interrupt()
