@@ -6,7 +6,6 @@ import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,8 @@ from torch.nn import functional as F
 
 from fmdistill.backbones.clip import ClipPreprocess
 from fmdistill.backbones.clip_mini import MiniClip, tokenize
-from fmdistill.images import Encoded, Images, Shard, decode
+from fmdistill.distill.data import SplitImages
+from fmdistill.images import Encoded, decode
 from fmdistill.registry import UserError
 
 COLUMN = "txt"
@@ -65,43 +65,22 @@ def same(tokens_BL: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class CaptionedImages:
+class CaptionedImages(SplitImages):
     """One split of a source whose images carry captions in the column `txt`, one a line."""
 
-    images: Images
-    split: str
     preprocess: ClipPreprocess
     token_ids: Tensor  # on the CPU: what the student has rows for
     seed: int
 
-    @cached_property
-    def shards(self) -> list[Shard]:
-        """The split's shards in the order of their names."""
-        return sorted((s for s in self.images.shards() if s.split == self.split), key=lambda s: s.name)
-
-    @property
-    def counts(self) -> tuple[int, ...]:
-        """The samples of each shard."""
-        return tuple(self.images.source.count(s.name) if s.take is None else s.take for s in self.shards)
-
-    @cached_property
-    def keys(self) -> dict[int, list[str]]:
-        """The keys of each shard, filled as shards are first used."""
-        return {}
-
     def item(self, epoch: int, shard: int, index: int) -> dict[str, Any]:
         """Return pixels, size, and the tokens (L,) of a caption drawn from (seed, epoch, key)."""
-        name = self.shards[shard].name
-        if shard not in self.keys:
-            self.keys[shard] = self.images.source.keys(name)
-        key = self.keys[shard][index]
-        encoded = self.images.source.fetch(name, key)
+        name, encoded = self.encoded(shard, index)
         pixels, size = self.preprocess.prepare(decode(encoded.data))
         captions = _captions(name, encoded)
-        rng = np.random.default_rng([self.seed, epoch, zlib.crc32(key.encode())])
+        rng = np.random.default_rng([self.seed, epoch, zlib.crc32(encoded.key.encode())])
         text = captions[rng.integers(len(captions))]
         tokens = tokenize([text], self.token_ids)[0]
-        return {"pixels": pixels, "sizes": torch.tensor(size), "tokens": tokens, "keys": key}
+        return {"pixels": pixels, "sizes": torch.tensor(size), "tokens": tokens, "keys": encoded.key}
 
 
 def _captions(shard: str, encoded: Encoded) -> list[str]:

@@ -5,11 +5,14 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from fmdistill.images import Encoded, Images, Shard
 from fmdistill.registry import UserError
 
 Place = tuple[int, int, int]  # (epoch, shard, index)
@@ -26,6 +29,36 @@ class Data(Protocol):
     def item(self, epoch: int, shard: int, index: int) -> dict[str, Any]:
         """Return one sample as tensors and texts; anything random draws from (seed, epoch, key)."""
         ...
+
+
+@dataclass(frozen=True)
+class SplitImages:
+    """One split of a source's images, found by the numbers of shard and image."""
+
+    images: Images
+    split: str
+
+    @cached_property
+    def shards(self) -> list[Shard]:
+        """The split's shards in the order of their names."""
+        return sorted((s for s in self.images.shards() if s.split == self.split), key=lambda s: s.name)
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The samples of each shard."""
+        return tuple(self.images.source.count(s.name) if s.take is None else s.take for s in self.shards)
+
+    @cached_property
+    def keys(self) -> dict[int, list[str]]:
+        """The keys of each shard, filled as shards are first used."""
+        return {}
+
+    def encoded(self, shard: int, index: int) -> tuple[str, Encoded]:
+        """Return the shard's name and the image as stored."""
+        name = self.shards[shard].name
+        if shard not in self.keys:
+            self.keys[shard] = self.images.source.keys(name)
+        return name, self.images.source.fetch(name, self.keys[shard][index])
 
 
 class _Items(Dataset):
