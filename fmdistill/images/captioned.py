@@ -1,6 +1,5 @@
 """Source `captioned`: generated images of one object each, with a caption and the class that the caption names."""
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from typing import Literal
@@ -9,7 +8,8 @@ import numpy as np
 import PIL.Image
 
 from fmdistill.images.figures import COLOURS, PLACES, SHAPES, SIZES, TEXTURES, Attributes, draw
-from fmdistill.images.photos import check_counts, png, shard_names, shard_range
+from fmdistill.images.generated import Generated
+from fmdistill.images.photos import check_counts, png
 from fmdistill.images.source import SPLITS, Encoded
 from fmdistill.registry import UserError
 
@@ -28,7 +28,7 @@ Combinations = Literal["seen", "unseen", "all"]
 
 
 @dataclass(frozen=True)
-class Captioned:
+class Captioned(Generated):
     """One object on a photographic or plain background, PNG with a caption in the column `txt`.
 
     The label is the class of shape, colour and texture, by its place in `class_names()`. A fixed fifth of the classes
@@ -55,33 +55,6 @@ class Captioned:
             if getattr(self, name) < 0:
                 raise UserError(f"images.{name}={getattr(self, name)}: expected 0 or more")
 
-    def shards(self) -> dict[str, list[str]]:
-        """Return the shard names by split."""
-        return shard_names(self.train, self.validation, self.shard_size)
-
-    def count(self, shard: str) -> int:
-        """Return how many images the shard holds."""
-        return len(self._indices(shard)[1])
-
-    def keys(self, shard: str) -> list[str]:
-        """Return the shard's keys, in their order."""
-        split, indices = self._indices(shard)
-        return [_key(split, index) for index in indices]
-
-    def read(self, shard: str) -> Iterator[Encoded]:
-        """Yield the shard's images in order."""
-        split, indices = self._indices(shard)
-        for index in indices:
-            yield self._encode(split, index)
-
-    def fetch(self, shard: str, key: str) -> Encoded:
-        """Return one image; KeyError where the shard holds no such key."""
-        split, indices = self._indices(shard)
-        number = key.rpartition("-")[2]
-        if not number.isdecimal() or int(number) not in indices or key != _key(split, int(number)):
-            raise KeyError(key)
-        return self._encode(split, int(number))
-
     def identity(self) -> dict:
         """Return all settings."""
         return {"name": "captioned", **asdict(self)}
@@ -90,16 +63,18 @@ class Captioned:
         """Return what image `index` of a split shows."""
         return self._attributes(np.random.default_rng([self.seed, SPLITS.index(split), index]), split, index)
 
-    def _indices(self, shard: str) -> tuple[str, range]:
-        return shard_range(shard, self.train, self.validation, self.shard_size)
+    def key(self, split: str, index: int) -> str:
+        """Return the key of image `index` of a split."""
+        return f"captioned-{split}-{index:06d}"
 
-    def _encode(self, split: str, index: int) -> Encoded:
+    def encode(self, split: str, index: int) -> Encoded:
+        """Return image `index` of a split."""
         rng = np.random.default_rng([self.seed, SPLITS.index(split), index])
         shown = self._attributes(rng, split, index)
         text = caption(rng, shown)
         pixels = draw(rng, shown, self.size, self.photo_background, self.noise)
         label = class_names().index(shown.name)
-        return Encoded(_key(split, index), png(PIL.Image.fromarray(pixels)), label, {"txt": text.encode()})
+        return Encoded(self.key(split, index), png(PIL.Image.fromarray(pixels)), label, {"txt": text.encode()})
 
     def _attributes(self, rng: np.random.Generator, split: str, index: int) -> Attributes:
         if split == "train":
@@ -166,7 +141,3 @@ def caption(rng: np.random.Generator, shown: Attributes) -> str:
 
 def _part(combination: tuple[str, str, str]) -> str:
     return "unseen" if combination in unseen() else "seen"
-
-
-def _key(split: str, index: int) -> str:
-    return f"captioned-{split}-{index:06d}"

@@ -5,7 +5,6 @@ Legend: H, W height and width; C = 3 colours in [0, 255].
 
 import io
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
@@ -14,7 +13,8 @@ import PIL.Image
 import PIL.ImageFilter
 
 from fmdistill.images.drawing import colour, outline, rasterize, surface, texture
-from fmdistill.images.photos import check_counts, frame, png, shard_names, shard_range
+from fmdistill.images.generated import Generated
+from fmdistill.images.photos import check_counts, frame, png
 from fmdistill.images.source import SPLITS, Encoded
 from fmdistill.registry import UserError
 
@@ -27,7 +27,7 @@ class Scene(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Scenes:
+class Scenes(Generated):
     """Shapes over a background, PNG with `labels.png`; half are square, half are 3:2 or 2:3 with long side `size`."""
 
     train: int = 256
@@ -62,48 +62,19 @@ class Scenes:
             if getattr(self, name) < 0:
                 raise UserError(f"images.{name}={getattr(self, name)}: expected 0 or more")
 
-    def shards(self) -> dict[str, list[str]]:
-        """Return the shard names by split."""
-        return shard_names(self.train, self.validation, self.shard_size)
-
-    def count(self, shard: str) -> int:
-        """Return how many scenes the shard holds."""
-        return len(self._indices(shard)[1])
-
-    def keys(self, shard: str) -> list[str]:
-        """Return the shard's keys, in their order."""
-        split, indices = self._indices(shard)
-        return [_key(split, index) for index in indices]
-
-    def read(self, shard: str) -> Iterator[Encoded]:
-        """Yield the shard's scenes in order."""
-        split, indices = self._indices(shard)
-        for index in indices:
-            yield self._encode(split, index)
-
-    def fetch(self, shard: str, key: str) -> Encoded:
-        """Return one scene; KeyError where the shard holds no such key."""
-        split, indices = self._indices(shard)
-        for index in indices:
-            if key == _key(split, index):
-                return self._encode(split, index)
-        raise KeyError(key)
-
     def identity(self) -> dict:
         """Return all settings."""
         return {"name": "scenes", **{k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}}
 
-    def _indices(self, shard: str) -> tuple[str, range]:
-        return shard_range(shard, self.train, self.validation, self.shard_size)
+    def key(self, split: str, index: int) -> str:
+        """Return the key of image `index` of a split."""
+        return f"scene-{split}-{index:06d}"
 
-    def _encode(self, split: str, index: int) -> Encoded:
+    def encode(self, split: str, index: int) -> Encoded:
+        """Return image `index` of a split."""
         scene = draw(self, split, index)
         labels = png(PIL.Image.fromarray(scene.labels.astype(np.uint8)))
-        return Encoded(_key(split, index), png(PIL.Image.fromarray(scene.pixels)), extra={"labels.png": labels})
-
-
-def _key(split: str, index: int) -> str:
-    return f"scene-{split}-{index:06d}"
+        return Encoded(self.key(split, index), png(PIL.Image.fromarray(scene.pixels)), extra={"labels.png": labels})
 
 
 def decode_labels(data: bytes) -> np.ndarray:
