@@ -10,6 +10,7 @@ from torch import Tensor
 from fmdistill.cache.reader import Cache, ShardReader
 from fmdistill.cache.writer import image_hash
 from fmdistill.images import DecodeError, Encoded, decode
+from fmdistill.images.kept import Kept
 from fmdistill.registry import UserError
 
 
@@ -35,7 +36,7 @@ class CachedImages:
         """Return pixels uint8 (3, S, S), size (h, w), original (H, W), key, shard name and outputs."""
         reader = self.shards[shard]
         sample = reader.samples[index]
-        pixels, size = self._prepared(shard, index)
+        pixels, size = self._kept.get((shard, index), lambda: self._prepare(shard, index))
         outputs = {f"{self.cache.family}.{k}": torch.from_numpy(v) for k, v in reader.read(index).items()}
         return {
             "pixels": pixels,
@@ -47,22 +48,16 @@ class CachedImages:
         }
 
     @cached_property
-    def _kept(self) -> dict[tuple[int, int], tuple[Tensor, tuple[int, int]]]:
-        return {}
+    def _kept(self) -> Kept[tuple[Tensor, tuple[int, int]]]:
+        return Kept(self.memory, lambda prepared: prepared[0].nbytes)
 
-    def _prepared(self, shard: int, index: int) -> tuple[Tensor, tuple[int, int]]:
-        if (shard, index) in self._kept:
-            return self._kept[shard, index]
+    def _prepare(self, shard: int, index: int) -> tuple[Tensor, tuple[int, int]]:
         try:
-            found = self.cache.preprocess.prepare(decode(self.encoded(shard, index).data))
+            return self.cache.preprocess.prepare(decode(self.encoded(shard, index).data))
         except DecodeError as error:
             reader = self.shards[shard]
             key = reader.samples[index]["key"]
             raise UserError(f"{reader.name}: image '{key}' cannot be decoded any more: {error}") from None
-        # Prepared images are all of one size. None makes room for another: the order is random, so none is likelier.
-        if (len(self._kept) + 1) * found[0].nbytes <= self.memory * 1e9:
-            self._kept[shard, index] = found
-        return found
 
     def encoded(self, shard: int, index: int) -> Encoded:
         """Return the image as stored. UserError where it is gone, or is no longer the one that the teacher saw."""

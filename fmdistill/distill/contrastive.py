@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from fmdistill.backbones.clip import ClipPreprocess
 from fmdistill.backbones.clip_mini import MiniClip, tokenize
-from fmdistill.distill.data import SplitImages
+from fmdistill.distill.data import Prepared, SplitImages
 from fmdistill.images import Encoded, decode
 from fmdistill.registry import UserError
 
@@ -72,15 +72,19 @@ class CaptionedImages(SplitImages):
     token_ids: Tensor  # on the CPU: what the student has rows for
     seed: int
 
+    def prepare(self, name: str, encoded: Encoded) -> Prepared:
+        """Return the image with its captions beside it."""
+        captions = _captions(name, encoded)
+        pixels, size = self.preprocess.prepare(decode(encoded.data))
+        return Prepared(encoded.key, pixels, size, captions, pixels.nbytes)
+
     def item(self, epoch: int, shard: int, index: int) -> dict[str, Any]:
         """Return pixels, size, and the tokens (L,) of a caption drawn from (seed, epoch, key)."""
-        name, encoded = self.encoded(shard, index)
-        pixels, size = self.preprocess.prepare(decode(encoded.data))
-        captions = _captions(name, encoded)
-        rng = np.random.default_rng([self.seed, epoch, zlib.crc32(encoded.key.encode())])
+        key, pixels, size, captions, _ = self.prepared(shard, index)
+        rng = np.random.default_rng([self.seed, epoch, zlib.crc32(key.encode())])
         text = captions[rng.integers(len(captions))]
         tokens = tokenize([text], self.token_ids)[0]
-        return {"pixels": pixels, "sizes": torch.tensor(size), "tokens": tokens, "keys": encoded.key}
+        return {"pixels": pixels, "sizes": torch.tensor(size), "tokens": tokens, "keys": key}
 
 
 def _captions(shard: str, encoded: Encoded) -> list[str]:

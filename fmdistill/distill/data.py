@@ -5,14 +5,16 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fmdistill.images import Encoded, Images, Shard
+from fmdistill.images.kept import Kept
 from fmdistill.registry import UserError
 
 Place = tuple[int, int, int]  # (epoch, shard, index)
@@ -31,12 +33,23 @@ class Data(Protocol):
         ...
 
 
+class Prepared(NamedTuple):
+    """An image ready for training: pixels uint8 (3, S, S), size (h, w), and what the task has beside it."""
+
+    key: str
+    pixels: Tensor
+    size: tuple[int, int]
+    beside: Any
+    nbytes: int
+
+
 @dataclass(frozen=True)
 class SplitImages:
-    """One split of a source's images, found by the numbers of shard and image."""
+    """One split of a source's images, found by the numbers of shard and image; a process keeps `memory` GB of them."""
 
     images: Images
     split: str
+    memory: float = field(default=0.0, kw_only=True)
 
     @cached_property
     def shards(self) -> list[Shard]:
@@ -52,6 +65,19 @@ class SplitImages:
     def keys(self) -> dict[int, list[str]]:
         """The keys of each shard, filled as shards are first used."""
         return {}
+
+    @cached_property
+    def kept(self) -> Kept[Prepared]:
+        """What this process need not prepare again."""
+        return Kept(self.memory, lambda prepared: prepared.nbytes)
+
+    def prepared(self, shard: int, index: int) -> Prepared:
+        """Return the image ready for training, prepared now or kept."""
+        return self.kept.get((shard, index), lambda: self.prepare(*self.encoded(shard, index)))
+
+    def prepare(self, name: str, encoded: Encoded) -> Prepared:
+        """Return the image of shard `name` ready for training. UserError where it lacks what the task needs."""
+        raise NotImplementedError
 
     def encoded(self, shard: int, index: int) -> tuple[str, Encoded]:
         """Return the shard's name and the image as stored."""

@@ -10,9 +10,9 @@ import PIL.Image
 import torch
 
 from fmdistill.backbones.sam import SamPreprocess
-from fmdistill.distill.data import SplitImages
+from fmdistill.distill.data import Prepared, SplitImages
 from fmdistill.distill.promptable import sample_prompts
-from fmdistill.images import decode
+from fmdistill.images import Encoded, decode
 from fmdistill.registry import UserError
 
 COLUMN = "labels.png"
@@ -26,19 +26,23 @@ class LabelledImages(SplitImages):
     prompts: int
     seed: int
 
-    def item(self, epoch: int, shard: int, index: int) -> dict[str, Any]:
-        """Return pixels, size, labels int32 (S, S) with -1 for padding, and prompts drawn from (seed, epoch, key)."""
-        name, encoded = self.encoded(shard, index)
+    def prepare(self, name: str, encoded: Encoded) -> Prepared:
+        """Return the image with its object ids beside it, uint8 (h, w) without padding."""
         if COLUMN not in encoded.extra:
             raise UserError(
                 f"{name}: image '{encoded.key}' has no {COLUMN}; task promptable needs exact masks, as `scenes` has"
             )
         pixels, (h, w) = self.preprocess.prepare(decode(encoded.data))
         with PIL.Image.open(io.BytesIO(encoded.extra[COLUMN])) as picture:
-            mask = np.asarray(picture.resize((w, h), PIL.Image.Resampling.NEAREST)).astype(np.int32)
+            objects = np.asarray(picture.resize((w, h), PIL.Image.Resampling.NEAREST))
+        return Prepared(encoded.key, pixels, (h, w), objects, pixels.nbytes + objects.nbytes)
+
+    def item(self, epoch: int, shard: int, index: int) -> dict[str, Any]:
+        """Return pixels, size, labels int32 (S, S) with -1 for padding, and prompts drawn from (seed, epoch, key)."""
+        key, pixels, (h, w), objects, _ = self.prepared(shard, index)
         labels = np.full((self.preprocess.image_size,) * 2, -1, np.int32)
-        labels[:h, :w] = mask
-        rng = np.random.default_rng([self.seed, epoch, zlib.crc32(encoded.key.encode())])
+        labels[:h, :w] = objects
+        rng = np.random.default_rng([self.seed, epoch, zlib.crc32(key.encode())])
         points, target, boxes, use_box = sample_prompts(labels, rng, self.prompts)
         return {
             "pixels": pixels,
@@ -48,5 +52,5 @@ class LabelledImages(SplitImages):
             "target": torch.from_numpy(np.asarray(target)),
             "boxes": torch.from_numpy(boxes),
             "use_box": torch.from_numpy(np.asarray(use_box)),
-            "keys": encoded.key,
+            "keys": key,
         }

@@ -87,7 +87,10 @@ def promptable(recipe: Recipe, prompts: int = 6, dense: float = 1.0) -> Job:
         raise UserError(f"student.name={recipe.student['name']}: task promptable trains sam_mini, which makes masks")
     images = build_images(recipe.images)
     preprocess = SamPreprocess(image_size=student.image_size)
-    train, validation = (LabelledImages(images, split, preprocess, prompts, recipe.seed) for split in SPLITS)
+    train, validation = (
+        LabelledImages(images, split, preprocess, prompts, recipe.seed, memory=_memory(recipe, split))
+        for split in SPLITS
+    )
     return Job(Promptable(student, dense=dense), student, train, validation)
 
 
@@ -97,7 +100,10 @@ def contrastive(recipe: Recipe) -> Job:
     if not isinstance(student, MiniClip):
         raise UserError(f"student.name={recipe.student['name']}: task contrastive trains clip_mini alone")
     images, rows = build_images(recipe.images), student.token_ids.clone()
-    train, validation = (CaptionedImages(images, split, student.preprocess, rows, recipe.seed) for split in SPLITS)
+    train, validation = (
+        CaptionedImages(images, split, student.preprocess, rows, recipe.seed, memory=_memory(recipe, split))
+        for split in SPLITS
+    )
     return Job(Contrastive(student), student, train, validation)
 
 
@@ -108,6 +114,10 @@ def build(recipe: Recipe) -> Job:
     """Return the recipe's job, its student's weights drawn from the recipe's seed."""
     torch.manual_seed(recipe.seed)
     return bind(recipe.task, TASKS, "task", context=("recipe",))(recipe)
+
+
+def _memory(recipe: Recipe, split: str) -> float:
+    return recipe.train.image_memory if split == "train" else 0.0  # loaders of the validation images live for one pass
 
 
 def _check_fit(student: Any, shape: tuple[int, ...], image_size: int, recipe: Recipe) -> None:
