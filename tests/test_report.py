@@ -225,8 +225,11 @@ def test_a_run_without_evaluation_still_has_curves(tmp_path):
 
 
 def test_published_tables_load_and_bad_ones_do_not(tmp_path):
-    [table] = rows.published("grid_miou")
+    [table] = rows.published({"name": "grid_miou", "k": [5, 16, 32]})
     assert table.rows[1].metrics["32x32/miou"] == pytest.approx(0.7405)
+    [imagenet] = rows.published({"name": "zeroshot", "classnames": "imagenet", "limit": None})
+    assert imagenet.rows[0].metrics["top1"] == pytest.approx(0.218)
+    assert rows.published({"name": "zeroshot", "classnames": "eval/clip_mini.classes.txt"}) == []
     bad = tmp_path / "bad.yaml"
     bad.write_text("source: x\n")
     with pytest.raises(UserError, match="unit"):

@@ -75,8 +75,8 @@ def text(runs: list[str]) -> str:
 
 
 def _built(runs: list[Run]) -> list[tuple[str, tables.Table]]:
-    protocols = {stem: name for run in runs for stem, name in run.protocols.items()}
-    return [(stem, tables.build(rows.rows(runs, stem), rows.published(name))) for stem, name in protocols.items()]
+    protocols = {stem: settings for run in runs for stem, settings in run.protocols.items()}
+    return [(stem, tables.build(rows.rows(runs, stem), rows.published(own))) for stem, own in protocols.items()]
 
 
 def _heads(runs: list[Run]) -> str:

@@ -20,7 +20,7 @@ Kind = Literal["run", "teacher", "floor", "published"]
 class Run:
     """A run as it lies on disk; evaluations by their file's stem, metrics as the evaluator named them.
 
-    `protocols` says by stem which protocol judged: one protocol may have several files, such as a short one.
+    `protocols` holds by stem the settings of the protocol that judged: one may have several files, such as a short one.
     """
 
     name: str
@@ -28,7 +28,7 @@ class Run:
     recipe: Recipe
     log: list[dict[str, Any]] = field(default_factory=list)
     evaluations: dict[str, dict[str, float]] = field(default_factory=dict)
-    protocols: dict[str, str] = field(default_factory=dict)
+    protocols: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Published:
-    """A paper's table; `source` says whose, `setting` what differs from ours."""
+    """A paper's table; `source` says whose, `setting` what differs from ours.
+
+    `protocol` holds the name and the settings that a protocol of ours must share for its figures to stand beside these.
+    """
 
     source: str
     setting: str
-    protocol: str
+    protocol: dict[str, Any]
     rows: list[Row]
 
 
@@ -78,23 +81,23 @@ def rows(runs: list[Run], evaluation: str) -> list[Row]:
     return sorted(found, key=lambda row: row.kind != "run")
 
 
-def published(protocol: str) -> list[Published]:
-    """Return the papers' tables of a protocol, from eval/published of the working folder, then of the package."""
+def published(protocol: dict[str, Any]) -> list[Published]:
+    """Return the papers' tables that fit a protocol, from eval/published of the working folder, then of the package."""
     package = Path(recipes.__file__).parent
     files: dict[str, Path] = {}
     for base in (Path.cwd(), package, package.parent):
         for path in sorted((base / "eval" / "published").glob("*.yaml")):
             files.setdefault(path.name, path)
     tables = [read_published(path) for _, path in sorted(files.items())]
-    return [table for table in tables if table.protocol == protocol]
+    return [table for table in tables if table.protocol.items() <= protocol.items()]
 
 
 def read_published(path: Path) -> Published:
     """Return one paper's table; its numbers become fractions where it prints percent."""
     settings = recipes.read_yaml(path)
     missing = {"source", "setting", "protocol", "unit", "rows"} - settings.keys()
-    if missing or settings["unit"] not in ("percent", "fraction"):
-        raise UserError(f"{path}: needs source, setting, protocol, rows and unit (percent or fraction)")
+    if missing or settings["unit"] not in ("percent", "fraction") or not isinstance(settings["protocol"], dict):
+        raise UserError(f"{path}: needs source, setting, protocol (a mapping), rows and unit (percent or fraction)")
     scale = 100.0 if settings["unit"] == "percent" else 1.0
     found = [
         Row(name, "published", {k: v / scale for k, v in metrics.items()}) for name, metrics in settings["rows"].items()
@@ -109,7 +112,7 @@ def _read_run(name: str, folder: Path) -> Run:
         found = _read_json(path)
         if "metrics" in found:
             evaluations[path.stem] = found["metrics"]
-            protocols[path.stem] = found.get("protocol", {}).get("name", "")
+            protocols[path.stem] = found.get("protocol", {})
     return Run(name, folder, recipe, read_json_lines(folder / "metrics.jsonl"), evaluations, protocols)
 
 
