@@ -8,10 +8,30 @@ from torchvision.ops import sigmoid_focal_loss
 
 from fmdistill.backbones.mini import MiniSam
 from fmdistill.backbones.promptable import PromptHead
+from fmdistill.backbones.sam import SamPreprocess
 from fmdistill.distill import promptable
+from fmdistill.distill.labelled import LabelledImages
 from fmdistill.distill.promptable import Promptable, SameObject, coverage, mask_losses, mixed_prompts, sample_prompts
+from fmdistill.images import Images
+from fmdistill.images.scenes import Scenes
 
 SIDE = 64
+
+
+def test_scenes_are_prepared_once_where_memory_is_given_and_prompted_anew_each_epoch(monkeypatch):
+    images = Images(Scenes(train=4, validation=1, size=64, shard_size=4))
+    plain, keeping = (LabelledImages(images, "train", SamPreprocess(64, 16), 5, 0, memory=gb) for gb in (0.0, 3e-5))
+    drawn = []
+    encode = Scenes.encode
+    monkeypatch.setattr(Scenes, "encode", lambda self, *place: drawn.append(place) or encode(self, *place))
+    for epoch in (0, 1):
+        for index in range(3):
+            expected, found = plain.item(epoch, 0, index), keeping.item(epoch, 0, index)
+            assert expected.pop("keys") == found.pop("keys")
+            assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert len(drawn) == 6 + 3 + 2  # two of the three fit
+    first, second = (keeping.item(epoch, 0, 0)["points"] for epoch in (0, 1))
+    assert not torch.equal(first, second)
 
 
 def scene(rng, side=SIDE, objects=5, padded=True):
@@ -134,19 +154,21 @@ def test_coverage_is_the_share_of_real_pixels():
                 torch.testing.assert_close(got[prompt, row, column], share, atol=1e-6, rtol=0)
 
 
-def test_mask_losses_equal_independent_formulas():
+@pytest.mark.parametrize("balanced", [True, False])
+def test_mask_losses_equal_independent_formulas(balanced):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(3, 4, 8, 8, generator=generator) * 3
     target = (torch.rand(3, 8, 8, generator=generator) > 0.6).float()
     valid = torch.ones(3, 8, 8, dtype=torch.bool)
     valid[1, 5:] = False
-    focal, dice, iou = mask_losses(logits, target, valid)
+    focal, dice, iou = mask_losses(logits, target, valid, balanced)
     for n in range(3):
         for m in range(4):
             x, y = logits[n, m][valid[n]], target[n][valid[n]]
             p = torch.sigmoid(x)
             each = sigmoid_focal_loss(x, y, alpha=-1, gamma=1, reduction="none")
-            torch.testing.assert_close(focal[n, m], each[y == 1].mean() + each[y == 0].mean())
+            rest = each[y == 0].mean() if balanced else each[y == 0].sum() / y.sum() / 2
+            torch.testing.assert_close(focal[n, m], each[y == 1].mean() + rest)
             torch.testing.assert_close(dice[n, m], 1 - (2 * (p @ y) + 1) / (p.sum() + y.sum() + 1))
             on, off = x > 0, y > 0.5
             torch.testing.assert_close(iou[n, m], (on & off).sum() / (on | off).sum())

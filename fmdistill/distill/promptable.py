@@ -16,7 +16,7 @@ from fmdistill.backbones.promptable import PromptHead
 class Promptable(nn.Module):
     """Focal and dice on the best of three masks and on the single mask, IoU head, same-object loss on the embedding.
 
-    The losses are those of SAM (Kirillov et al. 2023, appendix A) with a balanced focal loss at weight 1. A share
+    The losses are those of SAM (Kirillov et al. 2023, appendix A) with `mask_losses`' focal loss at weight 1. A share
     `refined` of the prompts is asked again, with a corrective point and the first answer as mask prompt. forward takes
     pixels uint8 (B, 3, S, S), sizes (B, 2), labels (B, S, S) with -1 for padding, points (B, P, 2) xy,
     target (B, P) object id, boxes (B, P, 4) xyxy, use_box bool (B, P).
@@ -31,9 +31,10 @@ class Promptable(nn.Module):
         dense: float = 1.0,
         spread: float = 0.05,
         refined: float = 0.25,
+        balanced: bool = True,
     ):
         super().__init__()
-        self.student = student
+        self.student, self.balanced = student, balanced
         self.focal, self.dice, self.iou, self.dense_weight = focal, dice, iou, dense
         self.spread, self.refined = spread, refined
         self.dense = SameObject(student.out_channels)
@@ -77,7 +78,7 @@ class Promptable(nn.Module):
     def _losses(
         self, logits_NMnn: Tensor, score_NM: Tensor, target_Nnn: Tensor, valid_Nnn: Tensor
     ) -> tuple[dict[str, Tensor], Tensor]:
-        focal_NM, dice_NM, iou_NM = mask_losses(logits_NMnn.float(), target_Nnn, valid_Nnn)
+        focal_NM, dice_NM, iou_NM = mask_losses(logits_NMnn.float(), target_Nnn, valid_Nnn, self.balanced)
         loss_NM = self.focal * focal_NM + self.dice * dice_NM
         best = loss_NM[:, 1:].amin(1).mean()
         # A mask that never wins never learns; a little of the mean keeps all three alive.
@@ -149,21 +150,25 @@ def coverage(labels_BSS: Tensor, target_BP: Tensor, side: int) -> tuple[Tensor, 
     return hit_BPnn.flatten(0, 1), (real_B1nn > 0).expand_as(hit_BPnn).flatten(0, 1)
 
 
-def mask_losses(logits_NMnn: Tensor, target_Nnn: Tensor, valid_Nnn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return balanced focal (gamma 1) and dice losses and the IoU (no gradient), each (N, M), over the valid cells.
+def mask_losses(
+    logits_NMnn: Tensor, target_Nnn: Tensor, valid_Nnn: Tensor, balanced: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return focal (gamma 1) and dice losses and the IoU (no gradient), each (N, M), over the valid cells.
 
     Targets are shares in [0, 1]: focal is Lin et al. 2017, Eq. 5, with |y - p| for 1 - p_t and twice its value, so that
-    an undecided cell costs its cross-entropy. Object and rest weigh the same whatever their areas: with a fixed alpha
-    of 0.75 a fresh decoder still gave small objects empty masks after 200 steps (one seed). The IoU is that of the
-    thresholded cells with the object at full resolution.
+    an undecided cell costs its cross-entropy. Balanced, object and rest weigh the same whatever their areas, so that a
+    fresh network does not drown small objects; a trained one then draws them too large. Not balanced, the object's sum
+    and half of the rest's are divided by the object's area: with dice, a cell then goes to the object from a chance of
+    about a third on, which suits an IoU of 0.7. The IoU is that of the thresholded cells with the object at full
+    resolution.
     """
     y, valid = target_Nnn[:, None] * valid_Nnn[:, None], valid_Nnn[:, None].float()
     p = logits_NMnn.sigmoid()
     focal = 2 * (y - p).abs() * (F.softplus(logits_NMnn) - logits_NMnn * y)
-    total_N1, rest = y.sum((2, 3)), (1 - y) * valid
-    on_object_NM = (focal * y).sum((2, 3)) / total_N1.clamp(min=1e-3)
-    elsewhere_NM = (focal * rest).sum((2, 3)) / rest.sum((2, 3)).clamp(min=1e-3)
-    focal_NM = (on_object_NM + elsewhere_NM) / 2
+    total_N1 = y.sum((2, 3))
+    area_N1, rest = total_N1.clamp(min=1e-3), (1 - y) * valid
+    divisor_N1 = rest.sum((2, 3)).clamp(min=1e-3) if balanced else 2 * area_N1
+    focal_NM = ((focal * y).sum((2, 3)) / area_N1 + (focal * rest).sum((2, 3)) / divisor_N1) / 2
     p = p * valid
     dice_NM = 1 - (2 * (p * y).sum((2, 3)) + 1) / (p.sum((2, 3)) + total_N1 + 1)
     with torch.no_grad():

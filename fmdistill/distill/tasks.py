@@ -78,8 +78,11 @@ def vectors(batch: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: output for name, output in batch["outputs"].items() if output.dim() == 2}
 
 
-def promptable(recipe: Recipe, prompts: int = 6, dense: float = 1.0) -> Job:
-    """Train a promptable segmenter from images with exact masks: `prompts` an image, `dense` the auxiliary's weight."""
+def promptable(recipe: Recipe, prompts: int = 6, dense: float = 1.0, balanced: bool = True) -> Job:
+    """Train a promptable segmenter from images with exact masks: `prompts` an image, `dense` the auxiliary's weight.
+
+    `balanced` lets object and rest weigh the same in the focal loss, which a fresh network needs.
+    """
     if prompts < 1:
         raise UserError(f"task.prompts={prompts}: expected at least 1")
     student = students.build(recipe.student)
@@ -91,7 +94,7 @@ def promptable(recipe: Recipe, prompts: int = 6, dense: float = 1.0) -> Job:
         LabelledImages(images, split, preprocess, prompts, recipe.seed, memory=_memory(recipe, split))
         for split in SPLITS
     )
-    return Job(Promptable(student, dense=dense), student, train, validation)
+    return Job(Promptable(student, dense=dense, balanced=balanced), student, train, validation)
 
 
 def contrastive(recipe: Recipe) -> Job:
