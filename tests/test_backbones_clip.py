@@ -5,6 +5,7 @@ import pickle
 from pathlib import Path
 
 import clips
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from fmdistill.backbones.clip import ClipPreprocess, TextHead, build_clip, load_clip
 from fmdistill.backbones.preprocess import from_json
 from fmdistill.cache.clip_teacher import open_clip as open_clip_teacher
+from fmdistill.cache.codec import CODECS
 from fmdistill.images.photos import photograph
 from fmdistill.registry import UserError
 
@@ -69,6 +71,9 @@ def test_vit_b_32_gives_encode_image_on_open_clip_s_own_images_and_encode_text_t
     found = teacher(pixels, sizes)
     assert found.keys() == {"embedding"} and teacher.outputs == {"embedding": (512,)} and expected.std() > 0.1
     assert (found["embedding"] - expected).norm() <= 1e-5 * expected.norm()
+    fp16 = CODECS["fp16"]
+    stored_BD = np.stack([fp16.decode_row(fp16.encode_row(row.numpy())) for row in found["embedding"]])
+    assert (abs(stored_BD - expected.numpy()) <= 2.0**-11 * expected.abs().numpy() + 1e-5 * expected.std().item()).all()
     texts = ["a photo of a cat", "", "Ein Mops & 7 Äpfel"]
     with torch.no_grad():
         text = made.encode_text(open_clip.get_tokenizer("ViT-B-32")(texts))

@@ -12,8 +12,6 @@ import pytest
 import tiny
 import torch
 
-from fmdistill import cache
-
 TESTS = Path(__file__).parent
 
 
@@ -21,26 +19,33 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name != "recipe.yaml"}
 
 
-def start(folder: Path, root: Path) -> subprocess.Popen:
+def start(root: Path, job: list[str]) -> subprocess.Popen:
     code = "import sys; from fmdistill.cli import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, "cache", str(tiny.write(folder)), f"cache.root={root}", *SIZE]
+    command = [sys.executable, "-c", code, "cache", *job, f"cache.root={root}"]
     env = {**os.environ, "PYTHONPATH": f"{TESTS}:{TESTS.parent}", "OMP_NUM_THREADS": str(torch.get_num_threads())}
     return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-SIZE = ("images.train=480", "images.validation=160")
+def maps(folder: Path) -> list[str]:
+    return [str(tiny.write(folder)), "images.train=480", "images.validation=160"]
+
+
+def vectors(folder: Path) -> list[str]:
+    size = ["images.train=480", "images.validation=96", "images.shard_size=48"]
+    return ["recipes/demo/clip_mse.yaml", *size, "teacher.weights=none", "teacher.workers=0"]
 
 
 @pytest.mark.slow
-def test_sigkill_at_twenty_moments_leaves_the_bytes_of_an_undisturbed_run(tmp_path):
-    (tmp_path / "whole").mkdir()
-    cache.run(tiny.load(tmp_path / "whole", f"cache.root={tmp_path}/whole/cache", *SIZE))
+@pytest.mark.parametrize(("kind", "wanted"), [(maps, 20), (vectors, 5)])
+def test_sigkill_at_many_moments_leaves_the_bytes_of_an_undisturbed_run(tmp_path, kind, wanted):
+    job = kind(tmp_path)
+    assert start(tmp_path / "whole", job).wait(300) == 0
     root, rng, kills = tmp_path / "killed", random.Random(0), 0
     for _ in range(60):
-        process = start(tmp_path, root)
-        if kills < 20:
+        process = start(root, job)
+        if kills < wanted:
             before = len(list(root.glob("*.json"))) if root.exists() else 0
-            # Kill it within a shard or two of its beginning, so that it takes twenty kills to get through.
+            # Kill it within a shard or two of its beginning, so that it takes all the kills to get through.
             while process.poll() is None and not (root.exists() and len(list(root.glob("*.json"))) > before):
                 time.sleep(0.002)
             time.sleep(rng.uniform(0, 0.08))
@@ -50,14 +55,13 @@ def test_sigkill_at_twenty_moments_leaves_the_bytes_of_an_undisturbed_run(tmp_pa
         process.wait()
         if process.returncode == 0:
             break
-    assert kills == 20
-    assert contents(root) == contents(tmp_path / "whole/cache")
+    assert kills == wanted
+    assert contents(root) == contents(tmp_path / "whole")
 
 
 @pytest.mark.slow
 def test_two_writers_racing_for_the_same_shards_leave_one_sound_cache(tmp_path):
-    (tmp_path / "whole").mkdir()
-    cache.run(tiny.load(tmp_path / "whole", f"cache.root={tmp_path}/whole/cache", *SIZE))
-    both = [start(tmp_path, tmp_path / "raced") for _ in range(2)]
+    assert start(tmp_path / "whole", maps(tmp_path)).wait(120) == 0
+    both = [start(tmp_path / "raced", maps(tmp_path)) for _ in range(2)]
     assert [process.wait(120) for process in both] == [0, 0]
-    assert contents(tmp_path / "raced") == contents(tmp_path / "whole/cache")
+    assert contents(tmp_path / "raced") == contents(tmp_path / "whole")

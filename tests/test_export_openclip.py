@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fmdistill import cache, export
+from fmdistill.backbones.clip_mini import clip_mini_student
 from fmdistill.backbones.tinyvit_clip import tinyvit_clip, tinyvit_clip_mini
 from fmdistill.export import openclip
 from fmdistill.registry import UserError
@@ -151,3 +152,15 @@ def test_a_run_without_a_text_tower_is_one_clear_line(tmp_path):
     cache.run(sam)
     with pytest.raises(UserError, match="of the family 'sam' and has no text tower; openclip exports"):
         export.run(sam.out, "openclip", tmp_path / "out", trust=True)
+
+
+def test_a_clip_mini_is_exported_with_both_towers_and_the_whole_vocabulary(tmp_path):
+    student = randomize(clip_mini_student(), 2).eval()
+    torch.manual_seed(0)
+    pixels, texts = torch.randn(3, 3, 64, 64), ["a plain red circle", "a photo of a striped blue star"]
+    openclip.export_whole(student, tmp_path / "folder")
+    loaded = open_clip.create_model(f"local-dir:{tmp_path / 'folder'}", require_pretrained=True).eval()
+    tokens = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'folder'}")(texts)
+    with torch.no_grad():
+        assert torch.equal(loaded.encode_image(pixels), student(pixels)["embedding"])
+        assert torch.equal(loaded.encode_text(tokens), student.encode_text(tokens))

@@ -20,10 +20,11 @@ from fmdistill.backbones.clip import ClipPreprocess, TextHead
 from fmdistill.images.captioned import words
 from fmdistill.registry import UserError
 
-IMAGE_SIZE, PATCH, EMBED_DIM, CONTEXT = 64, 8, 128, 16
+IMAGE_SIZE, EMBED_DIM, CONTEXT = 64, 128, 16
 MODEL_CFG: dict[str, Any] = {
     "embed_dim": EMBED_DIM,
-    "vision_cfg": {"image_size": IMAGE_SIZE, "patch_size": PATCH, "width": 128, "head_width": 32, "layers": 6},
+    # A ResNet: a ViT of 8-px patches told colours and textures apart in 2,000 steps, but 56 % of the shapes.
+    "vision_cfg": {"image_size": IMAGE_SIZE, "layers": [1, 2, 2, 1], "width": 24, "head_width": 32},
     "text_cfg": {"context_length": CONTEXT, "vocab_size": 49408, "width": 128, "heads": 4, "layers": 3},
 }
 PREPROCESS_CFG = {"size": IMAGE_SIZE, "interpolation": "bicubic", "resize_mode": "shortest"}  # mean and std are CLIP's
@@ -43,7 +44,7 @@ class MiniClip(nn.Module):
         super().__init__()
         self.clip = CLIP(**_config(len(token_ids)))
         self.image_size, self.out_channels = IMAGE_SIZE, EMBED_DIM
-        self.preprocess = ClipPreprocess.from_config(PREPROCESS_CFG, PATCH)
+        self.preprocess = ClipPreprocess.from_config(PREPROCESS_CFG, IMAGE_SIZE)
         self.register_buffer("token_ids", token_ids.long())
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from torch import nn
 
 from fmdistill import recipe as recipes
 from fmdistill.backbones.clip import ClipPreprocess, TextHead
+from fmdistill.backbones.clip_mini import MiniClip
 from fmdistill.backbones.preprocess import from_json
 from fmdistill.backbones.promptable import PromptHead
 from fmdistill.cache import manifest
@@ -31,6 +32,8 @@ def _mobilesam(recipe: Recipe, student: nn.Module, out: Path) -> Path:
 
 
 def _openclip(recipe: Recipe, student: nn.Module, out: Path) -> Path:
+    if isinstance(student, MiniClip):
+        return openclip.export_whole(student, out)
     if recipe.cache is None:
         raise UserError(f"{recipe.out}: its recipe has no `cache`, so there is no text tower to export; set cache.root")
     found = manifest.read(Path(recipe.cache.root))

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from fmdistill.backbones.clip import ClipPreprocess, TextHead
+from fmdistill.backbones.clip_mini import CONFIG as CLIP_MINI
+from fmdistill.backbones.clip_mini import MiniClip
 from fmdistill.backbones.tinyvit_clip import TinyViTCLIP
 from fmdistill.files import temporary_name, write_whole
 from fmdistill.registry import UserError
@@ -26,17 +29,26 @@ def export(student: nn.Module, head: TextHead, preprocess: ClipPreprocess, out: 
     other folder refused.
     """
     fitting = _checked(student, head, preprocess)
+    state = {f"visual.{name}": value for name, value in fitting.state_dict().items()}
+    return _write({**state, **head.state_dict()}, config(fitting, head, preprocess), head.tokenizer, out)
+
+
+def export_whole(student: MiniClip, out: Path) -> Path:
+    """Write both towers of a clip_mini that was trained here, its vocabulary whole, as `export` does."""
+    described = {"model_cfg": CLIP_MINI["model_cfg"], "preprocess_cfg": _preprocess_cfg(student.preprocess)}
+    return _write(student.whole().state_dict(), described, None, out)
+
+
+def _write(state: Mapping[str, Tensor], described: dict[str, Any], tokenizer: Any, out: Path) -> Path:
     _check_place(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(out)
     temporary.mkdir()
     try:
-        state = {f"visual.{name}": _plain(value) for name, value in fitting.state_dict().items()}
-        state |= {name: _plain(value) for name, value in head.state_dict().items()}
-        write_whole(temporary / WEIGHTS, to_bytes(state))
-        write_whole(temporary / CONFIG, json.dumps(config(fitting, head, preprocess), indent=2) + "\n")
-        if isinstance(head.tokenizer, HFTokenizer):  # of a folder, open_clip looks for its files there
-            head.tokenizer.save_pretrained(temporary)
+        write_whole(temporary / WEIGHTS, to_bytes({name: _plain(value) for name, value in state.items()}))
+        write_whole(temporary / CONFIG, json.dumps(described, indent=2) + "\n")
+        if isinstance(tokenizer, HFTokenizer):  # of a folder, open_clip looks for its files there
+            tokenizer.save_pretrained(temporary)
         open_clip.create_model(f"local-dir:{temporary}", require_pretrained=True, pretrained_text=False)
         _put(temporary, out)
     except BaseException:
@@ -57,16 +69,18 @@ def config(student: TinyViTCLIP, head: TextHead, preprocess: ClipPreprocess) -> 
         "timm_proj": "linear",
         "image_size": student.image_size,
     }
+    described = {**head.config["model_cfg"], "vision_cfg": image_tower}
+    return {"model_cfg": described, "preprocess_cfg": _preprocess_cfg(preprocess)}
+
+
+def _preprocess_cfg(preprocess: ClipPreprocess) -> dict[str, Any]:
     return {
-        "model_cfg": {**head.config["model_cfg"], "vision_cfg": image_tower},
-        "preprocess_cfg": {
-            "size": preprocess.image_size,
-            "mode": "RGB",
-            "mean": list(preprocess.mean),
-            "std": list(preprocess.std),
-            "interpolation": preprocess.interpolation,
-            "resize_mode": preprocess.resize_mode,
-        },
+        "size": preprocess.image_size,
+        "mode": "RGB",
+        "mean": list(preprocess.mean),
+        "std": list(preprocess.std),
+        "interpolation": preprocess.interpolation,
+        "resize_mode": preprocess.resize_mode,
     }
 
 
