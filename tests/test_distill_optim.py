@@ -85,3 +85,10 @@ def test_a_run_with_muon_resumes_to_the_same_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(Muon, "step", original)
     ours, theirs = (load_file(run / WEIGHTS) for run in (whole, distill.run(stopped)))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_run_that_stops_early_has_the_rates_of_its_horizon():
+    whole, early = optim.Cosine(0.1, 0.2), optim.Cosine(0.1, 0.2, horizon=50)
+    assert [early(step, 20) for step in range(20)] == [whole(step, 50) for step in range(20)]
+    with pytest.raises(UserError, match=r"schedule\.horizon=50: the run has 51 steps"):
+        early(0, 51)

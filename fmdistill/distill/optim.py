@@ -58,10 +58,14 @@ def muon(
 
 @dataclass(frozen=True)
 class Cosine:
-    """Linear warm-up over a share of the steps, then a cosine from one to `final`."""
+    """Linear warm-up over a share of the steps, then a cosine from one to `final`.
+
+    With a `horizon` the rates are those of a run of so many steps, for one that stops earlier.
+    """
 
     warmup: float = 0.02
     final: float = 0.0
+    horizon: int | None = None  # steps
 
     def __post_init__(self) -> None:
         if not 0 <= self.warmup < 1:
@@ -69,6 +73,9 @@ class Cosine:
 
     def __call__(self, step: int, steps: int) -> float:
         """Return the factor of the learning rate at `step` of `steps`, counted from zero."""
+        if self.horizon is not None and self.horizon < steps:
+            raise UserError(f"schedule.horizon={self.horizon}: the run has {steps} steps; expected as many or more")
+        steps = self.horizon or steps
         warm = math.ceil(self.warmup * steps)
         if step < warm:
             return (step + 1) / warm
