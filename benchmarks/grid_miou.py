@@ -70,8 +70,8 @@ def main() -> None:
     sam = build_sam_mini("packaged")
     head = PromptHead.from_sam(sam)
     torch.manual_seed(0)
-    teacher = torch.randn(64, 16, 16)
-    student = teacher + 0.3 * torch.randn(64, 16, 16)
+    teacher = torch.randn(128, 16, 16)
+    student = teacher + 0.3 * torch.randn(128, 16, 16)
     print(f"{K * K} points, {ORIGINAL[0]}x{ORIGINAL[1]}, {torch.get_num_threads()} thread(s), ms per point and pair\n")
     print("| resolution | select | SamPredictor loop | grid_miou | ratio | difference |\n|---|---|---|---|---|---|")
     for resolution in ("original", "low"):

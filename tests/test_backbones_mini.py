@@ -42,14 +42,14 @@ def test_packed_weights_fit_and_load(model, tmp_path):
 def test_embed_equals_the_predictor_on_a_wide_image(model, tmp_path):
     half.export(model, tmp_path / "w.safetensors")
     student = sam_mini_student(str(tmp_path / "w.safetensors")).eval()
-    assert (student.image_size, student.out_channels) == (256, 64)
+    assert (student.image_size, student.out_channels) == (256, 128)
     image = np.random.default_rng(0).integers(0, 256, (80, 120, 3), dtype=np.uint8)
     predictor = SamPredictor(build_sam_mini(tmp_path / "w.safetensors"))
     predictor.set_image(image)
     pixels, size = student.preprocess.prepare(Image.fromarray(image))
     with torch.no_grad():
         embedding = student.embed(pixels[None], torch.tensor([size]))
-    assert embedding.shape == (1, 64, 16, 16)
+    assert embedding.shape == (1, 128, 16, 16)
     torch.testing.assert_close(embedding, predictor.features, atol=1e-5, rtol=0)
 
 

@@ -94,7 +94,7 @@ def test_ceiling_falls_with_the_object():
     _, head = sam_mini_modules()
     labels = np.zeros((256, 256), dtype=np.int64)
     labels[40:140, 40:140], labels[180:186, 180:186], labels[220:221, 220:240] = 1, 2, 3
-    rows = scene_rows(head.eval(), torch.randn(64, 16, 16), labels, (256, 256))
+    rows = scene_rows(head.eval(), torch.randn(128, 16, 16), labels, (256, 256))
     large, small, thin = (row["ceiling"] for row in rows)
     assert large > 0.97 and large > small > thin == 0.0
 

@@ -81,8 +81,8 @@ class Renamed(TinyViTSAM):
     ("student", "config", "says"),
     [
         (nn.Linear(2, 2), MINI, "the student is a Linear"),
-        (TinyViTSAM(image_size=256, out_channels=32), MINI, "channels 32 is not the decoder's 64"),
-        (TinyViTSAM(image_size=512, out_channels=64), MINI, "image size 512 is not the decoder's 256"),
+        (TinyViTSAM(image_size=256, out_channels=32), MINI, "channels 32 is not the decoder's 128"),
+        (TinyViTSAM(image_size=512, out_channels=128), MINI, "image size 512 is not the decoder's 256"),
         (TinyViTSAM(), FULL | {"mlp_dim": 64}, r"lin1.bias: \(64,\) here, \(2048,\) in MobileSAM .* 10,130,092 in the"),
         (TinyViTSAM("tiny_vit_11m_224"), FULL | {"mlp_dim": 64}, r"lin1.bias: \(64,\) here, \(2048,\) in MobileSAM"),
         # another shape of one small tensor

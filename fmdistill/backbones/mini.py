@@ -15,7 +15,7 @@ from fmdistill.backbones.sam import PIXEL_MEAN, PIXEL_STD, SamPreprocess
 from fmdistill.registry import UserError
 
 IMAGE_SIZE = 256
-OUT_CHANNELS = 64
+OUT_CHANNELS = 128
 PACKAGED = Path(__file__).parent / "weights" / "sam_mini.safetensors"
 
 _log = logging.getLogger(__name__)
@@ -32,11 +32,11 @@ class MiniSam(nn.Module):
         self.preprocess = SamPreprocess(self.image_size, self.image_size // head.config["image_embedding_size"])
 
     def embed(self, pixels: Tensor, sizes: Tensor) -> Tensor:
-        """Return the image embedding (B, 64, 16, 16) of uint8 pixels (B, 3, 256, 256), sizes (B, 2) as (h, w)."""
+        """Return the image embedding (B, 128, 16, 16) of uint8 pixels (B, 3, 256, 256), sizes (B, 2) as (h, w)."""
         return self.encoder(self.preprocess.normalize(pixels, sizes))
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
-        """Return {"embedding": (B, 64, 16, 16)} of normalised images (B, 3, 256, 256)."""
+        """Return {"embedding": (B, 128, 16, 16)} of normalised images (B, 3, 256, 256)."""
         return {"embedding": self.encoder(image)}
 
 

@@ -79,8 +79,10 @@ def weight_map_figure(image: np.ndarray, weights: np.ndarray, valid: np.ndarray,
         _frame(right, height, width)
         left.set_anchor("E")  # a tall picture stays beside its map
         right.set_anchor("W")
-        ticks = np.linspace(1 - span, 1 + span, 5).tolist()
-        figure.colorbar(heat, cax=right.inset_axes((1.03, 0, 0.04, 1)), ticks=ticks, format="%.2f")
+        ends = max(0.0, 1 - span), 1 + span  # no weight is negative
+        place = right.inset_axes((1.03, 0, 0.04, 1))
+        bar = figure.colorbar(heat, cax=place, ticks=np.linspace(*ends, 5).tolist(), format="%.2f")
+        bar.ax.set_ylim(*ends)
         return _save(figure, "png")
 
 
