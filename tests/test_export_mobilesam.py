@@ -12,7 +12,7 @@ FULL = {
     "embed_dim": 256, "image_embedding_size": 64, "image_size": 1024, "mask_in_chans": 16, "transformer_depth": 2,
     "mlp_dim": 2048, "num_heads": 8, "iou_head_hidden_dim": 256, "iou_head_depth": 3, "num_multimask_outputs": 3,
 }  # fmt: skip
-MINI = FULL | {"embed_dim": 64, "image_embedding_size": 16, "image_size": 256, "mlp_dim": 128, "num_heads": 4}
+MINI = FULL | {"embed_dim": 128, "image_embedding_size": 16, "image_size": 256, "mlp_dim": 128, "num_heads": 4}
 
 
 def test_5m_writes_every_parameter_of_mobilesam(tmp_path):
