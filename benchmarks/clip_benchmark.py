@@ -1,4 +1,4 @@
-"""Images of `captioned` as clip_benchmark reads them, and the two commands whose figures must be the same.
+"""Images of `captioned` as clip_benchmark reads them, and the commands whose figures must be the same.
 
     python benchmarks/clip_benchmark.py FOLDER RUN
 
