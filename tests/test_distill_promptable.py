@@ -154,21 +154,25 @@ def test_coverage_is_the_share_of_real_pixels():
                 torch.testing.assert_close(got[prompt, row, column], share, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("balanced", [True, False])
-def test_mask_losses_equal_independent_formulas(balanced):
+@pytest.mark.parametrize("focal_norm", promptable.FOCAL_NORMS)
+def test_mask_losses_equal_independent_formulas(focal_norm):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(3, 4, 8, 8, generator=generator) * 3
     target = (torch.rand(3, 8, 8, generator=generator) > 0.6).float()
     valid = torch.ones(3, 8, 8, dtype=torch.bool)
     valid[1, 5:] = False
-    focal, dice, iou = mask_losses(logits, target, valid, balanced)
+    focal, dice, iou = mask_losses(logits, target, valid, focal_norm)
     for n in range(3):
         for m in range(4):
             x, y = logits[n, m][valid[n]], target[n][valid[n]]
             p = torch.sigmoid(x)
             each = sigmoid_focal_loss(x, y, alpha=-1, gamma=1, reduction="none")
-            rest = each[y == 0].mean() if balanced else each[y == 0].sum() / y.sum() / 2
-            torch.testing.assert_close(focal[n, m], each[y == 1].mean() + rest)
+            wanted = {
+                "parts": each[y == 1].mean() + each[y == 0].mean(),
+                "object": each[y == 1].mean() + each[y == 0].sum() / y.sum() / 2,
+                "image": 2 * each.mean(),
+            }[focal_norm]
+            torch.testing.assert_close(focal[n, m], wanted)
             torch.testing.assert_close(dice[n, m], 1 - (2 * (p @ y) + 1) / (p.sum() + y.sum() + 1))
             on, off = x > 0, y > 0.5
             torch.testing.assert_close(iou[n, m], (on & off).sum() / (on | off).sum())

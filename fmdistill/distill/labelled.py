@@ -25,6 +25,7 @@ class LabelledImages(SplitImages):
     preprocess: SamPreprocess
     prompts: int
     seed: int
+    background: float = 0.1  # share of the prompts that ask for the background
 
     def prepare(self, name: str, encoded: Encoded) -> Prepared:
         """Return the image with its object ids beside it, uint8 (h, w) without padding."""
@@ -43,7 +44,7 @@ class LabelledImages(SplitImages):
         labels = np.full((self.preprocess.image_size,) * 2, -1, np.int32)
         labels[:h, :w] = objects
         rng = np.random.default_rng([self.seed, epoch, zlib.crc32(key.encode())])
-        points, target, boxes, use_box = sample_prompts(labels, rng, self.prompts)
+        points, target, boxes, use_box = sample_prompts(labels, rng, self.prompts, background=self.background)
         return {
             "pixels": pixels,
             "sizes": torch.tensor((h, w)),

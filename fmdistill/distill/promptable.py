@@ -11,6 +11,9 @@ from torch.nn import functional as F
 
 from fmdistill.backbones.mini import MiniSam
 from fmdistill.backbones.promptable import PromptHead
+from fmdistill.registry import UserError
+
+FOCAL_NORMS = ("parts", "object", "image")
 
 
 class Promptable(nn.Module):
@@ -31,10 +34,12 @@ class Promptable(nn.Module):
         dense: float = 1.0,
         spread: float = 0.05,
         refined: float = 0.25,
-        balanced: bool = True,
+        focal_norm: str = "parts",
     ):
         super().__init__()
-        self.student, self.balanced = student, balanced
+        if focal_norm not in FOCAL_NORMS:
+            raise UserError(f"task.focal_norm={focal_norm}: use one of {', '.join(FOCAL_NORMS)}")
+        self.student, self.focal_norm = student, focal_norm
         self.focal, self.dice, self.iou, self.dense_weight = focal, dice, iou, dense
         self.spread, self.refined = spread, refined
         self.dense = SameObject(student.out_channels)
@@ -78,7 +83,7 @@ class Promptable(nn.Module):
     def _losses(
         self, logits_NMnn: Tensor, score_NM: Tensor, target_Nnn: Tensor, valid_Nnn: Tensor
     ) -> tuple[dict[str, Tensor], Tensor]:
-        focal_NM, dice_NM, iou_NM = mask_losses(logits_NMnn.float(), target_Nnn, valid_Nnn, self.balanced)
+        focal_NM, dice_NM, iou_NM = mask_losses(logits_NMnn.float(), target_Nnn, valid_Nnn, self.focal_norm)
         loss_NM = self.focal * focal_NM + self.dice * dice_NM
         best = loss_NM[:, 1:].amin(1).mean()
         # A mask that never wins never learns; a little of the mean keeps all three alive.
@@ -151,24 +156,31 @@ def coverage(labels_BSS: Tensor, target_BP: Tensor, side: int) -> tuple[Tensor, 
 
 
 def mask_losses(
-    logits_NMnn: Tensor, target_Nnn: Tensor, valid_Nnn: Tensor, balanced: bool = True
+    logits_NMnn: Tensor, target_Nnn: Tensor, valid_Nnn: Tensor, focal_norm: str = "parts"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return focal (gamma 1) and dice losses and the IoU (no gradient), each (N, M), over the valid cells.
 
     Targets are shares in [0, 1]: focal is Lin et al. 2017, Eq. 5, with |y - p| for 1 - p_t and twice its value, so that
-    an undecided cell costs its cross-entropy. Balanced, object and rest weigh the same whatever their areas, so that a
-    fresh network does not drown small objects; a trained one then draws them too large. Not balanced, the object's sum
-    and half of the rest's are divided by the object's area: with dice, a cell then goes to the object from a chance of
-    about a third on, which suits an IoU of 0.7. The IoU is that of the thresholded cells with the object at full
-    resolution.
+    an undecided cell costs its cross-entropy. `focal_norm` says what divides its sum:
+    "parts": object and rest by their own areas, so that a fresh network does not drown small objects; a trained one
+    then draws them too large.
+    "object": the object's sum and half of the rest's by the object's area; with dice, a cell then goes to the object
+    from a chance of about a third on, which suits an IoU of 0.7, but a small object lost in a large mask costs much.
+    "image": both by the image's area, as SAM does (with weight 20), which leaves small objects to dice.
+    The IoU is that of the thresholded cells with the object at full resolution.
     """
     y, valid = target_Nnn[:, None] * valid_Nnn[:, None], valid_Nnn[:, None].float()
     p = logits_NMnn.sigmoid()
     focal = 2 * (y - p).abs() * (F.softplus(logits_NMnn) - logits_NMnn * y)
     total_N1 = y.sum((2, 3))
     area_N1, rest = total_N1.clamp(min=1e-3), (1 - y) * valid
-    divisor_N1 = rest.sum((2, 3)).clamp(min=1e-3) if balanced else 2 * area_N1
-    focal_NM = ((focal * y).sum((2, 3)) / area_N1 + (focal * rest).sum((2, 3)) / divisor_N1) / 2
+    rest_N1, cells_N1 = rest.sum((2, 3)).clamp(min=1e-3), valid.sum((2, 3)).clamp(min=1)
+    object_N1, rest_N1 = {
+        "parts": (2 * area_N1, 2 * rest_N1),
+        "object": (2 * area_N1, 4 * area_N1),
+        "image": (cells_N1, cells_N1),
+    }[focal_norm]
+    focal_NM = (focal * y).sum((2, 3)) / object_N1 + (focal * rest).sum((2, 3)) / rest_N1
     p = p * valid
     dice_NM = 1 - (2 * (p * y).sum((2, 3)) + 1) / (p.sum((2, 3)) + total_N1 + 1)
     with torch.no_grad():

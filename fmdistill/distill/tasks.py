@@ -78,23 +78,35 @@ def vectors(batch: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: output for name, output in batch["outputs"].items() if output.dim() == 2}
 
 
-def promptable(recipe: Recipe, prompts: int = 6, dense: float = 1.0, balanced: bool = True) -> Job:
-    """Train a promptable segmenter from images with exact masks: `prompts` an image, `dense` the auxiliary's weight.
+def promptable(
+    recipe: Recipe,
+    prompts: int = 6,
+    background: float = 0.1,
+    focal: float = 1.0,
+    focal_norm: str = "parts",
+    iou: float = 1.0,
+    dense: float = 1.0,
+) -> Job:
+    """Train a promptable segmenter from images with exact masks: `prompts` an image, a share of them for `background`.
 
-    `balanced` lets object and rest weigh the same in the focal loss, which a fresh network needs.
+    `focal`, `iou` and `dense` weigh the losses of `Promptable`; `focal_norm` says what divides the focal loss: "parts"
+    (which a fresh network needs), "object" or "image", see `mask_losses`.
     """
     if prompts < 1:
         raise UserError(f"task.prompts={prompts}: expected at least 1")
+    if not 0 <= background < 1:
+        raise UserError(f"task.background={background}: expected a share of the prompts, from 0 to below 1")
     student = students.build(recipe.student)
     if not isinstance(student, MiniSam):
         raise UserError(f"student.name={recipe.student['name']}: task promptable trains sam_mini, which makes masks")
     images = build_images(recipe.images)
     preprocess = SamPreprocess(image_size=student.image_size)
     train, validation = (
-        LabelledImages(images, split, preprocess, prompts, recipe.seed, memory=_memory(recipe, split))
+        LabelledImages(images, split, preprocess, prompts, recipe.seed, background, memory=_memory(recipe, split))
         for split in SPLITS
     )
-    return Job(Promptable(student, dense=dense, balanced=balanced), student, train, validation)
+    task = Promptable(student, focal=focal, focal_norm=focal_norm, iou=iou, dense=dense)
+    return Job(task, student, train, validation)
 
 
 def contrastive(recipe: Recipe) -> Job:
