@@ -58,6 +58,10 @@ def test_srw_gives_the_published_golden_values():
     np.testing.assert_allclose(sample_weights(samples, samples, 0.5) / 8, golden["srw.w tau=0.5"], atol=1e-6)
 
 
+def compared(student: torch.Tensor, teacher: torch.Tensor) -> Seen:
+    return Seen({"student.embedding": student, "sam.embedding": teacher}, output="embedding")
+
+
 def seen(valid_rows: int = 2) -> Seen:
     generator = torch.Generator().manual_seed(1)
     student = torch.randn(2, 5, 4, 4, generator=generator).requires_grad_()
@@ -71,7 +75,7 @@ def seen(valid_rows: int = 2) -> Seen:
 @pytest.mark.parametrize("padding", ["include", "exclude"])
 def test_every_weighting_has_mean_one_no_gradient_and_is_zero_on_padding(weighting, padding):
     view = seen().focus("embedding", padding)
-    distance = DISTANCES["mse"]()(*view.pair("embedding"))
+    distance = DISTANCES["mse"]()(view)
     weight = WEIGHTINGS[weighting]()(distance.detach(), view)
     assert weight.shape == distance.shape == (2, 16) and not weight.requires_grad
     assert (weight >= 0).all() and (weight[~view.valid] == 0).all()
@@ -114,7 +118,7 @@ def test_reduce_is_per_image_then_over_the_batch():
 def test_what_srw_cannot_weigh_is_said():
     vectors = Seen({"student.embedding": torch.zeros(4, 8), "clip.embedding": torch.ones(4, 8)}, torch.ones(4, 1) > 0)
     with pytest.raises(UserError, match=r"output=embeding: the student has none\. Did you mean 'embedding'"):
-        vectors.pair("embeding")
+        vectors.focus("embeding", "include").pair()
     with pytest.raises(UserError, match="names no term"):
         Objective({})
     with pytest.raises(UserError, match="nothing to weigh within an image; use global_batch or batch"):
@@ -140,11 +144,11 @@ def test_distances_are_the_formulas_spelled_out():
     }
     for settings, values in expected.values():
         distance = bind(settings, DISTANCES, "distance")()
-        np.testing.assert_allclose(distance(student, teacher), values, rtol=1e-5)
-        as_maps = distance(student.T[None, :, None], teacher.T[None, :, None])  # (1, 7, 1, 3): three patches
+        np.testing.assert_allclose(distance(compared(student, teacher)), values, rtol=1e-5)
+        as_maps = distance(compared(student.T[None, :, None], teacher.T[None, :, None]))  # (1, 7, 1, 3): three patches
         np.testing.assert_allclose(as_maps, values[None], rtol=1e-5)
     with pytest.raises(UserError, match=r"\(7,\) by the student and \(6,\) by the teacher"):
-        DISTANCES["cosine"]()(student, teacher[:, :6])
+        DISTANCES["cosine"]()(compared(student, teacher[:, :6]))
 
 
 def test_half_precision_outputs_are_compared_in_float32_and_double_ones_in_double():

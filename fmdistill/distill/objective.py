@@ -1,5 +1,6 @@
-"""The objective: named terms, each measure -> weigh -> reduce, and only the last step reduces."""
+"""The objective: named terms, each rectify -> measure -> weigh -> reduce, and only the last step reduces."""
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -8,9 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from fmdistill.distill.distances import DISTANCES
-from fmdistill.distill.seen import Seen
-from fmdistill.distill.weightings import WEIGHTINGS
-from fmdistill.registry import UserError, bind, typed
+from fmdistill.distill.rectifiers import RECTIFIERS, Priors
+from fmdistill.distill.seen import Seen, teacher_name
+from fmdistill.distill.weightings import WEIGHTINGS, Learned
+from fmdistill.registry import UserError, bind, complete, typed
+
+Shape = tuple[int, ...]
+SHAPES = ("student", "teacher")  # what a component that learns is made for: the shapes of one image's outputs
 
 
 @dataclass(frozen=True)
@@ -20,38 +25,73 @@ class TermSettings:
     distance: dict
     weighting: dict
     output: str = "embedding"
+    rectify: dict | None = None
     padding: Literal["include", "exclude"] = "include"  # whether padded patches take part; the SRW paper includes them
     scale: float = 1.0
+    warmup: float = 0.0  # epochs in which the scale rises from zero in a straight line
+
+    def __post_init__(self) -> None:
+        if self.warmup < 0:
+            raise UserError(f"objective: warmup={self.warmup}: expected epochs, 0 for none")
 
 
 class Term(nn.Module):
-    """One weighted distance. A distance that learns is a submodule, so it reaches optimizer and checkpoint."""
+    """One weighted distance. What learns is a submodule, so it reaches optimizer and checkpoint."""
 
-    def __init__(self, settings: TermSettings, where: str) -> None:
+    def __init__(
+        self, settings: TermSettings, where: str, shapes: Mapping[str, Shape], priors: Priors | None = None
+    ) -> None:
         super().__init__()
         self.settings = settings
-        self.distance = bind(settings.distance, DISTANCES, f"{where}.distance")()
-        self.weighting = bind(settings.weighting, WEIGHTINGS, f"{where}.weighting")()
+        distance, weighting, rectify = _bound(settings, where)
+        known = {"priors": priors, **_shapes(settings.output, shapes)}
+        self.rectify = rectify and complete(rectify, known, f"{where}.rectify")
+        self.distance = complete(distance, known, f"{where}.distance")
+        self.weighting = complete(weighting, known, f"{where}.weighting")
 
     def forward(self, seen: Seen) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the term's scalar loss and its statistics: effective sample size and largest weight."""
-        seen = seen.focus(self.settings.output, self.settings.padding)
-        student, teacher = seen.pair(self.settings.output)
-        distance = self.distance(_exact(student), _exact(teacher))
-        weight = self.weighting(distance.detach(), seen)
-        loss = self.settings.scale * reduce(weight * distance, seen.valid)
+        distance, weight, seen = self.measure(seen)
+        loss = self._scale(seen.epoch) * reduce(weight * distance, seen.valid)
+        if isinstance(self.weighting, Learned):
+            loss = loss + self.weighting.auxiliary(seen).mean()
         return loss, {
             "effective_sample_size": effective_sample_size(weight, seen.valid),
             "largest_weight": weight.max(),
         }
 
+    def measure(self, seen: Seen) -> tuple[Tensor, Tensor, Seen]:
+        """Return the distance and its weight, both (B,) or (B, N), and the rectified view that both were made from."""
+        seen = seen.focus(self.settings.output, self.settings.padding)
+        if self.rectify is not None:
+            seen = self.rectify(seen)
+        distance = self.distance(seen)
+        if distance.dim() == 2 and (seen.valid is None or seen.valid.shape != distance.shape):
+            seen = dataclasses.replace(seen, valid=torch.ones_like(distance, dtype=torch.bool))
+        return distance, self.weighting(distance.detach(), seen), seen
+
+    def _scale(self, epoch: float | None) -> float:
+        if epoch is None or epoch >= self.settings.warmup:
+            return self.settings.scale
+        return self.settings.scale * epoch / self.settings.warmup
+
 
 class Objective(nn.Module):
-    """A mapping of named terms."""
+    """A mapping of named terms.
 
-    def __init__(self, settings: Mapping[str, Mapping[str, Any]]) -> None:
+    `shapes` are those of one image's outputs by name, as in `Seen`: what a part that learns is made for. `priors`
+    tell how often each class occurs, for what goes by frequency.
+    """
+
+    def __init__(
+        self,
+        settings: Mapping[str, Mapping[str, Any]],
+        shapes: Mapping[str, Shape] | None = None,
+        priors: Priors | None = None,
+    ) -> None:
         super().__init__()
-        self.terms = nn.ModuleDict({name: Term(s, f"objective.{name}") for name, s in check(settings).items()})
+        terms = check(settings).items()
+        self.terms = nn.ModuleDict({name: Term(one, f"objective.{name}", shapes or {}, priors) for name, one in terms})
 
     def forward(self, seen: Seen) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the named losses and the named statistics."""
@@ -68,9 +108,23 @@ def check(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, TermSettings]:
         raise UserError("objective: names no term; a recipe that distils needs one, such as objective.embedding")
     terms = {name: TermSettings(**typed(TermSettings, s, f"objective.{name}")) for name, s in settings.items()}
     for name, term in terms.items():
-        bind(term.distance, DISTANCES, f"objective.{name}.distance")
-        bind(term.weighting, WEIGHTINGS, f"objective.{name}.weighting")
+        _bound(term, f"objective.{name}")
     return terms
+
+
+def _bound(term: TermSettings, where: str) -> tuple[Any, Any, Any]:
+    return (
+        bind(term.distance, DISTANCES, f"{where}.distance", SHAPES),
+        bind(term.weighting, WEIGHTINGS, f"{where}.weighting", SHAPES),
+        term.rectify and bind(term.rectify, RECTIFIERS, f"{where}.rectify", (*SHAPES, "priors")),
+    )
+
+
+def _shapes(output: str, shapes: Mapping[str, Shape]) -> dict[str, Shape | None]:
+    """Return the shapes of the student's and the teacher's `output`, None where it is not known."""
+    student = shapes.get(f"student.{output.rpartition('.')[2]}")
+    teachers = [name for name in shapes if not name.startswith("student.")]
+    return {"student": student, "teacher": shapes[teacher_name(output, shapes)] if teachers else None}
 
 
 def reduce(values: Tensor, valid: Tensor | None) -> Tensor:
@@ -89,7 +143,3 @@ def effective_sample_size(weight: Tensor, valid: Tensor | None) -> Tensor:
     assert valid is not None
     count_B = valid.sum(1).clamp_min(1)
     return (weight.sum(1).square() / (count_B * weight.square().sum(1).clamp_min(1e-12))).mean()
-
-
-def _exact(output: Tensor) -> Tensor:
-    return output.to(torch.promote_types(output.dtype, torch.float32))

@@ -1,7 +1,7 @@
 """What an objective sees of a batch."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,33 +15,52 @@ class Seen:
     """The named outputs of student and teachers, such as "student.embedding" and "sam.embedding", and what is valid.
 
     `valid` is (B, N) bool for maps of N patches: true where a patch holds any real pixel; None where no output is a
-    map. `output` is the output that the asking term compares. `whole` holds the teachers' vectors (G, D) of the whole
-    optimizer step's G images, over processes and accumulation.
+    map, or none is padded. `output` is the output that the asking term compares. `whole` holds the teachers' vectors
+    (G, D) of the whole optimizer step's G images, over processes and accumulation. `label` is (B,) int64, None where
+    the images carry none; `keys` are the images' keys; `epoch` is how many epochs are done, with its fraction, None
+    outside of training.
     """
 
     outputs: Mapping[str, Tensor]
     valid: Tensor | None = None
     output: str = ""
     whole: Mapping[str, Tensor] = field(default_factory=dict)
+    label: Tensor | None = None
+    keys: Sequence[str] = ()
+    epoch: float | None = None
 
     def focus(self, output: str, padding: str) -> "Seen":
         """Return the view of one term: its output, and with padding "include" every patch valid."""
         valid = self.valid if padding == "exclude" or self.valid is None else torch.ones_like(self.valid)
         return dataclasses.replace(self, output=output, valid=valid)
 
-    def pair(self, output: str) -> tuple[Tensor, Tensor]:
-        """Return the student's and the teacher's `output`; "embedding" where one teacher has it, or "sam.embedding"."""
-        _, _, short = output.rpartition(".")
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """Return the student's and the teacher's output that the term compares, in float32 or better."""
+        return self.student(), exact(self.teacher(self.output))
+
+    def student(self, output: str | None = None) -> Tensor:
+        """Return the student's `output`, by default the term's, in float32 or better; "sam.embedding" is "embedding"."""
+        asked = self.output if output is None else output
+        short = asked.rpartition(".")[2]
         if f"student.{short}" not in self.outputs:
             raise UserError(
-                f"output={output}: the student has none.{suggest(output, self._names('student.'))} "
+                f"output={asked}: the student has none.{suggest(asked, self._names('student.'))} "
                 f"Choose one of these, or a student that makes it"
             )
-        return self.outputs[f"student.{short}"], self.teacher(output)
+        return exact(self.outputs[f"student.{short}"])
 
     def teacher(self, output: str) -> Tensor:
-        """Return the teachers' `output`, (B, C) or (B, C, H, W)."""
+        """Return the teachers' `output`, (B, C) or (B, C, H, W): "embedding" where one has it, or "sam.embedding"."""
         return self.outputs[self._teacher_name(output)]
+
+    def labels(self, asking: str) -> Tensor:
+        """Return the images' labels (B,) int64. UserError that names who is `asking` where they carry none."""
+        if self.label is None:
+            raise UserError(
+                f"{asking}: learns from labels, and these images carry none; use a source that has them, such as "
+                f"image_classes, cifar100 or digits"
+            )
+        return self.label
 
     def whole_teacher(self, output: str) -> Tensor:
         """Return the teachers' vectors `output` of the whole optimizer step, (G, D)."""
@@ -50,11 +69,21 @@ class Seen:
         return self.whole[name]
 
     def _teacher_name(self, output: str) -> str:
-        names = [n for n in self.outputs if not n.startswith("student.") and (n == output or n.endswith(f".{output}"))]
-        if len(names) != 1:
-            others = [n for n in self.outputs if not n.startswith("student.")]
-            raise UserError(f"output={output}: {len(names)} teacher outputs match.{suggest(output, others)}")
-        return names[0]
+        return teacher_name(output, self.outputs)
 
     def _names(self, prefix: str) -> list[str]:
         return [name.removeprefix(prefix) for name in self.outputs if name.startswith(prefix)]
+
+
+def teacher_name(output: str, names: Mapping[str, object]) -> str:
+    """Return the one of `names` that is a teacher's `output`. UserError where none or several match."""
+    others = [name for name in names if not name.startswith("student.")]
+    found = [name for name in others if name == output or name.endswith(f".{output}")]
+    if len(found) != 1:
+        raise UserError(f"output={output}: {len(found)} teacher outputs match.{suggest(output, others)}")
+    return found[0]
+
+
+def exact(output: Tensor) -> Tensor:
+    """Return `output` in float32 or better."""
+    return output.to(torch.promote_types(output.dtype, torch.float32))

@@ -130,9 +130,7 @@ def _weights(run: Opened, seen: Seen, g: int) -> dict[str, np.ndarray]:
 def term_weights(run: Opened, seen: Seen) -> Iterator[tuple[str, Tensor, Seen]]:
     """Yield each term's name, its weights (B,) or (B, N), and what it saw."""
     for name, term in run.objective.terms.items():
-        focused = seen.focus(term.settings.output, term.settings.padding)  # type: ignore[union-attr,arg-type]
-        distance = term.distance(*focused.pair(focused.output))  # type: ignore[operator]
-        weight = term.weighting(distance, focused)  # type: ignore[operator]
+        _, weight, focused = term.measure(seen)  # type: ignore[operator]
         yield run.name if len(run.objective.terms) == 1 else f"{run.name}, {name}", weight, focused
 
 

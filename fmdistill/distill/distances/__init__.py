@@ -7,15 +7,20 @@ from torch import Tensor
 
 from fmdistill.distill.distances.cosine import Cosine
 from fmdistill.distill.distances.mse import MSE
+from fmdistill.distill.seen import Seen
 
 __all__ = ["DISTANCES", "Distance"]
 
 
 class Distance(Protocol):
-    """Measures how far the student is from the teacher, both in float32 or better."""
+    """Measures how far the student's `seen.output` is from the teacher's, or from the label.
 
-    def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Map (B, C) vectors to (B,), or (B, C, H, W) maps to (B, H W)."""
+    A frozen dataclass, or an nn.Module where it learns; its constructor may ask for `student` and `teacher`, the shapes
+    of one image's outputs that it will compare.
+    """
+
+    def __call__(self, seen: Seen) -> Tensor:
+        """Return (B,) for vectors, or (B, H W) for maps (B, C, H, W)."""
         ...
 
 
