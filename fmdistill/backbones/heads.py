@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from fmdistill.backbones.clip import TextHead
+from fmdistill.backbones.linear_head import LinearHead
 from fmdistill.backbones.promptable import PromptHead
 from fmdistill.registry import UserError, suggest
 
@@ -30,7 +31,7 @@ class Head(Protocol):
         ...
 
 
-HEADS = {"sam": PromptHead, "clip": TextHead}
+HEADS = {"sam": PromptHead, "clip": TextHead, "classifier": LinearHead}
 
 
 def load_head(family: str, folder: str | Path) -> Any:

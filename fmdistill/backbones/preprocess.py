@@ -6,6 +6,7 @@ from typing import Any, Protocol
 from PIL import Image
 from torch import Tensor
 
+from fmdistill.backbones.class_preprocess import ClassPreprocess
 from fmdistill.backbones.clip import ClipPreprocess
 from fmdistill.backbones.sam import SamPreprocess
 from fmdistill.registry import UserError, suggest
@@ -41,7 +42,7 @@ class Preprocess(Protocol):
         ...
 
 
-PREPROCESSING = {"sam": SamPreprocess, "clip": ClipPreprocess}
+PREPROCESSING = {"sam": SamPreprocess, "clip": ClipPreprocess, "class": ClassPreprocess}
 
 
 def from_json(stored: Mapping[str, Any]) -> Preprocess:

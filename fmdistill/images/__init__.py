@@ -6,6 +6,8 @@ from itertools import islice
 from typing import Any
 
 from fmdistill.images.captioned import Captioned
+from fmdistill.images.cifar100 import Cifar100
+from fmdistill.images.digits import Digits
 from fmdistill.images.folder import Folder
 from fmdistill.images.image_classes import ImageClasses
 from fmdistill.images.mix import Mix
@@ -25,6 +27,8 @@ SOURCES = {
     "photos": Photos,
     "scenes": Scenes,
     "captioned": Captioned,
+    "digits": Digits,
+    "cifar100": Cifar100,
     "mix": Mix,
 }
 
