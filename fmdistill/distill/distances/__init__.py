@@ -5,8 +5,17 @@ from typing import Protocol
 
 from torch import Tensor
 
+from fmdistill.distill.distances.at import AT
+from fmdistill.distill.distances.cc import CC
 from fmdistill.distill.distances.cosine import Cosine
+from fmdistill.distill.distances.cross_entropy import CrossEntropy
+from fmdistill.distill.distances.dkd import DKD
+from fmdistill.distill.distances.fitnet import FitNet
+from fmdistill.distill.distances.kd import KD
 from fmdistill.distill.distances.mse import MSE
+from fmdistill.distill.distances.pad import PAD
+from fmdistill.distill.distances.rkd import RKD
+from fmdistill.distill.distances.vid import VID
 from fmdistill.distill.seen import Seen
 
 __all__ = ["DISTANCES", "Distance"]
@@ -24,4 +33,16 @@ class Distance(Protocol):
         ...
 
 
-DISTANCES: dict[str, Callable[..., Distance]] = {"mse": MSE, "cosine": Cosine}
+DISTANCES: dict[str, Callable[..., Distance]] = {
+    "cross_entropy": CrossEntropy,
+    "kd": KD,
+    "dkd": DKD,
+    "mse": MSE,
+    "cosine": Cosine,
+    "fitnet": FitNet,
+    "at": AT,
+    "rkd": RKD,
+    "cc": CC,
+    "vid": VID,
+    "pad": PAD,
+}
