@@ -1,4 +1,4 @@
-"""The command line: a verb, a recipe, and key=value overrides. No flags."""
+"""The command line: a verb, a recipe, and key=value overrides. No flags but `compare --seeds N`."""
 
 import argparse
 import errno
@@ -34,6 +34,9 @@ def parser() -> argparse.ArgumentParser:
     overrides = ("overrides", "settings as key=value", "*")
     trust = ("settings", "trust=true where the run names code outside fmdistill", "*")
     verb("run", "cache, distil and evaluate", recipe, overrides)
+    verb("compare", "run recipes over the same seeds from one cache and write one paired table",
+         ("recipes", "recipes' paths, the first the baseline, and settings of all as key=value", "+"))  # fmt: skip
+    verbs.choices["compare"].add_argument("--seeds", type=int, default=8, help="how many seeds, from 0 on (8)")
     verb("cache", "run the teacher over the images that are not cached yet", recipe, overrides)
     verb("verify", "check every checksum of a cache, then recompute a sample", recipe, overrides)
     verb("distill", "train the student from the cache, resuming where it stopped", recipe, overrides)
@@ -51,9 +54,20 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def _parsed(argv: Sequence[str] | None) -> dict:
+    """Return the verb's arguments. Settings may follow a flag, which argparse alone would not take."""
+    top = parser()
+    known, rest = top.parse_known_args(argv)
+    if rest and (known.verb != "compare" or any(one.startswith("-") for one in rest)):
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        known.recipes += rest
+    return vars(known)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb. Return 0, or 2 after one line that says what is wrong and what to do."""
-    arguments = vars(parser().parse_args(argv))
+    arguments = _parsed(argv)
     from fmdistill import logs
     from fmdistill.registry import UserError
 
@@ -82,6 +96,14 @@ def _run(recipe: str, overrides: list[str]) -> None:
     pipeline.run(settings)
     if pipeline.is_main():
         print(report.text([settings.out]))
+
+
+def _compare(recipes: list[str], seeds: int) -> None:
+    from fmdistill import pipeline
+
+    paths = [one for one in recipes if "=" not in one]
+    table = pipeline.compare(paths, seeds, [one for one in recipes if "=" in one])
+    print(f"{table.read_text()}\n{table}")
 
 
 def _cache(recipe: str, overrides: list[str]) -> None:
@@ -190,6 +212,7 @@ def _demo(overrides: list[str]) -> None:
 
 VERBS = {
     "run": _run,
+    "compare": _compare,
     "cache": _cache,
     "verify": _verify,
     "distill": _distill,

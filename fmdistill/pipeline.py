@@ -1,20 +1,24 @@
-"""The verbs that join stages: check, run, demo."""
+"""The verbs that join stages: check, run, compare, demo."""
 
+import dataclasses
+import json
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from fmdistill import cache, distill, evaluate, images, recipe, report
-from fmdistill.cache.teacher import TEACHERS
+from fmdistill.cache import teacher
 from fmdistill.distill import objective
 from fmdistill.distill.optim import OPTIMIZERS, SCHEDULES
 from fmdistill.distill.student import STUDENTS
 from fmdistill.distill.tasks import TASKS
 from fmdistill.evaluate import teacher_score
+from fmdistill.files import write_whole
 from fmdistill.logs import log
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError, bind
+from fmdistill.report import paired, rows
 
 TRUSTED = ["trust=true"]  # of a run that was checked to be of the recipe that the user gave
 RECIPE_KEYS = {"extends", "out", "student", "task", "teacher"}  # a protocol has none of these
@@ -27,10 +31,12 @@ DEMO = {
 def check(settings: Recipe) -> None:
     """Bind every component of a recipe and load its protocols, without touching data."""
     images.check(settings.images)
-    if (settings.teacher is None) != (settings.cache is None):
-        raise UserError("teacher and cache: a recipe has both or neither")
+    live = teacher.is_live(settings.teacher)
+    if (settings.teacher is None) != (settings.cache is None) and not live:
+        raise UserError("teacher and cache: a recipe has both or neither; teacher.live=true needs no cache")
     if settings.teacher is not None:
-        bind(settings.teacher, TEACHERS, "teacher")
+        teacher.check(settings.teacher)
+    if settings.objective or settings.teacher is not None:
         objective.check(settings.objective)
     bind(settings.student, STUDENTS, "student")
     bind(settings.task, TASKS, "task", context=("recipe",))
@@ -68,7 +74,7 @@ def run(settings: Recipe) -> dict[str, dict[str, float]]:
     Of several training processes only the first evaluates; the others return {}.
     """
     check(settings)
-    if settings.teacher is not None:
+    if settings.teacher is not None and not teacher.is_live(settings.teacher):
         cache.run(settings)
         _score_teacher(settings)
     out = distill.run(settings)
@@ -93,6 +99,55 @@ def evaluate_recipe(settings: Recipe) -> dict[str, dict[str, float]]:
         raise UserError("this recipe names no protocols; give one: fmdistill evaluate PROTOCOL RUN")
     distill.check_run(settings, Path(settings.out))
     return {protocol: evaluate.run(protocol, settings.out, TRUSTED) for protocol in settings.protocols}
+
+
+def compare(paths: Sequence[str], seeds: int, overrides: Sequence[str] = ()) -> Path:
+    """Run several recipes over the seeds 0 to `seeds` - 1, judge each run, and write one paired table; return its path.
+
+    The first recipe is the baseline. The run of a recipe with out=FOLDER and seed S lies in FOLDER/seed-S; what is
+    there and finished is left as it is, so an interrupted comparison continues. The recipes share their caches.
+    """
+    if seeds < 1 or len(set(paths)) < 2:
+        raise UserError(f"compare: {len(set(paths))} recipes over {seeds} seeds; give two recipes and one seed or more")
+    planned = {path: [_seeded(path, seed, overrides) for seed in range(seeds)] for path in dict.fromkeys(paths)}
+    names = _method_names(planned)
+    first = [several[0] for several in planned.values()]
+    for settings in first:
+        check(settings)
+    if any(one.protocols != first[0].protocols for one in first) or not first[0].protocols:
+        raise UserError("compare: the recipes name different protocols, or none; what is compared is judged alike")
+    for settings in {str((one.cache, one.teacher, one.images)): one for one in first}.values():
+        if settings.teacher is not None and not teacher.is_live(settings.teacher):
+            cache.run(settings)
+    for seed in range(seeds):
+        for path, several in planned.items():
+            log.info("%s, seed %d", names[path], seed)
+            out = distill.run(several[seed])
+            for protocol in several[seed].protocols:
+                if not evaluate.kept(protocol, out):
+                    evaluate.run(protocol, out, TRUSTED)
+    found = {names[path]: rows.read_runs([one.out for one in several]) for path, several in planned.items()}
+    lines = {Path(one).stem: paired.compare(found, Path(one).stem) for one in first[0].protocols}
+    table = Path(os.path.commonpath([one.out for one in first])) / "comparison.md"
+    table.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(table, "\n\n".join(paired.text(some) for some in lines.values()) + "\n")
+    plain = {name: [dataclasses.asdict(line) for line in some] for name, some in lines.items()}
+    write_whole(table.with_suffix(".json"), json.dumps(plain, indent=1))
+    return table
+
+
+def _seeded(path: str, seed: int, overrides: Sequence[str]) -> Recipe:
+    settings = recipe.load(path, [*overrides, f"seed={seed}"])
+    return dataclasses.replace(settings, out=str(Path(settings.out) / f"seed-{seed}"))
+
+
+def _method_names(planned: Mapping[str, Sequence[Recipe]]) -> dict[str, str]:
+    """Return a short name for each recipe: its file's, or where two files share one, its whole path."""
+    outs = [several[0].out for several in planned.values()]
+    if len(set(outs)) < len(outs):
+        raise UserError(f"compare: two recipes write to one folder, such as {outs[0]}; give each its own `out`")
+    short = {path: Path(path).stem for path in planned}
+    return short if len(set(short.values())) == len(short) else {path: path for path in planned}
 
 
 def demo(kind: str = "sam", overrides: Sequence[str] = ()) -> Path:

@@ -92,3 +92,28 @@ def test_a_run_that_stops_early_has_the_rates_of_its_horizon():
     assert [early(step, 20) for step in range(20)] == [whole(step, 50) for step in range(20)]
     with pytest.raises(UserError, match=r"schedule\.horizon=50: the run has 51 steps"):
         early(0, 51)
+
+
+def test_steps_fall_by_the_factor_at_each_milestone():
+    schedule = optim.Steps()  # CIFAR-100's 240 epochs
+    rates = [schedule(step, 240) for step in range(240)]
+    wanted = [1.0] * 150 + [0.1] * 30 + [0.01] * 30 + [0.001] * 30
+    assert rates == pytest.approx(wanted)
+    with pytest.raises(UserError, match=r"milestones=\[0.5, 1.0\]"):
+        optim.Steps((0.5, 1.0))
+
+
+def test_sgd_is_pytorch_s_with_momentum_and_decay_of_all():
+    def trained(make):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
+        optimizer, images = make(model), torch.randn(8, 4)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(images).square().sum().backward()
+            optimizer.step()
+        return model.state_dict()
+
+    ours = trained(lambda model: optim.sgd(model, 0.1))
+    theirs = trained(lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -97,6 +97,8 @@ def estimate(images: Images, shards: list[Shard]) -> dict[str, int]:
 def _settings(recipe: Recipe) -> recipes.Cache:
     if recipe.cache is None or recipe.teacher is None:
         raise UserError("this recipe caches nothing: it has no `teacher` and `cache`")
+    if teacher.is_live(recipe.teacher):
+        raise UserError("teacher.live=true: this teacher runs beside the student and is not cached; leave `live` out")
     return recipe.cache
 
 

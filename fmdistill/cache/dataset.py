@@ -13,6 +13,8 @@ from fmdistill.images import DecodeError, Encoded, decode
 from fmdistill.images.kept import Kept
 from fmdistill.registry import UserError
 
+NO_LABEL = -1
+
 
 @dataclass(frozen=True)
 class CachedImages:
@@ -33,7 +35,7 @@ class CachedImages:
         return tuple(len(shard.samples) for shard in self.shards)
 
     def item(self, epoch: int, shard: int, index: int) -> dict[str, Any]:
-        """Return pixels uint8 (3, S, S), size (h, w), original (H, W), key, shard name and outputs."""
+        """Return pixels uint8 (3, S, S), size (h, w), original (H, W), label or -1, key, shard name and outputs."""
         reader = self.shards[shard]
         sample = reader.samples[index]
         pixels, size = self._kept.get((shard, index), lambda: self._prepare(shard, index))
@@ -42,6 +44,7 @@ class CachedImages:
             "pixels": pixels,
             "sizes": torch.tensor(size),
             "originals": torch.tensor(sample["original"]),
+            "label": torch.tensor(sample.get("label", NO_LABEL)),
             "keys": sample["key"],
             "shards": reader.name,
             "outputs": outputs,

@@ -1,5 +1,6 @@
 """Teachers: frozen models whose outputs are cached. Each maps prepared images to named outputs."""
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -13,9 +14,9 @@ from fmdistill.backbones.mini import build_sam_mini
 from fmdistill.backbones.preprocess import Preprocess
 from fmdistill.backbones.promptable import PromptHead
 from fmdistill.backbones.sam import SamPreprocess, build_sam
-from fmdistill.cache import clip_teacher
+from fmdistill.cache import class_teacher, clip_teacher
 from fmdistill.cache.compute import DType, Precision, computing, own_device, own_dtype, state_hash
-from fmdistill.registry import bind
+from fmdistill.registry import bind, convert
 
 
 class Teacher(Protocol):
@@ -117,12 +118,23 @@ TEACHERS = {
     "sam_mini": sam_mini,
     "open_clip": clip_teacher.open_clip,
     "clip_mini": clip_teacher.clip_mini,
+    "classifier": class_teacher.classifier,
 }
 
 
 def build(settings: Mapping[str, Any]) -> Teacher:
     """Return the teacher that a recipe names."""
-    return bind(settings, TEACHERS, "teacher")()
+    return check(settings)()
+
+
+def check(settings: Mapping[str, Any]) -> functools.partial:
+    """Bind the teacher's settings without loading it; `live` is the recipe's, and no teacher's."""
+    return bind({key: value for key, value in settings.items() if key != "live"}, TEACHERS, "teacher")
+
+
+def is_live(settings: Mapping[str, Any] | None) -> bool:
+    """Return whether the teacher runs beside the student, rather than once into a cache."""
+    return convert((settings or {}).get("live", False), bool, "teacher.live")
 
 
 def weights_path(settings: Mapping[str, Any]) -> Path | None:

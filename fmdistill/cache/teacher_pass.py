@@ -83,7 +83,7 @@ class Pass:
                 yield [future.result() for future in waiting.popleft()]
 
     def _prepare(self, index: int, image: Encoded) -> Prepared:
-        item = Prepared(index, image.key, image_hash(image.data))
+        item = Prepared(index, image.key, image_hash(image.data), image.label)
         try:
             picture = decode(image.data)
         except DecodeError as error:

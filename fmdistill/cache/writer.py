@@ -33,6 +33,7 @@ class Prepared:
     index: int
     key: str
     image_hash: str
+    label: int | None = None
     original: tuple[int, int] = (0, 0)
     resized: tuple[int, int] = (0, 0)
     pixels: Tensor | None = None
@@ -46,9 +47,15 @@ class Statistics:
     sums: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def add(self, output: str, array: np.ndarray, valid: np.ndarray) -> None:
-        """Count one image's (C, g, g) map with its (g, g) validity, or its vector (C,), which is one valid token."""
+        """Count one image's (C, H, W) map with its (g, g) validity, or its vector (C,), which is one valid token.
+
+        A map on another grid comes from a network whose images are not padded, so all of it is valid.
+        """
         if stacked(array.shape):
             array, valid = array[:, None], np.ones(1, bool)
+        elif array.shape[1:] != valid.shape:
+            assert valid.all(), f"{output}: {array.shape[1:]}, the padding's grid is {valid.shape}"
+            valid = np.ones(array.shape[1:], bool)
         for kind, mask in (("valid", valid), ("padded", ~valid)):
             tokens_CN = array[:, mask].astype(np.float64)
             zero = np.zeros(array.shape[0])
@@ -106,6 +113,8 @@ class ShardWriter:
             "resized": list(item.resized),
             "outputs": {},
         }
+        if item.label is not None:
+            sample["label"] = item.label
         for name, data in members.items():
             if stacked(outputs[name].shape):
                 offset = len(self.rows.setdefault(name, bytearray()))  # its place in the tar is known at the end

@@ -22,6 +22,12 @@ def adamw(
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas)
 
 
+def sgd(model: nn.Module, lr: float, weight_decay: float = 5e-4, momentum: float = 0.9) -> torch.optim.Optimizer:
+    """SGD with momentum; as in the CIFAR-100 distillation tables, every parameter is decayed, and without Nesterov."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.SGD(trained, lr=lr, momentum=momentum, weight_decay=weight_decay)
+
+
 def muon(
     model: nn.Module,
     lr: float,
@@ -95,5 +101,27 @@ class Constant:
         return min(1.0, (step + 1) / warm) if warm else 1.0
 
 
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": adamw, "muon": muon}
-SCHEDULES: dict[str, Callable[..., Callable[[int, int], float]]] = {"cosine": Cosine, "constant": Constant}
+@dataclass(frozen=True)
+class Steps:
+    """The learning rate times `factor` at each milestone, a share of the steps: CIFAR-100's 150, 180 and 210 of 240."""
+
+    milestones: tuple[float, ...] = (0.625, 0.75, 0.875)
+    factor: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not all(0 < one < 1 for one in self.milestones):
+            raise UserError(
+                f"schedule.milestones={list(self.milestones)}: expected shares of the steps between 0 and 1"
+            )
+
+    def __call__(self, step: int, steps: int) -> float:
+        """Return the factor of the learning rate at `step` of `steps`, counted from zero."""
+        return self.factor ** sum(step >= one * steps for one in self.milestones)
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": adamw, "muon": muon, "sgd": sgd}
+SCHEDULES: dict[str, Callable[..., Callable[[int, int], float]]] = {
+    "cosine": Cosine,
+    "constant": Constant,
+    "steps": Steps,
+}

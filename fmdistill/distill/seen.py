@@ -39,7 +39,7 @@ class Seen:
         return self.student(), exact(self.teacher(self.output))
 
     def student(self, output: str | None = None) -> Tensor:
-        """Return the student's `output`, by default the term's, in float32 or better; "sam.embedding" is "embedding"."""
+        """Return the student's `output`, by default the term's, in float32 or better; "sam.x" asks for "x"."""
         asked = self.output if output is None else output
         short = asked.rpartition(".")[2]
         if f"student.{short}" not in self.outputs:

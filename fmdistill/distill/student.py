@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fmdistill import recipe as recipes
+from fmdistill.backbones.classifiers import CLASSIFIERS
 from fmdistill.backbones.clip_mini import clip_mini_student
 from fmdistill.backbones.mini import sam_mini_student
 from fmdistill.backbones.tinyvit import tinyvit_sam, tinyvit_sam_mini
@@ -23,6 +24,7 @@ STUDENTS = {
     "tinyvit_clip_mini": tinyvit_clip_mini,
     "sam_mini": sam_mini_student,
     "clip_mini": clip_mini_student,
+    **CLASSIFIERS,
 }
 WEIGHTS = "student.safetensors"
 

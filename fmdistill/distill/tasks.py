@@ -7,20 +7,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fmdistill.backbones.class_preprocess import ClassPreprocess
+from fmdistill.backbones.classifiers import Classifier
 from fmdistill.backbones.clip_mini import MiniClip
 from fmdistill.backbones.mini import MiniSam
 from fmdistill.backbones.preprocess import Preprocess
 from fmdistill.backbones.sam import SamPreprocess
-from fmdistill.cache import open_cache
-from fmdistill.cache.dataset import CachedImages
+from fmdistill.distill import provider as providers
 from fmdistill.distill import student as students
 from fmdistill.distill.contrastive import CaptionedImages, Contrastive
 from fmdistill.distill.data import Data
 from fmdistill.distill.labelled import LabelledImages
-from fmdistill.distill.objective import Objective
+from fmdistill.distill.objective import Objective, check
+from fmdistill.distill.plain import Augment
 from fmdistill.distill.promptable import Promptable
+from fmdistill.distill.provider import Provider, Shape
 from fmdistill.distill.seen import Seen
-from fmdistill.distill.train import Shared
+from fmdistill.distill.train import Complete, Shared
 from fmdistill.images import build as build_images
 from fmdistill.images.source import SPLITS
 from fmdistill.recipe import Recipe
@@ -36,10 +39,13 @@ class Job:
     train: Data
     validation: Data
     shared: Shared | None = None  # what of a batch the whole optimizer step shares, (B, ...) each; None = nothing
+    complete: Complete | None = (
+        None  # adds to a batch on its device what the data lack, such as a live teacher's outputs
+    )
 
 
 class Distill(nn.Module):
-    """Student and objective: the student imitates the teacher's cached outputs."""
+    """Student and objective: the student imitates the teacher's outputs, learns the labels, or both."""
 
     def __init__(self, student: nn.Module, objective: Objective, preprocess: Preprocess) -> None:
         super().__init__()
@@ -50,27 +56,66 @@ class Distill(nn.Module):
         """Return {"loss", each named term, each term's statistics} for a batch of images and teacher outputs.
 
         batch["whole"] holds the teacher's vectors of the whole optimizer step; without it the batch is the whole.
+        Where there are logits and labels, "accuracy" is the share of the images whose label has the highest logit.
         """
         pixels, sizes = batch["pixels"], batch["sizes"]
         image_BCHW = self.preprocess.normalize(pixels, sizes).contiguous(memory_format=torch.channels_last)
         outputs = self.student(image_BCHW)
         named = {**{f"student.{name}": value for name, value in outputs.items()}, **batch["outputs"]}
+        label = batch["label"] if bool((batch["label"] >= 0).all()) else None
         with torch.autocast(pixels.device.type, enabled=False):
             maps = any(output.dim() > 2 for output in batch["outputs"].values())
             valid = self.preprocess.valid(sizes).flatten(1) if maps else None
-            losses, statistics = self.objective(Seen(named, valid, whole=batch.get("whole") or vectors(batch)))
+            whole = batch.get("whole") or vectors(batch)
+            seen = Seen(named, valid, "", whole, label, batch["keys"], batch.get("epoch"))
+            losses, statistics = self.objective(seen)
+            if label is not None and "logits" in outputs:
+                statistics["accuracy"] = (outputs["logits"].argmax(1) == label).float().mean()
             return {"loss": torch.stack(list(losses.values())).sum(), **losses, **statistics}
 
 
 def distill(recipe: Recipe) -> Job:
-    """Distil the cached teacher of the recipe into its student."""
-    cache = open_cache(recipe)
+    """Distil the recipe's teacher, cached or live, into its student."""
+    provider, student = providers.build(recipe), students.build(recipe.student)
+    _check_fit(student, provider, recipe)
+    return _job(recipe, provider, student)
+
+
+def classify(recipe: Recipe, statistics: str = "cifar100", crop: int = 0, flip: bool = False) -> Job:
+    """Train a classifier by labels, by a teacher's outputs, or both, as the objective's terms say.
+
+    `statistics` names the mean and deviation of the pixels where no teacher decides them; `crop` shifts an image by at
+    most so many pixels each way and `flip` mirrors every other one, anew for each epoch.
+    """
     student = students.build(recipe.student)
-    _check_fit(student, cache.shapes["embedding"], cache.preprocess.image_size, recipe)
-    task = Distill(student, Objective(recipe.objective), cache.preprocess)
-    shared = vectors if any(len(shape) == 1 for shape in cache.shapes.values()) else None
-    train = CachedImages(cache, "train", recipe.train.image_memory)
-    return Job(task, student, train, CachedImages(cache, "validation"), shared)
+    if not isinstance(student, Classifier):
+        raise UserError(f"student.name={recipe.student['name']}: task classify trains a classifier, such as resnet20")
+    own = ClassPreprocess.of(student.image_size, statistics)
+    provider = providers.build(recipe, own, Augment(crop, flip))
+    if provider.preprocess.image_size != student.image_size:
+        raise UserError(
+            f"student.name={recipe.student['name']}: sees {student.image_size} px, its teacher "
+            f"{provider.preprocess.image_size} px; choose a student of the teacher's size"
+        )
+    return _job(recipe, provider, student)
+
+
+def _job(recipe: Recipe, provider: Provider, student: nn.Module) -> Job:
+    shapes = {**_student_shapes(student, provider), **provider.shapes}
+    rectified = any(term.rectify for term in check(recipe.objective).values())
+    priors = providers.priors(provider, shapes["student.logits"][0]) if rectified else None
+    task = Distill(student, Objective(recipe.objective, shapes, priors), provider.preprocess)
+    shared = vectors if any(len(shape) == 1 for shape in provider.shapes.values()) else None
+    return Job(task, student, provider.train, provider.validation, shared, provider.complete)
+
+
+@torch.no_grad()
+def _student_shapes(student: nn.Module, provider: Provider) -> dict[str, Shape]:
+    side = provider.preprocess.image_size
+    training, device = student.training, next(student.parameters()).device
+    found = student.eval()(torch.zeros(1, 3, side, side, device=device))
+    student.train(training)
+    return {f"student.{name}": tuple(value.shape[1:]) for name, value in found.items()}
 
 
 def vectors(batch: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -122,7 +167,12 @@ def contrastive(recipe: Recipe) -> Job:
     return Job(Contrastive(student), student, train, validation)
 
 
-TASKS: dict[str, Callable[..., Job]] = {"distill": distill, "promptable": promptable, "contrastive": contrastive}
+TASKS: dict[str, Callable[..., Job]] = {
+    "distill": distill,
+    "classify": classify,
+    "promptable": promptable,
+    "contrastive": contrastive,
+}
 
 
 def build(recipe: Recipe) -> Job:
@@ -135,7 +185,11 @@ def _memory(recipe: Recipe, split: str) -> float:
     return recipe.train.image_memory if split == "train" else 0.0  # loaders of the validation images live for one pass
 
 
-def _check_fit(student: Any, shape: tuple[int, ...], image_size: int, recipe: Recipe) -> None:
+def _check_fit(student: Any, provider: Provider, recipe: Recipe) -> None:
+    image_size = provider.preprocess.image_size
+    shape = next((shape for name, shape in provider.shapes.items() if name.endswith(".embedding")), None)
+    if shape is None:
+        raise UserError(f"task.name=distill: {provider.source} has no embedding; use task classify for a classifier")
     try:
         student_size, channels = student.image_size, student.out_channels
     except AttributeError as error:
@@ -145,6 +199,6 @@ def _check_fit(student: Any, shape: tuple[int, ...], image_size: int, recipe: Re
     if (student_size, channels) != (image_size, shape[0]):
         kind = "dimensions" if len(shape) == 1 else "channels"
         raise UserError(
-            f"student.name={recipe.student['name']}: makes {channels} {kind} at {student_size} px, but the cache "
-            f"holds {shape[0]} {kind} at {image_size} px; choose a student of the teacher's size"
+            f"student.name={recipe.student['name']}: makes {channels} {kind} at {student_size} px, but "
+            f"{provider.source} has {shape[0]} {kind} at {image_size} px; choose a student of the teacher's size"
         )

@@ -25,6 +25,7 @@ from fmdistill.registry import UserError, bind
 
 Validator = Callable[[nn.Module], dict[str, float]]
 Shared = Callable[[dict], dict[str, Tensor]]
+Complete = Callable[[dict], dict]
 
 
 @dataclass
@@ -68,10 +69,17 @@ class Engine:
 
 
 def fit(
-    task: nn.Module, data: Data, recipe: Recipe, validate: Validator, engine: Engine, shared: Shared | None = None
+    task: nn.Module,
+    data: Data,
+    recipe: Recipe,
+    validate: Validator,
+    engine: Engine,
+    shared: Shared | None = None,
+    complete: Complete | None = None,
 ) -> int:
     """Train `task` on `data` for the recipe's steps, resuming from the run's newest checkpoint; return the steps.
 
+    `complete` adds to each micro-batch, on its device, what the data lack; batch["epoch"] counts the epochs done.
     What `shared` names of a batch reaches every micro-batch of the optimizer step as batch["whole"], from all processes
     and all accumulation, in the order of the global batch. So an objective that asks for no more of the other images
     gives the same gradient for any number of processes and any accumulation. A BatchNorm in train mode does not: its
@@ -96,7 +104,9 @@ def fit(
             torch.manual_seed(hash((recipe.seed, step, accelerator.process_index)) % 2**63)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * schedule(step, steps)
-            losses = _backward(model, parts, engine, step, shared)
+            losses = _backward(
+                model, step_batches(parts, engine, shared, complete), engine, step, (step + 1) / plan.steps_per_epoch
+            )
             norm = float(accelerator.clip_grad_norm_(model.parameters(), settings.clip or math.inf))  # type: ignore[arg-type]
             _check_gradient(task, losses, norm, step)
             optimizer.step()
@@ -124,7 +134,7 @@ def total_steps(settings: Train, plan: Batches) -> int:
     return settings.steps or max(1, round((settings.epochs or 0) * plan.steps_per_epoch))
 
 
-def validator(data: Data, engine: Engine) -> Validator:
+def validator(data: Data, engine: Engine, complete: Complete | None = None) -> Validator:
     """Return a callable that gives the task's mean losses over `data`, every sample exactly once."""
 
     @torch.no_grad()
@@ -138,8 +148,9 @@ def validator(data: Data, engine: Engine) -> Validator:
             broadcast(buffer)
         for batch in batches(data, places, engine.settings.workers):
             size = len(batch["keys"])
+            batch = to_device(batch, accelerator.device)
             with engine.autocast():
-                losses = module(to_device(batch, accelerator.device))
+                losses = module(batch if complete is None else complete(batch))
             for name, value in losses.items():
                 sums[name] = sums.get(name, torch.zeros_like(count)) + value.float() * size
             count += size
@@ -165,17 +176,15 @@ def _plan(data: Data, recipe: Recipe, engine: Engine) -> Batches:
     return Batches(counts, settings.batch_size, recipe.seed, settings.window, accumulate=settings.accumulate, **place)
 
 
-def _backward(
-    model: nn.Module, parts: Iterator[dict], engine: Engine, step: int, shared: Shared | None
-) -> dict[str, Tensor]:
+def _backward(model: nn.Module, parts: Iterator[dict], engine: Engine, step: int, epoch: float) -> dict[str, Tensor]:
     """Accumulate one step's gradients; return its losses, the mean over its micro-batches."""
     accelerator, accumulate = engine.accelerator, engine.settings.accumulate
     sums: dict[str, Tensor] = {}
-    for part, batch in enumerate(step_batches(parts, engine, shared)):
+    for part, batch in enumerate(parts):
         last = part == accumulate - 1
         with nullcontext() if last else accelerator.no_sync(model):
             with engine.autocast():
-                losses = model(batch)
+                losses = model({**batch, "epoch": epoch})
             _check_loss(losses["loss"].detach(), batch, step)
             accelerator.backward(losses["loss"] / accumulate)
         for name, value in losses.items():
@@ -183,10 +192,14 @@ def _backward(
     return sums
 
 
-def step_batches(parts: Iterator[dict], engine: Engine, shared: Shared | None) -> Iterator[dict]:
+def step_batches(
+    parts: Iterator[dict], engine: Engine, shared: Shared | None = None, complete: Complete | None = None
+) -> Iterator[dict]:
     """Yield the micro-batches of one optimizer step on the device, each with what the step shares as "whole"."""
     device = engine.accelerator.device
     step: Iterable[dict] = itertools.islice(parts, engine.settings.accumulate)
+    if complete is not None:
+        step = map(complete, (to_device(batch, device) for batch in step))
     whole: dict[str, Tensor] = {}
     if shared is not None:
         step = list(step)

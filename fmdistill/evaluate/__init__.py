@@ -10,11 +10,12 @@ from torch import nn
 
 from fmdistill import recipe as recipes
 from fmdistill.distill import student as students
-from fmdistill.evaluate import colour_baseline, retrieval, subjects, zeroshot
+from fmdistill.evaluate import colour_baseline, retrieval, subjects, top1, zeroshot
 from fmdistill.evaluate.colour_baseline import CaptionedZeroshot
 from fmdistill.evaluate.grid_miou import GridMiou
 from fmdistill.evaluate.retrieval import Retrieval
 from fmdistill.evaluate.scene_miou import SceneMiou
+from fmdistill.evaluate.top1 import Top1
 from fmdistill.evaluate.zeroshot import Zeroshot
 from fmdistill.files import write_whole
 from fmdistill.logs import log
@@ -29,6 +30,7 @@ PROTOCOLS: dict[str, Callable[..., Any]] = {
     "zeroshot": Zeroshot,
     "retrieval": Retrieval,
     "captioned_zeroshot": CaptionedZeroshot,
+    "top1": Top1,
 }
 JUDGES: dict[type, Judge] = {
     GridMiou: subjects.judge_grid,
@@ -36,6 +38,7 @@ JUDGES: dict[type, Judge] = {
     Zeroshot: zeroshot.judge,
     Retrieval: retrieval.judge,
     CaptionedZeroshot: colour_baseline.judge,
+    Top1: top1.judge,
 }
 
 
@@ -98,6 +101,15 @@ def run(protocol: str | Path, subject: str | Path, overrides: Iterable[str] = ()
     metrics, details = judged.judge(judged.settings, recipe, {"student": student})
     _keep(out, protocol, judged, metrics, details)
     return metrics
+
+
+def kept(protocol: str | Path, run: str | Path) -> bool:
+    """Return whether the run keeps a result by this protocol, with the settings that it has now."""
+    path = Path(run) / "evaluation" / f"{Path(protocol).stem}.json"
+    try:
+        return json.loads(path.read_text())["protocol"] == json.loads(json.dumps(load(protocol).to_json()))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def run_together(protocol: str | Path, runs: Sequence[str | Path], trust: bool = False) -> None:

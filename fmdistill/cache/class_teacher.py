@@ -1,0 +1,102 @@
+"""An image classifier as a teacher: its logits, its pooled feature, and the maps of its stages that are asked for."""
+
+# Legend: B images, K classes, D the feature's width, C the channels of a stage's map.
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fmdistill.backbones.class_preprocess import ClassPreprocess
+from fmdistill.backbones.classifiers import CLASSIFIERS, Classifier
+from fmdistill.backbones.linear_head import LinearHead
+from fmdistill.cache.compute import DType, Precision, computing, own_device, own_dtype, state_hash
+from fmdistill.recipe import Component
+from fmdistill.registry import UserError, bind, suggest
+
+
+class ClassTeacher:
+    """A classifier, frozen and in eval mode: logits (B, K), feature (B, D), and maps (B, C, H, W) by their names."""
+
+    family = "classifier"
+
+    def __init__(
+        self,
+        model: Classifier,
+        preprocess: ClassPreprocess,
+        *,
+        kind: dict[str, Any],
+        maps: list[str],
+        device: str,
+        dtype: DType,
+        batch: int,
+        workers: int,
+    ) -> None:
+        self.kind, self.batch, self.workers, self.preprocess = kind, batch, workers, preprocess
+        self.device = own_device(device)
+        self.dtype: Precision = own_dtype(dtype, self.device)
+        self.model = model.eval().requires_grad_(False).to(self.device)
+        found = self._outputs(torch.zeros(1, 3, *(2 * [model.image_size]), device=self.device))
+        for name in maps:
+            if name not in found or found[name].dim() != 4:
+                raise UserError(f"teacher.maps={name}: {kind['name']} makes no such map.{suggest(name, found)}")
+        self.outputs = {name: tuple(found[name].shape[1:]) for name in ("logits", "feature", *maps)}
+
+    def __call__(self, pixels: Tensor, sizes: Tensor) -> dict[str, Tensor]:
+        """Return the named outputs, float32 on the CPU, for uint8 (B, 3, S, S) pixels."""
+        found = self._outputs(self.preprocess.normalize(pixels.to(self.device), sizes.to(self.device)))
+        return {name: found[name].float().cpu().contiguous() for name in self.outputs}
+
+    @torch.inference_mode()
+    def _outputs(self, image_BCHW: Tensor) -> dict[str, Tensor]:
+        with computing(self.dtype, self.device):
+            return self.model(image_BCHW)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return the teacher's identity."""
+        return {
+            "name": "classifier",
+            "network": self.kind,
+            "weights": state_hash(self.model.state_dict()),
+            "preprocess": self.preprocess.to_json(),
+            "dtype": self.dtype,
+            "path": "fmdistill",
+        }
+
+    def head(self) -> LinearHead:
+        """Return the classifier's last layer."""
+        return LinearHead.of(self.model.head)
+
+
+def classifier(
+    network: Component,
+    weights: str,
+    statistics: str = "cifar100",
+    maps: list[str] | None = None,
+    device: str = "auto",
+    dtype: DType = "auto",
+    batch: int = 256,
+    workers: int = 2,
+) -> ClassTeacher:
+    """A classifier that a recipe trained: `network` as its `student` had it, `weights` its run or safetensors file.
+
+    `statistics` names the pixels' mean and deviation, as in task `classify`; `maps` the stages whose maps are cached.
+    """
+    model = bind(network, CLASSIFIERS, "teacher.network")()
+    path = Path(weights) / "student.safetensors" if Path(weights).is_dir() else Path(weights)
+    if not path.is_file():
+        raise UserError(
+            f"teacher.weights={weights}: no such run or file; train the teacher first with its own recipe, or give the "
+            f"safetensors file of a {network['name']}"
+        )
+    try:
+        model.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"teacher.weights={weights}: does not hold this {network['name']} ({reason})") from None
+    preprocess = ClassPreprocess.of(model.image_size, statistics)
+    settings: dict[str, Any] = {"device": device, "dtype": dtype, "batch": batch, "workers": workers}
+    return ClassTeacher(model, preprocess, kind=dict(network), maps=maps or [], **settings)

@@ -1,0 +1,125 @@
+"""Where a task's batches come from, with what the teacher says: from a cache, from a live teacher, or without one."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fmdistill.backbones.preprocess import Preprocess
+from fmdistill.cache import open_cache, teacher
+from fmdistill.cache.dataset import CachedImages
+from fmdistill.distill.data import Data
+from fmdistill.distill.plain import Augment, PlainImages
+from fmdistill.distill.rectifiers import Priors
+from fmdistill.distill.train import Complete
+from fmdistill.images import build as build_images
+from fmdistill.images.source import SPLITS
+from fmdistill.recipe import Recipe
+from fmdistill.registry import UserError
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Provider:
+    """Training and validation data of one batch layout, whoever fills its "outputs".
+
+    `shapes` are those of the teacher's outputs for one image, by their names in a batch; `complete` adds a live
+    teacher's outputs to a batch that is on its device, None where they are there already; `source` says in errors where
+    they come from.
+    """
+
+    preprocess: Preprocess
+    shapes: dict[str, Shape]
+    train: Data
+    validation: Data
+    complete: Complete | None
+    source: str
+    labels: Callable[[], np.ndarray]  # of the training images, int (N,), -1 for none
+    rows: Callable[[str], np.ndarray]  # a teacher's vectors for them, (N, D)
+
+
+def build(recipe: Recipe, own: Preprocess | None = None, augment: Augment | None = None) -> Provider:
+    """Return the recipe's provider; `own` is how images are prepared where no teacher decides it."""
+    if recipe.teacher is None:
+        if own is None:
+            raise UserError(f"task.name={recipe.task['name']}: learns from a teacher; the recipe needs one")
+        return _plain(recipe, own, {}, augment or Augment(), None, "no teacher")
+    if not teacher.is_live(recipe.teacher):
+        if augment:
+            raise UserError(
+                "task.crop, task.flip: a cached teacher saw the images as they are; add teacher.live=true, so that it "
+                "sees what the student sees, or leave the augmentation out"
+            )
+        return _cached(recipe)
+    model = teacher.build(recipe.teacher)
+    shapes = {f"{model.family}.{name}": shape for name, shape in model.outputs.items()}
+
+    def complete(batch: dict) -> dict:
+        device = batch["pixels"].device
+        found = model(batch["pixels"], batch["sizes"]).items()
+        return {**batch, "outputs": {f"{model.family}.{name}": value.to(device) for name, value in found}}
+
+    return _plain(recipe, model.preprocess, shapes, augment or Augment(), complete, "the live teacher")
+
+
+def priors(provider: Provider, classes: int) -> Priors:
+    """Return how often each class occurs among the training images. UserError where an image has no label."""
+    label_N = provider.labels()
+    if (label_N < 0).any() or (label_N >= classes).any():
+        raise UserError(
+            f"rectify: goes by the classes' frequencies, so each training image needs a label from 0 to {classes - 1}"
+        )
+    counts_K = torch.from_numpy(np.bincount(label_N, minlength=classes))
+    if (counts_K == 0).any():
+        raise UserError(f"rectify: class {int(counts_K.argmin())} has no training image, so no frequency to go by")
+
+    def means(output: str) -> Tensor:
+        rows_ND = torch.from_numpy(provider.rows(output)).float()
+        sums_KD = torch.zeros(classes, rows_ND.shape[1]).index_add_(0, torch.from_numpy(label_N), rows_ND)
+        return sums_KD / counts_K[:, None]
+
+    return Priors(counts_K, means)
+
+
+def _cached(recipe: Recipe) -> Provider:
+    cache = open_cache(recipe)
+    train = CachedImages(cache, "train", recipe.train.image_memory)
+
+    def labels() -> np.ndarray:
+        return np.array([sample.get("label", -1) for shard in train.shards for sample in shard.samples])
+
+    def rows(output: str) -> np.ndarray:
+        name = output.removeprefix(f"{cache.family}.")
+        return np.stack([shard.read(index)[name] for shard in train.shards for index in range(len(shard.samples))])
+
+    shapes = {f"{cache.family}.{name}": shape for name, shape in cache.shapes.items()}
+    validation = CachedImages(cache, "validation")
+    return Provider(cache.preprocess, shapes, train, validation, None, "the cache", labels, rows)
+
+
+def _plain(
+    recipe: Recipe,
+    preprocess: Preprocess,
+    shapes: dict[str, Shape],
+    augment: Augment,
+    complete: Complete | None,
+    source: str,
+) -> Provider:
+    images = build_images(recipe.images)
+    train, validation = (
+        PlainImages(images, split, preprocess, recipe.seed, drawn, memory=memory)
+        for split, drawn, memory in zip(SPLITS, (augment, Augment()), (recipe.train.image_memory, 0.0), strict=True)
+    )
+
+    def labels() -> np.ndarray:
+        places = [(shard, index) for shard, count in enumerate(train.counts) for index in range(count)]
+        found = [train.encoded(*place)[1].label for place in places]
+        return np.array([-1 if label is None else label for label in found])
+
+    def rows(output: str) -> np.ndarray:
+        raise UserError(f"rectify: the classes' means of {output} come from a cache; leave teacher.live out")
+
+    return Provider(preprocess, shapes, train, validation, complete, source, labels, rows)

@@ -1,0 +1,135 @@
+"""Score classifiers by their own labels: accuracy, also by how often a class is seen and how rare an image is.
+
+Letters: N images, K classes, T best classes.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fmdistill.backbones.class_preprocess import ClassPreprocess
+from fmdistill.backbones.device import pick_device
+from fmdistill.distill import provider as providers
+from fmdistill.distill.data import batches, every, to_device
+from fmdistill.distill.provider import Provider
+from fmdistill.evaluate import rarity
+from fmdistill.evaluate.zeroshot import TOP, measure
+from fmdistill.logs import progress
+from fmdistill.recipe import Recipe
+from fmdistill.registry import UserError
+
+Judged = tuple[dict[str, float], dict]
+
+TEACHER = "teacher"
+
+
+@dataclass(frozen=True)
+class Top1:
+    """How to judge: the class of the highest logit against the label, on the recipe's validation images.
+
+    `quartiles` adds the SRW paper's Table 4: images ranked by the average cosine similarity of the teacher's `feature`
+    to the others of random batches of 64 (drawn once, by `seed`; see evaluate/rarity.py), q1 the rarest quarter.
+    `frequency` adds the accuracy on classes with more than `many` training images, with fewer than `few`, and between
+    (Liu et al., "Large-Scale Long-Tailed Recognition in an Open World", CVPR 2019: 100 and 20).
+    """
+
+    quartiles: bool = False
+    feature: str = "logits"
+    seed: int = 0
+    frequency: bool = False
+    many: int = 100
+    few: int = 20
+    batch: int = 256
+    workers: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Refuse what would judge nothing."""
+        if self.batch < 1 or self.workers < 0:
+            raise UserError(f"batch={self.batch}, workers={self.workers}: expected at least 1, and at least 0")
+        if not 0 < self.few <= self.many:
+            raise UserError(f"few={self.few}, many={self.many}: expected 0 < few <= many training images")
+
+
+def judge(protocol: Top1, recipe: Recipe, models: Mapping[str, nn.Module]) -> Judged:
+    """Score students, named apart, and the teacher where the recipe has one.
+
+    Metrics are "STUDENT/top1", "STUDENT/top5" (of at least five classes), "STUDENT/mean_per_class_recall", and for
+    parts such as "STUDENT/q1/top1" and "STUDENT/few/top1"; details {"rows": one per image and subject}.
+    """
+    size = next(iter(models.values())).image_size
+    statistics = str(recipe.task.get("statistics", "cifar100"))
+    provider = providers.build(recipe, ClassPreprocess.of(size, statistics))  # type: ignore[arg-type]
+    labels_N, keys, logits, feature_ND = _read(protocol, provider, recipe, models)
+    classes = next(iter(logits.values())).shape[1]
+    if labels_N.min() < 0 or labels_N.max() >= classes:
+        raise UserError(f"top1: an image's label is {labels_N.min()} or {labels_N.max()}, the classes are {classes}")
+    parts: dict[str, np.ndarray] = {"": np.ones(len(labels_N), dtype=bool)}
+    if protocol.quartiles:
+        if feature_ND is None:
+            raise UserError(
+                "quartiles=true: images are ranked by the teacher's feature, and this recipe has no teacher"
+            )
+        quartile_N = rarity.quartiles(rarity.similarity(feature_ND, protocol.seed))
+        parts |= {f"q{number}/": quartile_N == number for number in range(1, 5)}
+    if protocol.frequency:
+        parts |= _by_frequency(protocol, provider.labels(), labels_N, classes)
+    metrics: dict[str, float] = {}
+    rows: list[dict[str, Any]] = []
+    for name, logits_NK in logits.items():
+        best_NT = logits_NK.topk(min(max(TOP), classes), dim=1).indices.numpy()
+        for part, members_N in parts.items():
+            if members_N.any():
+                found = measure(best_NT[members_N], labels_N[members_N], classes)
+                metrics |= {f"{name}/{part}{k}": v for k, v in found.items() if not part or k.startswith("top")}
+        for key, label, best in zip(keys, labels_N.tolist(), best_NT[:, 0].tolist(), strict=True):
+            rows.append({"key": key, "student": name, "label": label, "prediction": best})
+    return metrics, {"rows": rows}
+
+
+def _read(
+    protocol: Top1, provider: Provider, recipe: Recipe, models: Mapping[str, nn.Module]
+) -> tuple[np.ndarray, list[str], dict[str, Tensor], Tensor | None]:
+    """Return labels, keys, every subject's logits (N, K), and the teacher's feature (N, D)."""
+    device = pick_device(protocol.device, "device")
+    models = {name: model.to(device).eval() for name, model in models.items()}
+    labels: list[Tensor] = []
+    keys: list[str] = []
+    logits: dict[str, list[Tensor]] = {}
+    features: list[Tensor] = []
+    for batch in _batches(protocol, provider, device):
+        labels.append(batch["label"].cpu())
+        keys += batch["keys"]
+        image = provider.preprocess.normalize(batch["pixels"], batch["sizes"])
+        found = {name: model(image)["logits"] for name, model in models.items()}
+        for name, output in batch["outputs"].items():
+            if name.endswith(".logits"):
+                found[TEACHER] = output
+            if name.endswith(f".{protocol.feature}"):
+                features.append(output.flatten(1).float().cpu())
+        for name, value in found.items():
+            logits.setdefault(name, []).append(value.float().cpu())
+    if protocol.quartiles and recipe.teacher is not None and not features:
+        known = ", ".join(name.partition(".")[2] for name in provider.shapes)
+        raise UserError(f"feature={protocol.feature}: the teacher gives none. Known: {known}")
+    joined = {name: torch.cat(values) for name, values in logits.items()}
+    return torch.cat(labels).numpy(), keys, joined, torch.cat(features) if features else None
+
+
+@torch.no_grad()
+def _batches(protocol: Top1, provider: Provider, device: torch.device) -> Iterator[dict]:
+    places = list(every(provider.validation, protocol.batch))
+    for batch in progress(batches(provider.validation, places, protocol.workers), "top1", total=len(places)):
+        batch = to_device(batch, device)
+        yield batch if provider.complete is None else provider.complete(batch)
+
+
+def _by_frequency(protocol: Top1, trained_N: np.ndarray, labels_N: np.ndarray, classes: int) -> dict[str, np.ndarray]:
+    counts_K = np.bincount(trained_N[trained_N >= 0], minlength=classes)
+    many_K, few_K = counts_K > protocol.many, counts_K < protocol.few
+    kinds = {"many/": many_K, "medium/": ~many_K & ~few_K, "few/": few_K}
+    return {name: members_K[labels_N] for name, members_K in kinds.items()}

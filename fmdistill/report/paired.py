@@ -1,0 +1,141 @@
+"""Compare methods that were run over the same seeds: paired differences with an interval, and what they decide.
+
+Letters: S seeds, M methods, the first of them the baseline.
+"""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from fmdistill.report.rows import STUDENT, Run
+from fmdistill.report.tables import share_heading
+
+LEVEL = 0.95
+MANY = 3  # more methods than these are corrected for
+QUICK = 60.0  # seconds; a run that takes less is repeated oftener before anything is called decided
+SEEDS_QUICK, SEEDS = 8, 5
+
+
+@dataclass(frozen=True)
+class Line:
+    """One method on one metric: over its seeds, and against the baseline's runs with the same seeds.
+
+    The interval is Student's t of the S paired differences, at 95 %; with more than three methods at 1 - 5 % / (M - 1)
+    (Bonferroni), so that all intervals of a metric hold together at 95 %.
+    """
+
+    method: str
+    metric: str
+    seeds: int
+    mean: float
+    deviation: float  # between seeds
+    difference: float | None  # None for the baseline
+    low: float | None
+    high: float | None
+    verdict: str
+    effective_sample_size: float | None  # mean over the logged steps, the seeds and the terms
+
+
+def compare(runs: Mapping[str, Sequence[Run]], protocol: str) -> list[Line]:
+    """Return a line for each metric and method; `runs` are each method's, by seed in one order, the baseline first."""
+    methods = list(runs)
+    enough = needed(runs)
+    lines = []
+    for metric in _metrics(runs, protocol):
+        values = {name: _values(runs[name], protocol, metric) for name in methods}
+        for name in methods:
+            difference, low, high = (None, None, None)
+            if name != methods[0]:
+                difference, low, high = interval(np.subtract(values[name], values[methods[0]]), len(methods))
+            mean, deviation = float(np.mean(values[name])), _deviation(values[name])
+            verdict = _verdict(difference, low, high, len(values[name]), enough)
+            ess = _effective_sample_size(runs[name])
+            lines.append(Line(name, metric, len(values[name]), mean, deviation, difference, low, high, verdict, ess))
+    return lines
+
+
+def interval(difference_S: np.ndarray, methods: int = 2) -> tuple[float, float, float]:
+    """Return the mean of paired differences and its interval; of one seed, from minus to plus infinity."""
+    count, mean = len(difference_S), float(np.mean(difference_S))
+    if count < 2:
+        return mean, -math.inf, math.inf
+    comparisons = methods - 1 if methods > MANY else 1
+    quantile = float(stats.t.ppf(1 - (1 - LEVEL) / comparisons / 2, count - 1))
+    half = quantile * float(np.std(difference_S, ddof=1)) / math.sqrt(count)
+    return mean, mean - half, mean + half
+
+
+def needed(runs: Mapping[str, Sequence[Run]]) -> int:
+    """Return how many seeds decide: eight where a run's training takes less than a minute, else five."""
+    seconds = [found for several in runs.values() for run in several if (found := _seconds(run)) is not None]
+    return SEEDS_QUICK if seconds and statistics.median(seconds) < QUICK else SEEDS
+
+
+def text(lines: Sequence[Line]) -> str:
+    """Return one Markdown table per metric; shares are shown times 100."""
+    written = []
+    for metric in dict.fromkeys(line.metric for line in lines):
+        ours = [line for line in lines if line.metric == metric]
+        scale = 100.0 if share_heading(metric.split("/")[-1]) else 1.0
+        written += [f"**{metric}**, {ours[0].seeds} seeds, differences to {ours[0].method}", ""]
+        written += ["| method | mean | sd | difference | interval | | ESS |", "|---|---|---|---|---|---|---|"]
+        written += [_row(line, scale) for line in ours] + [""]
+    return "\n".join(written).rstrip()
+
+
+def _row(line: Line, scale: float) -> str:
+    ess = "" if line.effective_sample_size is None else f"{line.effective_sample_size:.3f}"
+    start = f"| {line.method} | {scale * line.mean:.2f} | {scale * line.deviation:.2f} |"
+    if line.difference is None:
+        return f"{start} | | baseline | {ess} |"
+    low, high = (f"{scale * end:+.2f}" for end in (line.low or 0.0, line.high or 0.0))
+    return f"{start} {scale * line.difference:+.2f} | {low} to {high} | {line.verdict} | {ess} |"
+
+
+def _verdict(difference: float | None, low: float | None, high: float | None, seeds: int, enough: int) -> str:
+    if difference is None or low is None or high is None:
+        return "baseline"
+    if seeds < enough:
+        return f"not decided: {seeds} of {enough} seeds"
+    return "not decided" if low <= 0 <= high else ("better" if difference > 0 else "worse")
+
+
+def _metrics(runs: Mapping[str, Sequence[Run]], protocol: str) -> list[str]:
+    """Return the student's metrics that are shares and that every run has, in their order."""
+    several = [run.evaluations[protocol] for group in runs.values() for run in group]
+    names = [name for name in several[0] if all(name in one for one in several)]
+    return [
+        name.partition("/")[2]
+        for name in names
+        if name.startswith(f"{STUDENT}/") and share_heading(name.split("/")[-1]) is not None
+    ]
+
+
+def _values(runs: Sequence[Run], protocol: str, metric: str) -> np.ndarray:
+    return np.array([run.evaluations[protocol][f"{STUDENT}/{metric}"] for run in runs])
+
+
+def _deviation(values_S: np.ndarray) -> float:
+    return float(np.std(values_S, ddof=1)) if len(values_S) > 1 else 0.0
+
+
+def _effective_sample_size(runs: Sequence[Run]) -> float | None:
+    found = [
+        value
+        for run in runs
+        for row in run.log
+        for name, value in row.items()
+        if name.endswith("/effective_sample_size") and not name.startswith("validation/")
+    ]
+    return statistics.fmean(found) if found else None
+
+
+def _seconds(run: Run) -> float | None:
+    rows = [row for row in run.log if "images_per_second" in row]
+    if not rows or not rows[-1]["images_per_second"]:
+        return None
+    return rows[-1]["step"] * run.recipe.train.batch_size / rows[-1]["images_per_second"]

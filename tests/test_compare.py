@@ -1,0 +1,96 @@
+"""`fmdistill compare`: the same seeds for every recipe from one cache, continued where it stopped."""
+
+import json
+import logging
+
+import pytest
+import toy_digits
+
+from fmdistill import cli, distill, evaluate, pipeline
+from fmdistill.evaluate import top1
+from fmdistill.registry import UserError
+
+QUICK = ["train.steps=3"]
+
+
+@pytest.fixture(scope="module")
+def recipes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compare")
+    toy_digits.trained(folder)
+    both = []
+    for name, weighting in (("plain", "uniform"), ("rare", "srw")):
+        path = folder / f"{name}.yaml"
+        objective = f"{{kd: {{weighting: {{name: {weighting}}}}}}}"
+        path.write_text(f"extends: {folder}/student.yaml\nout: {folder}/{name}\nobjective: {objective}\n")
+        both.append(str(path))
+    return folder, both
+
+
+def test_a_comparison_caches_once_pairs_its_seeds_and_continues(recipes, caplog, monkeypatch, capsys):
+    folder, both = recipes
+    trained, judged = [], []
+    run, judge = distill.run, evaluate.run
+
+    def counted(settings, *args):
+        if len(trained) == 3:
+            raise KeyboardInterrupt
+        trained.append(settings.out)
+        return run(settings, *args)
+
+    monkeypatch.setattr(pipeline.distill, "run", counted)
+    monkeypatch.setattr(pipeline.evaluate, "run", lambda *args: judged.append(args[1]) or judge(*args))
+    with caplog.at_level(logging.INFO, logger="fmdistill"):
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.compare(both, 2, QUICK)
+        assert sum("images cached" in line for line in caplog.messages) == 1
+        first = {
+            path: (folder / path / "student.safetensors").stat().st_mtime_ns for path in ("plain/seed-0", "rare/seed-0")
+        }
+        monkeypatch.setattr(pipeline.distill, "run", run)
+        assert cli.main(["compare", *both, "--seeds", "2", *QUICK]) == 0
+    assert sum("images cached" in line for line in caplog.messages) == 1  # one teacher pass in all
+    assert all((folder / path / "student.safetensors").stat().st_mtime_ns == time for path, time in first.items())
+    assert [str(one) for one in judged] == [f"{folder}/{m}/seed-{s}" for s in (0, 1) for m in ("plain", "rare")]
+    table = capsys.readouterr().out
+    assert "**top1**, 2 seeds, differences to plain" in table and f"{folder}/comparison.md" in table
+    written = json.loads((folder / "comparison.json").read_text())["top1"]
+    for line in written:
+        own = [
+            json.loads((folder / line["method"] / f"seed-{s}/evaluation/top1.json").read_text())["metrics"]
+            for s in (0, 1)
+        ]
+        values = [metrics[f"student/{line['metric']}"] for metrics in own]
+        assert line["mean"] == pytest.approx(sum(values) / 2) and line["seeds"] == 2
+    starts = {m: (folder / m / "seed-1/recipe.yaml").read_text() for m in ("plain", "rare")}
+    assert all("seed: 1" in text for text in starts.values())
+
+
+def test_the_accuracy_of_parts_is_that_of_their_rows(recipes):
+    folder, both = recipes
+    out = pipeline.compare(both, 1, QUICK).parent / "plain/seed-0"
+    kept = json.loads((out / "evaluation/top1.json").read_text())
+    metrics, rows = kept["metrics"], [row for row in kept["rows"] if row["student"] == "student"]
+    assert len(rows) == 60 and evaluate.kept(folder / "top1.yaml", out)
+    assert metrics["student/top1"] == pytest.approx(sum(r["label"] == r["prediction"] for r in rows) / 60)
+    assert metrics["teacher/top1"] > 0.5
+    quarters = [metrics[f"student/q{n}/top1"] for n in range(1, 5)]
+    assert sum(quarters) / 4 == pytest.approx(metrics["student/top1"])  # 60 images make four equal quarters
+    # Of 120 training digits, 12 classes' counts are 11 to 13: many is above 12, few below 11, and nothing else is left.
+    assert {name.split("/")[1] for name in metrics if name.count("/") == 2} >= {"q1", "q4", "medium"}
+    (folder / "top1.yaml").write_text(toy_digits.TOP1.replace("quartiles: true", "quartiles: false"))
+    assert not evaluate.kept(folder / "top1.yaml", out)
+    (folder / "top1.yaml").write_text(toy_digits.TOP1)
+
+
+def test_what_cannot_be_compared_is_said(recipes):
+    folder, both = recipes
+    with pytest.raises(UserError, match="give two recipes"):
+        pipeline.compare(both[:1] * 2, 2)
+    with pytest.raises(UserError, match="two recipes write to one folder"):
+        pipeline.compare(both, 2, [f"out={folder}/same"])
+    other = folder / "other.yaml"
+    other.write_text(f"extends: {both[0]}\nout: {folder}/other\nprotocols: []\n")
+    with pytest.raises(UserError, match="different protocols, or none"):
+        pipeline.compare([both[0], str(other)], 2)
+    with pytest.raises(UserError, match="0 < few <= many"):
+        top1.Top1(few=0)

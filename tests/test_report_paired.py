@@ -1,0 +1,65 @@
+"""Paired comparisons against scipy's own test, the correction for many methods, and when nothing is decided."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from fmdistill import recipe
+from fmdistill.report import paired
+from fmdistill.report.rows import Run
+
+
+def run(value: float, seconds: float = 10.0, ess: float = 0.5) -> Run:
+    settings = recipe.load("recipes/demo/sam_mse.yaml")
+    log = [
+        {"step": 100, "images_per_second": 100 * settings.train.batch_size / seconds, "a/effective_sample_size": ess}
+    ]
+    return Run(
+        "x", Path("x"), settings, log, {"p": {"student/top1": value, "student/feature/mse": 1.0, "teacher/top1": 1}}
+    )
+
+
+def lines(*values: list[float], seconds: float = 10.0) -> dict[str, paired.Line]:
+    runs = {f"m{i}": [run(v, seconds) for v in several] for i, several in enumerate(values)}
+    return {line.method: line for line in paired.compare(runs, "p")}
+
+
+RNG = np.random.default_rng(0)
+BASE = list(0.5 + 0.01 * RNG.standard_normal(8))
+
+
+def test_the_interval_is_that_of_a_paired_t_test():
+    other = [v + 0.005 + 0.004 * d for v, d in zip(BASE, RNG.standard_normal(8), strict=True)]
+    line = lines(BASE, other)["m1"]
+    reference = stats.ttest_rel(other, BASE).confidence_interval(0.95)
+    assert (line.low, line.high) == pytest.approx((reference.low, reference.high))
+    assert line.mean - lines(BASE, other)["m0"].mean == pytest.approx(line.difference)
+    assert line.verdict == ("better" if reference.low > 0 else "not decided") and line.seeds == 8
+    assert line.deviation == pytest.approx(np.std(other, ddof=1)) and line.effective_sample_size == 0.5
+
+
+@pytest.mark.parametrize(("methods", "level"), [(3, 0.95), (4, 1 - 0.05 / 3), (11, 1 - 0.05 / 10)])
+def test_more_than_three_methods_are_corrected_for(methods, level):
+    several = [[v + 0.01 * d for v, d in zip(BASE, RNG.standard_normal(8), strict=True)] for _ in range(methods - 1)]
+    line = lines(BASE, *several)["m1"]
+    reference = stats.ttest_rel(several[0], BASE).confidence_interval(level)
+    assert (line.low, line.high) == pytest.approx((reference.low, reference.high))
+
+
+def test_too_few_seeds_decide_nothing_and_quick_runs_need_more():
+    better = [v + 0.1 for v in BASE]
+    assert lines(BASE, better)["m1"].verdict == "better" and lines(better, BASE)["m1"].verdict == "worse"
+    assert lines(BASE[:5], better[:5])["m1"].verdict == "not decided: 5 of 8 seeds"
+    assert lines(BASE[:5], better[:5], seconds=100)["m1"].verdict == "better"
+    alone = lines(BASE[:1], better[:1])["m1"]
+    assert (alone.low, alone.high) == (-math.inf, math.inf) and alone.verdict == "not decided: 1 of 8 seeds"
+
+
+def test_the_table_has_a_row_for_each_method_and_shares_alone():
+    runs = {"kd": [run(v) for v in BASE], "srw": [run(v + 0.1) for v in BASE]}
+    table = paired.text(paired.compare(runs, "p"))
+    assert table.count("**") == 2 and "**top1**, 8 seeds, differences to kd" in table  # no mse, no teacher
+    assert "| srw |" in table and "+10.00 | +10.00 to +10.00 | better | 0.500 |" in table
