@@ -72,7 +72,7 @@ def test_micro_batches_are_given_what_the_step_shares_and_a_batch_alone_is_its_o
 
 
 def test_what_does_not_fit_is_one_clear_line(cached):
-    with pytest.raises(UserError, match="makes 16 dimensions at 32 px, but the cache holds 24 dimensions at 32 px"):
+    with pytest.raises(UserError, match="makes 16 dimensions at 32 px, but the cache has 24 dimensions at 32 px"):
         distill.run(load(cached, "student.embed_dim=16", f"out={cached}/narrow"))
     tokens = [f"cache.root={cached}/tokens", "teacher.name=test_distill_tasks:with_tokens"]
     with pytest.raises(

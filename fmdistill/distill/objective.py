@@ -15,7 +15,7 @@ from fmdistill.distill.weightings import WEIGHTINGS, Learned
 from fmdistill.registry import UserError, bind, complete, typed
 
 Shape = tuple[int, ...]
-SHAPES = ("student", "teacher")  # what a component that learns is made for: the shapes of one image's outputs
+SHAPES = ("student", "teacher", "shapes")  # of one image's outputs: the compared ones, and all by name
 
 
 @dataclass(frozen=True)
@@ -120,11 +120,12 @@ def _bound(term: TermSettings, where: str) -> tuple[Any, Any, Any]:
     )
 
 
-def _shapes(output: str, shapes: Mapping[str, Shape]) -> dict[str, Shape | None]:
-    """Return the shapes of the student's and the teacher's `output`, None where it is not known."""
+def _shapes(output: str, shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    """Return the shapes of the student's and the teacher's `output` and of all, None where they are not known."""
     student = shapes.get(f"student.{output.rpartition('.')[2]}")
     teachers = [name for name in shapes if not name.startswith("student.")]
-    return {"student": student, "teacher": shapes[teacher_name(output, shapes)] if teachers else None}
+    teacher = shapes[teacher_name(output, shapes)] if teachers else None
+    return {"student": student, "teacher": teacher, "shapes": shapes or None}
 
 
 def reduce(values: Tensor, valid: Tensor | None) -> Tensor:
@@ -139,7 +140,7 @@ def reduce(values: Tensor, valid: Tensor | None) -> Tensor:
 def effective_sample_size(weight: Tensor, valid: Tensor | None) -> Tensor:
     """Return (sum w)^2 / (n sum w^2) in (0, 1]: the images' mean over valid patches; for (B,) over the micro-batch."""
     if weight.dim() == 1:
-        return weight.sum().square() / (len(weight) * weight.square().sum())
+        return weight.sum().square() / (len(weight) * weight.square().sum().clamp_min(1e-12))
     assert valid is not None
     count_B = valid.sum(1).clamp_min(1)
     return (weight.sum(1).square() / (count_B * weight.square().sum(1).clamp_min(1e-12))).mean()

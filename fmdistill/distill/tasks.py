@@ -62,7 +62,8 @@ class Distill(nn.Module):
         image_BCHW = self.preprocess.normalize(pixels, sizes).contiguous(memory_format=torch.channels_last)
         outputs = self.student(image_BCHW)
         named = {**{f"student.{name}": value for name, value in outputs.items()}, **batch["outputs"]}
-        label = batch["label"] if bool((batch["label"] >= 0).all()) else None
+        label = batch.get("label")
+        label = None if label is None or bool((label < 0).any()) else label
         with torch.autocast(pixels.device.type, enabled=False):
             maps = any(output.dim() > 2 for output in batch["outputs"].values())
             valid = self.preprocess.valid(sizes).flatten(1) if maps else None

@@ -1,25 +1,16 @@
 """Rectifiers: what a teacher says, set right before the student is compared with it. No gradient."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor
-
+from fmdistill.distill.rectifiers.krd_logits import KRDLogits
+from fmdistill.distill.rectifiers.krd_representation import KRDRepresentation
+from fmdistill.distill.rectifiers.priors import Priors
+from fmdistill.distill.rectifiers.probability_mix import ProbabilityMix
+from fmdistill.distill.rectifiers.probability_swap import ProbabilitySwap
 from fmdistill.distill.seen import Seen
 
 __all__ = ["RECTIFIERS", "Priors", "Rectifier"]
-
-
-@dataclass(frozen=True)
-class Priors:
-    """What is known of the classes before training: `counts` (K,) are the training images of each class.
-
-    `means(output)` gives the teacher's mean `output` of each class over the training images, (K, D).
-    """
-
-    counts: Tensor
-    means: Callable[[str], Tensor]
 
 
 class Rectifier(Protocol):
@@ -30,4 +21,9 @@ class Rectifier(Protocol):
         ...
 
 
-RECTIFIERS: dict[str, Callable[..., Rectifier]] = {}
+RECTIFIERS: dict[str, Callable[..., Rectifier]] = {
+    "krd_representation": KRDRepresentation,
+    "krd_logits": KRDLogits,
+    "probability_swap": ProbabilitySwap,
+    "probability_mix": ProbabilityMix,
+}

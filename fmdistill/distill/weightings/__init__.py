@@ -1,4 +1,4 @@
-"""Weightings: how much each sample or patch counts. No gradient, zero where not valid, mean one over the valid ones."""
+"""Weightings: how much each sample or patch counts. No gradient, zero where not valid, mean one unless one says not."""
 
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
@@ -6,8 +6,16 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from fmdistill.distill.seen import Seen
+from fmdistill.distill.weightings.by_key import ByKey
+from fmdistill.distill.weightings.hard_discarding import HardDiscarding
+from fmdistill.distill.weightings.hard_mining import HardMining
+from fmdistill.distill.weightings.ipwd import IPWD
+from fmdistill.distill.weightings.soft_exp import SoftExp
+from fmdistill.distill.weightings.soft_poly import SoftPoly
 from fmdistill.distill.weightings.srw import SRW
+from fmdistill.distill.weightings.sum_normalizer import SumNormalizer
 from fmdistill.distill.weightings.uniform import Uniform
+from fmdistill.distill.weightings.wsld import WSLD
 
 __all__ = ["WEIGHTINGS", "Learned", "Weighting"]
 
@@ -29,4 +37,15 @@ class Learned(Protocol):
         ...
 
 
-WEIGHTINGS: dict[str, Callable[..., Weighting]] = {"uniform": Uniform, "srw": SRW}
+WEIGHTINGS: dict[str, Callable[..., Weighting]] = {
+    "uniform": Uniform,
+    "srw": SRW,
+    "sum_normalizer": SumNormalizer,
+    "soft_exp": SoftExp,
+    "soft_poly": SoftPoly,
+    "hard_mining": HardMining,
+    "hard_discarding": HardDiscarding,
+    "wsld": WSLD,
+    "ipwd": IPWD,
+    "by_key": ByKey,
+}

@@ -1,0 +1,17 @@
+"""Put a rectified output in the place of the teacher's."""
+
+import dataclasses
+
+from torch import Tensor
+
+from fmdistill.distill.seen import Seen, teacher_name
+
+
+def rewrite(seen: Seen, output: Tensor) -> Seen:
+    """Return what was seen with `output`, detached, in the place of the teacher's output that the term compares.
+
+    The whole optimizer step's teacher vectors of that name go: those of the other images are not rectified.
+    """
+    name = teacher_name(seen.output, seen.outputs)
+    whole = {key: value for key, value in seen.whole.items() if key != name}
+    return dataclasses.replace(seen, outputs={**seen.outputs, name: output.detach()}, whole=whole)

@@ -1,0 +1,62 @@
+"""Fixed weights, listed in a file."""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fmdistill.distill.seen import Seen
+from fmdistill.distill.weightings.groups import mean_one_in_batch
+from fmdistill.registry import UserError
+
+
+@dataclass(frozen=True)
+class ByKey:
+    """Weigh each image by what the file `weights`, JSON {key: weight}, lists for its key; all its patches alike.
+
+    For what another run leaves behind: 1 / variance of a trained PAD ("weights from PAD" in its paper's ablation), or
+    the two-stage IPWD. The mean is one over the batch that a process sees at once, so what an image weighs varies with
+    its company; with `normalize` false the weights are the file's own.
+    """
+
+    weights: str
+    normalize: bool = True
+    listed: dict[str, float] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "listed", _read(Path(self.weights)))
+
+    def __call__(self, distance: Tensor, seen: Seen) -> Tensor:
+        """Return (B,) weights for (B,), or (B, N), zero where not valid, for (B, N). UserError for an unlisted key."""
+        assert len(seen.keys) == len(distance), "the loop tells no keys"
+        unlisted = [key for key in seen.keys if key not in self.listed]
+        if unlisted:
+            raise UserError(
+                f"weighting.weights={self.weights}: lists no weight for image '{unlisted[0]}', nor for "
+                f"{len(unlisted) - 1} others of this batch; write the file from the images that the recipe trains on"
+            )
+        weight_B = torch.tensor([self.listed[key] for key in seen.keys], dtype=torch.float64)
+        weight_B = mean_one_in_batch(weight_B) * (weight_B > 0) if self.normalize else weight_B
+        weight_B = weight_B.to(distance)
+        if distance.dim() == 1:
+            return weight_B
+        assert seen.valid is not None
+        return weight_B[:, None] * seen.valid
+
+
+def _read(path: Path) -> dict[str, float]:
+    try:
+        listed = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"weighting.weights={path}: no JSON file to read: {error}; write {{key: weight}} there"
+        ) from error
+    if not isinstance(listed, dict):
+        raise UserError(f"weighting.weights={path}: holds a {type(listed).__name__}; expected {{key: weight}}")
+    for key, weight in listed.items():
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+            raise UserError(f"weighting.weights={path}: image '{key}' weighs {weight!r}; expected a number from 0")
+    return listed

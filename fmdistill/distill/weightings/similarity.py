@@ -1,0 +1,90 @@
+"""How similar each entry is to its group in the teacher's embedding."""
+
+# Legend: B images, N patches an image, C or D channels, G images of the optimizer step, R groups of M entries.
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fmdistill.distill.seen import Seen, teacher_name
+from fmdistill.distill.weightings.groups import Group, refuse_image, rows
+from fmdistill.registry import UserError
+
+ROUNDING = 1e-5  # mean cosines of one group that differ by less are taken as equal
+
+
+@torch.no_grad()
+def similarities(
+    distance: Tensor, seen: Seen, feature: str | None, group: Group | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return each entry's mean cosine to its group (R, M), what of them is valid (R, M), and None.
+
+    The last is the similarities (1, B) of the distance's own entries where the group is more than these. `feature` None
+    is the output that the term compares, `group` None the image for maps and the global batch for vectors.
+    """
+    name, patches = feature or seen.output, distance.dim() == 2
+    vectors, group = seen.teacher(name), group or ("image" if patches else "global_batch")
+    _check(group, name, seen, distance, vectors)
+    if not patches:
+        return sample_similarity(vectors, seen.whole_teacher(name) if group == "global_batch" else vectors)
+    assert seen.valid is not None
+    feature_RCM, valid_RM = vectors.flatten(2), rows(seen.valid, group)
+    if group == "batch":
+        feature_RCM = feature_RCM.transpose(0, 1).flatten(1)[None]
+    return average_similarity(feature_RCM, valid_RM), valid_RM, None
+
+
+def average_similarity(feature: Tensor, valid: Tensor) -> Tensor:
+    """Return each patch's mean cosine to the valid patches of its image, (B, N); SRW's Eq. 4 for (B, C, N) features.
+
+    Uses unit(f_i) . mean_j unit(f_j), which equals the mean over N x N cosines and is linear in N.
+    """
+    feature_BCN = feature.float()
+    inverse_BN = feature_BCN.square().sum(1).clamp_min(1e-24).rsqrt()
+    share_BN = inverse_BN * valid / valid.sum(1, keepdim=True).clamp_min(1)
+    mean_BC1 = torch.bmm(feature_BCN, share_BN.unsqueeze(2))
+    return torch.bmm(mean_BC1.transpose(1, 2), feature_BCN).squeeze(1) * inverse_BN
+
+
+def sample_similarity(feature: Tensor, whole: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return as `similarities` the mean cosines to the group `whole` (G, D): its own (1, G), and `feature`'s (1, B)."""
+    mean_D = F.normalize(whole.float(), dim=1).mean(0)
+    own_1B, whole_1G = ((F.normalize(f.float(), dim=1) @ mean_D)[None] for f in (feature, whole))
+    return whole_1G, torch.ones_like(whole_1G, dtype=torch.bool), own_1B
+
+
+def spread(similarity: Tensor, valid: Tensor) -> Tensor:
+    """Return the standard deviation (R, 1) of each group's valid similarities (R, M), at least `ROUNDING`."""
+    count_R1 = valid.sum(1, keepdim=True).clamp_min(1)
+    mean_R1 = (similarity * valid).sum(1, keepdim=True) / count_R1
+    return (((similarity - mean_R1).square() * valid).sum(1, keepdim=True) / count_R1).sqrt().clamp_min(ROUNDING)
+
+
+def _check(group: Group, feature: str, seen: Seen, distance: Tensor, vectors: Tensor) -> None:
+    kinds, patches, map_feature = (
+        ("one vector per image", "one vector per patch"),
+        distance.dim() == 2,
+        vectors.dim() == 4,
+    )
+    if patches != map_feature:
+        raise UserError(
+            f"weighting.feature={feature}: has {kinds[map_feature]}, output={seen.output} {kinds[patches]}; "
+            f"weigh by a feature of the output's kind"
+        )
+    if patches and vectors.flatten(2).shape[2] != distance.shape[1]:
+        raise UserError(
+            f"weighting.feature={feature}: has {vectors.flatten(2).shape[2]} patches, the distance of "
+            f"output={seen.output} {distance.shape[1]}; weigh by a feature of the distance's size"
+        )
+    if patches and group == "global_batch":
+        raise UserError(
+            f"weighting.group=global_batch: output={seen.output} has {kinds[1]}, and patches are not exchanged "
+            f"between processes; use image or batch"
+        )
+    if not patches and group == "image":
+        refuse_image(seen.output, "global_batch or batch")
+    if group == "global_batch" and teacher_name(feature, seen.outputs) not in seen.whole:
+        raise UserError(
+            f"weighting.group=global_batch: {feature} is rectified for these images alone, not for the optimizer "
+            f"step's others; use batch, or weigh by another feature"
+        )
