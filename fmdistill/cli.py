@@ -43,6 +43,10 @@ def parser() -> argparse.ArgumentParser:
     verb("evaluate", "judge a run or checkpoint by a protocol, or a recipe's run by its own protocols",
          ("protocol", "a protocol's path, or a recipe's", None),
          ("subject", "a run's folder or a checkpoint file, and settings as key=value", "*"))  # fmt: skip
+    verb("weigh", "write {image key: weight} for the weighting by_key, from a trained PAD or from IPWD's two stages",
+         ("kind", "pad (of a RUN), or ipwd (of a distilled RUN, then of one by labels alone)", None),
+         ("arguments", "RUN [LABEL_RUN] OUT, the file to write, and trust=true where a run names code outside", "+")
+         )  # fmt: skip
     verb("export", "write a finished run for other software", ("run", "a run's folder", None),
          ("format", "mobilesam, openclip (a folder, local-dir: to open_clip), or half (the student in float16)", None),
          ("out", "the file or folder to write", None), trust)  # fmt: skip
@@ -149,6 +153,20 @@ def _evaluate(protocol: str, subject: list[str]) -> None:
             print(f"  {key:48} {value:.4f}")
 
 
+def _weigh(kind: str, arguments: list[str]) -> None:
+    from fmdistill.distill import weigh
+    from fmdistill.registry import UserError
+
+    settings = [one for one in arguments if "=" in one]
+    paths = [one for one in arguments if one not in settings]
+    kinds = {("pad", 2): weigh.by_pad, ("ipwd", 3): weigh.by_propensity}
+    if (kind, len(paths)) not in kinds:
+        raise UserError(
+            f"weigh {kind} with {len(paths)} paths: expected `weigh pad RUN OUT` or `weigh ipwd RUN LABEL_RUN OUT`"
+        )
+    print(kinds[kind, len(paths)](*paths, _trust(settings)))
+
+
 def _export(run: str, format: str, out: str, settings: list[str]) -> None:
     from fmdistill import export
 
@@ -217,6 +235,7 @@ VERBS = {
     "verify": _verify,
     "distill": _distill,
     "evaluate": _evaluate,
+    "weigh": _weigh,
     "export": _export,
     "report": _report,
     "check": _check,

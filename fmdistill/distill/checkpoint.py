@@ -61,6 +61,14 @@ def resume(run: Path, task: nn.Module, optimizer: torch.optim.Optimizer, order: 
     return step
 
 
+def newest(run: Path) -> Path:
+    """Return the newest checkpoint's folder. UserError where there is none."""
+    found = _steps(run)
+    if not found:
+        raise UserError(f"{run}: keeps no checkpoint, so nothing of its objective; train it anew")
+    return found[-1]
+
+
 def save_state(state: dict[str, Tensor], path: Path) -> None:
     """Write tensors to `path` as safetensors, whole or not at all."""
     # Not save_file: where the disk is full it raises no OSError.

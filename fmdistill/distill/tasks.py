@@ -39,9 +39,7 @@ class Job:
     train: Data
     validation: Data
     shared: Shared | None = None  # what of a batch the whole optimizer step shares, (B, ...) each; None = nothing
-    complete: Complete | None = (
-        None  # adds to a batch on its device what the data lack, such as a live teacher's outputs
-    )
+    complete: Complete | None = None  # adds to a batch what the data lack, such as a live teacher's outputs
 
 
 class Distill(nn.Module):
@@ -58,21 +56,25 @@ class Distill(nn.Module):
         batch["whole"] holds the teacher's vectors of the whole optimizer step; without it the batch is the whole.
         Where there are logits and labels, "accuracy" is the share of the images whose label has the highest logit.
         """
+        seen = self.see(batch)
+        with torch.autocast(batch["pixels"].device.type, enabled=False):
+            losses, statistics = self.objective(seen)
+            if seen.label is not None and "student.logits" in seen.outputs:
+                statistics["accuracy"] = (seen.student("logits").argmax(1) == seen.label).float().mean()
+            return {"loss": torch.stack(list(losses.values())).sum(), **losses, **statistics}
+
+    def see(self, batch: dict[str, Any]) -> Seen:
+        """Return what the objective sees of a batch."""
         pixels, sizes = batch["pixels"], batch["sizes"]
         image_BCHW = self.preprocess.normalize(pixels, sizes).contiguous(memory_format=torch.channels_last)
         outputs = self.student(image_BCHW)
         named = {**{f"student.{name}": value for name, value in outputs.items()}, **batch["outputs"]}
         label = batch.get("label")
         label = None if label is None or bool((label < 0).any()) else label
-        with torch.autocast(pixels.device.type, enabled=False):
-            maps = any(output.dim() > 2 for output in batch["outputs"].values())
-            valid = self.preprocess.valid(sizes).flatten(1) if maps else None
-            whole = batch.get("whole") or vectors(batch)
-            seen = Seen(named, valid, "", whole, label, batch["keys"], batch.get("epoch"))
-            losses, statistics = self.objective(seen)
-            if label is not None and "logits" in outputs:
-                statistics["accuracy"] = (outputs["logits"].argmax(1) == label).float().mean()
-            return {"loss": torch.stack(list(losses.values())).sum(), **losses, **statistics}
+        maps = any(output.dim() > 2 for output in batch["outputs"].values())
+        valid = self.preprocess.valid(sizes).flatten(1) if maps else None
+        whole = batch.get("whole") or vectors(batch)
+        return Seen(named, valid, "", whole, label, batch["keys"], batch.get("epoch"))
 
 
 def distill(recipe: Recipe) -> Job:

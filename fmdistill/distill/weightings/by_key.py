@@ -19,7 +19,8 @@ class ByKey:
 
     For what another run leaves behind: 1 / variance of a trained PAD ("weights from PAD" in its paper's ablation), or
     the two-stage IPWD. The mean is one over the batch that a process sees at once, so what an image weighs varies with
-    its company; with `normalize` false the weights are the file's own.
+    its company; with `normalize` false the weights are the file's own. Outside of training an unlisted image, such as
+    one that validates, weighs one.
     """
 
     weights: str
@@ -33,12 +34,12 @@ class ByKey:
         """Return (B,) weights for (B,), or (B, N), zero where not valid, for (B, N). UserError for an unlisted key."""
         assert len(seen.keys) == len(distance), "the loop tells no keys"
         unlisted = [key for key in seen.keys if key not in self.listed]
-        if unlisted:
+        if unlisted and seen.epoch is not None:
             raise UserError(
                 f"weighting.weights={self.weights}: lists no weight for image '{unlisted[0]}', nor for "
                 f"{len(unlisted) - 1} others of this batch; write the file from the images that the recipe trains on"
             )
-        weight_B = torch.tensor([self.listed[key] for key in seen.keys], dtype=torch.float64)
+        weight_B = torch.tensor([self.listed.get(key, 1.0) for key in seen.keys], dtype=torch.float64)
         weight_B = mean_one_in_batch(weight_B) * (weight_B > 0) if self.normalize else weight_B
         weight_B = weight_B.to(distance)
         if distance.dim() == 1:

@@ -62,7 +62,7 @@ class IPWD(nn.Module):
         if seen.epoch is not None and seen.epoch < self.start_epoch:
             return torch.ones_like(distance)
         kd_B, cls_B = (
-            F.cross_entropy(F.layer_norm(logits, logits.shape[1:], eps=1e-12), seen.labels(ASKING), reduction="none")
+            standardised_cross_entropy(logits, seen.labels(ASKING))
             for logits in (only_logits(seen.student(self.logits), ASKING), self._second(seen))
         )
         over_B, under_B = (cls_B, kd_B) if self.direction == "cls_over_kd" else (kd_B, cls_B)
@@ -75,6 +75,11 @@ class IPWD(nn.Module):
 
     def _second(self, seen: Seen) -> Tensor:
         return self.head(seen.student(self.feature).detach().to(self.head.weight.dtype))
+
+
+def standardised_cross_entropy(logits_BK: Tensor, label_B: Tensor) -> Tensor:
+    """Return each sample's cross-entropy (B,) against its label, of logits with mean zero and deviation one."""
+    return F.cross_entropy(F.layer_norm(logits_BK, logits_BK.shape[1:], eps=1e-12), label_B, reduction="none")
 
 
 def _width(shapes: Mapping[str, tuple[int, ...]], argument: str, output: str) -> int:

@@ -1,0 +1,86 @@
+"""Weights per training image that finished runs leave behind, for the weighting `by_key`."""
+
+# Legend: B images, N patches an image.
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fmdistill import recipe as recipes
+from fmdistill.distill import checkpoint, tasks
+from fmdistill.distill.data import batches, every
+from fmdistill.distill.distances.pad import PAD
+from fmdistill.distill.student import WEIGHTS, load_student
+from fmdistill.distill.tasks import Distill, Job
+from fmdistill.distill.weightings.ipwd import standardised_cross_entropy
+from fmdistill.files import write_whole
+from fmdistill.logs import log, progress
+from fmdistill.registry import UserError
+
+BATCH = 64
+
+
+def by_pad(run: str | Path, out: str | Path, trust: bool = False) -> Path:
+    """Write {key: 1 / variance} of a finished run's PAD to `out`, the variance its mean over channels and patches.
+
+    "Weights from PAD" of the PAD paper (Zhang et al., ECCV 2020, Table 1): a trained PAD's variances, kept fixed.
+    """
+    job, task = _open(run, trust)
+    terms = [term for term in task.objective.terms.values() if isinstance(term.distance, PAD)]
+    if len(terms) != 1:
+        raise UserError(f"{run}: {len(terms)} of its objective's terms are a PAD; give the run of a recipe with one")
+    settings = terms[0].settings
+
+    def weigh(batch: dict) -> Tensor:
+        variance = terms[0].distance.variance(task.see(batch).focus(settings.output, settings.padding))
+        return 1 / variance.flatten(1).mean(1) if variance.dim() > 1 else 1 / variance
+
+    return _write(job, weigh, out)
+
+
+def by_propensity(run: str | Path, label_run: str | Path, out: str | Path, trust: bool = False) -> Path:
+    """Write {key: 1 + H_cls / H_kd} to `out`: the two-stage IPWD, reconstructed as `IPWD` says.
+
+    H is the cross-entropy against the label: H_kd of `run`'s student, which was distilled, H_cls of `label_run`'s,
+    which learned from labels alone. The other direction is had by exchanging the two.
+    """
+    job, task = _open(run, trust)
+    other = load_student(label_run, trust)
+
+    def weigh(batch: dict) -> Tensor:
+        seen = task.see(batch)
+        labels_B = seen.labels("fmdistill weigh ipwd")
+        logits_BK = other(task.preprocess.normalize(batch["pixels"], batch["sizes"]))["logits"]
+        kd_B, cls_B = (standardised_cross_entropy(z, labels_B) for z in (seen.student("logits"), logits_BK))
+        return 1 + cls_B / (kd_B + 1e-8)
+
+    return _write(job, weigh, out)
+
+
+def _open(run: str | Path, trust: bool) -> tuple[Job, Distill]:
+    """Return a finished run's job, and its task with the weights that it ended with, in eval mode."""
+    job = tasks.build(recipes.load_saved(run, ["trust=true"] if trust else []))
+    if not isinstance(job.task, Distill) or not (Path(run) / WEIGHTS).is_file():
+        raise UserError(f"{run}: not a finished run of task classify or distill, whose images can be weighed")
+    job.task.load_state_dict(load_file(checkpoint.newest(Path(run)) / "task.safetensors"))
+    return job, job.task.eval()
+
+
+@torch.no_grad()
+def _write(job: Job, weigh: Callable[[dict], Tensor], out: str | Path) -> Path:
+    listed: dict[str, float] = {}
+    places = list(every(job.train, BATCH))
+    for batch in progress(batches(job.train, places, 0), "weighing", total=len(places)):
+        batch = batch if job.complete is None else job.complete(batch)
+        listed |= dict(zip(batch["keys"], weigh(batch).tolist(), strict=True))
+    path = Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(listed, indent=1))
+    weight = torch.tensor(list(listed.values()))
+    size = float(weight.sum().square() / (len(weight) * weight.square().sum()))
+    log.info("%s: %d images, weights %.3g to %.3g, ESS %.3f", path, len(listed), weight.min(), weight.max(), size)
+    return path
