@@ -1,7 +1,7 @@
 """The objective: named terms, each rectify -> measure -> weigh -> reduce, and only the last step reduces."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -96,10 +96,16 @@ class Objective(nn.Module):
     def forward(self, seen: Seen) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the named losses and the named statistics."""
         losses, statistics = {}, {}
-        for name, term in self.terms.items():
+        for name, term in self.items():
             losses[name], found = term(seen)
             statistics |= {f"{name}/{key}": value for key, value in found.items()}
         return losses, statistics
+
+    def items(self) -> Iterator[tuple[str, Term]]:
+        """Yield each term with its name."""
+        for name, term in self.terms.items():
+            assert isinstance(term, Term)
+            yield name, term
 
 
 def check(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, TermSettings]:

@@ -2,17 +2,22 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fmdistill import recipe as recipes
 from fmdistill.backbones.class_preprocess import ClassPreprocess
 from fmdistill.backbones.classifiers import Classifier
 from fmdistill.backbones.clip_mini import MiniClip
 from fmdistill.backbones.mini import MiniSam
 from fmdistill.backbones.preprocess import Preprocess
 from fmdistill.backbones.sam import SamPreprocess
+from fmdistill.distill import checkpoint
 from fmdistill.distill import provider as providers
 from fmdistill.distill import student as students
 from fmdistill.distill.contrastive import CaptionedImages, Contrastive
@@ -182,6 +187,24 @@ def build(recipe: Recipe) -> Job:
     """Return the recipe's job, its student's weights drawn from the recipe's seed."""
     torch.manual_seed(recipe.seed)
     return bind(recipe.task, TASKS, "task", context=("recipe",))(recipe)
+
+
+def open_task(run: str | Path, trust: bool = False) -> tuple[Job, Distill]:
+    """Return a finished run's job, and its task with all that it learned, in eval mode on the CPU."""
+    job = build(recipes.load_saved(run, ["trust=true"] if trust else []))
+    if not isinstance(job.task, Distill) or not (Path(run) / students.WEIGHTS).is_file():
+        raise UserError(f"{run}: not a finished run of task classify or distill, which has an objective to ask")
+    job.student.load_state_dict(students.load_student(run, trust).state_dict())
+    if job.task.objective.state_dict():
+        path = checkpoint.newest(Path(run)) / "task.safetensors"
+        prefix = "objective."
+        try:
+            learned = {k.removeprefix(prefix): v for k, v in load_file(path).items() if k.startswith(prefix)}
+            job.task.objective.load_state_dict(learned)
+        except (SafetensorError, RuntimeError, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{path}: does not hold this run's objective ({reason}); train it anew") from None
+    return job, job.task.eval()
 
 
 def _memory(recipe: Recipe, split: str) -> float:

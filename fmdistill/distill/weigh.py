@@ -7,15 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from fmdistill import recipe as recipes
-from fmdistill.distill import checkpoint, tasks
 from fmdistill.distill.data import batches, every
 from fmdistill.distill.distances.pad import PAD
-from fmdistill.distill.student import WEIGHTS, load_student
-from fmdistill.distill.tasks import Distill, Job
+from fmdistill.distill.student import load_student
+from fmdistill.distill.tasks import Job, open_task
 from fmdistill.distill.weightings.ipwd import standardised_cross_entropy
 from fmdistill.files import write_whole
 from fmdistill.logs import log, progress
@@ -29,14 +26,14 @@ def by_pad(run: str | Path, out: str | Path, trust: bool = False) -> Path:
 
     "Weights from PAD" of the PAD paper (Zhang et al., ECCV 2020, Table 1): a trained PAD's variances, kept fixed.
     """
-    job, task = _open(run, trust)
-    terms = [term for term in task.objective.terms.values() if isinstance(term.distance, PAD)]
-    if len(terms) != 1:
-        raise UserError(f"{run}: {len(terms)} of its objective's terms are a PAD; give the run of a recipe with one")
-    settings = terms[0].settings
+    job, task = open_task(run, trust)
+    found = [(term.distance, term.settings) for _, term in task.objective.items() if isinstance(term.distance, PAD)]
+    if len(found) != 1:
+        raise UserError(f"{run}: {len(found)} of its objective's terms are a PAD; give the run of a recipe with one")
+    pad, settings = found[0]
 
     def weigh(batch: dict) -> Tensor:
-        variance = terms[0].distance.variance(task.see(batch).focus(settings.output, settings.padding))
+        variance = pad.variance(task.see(batch).focus(settings.output, settings.padding))
         return 1 / variance.flatten(1).mean(1) if variance.dim() > 1 else 1 / variance
 
     return _write(job, weigh, out)
@@ -48,7 +45,7 @@ def by_propensity(run: str | Path, label_run: str | Path, out: str | Path, trust
     H is the cross-entropy against the label: H_kd of `run`'s student, which was distilled, H_cls of `label_run`'s,
     which learned from labels alone. The other direction is had by exchanging the two.
     """
-    job, task = _open(run, trust)
+    job, task = open_task(run, trust)
     other = load_student(label_run, trust)
 
     def weigh(batch: dict) -> Tensor:
@@ -59,15 +56,6 @@ def by_propensity(run: str | Path, label_run: str | Path, out: str | Path, trust
         return 1 + cls_B / (kd_B + 1e-8)
 
     return _write(job, weigh, out)
-
-
-def _open(run: str | Path, trust: bool) -> tuple[Job, Distill]:
-    """Return a finished run's job, and its task with the weights that it ended with, in eval mode."""
-    job = tasks.build(recipes.load_saved(run, ["trust=true"] if trust else []))
-    if not isinstance(job.task, Distill) or not (Path(run) / WEIGHTS).is_file():
-        raise UserError(f"{run}: not a finished run of task classify or distill, whose images can be weighed")
-    job.task.load_state_dict(load_file(checkpoint.newest(Path(run)) / "task.safetensors"))
-    return job, job.task.eval()
 
 
 @torch.no_grad()

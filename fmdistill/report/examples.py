@@ -8,16 +8,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fmdistill import recipe as recipes
 from fmdistill.backbones.fast_decoder import image_decoder
 from fmdistill.backbones.promptable import PromptHead
 from fmdistill.cache import Cache, open_cache
 from fmdistill.cache.dataset import CachedImages
-from fmdistill.distill.objective import Objective
 from fmdistill.distill.seen import Seen
-from fmdistill.distill.student import load_student
+from fmdistill.distill.tasks import Distill, open_task
 from fmdistill.evaluate.grid_miou import choose
 from fmdistill.evaluate.subjects import outputs
 from fmdistill.report.rows import Run
@@ -42,11 +41,10 @@ class Example:
 
 @dataclass(frozen=True)
 class Opened:
-    """A run's student and objective, ready to be asked."""
+    """A run's task, student and objective, as it ended."""
 
     name: str
-    student: nn.Module
-    objective: Objective
+    task: Distill
 
 
 @torch.inference_mode()
@@ -58,6 +56,8 @@ def gather(runs: list[Run], per_group: int = 3, trust: bool = False) -> tuple[li
     """
     cache, opened = open_runs(runs, trust)
     head, data = cache.head(), CachedImages(cache, "validation")
+    if "embedding" not in cache.shapes:
+        return [], cache.preprocess.stride
     return [_example(data, place, cache, head, opened) for place in _places(data, per_group)], cache.preprocess.stride
 
 
@@ -67,7 +67,7 @@ def open_runs(runs: list[Run], trust: bool = False) -> tuple[Cache, list[Opened]
         recipes.load_saved(run.folder, ["trust=true"] if trust else [])
     first = runs[0].recipe
     same = [run for run in runs if run.recipe.cache == first.cache]
-    opened = [Opened(run.name, load_student(run.folder, trust), Objective(run.recipe.objective)) for run in same]
+    opened = [Opened(run.name, open_task(run.folder, trust)[1]) for run in same]
     return open_cache(first), opened
 
 
@@ -108,7 +108,7 @@ def _example(data: CachedImages, place: tuple[int, int], cache: Cache, head: Any
     embeddings = {"teacher": teacher[f"{cache.family}.embedding"][0]}
     weights = {}
     for one in opened:
-        made = outputs(one.student, cache.preprocess, item)
+        made = outputs(one.task.student, cache.preprocess, item)
         embeddings[one.name] = made["embedding"][0]
         named = {**{f"student.{k}": v for k, v in made.items()}, **teacher}
         weights |= _weights(one, Seen(named, valid.flatten(1), whole=teacher), valid.shape[-1])
@@ -129,9 +129,9 @@ def _weights(run: Opened, seen: Seen, g: int) -> dict[str, np.ndarray]:
 
 def term_weights(run: Opened, seen: Seen) -> Iterator[tuple[str, Tensor, Seen]]:
     """Yield each term's name, its weights (B,) or (B, N), and what it saw."""
-    for name, term in run.objective.terms.items():
-        _, weight, focused = term.measure(seen)  # type: ignore[operator]
-        yield run.name if len(run.objective.terms) == 1 else f"{run.name}, {name}", weight, focused
+    for name, term in run.task.objective.items():
+        _, weight, focused = term.measure(seen)
+        yield run.name if len(run.task.objective.terms) == 1 else f"{run.name}, {name}", weight, focused
 
 
 def _masks(

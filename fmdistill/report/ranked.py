@@ -9,8 +9,6 @@ import torch
 
 from fmdistill.cache.dataset import CachedImages
 from fmdistill.distill.data import batches, every
-from fmdistill.distill.seen import Seen
-from fmdistill.evaluate.subjects import forward
 from fmdistill.report.examples import open_runs, term_weights
 from fmdistill.report.rows import Run
 
@@ -36,12 +34,9 @@ def gather(runs: list[Run], shown: int = 12, trust: bool = False) -> list[Ranked
     if not places or all(len(shape) > 1 for shape in cache.shapes.values()):
         return []
     batch = next(batches(data, [places], workers=0))
-    image, valid = cache.preprocess.normalize(batch["pixels"], batch["sizes"]), cache.preprocess.valid(batch["sizes"])
-    vectors = {name: output for name, output in batch["outputs"].items() if output.dim() == 2}
     found = []
     for run in opened:
-        named = {f"student.{name}": output for name, output in forward(run.student, image).items()}
-        for name, weight, _ in term_weights(run, Seen({**named, **batch["outputs"]}, valid.flatten(1), whole=vectors)):
+        for name, weight, _ in term_weights(run, run.task.see(batch)):
             if weight.dim() == 1 and float(weight.std()) > 0:
                 order = weight.argsort(descending=True).tolist()
                 chosen = order if len(order) <= shown else [*order[: shown // 2], *order[-(shown - shown // 2) :]]
