@@ -1,6 +1,7 @@
 """The grid metric equals a plain loop over segment_anything's SamPredictor, in every mode."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from segment_anything import SamPredictor
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 
 from fmdistill.backbones.promptable import PromptHead
+from fmdistill.evaluate import tails
 from fmdistill.evaluate.grid_miou import Case, GridMiou, compare, grid_points, image_iou, run
 from fmdistill.evaluate.masks import iou, pack, to_rle
 from fmdistill.registry import UserError
@@ -99,8 +101,30 @@ def test_equals_a_loop_over_the_predictor(mode, resolution, shape):
 def test_teacher_against_itself_is_exactly_one(mode, resolution):
     head, (teacher, student), (original, resized) = PromptHead.from_sam(tiny_sam()), embeddings(), SHAPES["3:2"]
     protocol = GridMiou(select=mode, resolution=resolution, points_per_batch=16)
-    found = compare(head, teacher, {"self": teacher.clone(), "student": student}, original, resized, 5, protocol)
+    found, _ = compare(head, teacher, {"self": teacher.clone(), "student": student}, original, resized, 5, protocol)
     assert (found["self"] == 1.0).all() and (found["student"] < 1.0).any()
+
+
+@pytest.mark.parametrize("resolution", ["original", "low"])
+@pytest.mark.parametrize("mode", ["single", "best_predicted", "oracle"])
+def test_buckets_are_of_the_teacher_s_own_mask_at_the_protocol_s_resolution(mode, resolution):
+    sam, (teacher, student), (original, resized) = tiny_sam(), embeddings(), SHAPES["2:3"]
+    protocol = GridMiou(select=mode, resolution=resolution, points_per_batch=7, by_size=True, by_edge=True)
+    scores, buckets = compare(PromptHead.from_sam(sam), teacher, {"s": student}, original, resized, 6, protocol)
+    predictor, cells = SamPredictor(sam), 4 * GRID / SIZE
+    for i, (x, y) in enumerate(grid_points(6, original)):
+        masks, predicted = ask(predictor, teacher, original, resized, np.array([x, y]), mode, resolution)
+        mask = masks[predicted.argmax()]
+        if resolution == "low":
+            x, y = x / original[1] * resized[1] * cells, y / original[0] * resized[0] * cells
+        one = torch.from_numpy(mask[None])
+        expected = tails.split(tails.area(one), tails.AREAS)
+        expected |= tails.split(tails.edge_distance(one, torch.tensor([[int(x), int(y)]])), tails.EDGES)
+        assert {name: bool(held[i]) for name, held in buckets.items()} == {k: bool(v[0]) for k, v in expected.items()}
+    assert np.sum(list(buckets.values()), axis=0).tolist() == [2] * 36
+    off = replace(protocol, by_size=False, by_edge=False)
+    plain, none = compare(PromptHead.from_sam(sam), teacher, {"s": student}, original, resized, 6, off)
+    assert none == {} and (plain["s"] == scores["s"]).all()
 
 
 def test_points_are_cell_centres_in_floats():

@@ -18,6 +18,7 @@ from torch import Tensor
 from fmdistill.backbones.device import pick_device
 from fmdistill.backbones.fast_decoder import Decode, image_decoder
 from fmdistill.backbones.promptable import PromptHead
+from fmdistill.evaluate import tails
 from fmdistill.evaluate.masks import Bits, iou, join, pack, to_rle
 from fmdistill.registry import UserError
 
@@ -34,7 +35,8 @@ class GridMiou:
     predicted IoU among masks 1 to 3; `paired` = the mean over masks 1 to 3 by index; `oracle` = the student's best
     mask against the teacher's predicted-best. `resolution` is the original image's, or `low`: the 4g x 4g logits
     without those that lie in the padding. `floors` asks the caller for the rows of an untrained student, the constant
-    mean embedding and another image's embedding. `write_masks` keeps the first grid's masks as COCO RLE.
+    mean embedding and another image's embedding. `write_masks` keeps the first grid's masks as COCO RLE. `by_size` and
+    `by_edge` add the mIoU by the area of the teacher's mask and by the point's distance to its edge (tails.py).
     """
 
     grids: tuple[int, ...] = (5, 16, 32)
@@ -44,6 +46,8 @@ class GridMiou:
     images: int | None = None
     floors: bool = False
     write_masks: bool = False
+    by_size: bool = False
+    by_edge: bool = False
     device: str = "auto"
 
     def __post_init__(self) -> None:
@@ -54,6 +58,8 @@ class GridMiou:
             raise UserError(f"points_per_batch={self.points_per_batch}: needs at least 1")
         if self.images is not None and self.images < 1:
             raise UserError(f"images={self.images}: needs at least 1, or null for all")
+        if self.select == "paired" and (self.by_size or self.by_edge):
+            raise UserError("select=paired: by_size and by_edge need one teacher's mask per point; try select=single")
 
 
 @dataclass(frozen=True)
@@ -83,18 +89,21 @@ def compare(
     resized: Size,
     grid: int,
     protocol: GridMiou = GridMiou(),
-) -> dict[str, np.ndarray]:
-    """Return each student's IoU per point, float64 (grid * grid,); the teacher's masks are made once for all."""
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Return, per point, each student's IoU, float64 (grid * grid,), and whether each bucket holds it, bool."""
     scores: dict[str, list[np.ndarray]] = {name: [] for name in students}
+    buckets: dict[str, list[np.ndarray]] = defaultdict(list)
+    pixels = _pixels(head, grid, original, resized, protocol)
     with torch.inference_mode():
         ask_teacher = image_decoder(head, teacher)
         ask = {name: image_decoder(head, embedding) for name, embedding in students.items()}
-        for points in _prompts(head, grid, original, resized, protocol.points_per_batch):
-            wanted = _bits(masks_at(teacher_side(protocol), head, ask_teacher, points, original, resized))
+        for points, xy in zip(_prompts(head, grid, original, resized, protocol.points_per_batch), pixels, strict=True):
+            masks = masks_at(teacher_side(protocol), head, ask_teacher, points, original, resized)
+            wanted = _bits(tails.watched(masks, xy, protocol.by_size, protocol.by_edge, buckets))
             for name, decode in ask.items():
                 given = _bits(masks_at(protocol, head, decode, points, original, resized))
                 scores[name].append(_score(wanted, given, len(points)))
-    return {name: np.concatenate(parts) for name, parts in scores.items()}
+    return _joined(scores), _joined(buckets)
 
 
 def image_iou(
@@ -107,7 +116,7 @@ def image_iou(
     protocol: GridMiou = GridMiou(),
 ) -> np.ndarray:
     """Return one student's IoU per point, float64 (grid * grid,)."""
-    return compare(head, teacher, {"student": student}, original, resized, grid, protocol)["student"]
+    return compare(head, teacher, {"student": student}, original, resized, grid, protocol)[0]["student"]
 
 
 def teacher_side(protocol: GridMiou) -> GridMiou:
@@ -151,12 +160,14 @@ def run(protocol: GridMiou, head: PromptHead, cases: Iterable[Case]) -> tuple[di
     """Return metrics {"STUDENT/16x16/miou": ..., "STUDENT/16x16/GROUP/miou": ..., "STUDENT/feature/cosine": ...}
     and details {"rows": one per image and student, "masks": RLE of the first grid if the protocol writes them}.
 
-    `miou` is the mean over all points of all images, `miou_per_image` the mean of the images' means. The feature
-    figures are means over an image's valid tokens, then over images.
+    `miou` is the mean over all points of all images, `miou_per_image` the mean of the images' means. A bucket that
+    holds any point adds "STUDENT/16x16/BUCKET/miou", the mean over its points of all images, and ".../points", their
+    number. The feature figures are means over an image's valid tokens, then over images.
     """
     device = pick_device(protocol.device, "device")
     head = head.to(device).eval()
     points: dict[str, list[np.ndarray]] = defaultdict(list)
+    tail: dict[str, list[np.ndarray]] = defaultdict(list)
     rows, masks = [], []
     for case in itertools.islice(cases, protocol.images):
         teacher = case.teacher.to(device)
@@ -165,24 +176,27 @@ def run(protocol: GridMiou, head: PromptHead, cases: Iterable[Case]) -> tuple[di
         for name, embedding in students.items():
             row[name].update(_features(head, teacher, embedding, case.resized))
         for k in protocol.grids:
-            found = compare(head, teacher, students, case.original, case.resized, k, protocol)
+            found, buckets = compare(head, teacher, students, case.original, case.resized, k, protocol)
             for name, values in found.items():
                 row[name][f"{k}x{k}/miou"] = float(values.mean())
                 points[f"{name}/{k}x{k}"].append(values)
                 points[f"{name}/{k}x{k}/{case.group}"].append(values)
+                for bucket, members_P in buckets.items():
+                    tail[f"{name}/{k}x{k}/{bucket}"].append(values[members_P])
         rows += row.values()
         if protocol.write_masks:
             masks += _rles(protocol, head, case, {"teacher": teacher, **students})
     if not rows:
         raise UserError("grid_miou: no images to evaluate; the cache's validation split is empty or images=0")
-    return _metrics(rows, points), {"rows": rows, "masks": masks} if protocol.write_masks else {"rows": rows}
+    return _metrics(rows, points, tail), {"rows": rows, "masks": masks} if protocol.write_masks else {"rows": rows}
 
 
-def _metrics(rows: list[dict], points: Mapping[str, list[np.ndarray]]) -> dict[str, float]:
+def _metrics(rows: list[dict], points: Mapping[str, list], tail: Mapping[str, list]) -> dict[str, float]:
     metrics = {}
     for name, parts in points.items():
         metrics[f"{name}/miou"] = float(np.concatenate(parts).mean())
         metrics[f"{name}/miou_per_image"] = float(np.mean([part.mean() for part in parts]))
+    metrics |= tails.metrics(_joined(tail))
     for name in dict.fromkeys(row["student"] for row in rows):
         for key in ("feature/cosine", "feature/mse"):
             metrics[f"{name}/{key}"] = float(np.mean([row[key] for row in rows if row["student"] == name]))
@@ -218,6 +232,18 @@ def _prompts(head: PromptHead, k: int, original: Size, resized: Size, batch: int
     scale = np.array([resized[1] / original[1], resized[0] / original[0]])
     points = torch.from_numpy((grid_points(k, original) * scale).astype(np.float32))
     return points.to(next(head.parameters()).device).split(batch)
+
+
+def _pixels(head: PromptHead, k: int, original: Size, resized: Size, protocol: GridMiou) -> tuple[Tensor, ...]:
+    """Return the pixels of the compared masks that hold the points, int (P, 2) xy, in the batches of `_prompts`."""
+    cells = 4 * head.config["image_embedding_size"] / head.config["image_size"]
+    height, width = original if protocol.resolution == "original" else (n * cells for n in resized)
+    xy = (grid_points(k, (1, 1)) * [width, height]).astype(np.int64)
+    return torch.from_numpy(xy).split(protocol.points_per_batch)
+
+
+def _joined(parts: Mapping[str, list[np.ndarray]]) -> dict[str, np.ndarray]:
+    return {name: np.concatenate(several) for name, several in parts.items()}
 
 
 def _bits(pieces: Iterable[Tensor]) -> Bits:

@@ -1,0 +1,84 @@
+"""Which points are hard: buckets by the area of the teacher's mask and by the point's distance to that mask's edge.
+
+Letters: P points with one mask each, H x W pixels, n offsets a side of a window.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fmdistill.evaluate import scene_miou
+
+Buckets = tuple[tuple[float, str], ...]  # upper bound (not included) and name, ascending
+
+# Shares of the image, the same as those of scenes; then distances as shares of the image's longer side.
+AREAS: Buckets = tuple((top, f"area_{name}") for top, name in scene_miou.BUCKETS)
+EDGES: Buckets = ((0.01, "edge_below_1%"), (0.04, "edge_1-4%"), (math.inf, "edge_above_4%"))
+
+
+def watched(
+    pieces: Iterable[Tensor], xy_P2: Tensor, by_size: bool, by_edge: bool, into: dict[str, list[np.ndarray]]
+) -> Iterator[Tensor]:
+    """Pass on masks, bool (n, H, W) pieces, and add to `into` which of them each bucket holds, bool (n,) by its name.
+
+    A point is in one bucket of each kind that is asked for. `xy_P2` are the pixels of the masks that hold the points.
+    """
+    done = 0
+    for piece in pieces:
+        found: dict[str, np.ndarray] = {}
+        if by_size:
+            found |= split(area(piece), AREAS)
+        if by_edge:
+            found |= split(edge_distance(piece, xy_P2[done : done + len(piece)]), EDGES)
+        for name, members in found.items():
+            into[name].append(members)
+        done += len(piece)
+        yield piece
+
+
+def area(masks_PHW: Tensor) -> np.ndarray:
+    """Return the share of the pixels that each mask covers, float64 (P,)."""
+    rows_PH = masks_PHW.sum(2, dtype=torch.int32)  # in two steps, several times as fast on a CPU
+    return rows_PH.sum(1).cpu().numpy() / masks_PHW[0].numel()
+
+
+def edge_distance(masks_PHW: Tensor, xy_P2: Tensor) -> np.ndarray:
+    """Return the Euclidean distance of each point to its mask's edge as a share of the longer side, float64 (P,).
+
+    It runs from the point's pixel to the nearest one across the edge, whether the point lies inside its mask or
+    outside, so it is 1 pixel at least. The image's border is no edge: no model has to find it. Infinity where no edge
+    is within the last finite bound of `EDGES`, as in a mask that is empty or everything.
+    """
+    height, width = masks_PHW.shape[1:]
+    longer, device = max(height, width), masks_PHW.device
+    radius = math.ceil(EDGES[-2][0] * longer)
+    offset_n = torch.arange(-radius, radius + 1, device=device)
+    distance_nn = (offset_n[:, None].square() + offset_n.square()).double().sqrt()
+    distance_nn[distance_nn > radius] = math.inf  # beyond, nearer pixels may lie outside the window
+    x_P, y_P = xy_P2.to(device).T
+    # Clamped offsets repeat pixels of the border, which the window also holds at their own, shorter distance.
+    rows_Pn = (y_P[:, None] + offset_n).clamp(0, height - 1)
+    columns_Pn = (x_P[:, None] + offset_n).clamp(0, width - 1)
+    point_P = torch.arange(len(masks_PHW), device=device)
+    window_Pnn = masks_PHW[point_P[:, None, None], rows_Pn[:, :, None], columns_Pn[:, None, :]]
+    across_Pnn = window_Pnn != masks_PHW[point_P, y_P, x_P][:, None, None]
+    nearest_P = torch.where(across_Pnn, distance_nn, math.inf).flatten(1).amin(1)
+    return nearest_P.cpu().numpy() / longer
+
+
+def split(value_P: np.ndarray, buckets: Buckets) -> dict[str, np.ndarray]:
+    """Return which values each bucket holds, bool (P,) by its name; the last one takes the rest, infinity too."""
+    number_P = np.searchsorted([top for top, _ in buckets[:-1]], value_P, side="right")
+    return {name: number_P == number for number, (_, name) in enumerate(buckets)}
+
+
+def metrics(iou_by_bucket: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Return {"NAME/miou": the mean over a bucket's points, "NAME/points": their number}, without empty buckets."""
+    found: dict[str, float] = {}
+    for name, iou_P in iou_by_bucket.items():
+        if len(iou_P):
+            found |= {f"{name}/miou": float(iou_P.mean()), f"{name}/points": float(len(iou_P))}
+    return found
