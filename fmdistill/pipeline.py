@@ -9,9 +9,8 @@ from pathlib import Path
 
 from fmdistill import cache, distill, evaluate, images, recipe, report
 from fmdistill.cache import teacher
-from fmdistill.distill import objective
+from fmdistill.distill import objective, student
 from fmdistill.distill.optim import OPTIMIZERS, SCHEDULES
-from fmdistill.distill.student import STUDENTS
 from fmdistill.distill.tasks import TASKS
 from fmdistill.evaluate import teacher_score
 from fmdistill.files import write_whole
@@ -38,7 +37,7 @@ def check(settings: Recipe) -> None:
         teacher.check(settings.teacher)
     if settings.objective or settings.teacher is not None:
         objective.check(settings.objective)
-    bind(settings.student, STUDENTS, "student")
+    student.check(settings.student)
     bind(settings.task, TASKS, "task", context=("recipe",))
     bind(settings.optimizer, OPTIMIZERS, "optimizer", context=("model",))
     bind(settings.schedule, SCHEDULES, "schedule")()

@@ -97,6 +97,16 @@ def test_the_objective_is_the_weighted_mean_spelled_out(padding):
     assert (gradient[:, :, 2:].abs().sum() > 0) == (padding == "include")
 
 
+def test_padding_is_not_forgotten_where_a_distance_has_another_grid():
+    view = seen()
+    pooled = {name: torch.nn.functional.avg_pool2d(value, 2) for name, value in view.outputs.items()}
+    settings = {"distance": {"name": "mse"}, "weighting": {"name": "uniform"}}
+    losses, _ = Objective({"a": settings})(Seen(pooled, view.valid))
+    torch.testing.assert_close(losses["a"], torch.nn.functional.mse_loss(*pooled.values()))
+    with pytest.raises(UserError, match="has 4 patches an image, and what is padding is known for 16"):
+        Objective({"a": {**settings, "padding": "exclude"}})(Seen(pooled, view.valid))
+
+
 def test_uniform_weights_reproduce_the_plain_mean():
     view = seen(4)
     losses, statistics = Objective({"a": {"distance": {"name": "mse"}, "weighting": {"name": "uniform"}}})(view)

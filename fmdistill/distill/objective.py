@@ -67,6 +67,12 @@ class Term(nn.Module):
             seen = self.rectify(seen)
         distance = self.distance(seen)
         if distance.dim() == 2 and (seen.valid is None or seen.valid.shape != distance.shape):
+            if seen.valid is not None and not seen.valid.all():
+                raise UserError(
+                    f"objective: padding=exclude: output={self.settings.output} has {distance.shape[1]} patches an "
+                    f"image, and what is padding is known for {seen.valid.shape[1]}; use padding=include, or an output "
+                    f"of the teacher's grid"
+                )
             seen = dataclasses.replace(seen, valid=torch.ones_like(distance, dtype=torch.bool))
         return distance, self.weighting(distance.detach(), seen), seen
 

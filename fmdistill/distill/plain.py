@@ -1,11 +1,13 @@
 """Images of a source as they are, with their labels, for tasks whose teacher runs live or that have none."""
 
+import math
 import zlib
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -13,20 +15,27 @@ from fmdistill.backbones.preprocess import Preprocess
 from fmdistill.cache.dataset import NO_LABEL
 from fmdistill.distill.data import Prepared, SplitImages
 from fmdistill.images import Encoded, decode
+from fmdistill.registry import UserError
 
 
 @dataclass(frozen=True)
 class Augment:
-    """What is drawn anew for each image and epoch: a shift of at most `crop` pixels each way, over black, and a flip.
+    """What is drawn anew for each image and epoch: a part of the image or a shift, and a flip of every other one.
 
-    The crop is CIFAR's: pad by `crop`, cut the old size out at random.
+    `crop` is CIFAR's: pad by so many black pixels, cut the old size out at random. `resized_crop` is ImageNet's: a box
+    of the image as it is stored, as `crop_box` draws it, bilinearly resized to the network's size.
     """
 
     crop: int = 0
     flip: bool = False
+    resized_crop: bool = False
+
+    def __post_init__(self) -> None:
+        if self.crop > 0 and self.resized_crop:
+            raise UserError(f"task.crop={self.crop}: with task.resized_crop a part is cut out already; set it to 0")
 
     def __bool__(self) -> bool:
-        return self.crop > 0 or self.flip
+        return self.crop > 0 or self.flip or self.resized_crop
 
     def __call__(self, pixels: Tensor, rng: np.random.Generator) -> Tensor:
         """Return uint8 pixels (3, S, S), shifted and mirrored."""
@@ -38,6 +47,28 @@ class Augment:
         return pixels.flip(2) if mirrored else pixels
 
 
+def crop_box(
+    height: int,
+    width: int,
+    rng: np.random.Generator,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> tuple[int, int, int, int]:
+    """Return (top, left, height, width) of a box of a random share of the area and a random ratio of width to height.
+
+    The rule of torchvision's RandomResizedCrop: the share is uniform, the ratio in its logarithm; ten draws that do not
+    fit give the largest box at the centre whose ratio is allowed.
+    """
+    for _ in range(10):
+        area = height * width * rng.uniform(*scale)
+        drawn = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * drawn)), round(math.sqrt(area / drawn))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1)), h, w
+    h, w = min(height, round(width / ratio[0])), min(width, round(height * ratio[1]))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
 @dataclass(frozen=True)
 class PlainImages(SplitImages):
     """One split of a source's images with their labels, augmented from (seed, epoch, key)."""
@@ -46,6 +77,13 @@ class PlainImages(SplitImages):
     seed: int
     augment: Augment = Augment()
 
+    def __post_init__(self) -> None:
+        if self.augment.resized_crop and self.memory > 0:
+            raise UserError(
+                f"train.image_memory={self.memory}: with task.resized_crop each epoch cuts its images anew from those "
+                f"that are stored, so there is nothing to keep; set it to 0"
+            )
+
     def prepare(self, name: str, encoded: Encoded) -> Prepared:
         """Return the image with its label beside it."""
         pixels, size = self.preprocess.prepare(decode(encoded.data))
@@ -53,9 +91,14 @@ class PlainImages(SplitImages):
 
     def item(self, epoch: int, shard: int, index: int) -> dict[str, Any]:
         """Return pixels uint8 (3, S, S), size (h, w), label (-1: none) and key."""
-        key, pixels, size, label, _ = self.prepared(shard, index)
-        if self.augment:
-            pixels = self.augment(pixels, np.random.default_rng([self.seed, epoch, zlib.crc32(key.encode())]))
+        if self.augment.resized_crop:
+            encoded = self.encoded(shard, index)[1]
+            side, rng = self.preprocess.image_size, self._rng(epoch, encoded.key)
+            pixels = self.augment(_resized_crop(decode(encoded.data), side, rng), rng)
+            key, size, label = encoded.key, (side, side), encoded.label
+        else:
+            key, pixels, size, label, _ = self.prepared(shard, index)
+            pixels = self.augment(pixels, self._rng(epoch, key)) if self.augment else pixels
         return {
             "pixels": pixels,
             "sizes": torch.tensor(size),
@@ -63,3 +106,12 @@ class PlainImages(SplitImages):
             "keys": key,
             "outputs": {},
         }
+
+    def _rng(self, epoch: int, key: str) -> np.random.Generator:
+        return np.random.default_rng([self.seed, epoch, zlib.crc32(key.encode())])
+
+
+def _resized_crop(image: Image.Image, side: int, rng: np.random.Generator) -> Tensor:
+    top, left, height, width = crop_box(image.height, image.width, rng)
+    part = image.crop((left, top, left + width, top + height)).resize((side, side), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(part)).permute(2, 0, 1).contiguous()

@@ -1,7 +1,7 @@
 """Students: the networks that are trained, and how a finished one is opened."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from fmdistill.backbones.clip_mini import clip_mini_student
 from fmdistill.backbones.mini import sam_mini_student
 from fmdistill.backbones.tinyvit import tinyvit_sam, tinyvit_sam_mini
 from fmdistill.backbones.tinyvit_clip import tinyvit_clip, tinyvit_clip_mini
-from fmdistill.registry import UserError, bind, resolve
+from fmdistill.registry import UserError, bind, convert, resolve
 
 STUDENTS = {
     "tinyvit_sam": tinyvit_sam,
@@ -30,8 +30,25 @@ WEIGHTS = "student.safetensors"
 
 
 def build(settings: Mapping[str, Any]) -> nn.Module:
-    """Return the student that a recipe names, in train mode."""
-    return bind(settings, STUDENTS, "student")()
+    """Return the student that a recipe names, in train mode.
+
+    Any student may start from the weights of another's run, or of a safetensors file of its own state, which
+    `pretrained` names; where its own signature has a `pretrained`, that is the student's.
+    """
+    student, start = _bind(settings)
+    made = student()
+    if start is not None:
+        where, path = f"student.pretrained={start}", Path(start)
+        path = path / WEIGHTS if path.is_dir() else path
+        if not path.is_file():
+            raise UserError(f"{where}: no finished run or file; train that student first with its recipe, or give none")
+        _fill(made, path, where, f"give a run or a safetensors file of the same {settings['name']}")
+    return made
+
+
+def check(settings: Mapping[str, Any]) -> None:
+    """Bind the student that a recipe names, without making it or looking for weights."""
+    _bind(settings)
 
 
 def load_student(run: str | Path, trust: bool = False) -> nn.Module:
@@ -45,24 +62,41 @@ def load_student(run: str | Path, trust: bool = False) -> nn.Module:
 
 def load_checkpoint(settings: Mapping[str, Any], path: Path) -> nn.Module:
     """Return the student that a recipe names with the weights in the file `path`, in eval mode on the CPU."""
-    if _takes_pretrained(settings):
+    if _takes_own(settings):
         return build({**settings, "pretrained": str(path)}).eval()
     return _filled(settings, path, f"give a safetensors file of {settings['name']}'s own state")
 
 
 def build_untrained(settings: Mapping[str, Any]) -> nn.Module:
     """Return the student that a recipe names as it starts without any weights from elsewhere, in train mode."""
-    return build({**settings, "pretrained": "none"} if _takes_pretrained(settings) else settings)
+    return build({**settings, "pretrained": "none"})
+
+
+def _bind(settings: Mapping[str, Any]) -> tuple[Callable[[], nn.Module], str | None]:
+    """Return the bound student, and what it starts from where that is not for its own signature."""
+    if "pretrained" not in settings or _takes_own(settings):
+        return bind(settings, STUDENTS, "student"), None
+    rest = {key: value for key, value in settings.items() if key != "pretrained"}
+    start = convert(settings["pretrained"], str | None, "student.pretrained")
+    return bind(rest, STUDENTS, "student"), None if start in (None, "none") else start
 
 
 def _filled(settings: Mapping[str, Any], path: Path, way_out: str) -> nn.Module:
     student = build_untrained(settings)
-    try:
-        student.load_state_dict(load_file(path))
-    except (SafetensorError, RuntimeError) as error:
-        raise UserError(f"{path}: does not hold this student ({str(error).splitlines()[0]}); {way_out}") from None
+    _fill(student, path, str(path), way_out)
     return student.eval()
 
 
-def _takes_pretrained(settings: Mapping[str, Any]) -> bool:
-    return "pretrained" in inspect.signature(resolve(str(settings["name"]), STUDENTS, "student.name")).parameters
+def _fill(student: nn.Module, path: Path, where: str, way_out: str) -> None:
+    try:
+        student.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{where}: does not hold this student ({reason}); {way_out}") from None
+
+
+def _takes_own(settings: Mapping[str, Any]) -> bool:
+    name = settings.get("name")
+    if not isinstance(name, str):
+        return False  # binding says so
+    return "pretrained" in inspect.signature(resolve(name, STUDENTS, "student.name")).parameters

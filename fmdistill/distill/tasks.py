@@ -1,7 +1,7 @@
 """Tasks: the one module that the engine wraps. A task turns a batch into named losses; a job adds its data."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,17 +89,20 @@ def distill(recipe: Recipe) -> Job:
     return _job(recipe, provider, student)
 
 
-def classify(recipe: Recipe, statistics: str = "cifar100", crop: int = 0, flip: bool = False) -> Job:
+def classify(
+    recipe: Recipe, statistics: str = "cifar100", crop: int = 0, flip: bool = False, resized_crop: bool = False
+) -> Job:
     """Train a classifier by labels, by a teacher's outputs, or both, as the objective's terms say.
 
-    `statistics` names the mean and deviation of the pixels where no teacher decides them; `crop` shifts an image by at
-    most so many pixels each way and `flip` mirrors every other one, anew for each epoch.
+    `statistics` names the mean and deviation of the pixels where no teacher decides them. Anew for each epoch, `crop`
+    shifts an image by at most so many pixels each way, `resized_crop` (ImageNet's augmentation) cuts out a part of any
+    size, and `flip` mirrors every other image.
     """
     student = students.build(recipe.student)
     if not isinstance(student, Classifier):
         raise UserError(f"student.name={recipe.student['name']}: task classify trains a classifier, such as resnet20")
     own = ClassPreprocess.of(student.image_size, statistics)
-    provider = providers.build(recipe, own, Augment(crop, flip))
+    provider = providers.build(recipe, own, Augment(crop, flip, resized_crop))
     if provider.preprocess.image_size != student.image_size:
         raise UserError(
             f"student.name={recipe.student['name']}: sees {student.image_size} px, its teacher "
@@ -191,7 +194,8 @@ def build(recipe: Recipe) -> Job:
 
 def open_task(run: str | Path, trust: bool = False) -> tuple[Job, Distill]:
     """Return a finished run's job, and its task with all that it learned, in eval mode on the CPU."""
-    job = build(recipes.load_saved(run, ["trust=true"] if trust else []))
+    saved = recipes.load_saved(run, ["trust=true"] if trust else [])
+    job = build(replace(saved, student={**saved.student, "pretrained": "none"}))
     if not isinstance(job.task, Distill) or not (Path(run) / students.WEIGHTS).is_file():
         raise UserError(f"{run}: not a finished run of task classify or distill, which has an objective to ask")
     job.student.load_state_dict(students.load_student(run, trust).state_dict())

@@ -1,0 +1,138 @@
+"""The recipes of the CIFAR-100 and ImageNet tables: their settings, a toy run, and the published figures beside it."""
+
+import hashlib
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torchvision.datasets import CIFAR100
+
+from fmdistill import distill, evaluate, pipeline, recipe, report
+from fmdistill.distill import tasks
+from fmdistill.distill.data import batches
+from fmdistill.images.cifar100 import FILES
+from fmdistill.recipe import locate
+from fmdistill.report import rows
+
+RECIPES = sorted(path.stem for path in Path(locate("recipes/cifar100/kd.yaml")).parent.glob("*.yaml"))
+COUNTS = {"train": 24, "test": 12}
+WITHOUT_TEACHER = {"label", "teacher"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a tiny CIFAR-100 in torchvision's format, and a teacher of two steps."""
+    folder, rng, md5 = tmp_path_factory.mktemp("cifar100"), np.random.default_rng(0), {}
+    (folder / FILES).mkdir()
+    for name in ("train", "test", "meta"):
+        held = {"fine_label_names": [f"class {i}" for i in range(100)]}
+        if name != "meta":
+            labels = rng.integers(0, 100, COUNTS[name]).tolist()
+            held = {"data": rng.integers(0, 256, (COUNTS[name], 3072), dtype=np.uint8), "fine_labels": labels}
+        (folder / FILES / name).write_bytes(pickle.dumps(held))
+        md5[name] = hashlib.md5((folder / FILES / name).read_bytes()).hexdigest()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CIFAR100, "train_list", [["train", md5["train"]]])
+        patch.setattr(CIFAR100, "test_list", [["test", md5["test"]]])
+        patch.setattr(CIFAR100, "meta", {**CIFAR100.meta, "md5": md5["meta"]})
+        pipeline.run(load(folder, "teacher"))
+        yield folder
+
+
+def load(folder, name, *overrides):
+    quick = [f"images.root={folder}", f"out={folder}/{name}", "train.steps=2", "train.batch_size=8"]
+    quick += ["train.workers=0", "train.device=cpu", "train.log_every=1", "student.name=resnet20"]
+    if name not in WITHOUT_TEACHER:
+        quick += [f"teacher.weights={folder}/teacher", "teacher.network.name=resnet20", "teacher.device=cpu"]
+    return recipe.load(f"recipes/cifar100/{name}.yaml", [*quick, *overrides])
+
+
+def test_every_recipe_names_a_run_of_its_own_and_what_it_extends():
+    loaded = {name: recipe.load(f"recipes/cifar100/{name}.yaml") for name in RECIPES}
+    outs = {name: one.out for name, one in loaded.items()}
+    assert outs.pop("teacher") == loaded["kd"].teacher["weights"]
+    assert outs == {name: f"runs/cifar100/{name}" for name in RECIPES if name != "teacher"}
+    for name, one in loaded.items():
+        pad = one.train.epochs != 240
+        rates = (one.optimizer["lr"], one.train.batch_size, one.optimizer["weight_decay"])
+        assert rates == (0.05, 64, 0.0005) or (pad and rates[1:] == (128, 0.0005))
+        assert (one.teacher is None) == (name in WITHOUT_TEACHER) == (one.protocols == ["eval/labels_top1.yaml"])
+        assert one.task == {"name": "classify", "statistics": "cifar100", "crop": 4, "flip": True}
+    assert loaded["pad_l2"].student["pretrained"] == outs["pad_l2_stage1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "label", "scale", "output", "distance"),
+    [
+        ("kd", 0.1, 0.9, "logits", {"name": "kd", "temperature": 4.0}),
+        ("fitnet", 1.0, 100.0, "block2", {"name": "fitnet"}),
+        ("dkd", 1.0, 1.0, "logits", {"name": "dkd", "alpha": 1.0, "beta": 8.0, "temperature": 4.0}),
+        ("pad_l2_stage1", 1.0, 15.0, "feature", {"name": "mse"}),
+        ("pad_l2", 1.0, 1.0, "feature", {"name": "pad", "base": "l2"}),
+    ],
+)
+def test_the_terms_are_the_tables(name, label, scale, output, distance):
+    plain = recipe.load(f"recipes/cifar100/{name}.yaml").objective
+    assert (plain["label"]["scale"], plain["teacher"]["scale"]) == (label, scale)
+    assert (plain["teacher"]["output"], plain["teacher"]["distance"]) == (output, distance)
+    assert plain["teacher"]["weighting"] == {"name": "uniform"}
+    if f"{name}_srw" in RECIPES:
+        weighed = recipe.load(f"recipes/cifar100/{name}_srw.yaml").objective
+        assert weighed["teacher"].pop("weighting")["name"] == "srw" and plain["teacher"].pop("weighting")
+        assert weighed == plain
+
+
+@pytest.mark.parametrize("name", ["kd_srw", "fitnet", "dkd"])
+def test_a_recipe_runs_from_teacher_to_table(folder, name):
+    (metrics,) = pipeline.run(load(folder, name)).values()
+    assert {"student/top1", "teacher/top1", "student/q1/top1", "student/q4/top5"} <= metrics.keys()
+    logged = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+    assert logged[0]["label"] > 0 and "teacher/effective_sample_size" in logged[0]
+    assert logged[0]["loss"] == pytest.approx(logged[0]["label"] + logged[0]["teacher"], rel=1e-5)
+
+
+def test_pad_trains_on_from_its_first_stage(folder):
+    first = distill.run(load(folder, "pad_l2_stage1"))
+    settings = load(folder, "pad_l2", f"student.pretrained={first}")
+    start = tasks.build(settings).student.state_dict()
+    assert all(torch.equal(start[name], value) for name, value in distill.load_student(first).state_dict().items())
+    (metrics,) = pipeline.run(settings).values()
+    assert "student/q1/top1" in metrics
+    ended = distill.load_student(settings.out).state_dict()
+    assert any(not torch.equal(start[name], value) for name, value in ended.items())
+
+
+@pytest.mark.parametrize("name", sorted(set(RECIPES) - {"teacher", "kd_srw", "fitnet", "dkd", "pad_l2"}))
+def test_every_other_recipe_gives_a_loss_and_gradients(folder, name):
+    job = tasks.build(load(folder, name))
+    batch = next(batches(job.train, [[(0, 0, index) for index in range(6)]], 0))
+    batch = batch if job.complete is None else job.complete(batch)
+    losses = job.task({**batch, "epoch": 100.0})
+    losses["loss"].backward()
+    assert losses["loss"].isfinite() and all(p.grad is not None for p in job.task.parameters() if p.requires_grad)
+
+
+def test_the_papers_tables_stand_beside_their_data_alone(folder):
+    tables = {
+        name: [table.source for table in rows.published(evaluate.load(f"eval/{name}.yaml").to_json())]
+        for name in ("cifar100_top1", "imagenet_top1", "digits_top1", "labels_top1")
+    }
+    assert tables["digits_top1"] == tables["labels_top1"] == []
+    assert len(tables["cifar100_top1"]) == 9 and not any("Table 3" in one for one in tables["cifar100_top1"])
+    assert len(tables["imagenet_top1"]) == 3 and all("Table 3" in one for one in tables["imagenet_top1"])
+    pipeline.run(load(folder, "kd_srw"))
+    shown = report.text([str(folder / "kd_srw")])
+    assert "Published, not ours" in shown and "ResNet32x4 79.42 to ResNet8x4 72.50" in shown and "73.93" in shown
+
+
+@pytest.mark.parametrize("name", ["kd", "kd_srw", "pad_l2_stage1", "pad_l2"])
+def test_the_imagenet_recipes_have_the_papers_settings(name):
+    loaded = recipe.load(f"recipes/imagenet/{name}.yaml")
+    pipeline.check(loaded)
+    assert loaded.out == f"runs/imagenet/{name}" and loaded.train.batch_size == 512
+    assert loaded.optimizer["weight_decay"] == 0.0001 and loaded.train.image_memory == 0
+    assert loaded.train.epochs == {"pad_l2_stage1": 90, "pad_l2": 30}.get(name, 100)
+    assert loaded.optimizer["lr"] == (0.002 if name == "pad_l2" else 0.2)
