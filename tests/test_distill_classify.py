@@ -125,3 +125,6 @@ def test_a_live_run_resumes_like_any_other(made):
     out = distill.run(settings)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["step"] == 8 and rows[0]["kd"] > 0
+    with pytest.raises(UserError, match="holds a run of another recipe: teacher.weights"):
+        distill.run(load(folder, *LIVE, "task.crop=1", f"out={folder}/live", "train.checkpoint_every=4",
+                         f"teacher.weights={folder}/other"))  # fmt: skip

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from fmdistill import recipe as recipes
+from fmdistill.cache import teacher
 from fmdistill.distill import checkpoint, tasks
 from fmdistill.distill.student import WEIGHTS, load_student
 from fmdistill.distill.train import Engine, fit, validator
@@ -52,7 +53,8 @@ def _claim(recipe: Recipe, out: Path, resume: bool) -> None:
 def check_run(recipe: Recipe, out: Path) -> None:
     """Raise a UserError unless the run in `out` is of this recipe, in all that moves a weight."""
     old, new = _flat(recipes.load_saved(out, ["trust=true"])), _flat(recipe)
-    held = [k for k in sorted({*old, *new}) if k not in FREE and not re.match(r"images\..*root$", k)]
+    free = FREE - {"teacher.weights"} if teacher.is_live(recipe.teacher) else FREE  # no cache stands for it
+    held = [k for k in sorted({*old, *new}) if k not in free and not re.match(r"images\..*root$", k)]
     changed = [k for k in held if str(old.get(k)) != str(new.get(k))]
     if changed:
         shown = "; ".join(f"{k} is {old.get(k)!r} there and {new.get(k)!r} here" for k in changed[:3])

@@ -50,8 +50,8 @@ def build(recipe: Recipe, own: Preprocess | None = None, augment: Augment | None
     if not teacher.is_live(recipe.teacher):
         if augment:
             raise UserError(
-                "task.crop, task.flip: a cached teacher saw the images as they are; add teacher.live=true, so that it "
-                "sees what the student sees, or leave the augmentation out"
+                "task.crop, .flip, .resized_crop: a cached teacher saw the images as they are; add teacher.live=true, "
+                "so that it sees what the student sees, or leave the augmentation out"
             )
         return _cached(recipe)
     model = teacher.build(recipe.teacher)
