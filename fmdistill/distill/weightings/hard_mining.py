@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fmdistill.distill.seen import Seen
-from fmdistill.distill.weightings.groups import Group, below_largest, grouped, refuse_global_batch, softmax_weights
-from fmdistill.registry import UserError
+from fmdistill.distill.weightings.groups import Group
+from fmdistill.distill.weightings.soft_exp import SoftExp
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,8 @@ class HardMining:
     group: Group | None = None  # None = image for maps, batch for vectors
 
     def __post_init__(self) -> None:
-        refuse_global_batch(self.group)
-        if not self.temperature > 0:
-            raise UserError(f"weighting.temperature={self.temperature}: expected a number above 0")
+        SoftExp(self.temperature, self.group)  # checks both
 
     def __call__(self, distance: Tensor, seen: Seen) -> Tensor:
         """Return (B, N) weights for the (B, N) distance of N patches, or (B,) for (B,)."""
-        distance_RM, valid_RM = grouped(distance, seen, self.group)
-        logits_RM = below_largest(distance_RM, valid_RM) / self.temperature
-        return softmax_weights(logits_RM, valid_RM).view_as(distance)
+        return SoftExp(self.temperature, self.group)(-distance, seen)
