@@ -4,7 +4,9 @@ import os
 
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 
-os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
+if THREADS == 1:
+    os.environ["OMP_NUM_THREADS"] = "1"  # the process that started this worker has set its own
+os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("MPLBACKEND", "agg")
 
 import torch  # noqa: E402  (OpenMP reads its variable when torch loads)

@@ -155,7 +155,7 @@ def test_a_run_of_another_recipe_in_the_same_folder_is_refused(cached):
         ("train.window=0", "expected at least 1"),
         ("train.clip=0", "above 0, or null"),
         ("seed=-1", "expected 0 or more"),
-        ("student.name=tinyvit_sam_mini", "makes 128 channels at 256 px, but the cache holds 32 channels at 64 px"),
+        ("student.name=tinyvit_sam_mini", "makes 128 channels at 256 px, but the cache has 32 channels at 64 px"),
         ("objective.embedding.output=logits", "output=logits: the student has none"),
         ("objective.embedding.weighting.temperature=0", "expected a number above 0"),
         ("optimizer.lr=1e30", "the loss is|the gradient's norm is"),

@@ -135,8 +135,10 @@ def _bound(term: TermSettings, where: str) -> tuple[Any, Any, Any]:
 def _shapes(output: str, shapes: Mapping[str, Shape]) -> dict[str, Any]:
     """Return the shapes of the student's and the teacher's `output` and of all, None where they are not known."""
     student = shapes.get(f"student.{output.rpartition('.')[2]}")
-    teachers = [name for name in shapes if not name.startswith("student.")]
-    teacher = shapes[teacher_name(output, shapes)] if teachers else None
+    try:
+        teacher = shapes[teacher_name(output, shapes)]
+    except UserError:
+        teacher = None  # a distance to labels needs none, any other says so
     return {"student": student, "teacher": teacher, "shapes": shapes or None}
 
 
