@@ -15,7 +15,12 @@ from fmdistill.report.rows import Run
 def run(value: float, seconds: float = 10.0, ess: float = 0.5) -> Run:
     settings = recipe.load("recipes/demo/sam_mse.yaml")
     log = [
-        {"step": 100, "images_per_second": 100 * settings.train.batch_size / seconds, "a/effective_sample_size": ess}
+        {
+            "step": 100,
+            "images_per_second": 100 * settings.train.batch_size / seconds,
+            "a/effective_sample_size": ess,
+            "b/effective_sample_size": 1.0,
+        }
     ]
     return Run(
         "x", Path("x"), settings, log, {"p": {"student/top1": value, "student/feature/mse": 1.0, "teacher/top1": 1}}

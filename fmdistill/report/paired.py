@@ -37,7 +37,7 @@ class Line:
     low: float | None
     high: float | None
     verdict: str
-    effective_sample_size: float | None  # mean over the logged steps, the seeds and the terms
+    effective_sample_size: float | None  # of the term with the smallest, mean over the logged steps and the seeds
 
 
 def compare(runs: Mapping[str, Sequence[Run]], protocol: str) -> list[Line]:
@@ -124,13 +124,13 @@ def _deviation(values_S: np.ndarray) -> float:
 
 
 def _effective_sample_size(runs: Sequence[Run]) -> float | None:
-    found = [
-        value
+    ending = "/effective_sample_size"
+    rows = [
+        [value for name, value in row.items() if name.endswith(ending) and not name.startswith("validation/")]
         for run in runs
         for row in run.log
-        for name, value in row.items()
-        if name.endswith("/effective_sample_size") and not name.startswith("validation/")
     ]
+    found = [min(row) for row in rows if row]  # a term by labels, which nothing weighs, would water it down
     return statistics.fmean(found) if found else None
 
 
