@@ -92,5 +92,10 @@ def test_what_cannot_be_compared_is_said(recipes):
     other.write_text(f"extends: {both[0]}\nout: {folder}/other\nprotocols: []\n")
     with pytest.raises(UserError, match="different protocols, or none"):
         pipeline.compare([both[0], str(other)], 2)
+    wrong = folder / "hundred.yaml"
+    wrong.write_text(toy_digits.TOP1 + "classes: 100\n")
+    out = pipeline.compare(both, 1, QUICK).parent / "plain/seed-0"
+    with pytest.raises(UserError, match="classes=100, but .* tells 10 apart"):
+        evaluate.run(wrong, out)
     with pytest.raises(UserError, match="0 < few <= many"):
         top1.Top1(few=0)

@@ -34,9 +34,11 @@ class Top1:
     `quartiles` adds the SRW paper's Table 4: images ranked by the average cosine similarity of the teacher's `feature`
     to the others of random batches of 64 (drawn once, by `seed`; see evaluate/rarity.py), q1 the rarest quarter.
     `frequency` adds the accuracy on classes with more than `many` training images, with fewer than `few`, and between
-    (Liu et al., "Large-Scale Long-Tailed Recognition in an Open World", CVPR 2019: 100 and 20).
+    (Liu et al., "Large-Scale Long-Tailed Recognition in an Open World", CVPR 2019: 100 and 20). `classes` is how many
+    there must be, so that a published table stands beside figures of its own data alone; None takes any.
     """
 
+    classes: int | None = None
     quartiles: bool = False
     feature: str = "logits"
     seed: int = 0
@@ -66,6 +68,10 @@ def judge(protocol: Top1, recipe: Recipe, models: Mapping[str, nn.Module]) -> Ju
     provider = providers.build(recipe, ClassPreprocess.of(size, statistics))  # type: ignore[arg-type]
     labels_N, keys, logits, feature_ND = _read(protocol, provider, recipe, models)
     classes = next(iter(logits.values())).shape[1]
+    if protocol.classes not in (None, classes):
+        raise UserError(
+            f"top1: classes={protocol.classes}, but {recipe.out} tells {classes} apart; judge it by another"
+        )
     if labels_N.min() < 0 or labels_N.max() >= classes:
         raise UserError(f"top1: an image's label is {labels_N.min()} or {labels_N.max()}, the classes are {classes}")
     parts: dict[str, np.ndarray] = {"": np.ones(len(labels_N), dtype=bool)}
