@@ -62,17 +62,17 @@ def bind(
     return functools.partial(component, **typed(component, arguments, where, context))
 
 
-def complete(component: functools.partial, context: Mapping[str, Any], where: str) -> Any:
+def complete(component: functools.partial, context: Mapping[str, Any], where: str, why: str = "") -> Any:
     """Return what the bound `component` makes, given those of `context` that its signature asks for.
 
-    UserError where one of them is None, that is not known here, and the component cannot do without.
+    UserError where one of them is None, that is not known here, and the component cannot do without; `why` ends it.
     """
     asked = inspect.signature(component.func).parameters
     given = {key: value for key, value in context.items() if key in asked}
     for key, value in given.items():
         if value is None and asked[key].default is inspect.Parameter.empty:
             name = getattr(component.func, "__name__", str(component.func))
-            raise UserError(f"{where}: {name} is made for one `{key}`, and this recipe has none that is known")
+            raise UserError(f"{where}: {name} is made for one `{key}`, and this recipe has none that is known{why}")
     return component(**given)
 
 

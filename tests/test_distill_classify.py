@@ -100,6 +100,34 @@ def test_augmentation_is_drawn_from_seed_epoch_and_key(made):
     assert all(any(torch.equal(one, window) for window in possible) for one in drawn)
 
 
+@pytest.mark.parametrize("distance", ["cc", "cosine", "rkd", "vid", "fitnet", "pad", "mse"])
+def test_every_kind_of_distance_learns_from_a_live_teacher(made, distance):
+    folder, _ = made
+    term = f"{{output: feature, distance: {{name: {distance}}}, weighting: {{name: uniform}}}}"
+    wide = ["student.width=4"] if distance in ("cosine", "pad", "mse") else []
+    settings = load(folder, *LIVE, *wide, f"objective.x={term}")
+    job, batch = one_batch(settings)
+    job.task(batch)["loss"].backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in job.task.parameters())
+
+
+def test_a_rectifier_without_frequencies_asks_for_none(made, monkeypatch):
+    folder, _ = made
+    monkeypatch.setattr(provider, "priors", None)
+    swapped = tasks.build(load(folder, "objective.kd.rectify={name: probability_swap}"))
+    assert swapped.task.objective.terms["kd"].rectify is not None
+    with pytest.raises(TypeError):
+        tasks.build(load(folder, "objective.kd.rectify={name: krd_logits}"))
+
+
+def test_an_output_that_nobody_makes_is_told_with_those_that_are_made(made):
+    folder, _ = made
+    with pytest.raises(
+        UserError, match=r"none that is known: output=blok2\. Known: classifier\.block2, classifier\.feature"
+    ):
+        tasks.build(load(folder, "objective.x={output: blok2, distance: {name: fitnet}, weighting: {name: uniform}}"))
+
+
 def test_what_cannot_be_is_said_before_training(made):
     folder, _ = made
     with pytest.raises(UserError, match=r"add teacher\.live=true"):

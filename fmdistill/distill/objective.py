@@ -1,6 +1,7 @@
 """The objective: named terms, each rectify -> measure -> weigh -> reduce, and only the last step reduces."""
 
 import dataclasses
+import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -45,9 +46,10 @@ class Term(nn.Module):
         self.settings = settings
         distance, weighting, rectify = _bound(settings, where)
         known = {"priors": priors, **_shapes(settings.output, shapes)}
-        self.rectify = rectify and complete(rectify, known, f"{where}.rectify")
-        self.distance = complete(distance, known, f"{where}.distance")
-        self.weighting = complete(weighting, known, f"{where}.weighting")
+        why = f": output={settings.output}. Known: {', '.join(sorted(shapes)) or 'none'}"
+        self.rectify = rectify and complete(rectify, known, f"{where}.rectify", why)
+        self.distance = complete(distance, known, f"{where}.distance", why)
+        self.weighting = complete(weighting, known, f"{where}.weighting", why)
 
     def forward(self, seen: Seen) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the term's scalar loss and its statistics: effective sample size and largest weight."""
@@ -122,6 +124,12 @@ def check(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, TermSettings]:
     for name, term in terms.items():
         _bound(term, f"objective.{name}")
     return terms
+
+
+def needs_priors(settings: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Return whether a term goes by how often each class occurs."""
+    rectifiers = [_bound(term, f"objective.{name}")[2] for name, term in check(settings).items()]
+    return any(one and "priors" in inspect.signature(one.func).parameters for one in rectifiers)
 
 
 def _bound(term: TermSettings, where: str) -> tuple[Any, Any, Any]:

@@ -60,21 +60,20 @@ def build(recipe: Recipe, own: Preprocess | None = None, augment: Augment | None
     def complete(batch: dict) -> dict:
         device = batch["pixels"].device
         found = model(batch["pixels"], batch["sizes"]).items()
-        return {**batch, "outputs": {f"{model.family}.{name}": value.to(device) for name, value in found}}
+        # Cloned, since autograd keeps no tensor of inference mode, and a learned distance may need the teacher's.
+        return {**batch, "outputs": {f"{model.family}.{name}": value.to(device).clone() for name, value in found}}
 
     return _plain(recipe, model.preprocess, shapes, augment or Augment(), complete, "the live teacher")
 
 
 def priors(provider: Provider, classes: int) -> Priors:
-    """Return how often each class occurs among the training images. UserError where an image has no label."""
+    """Return how often each class occurs among the training images. UserError where one has no label among them."""
     label_N = provider.labels()
     if (label_N < 0).any() or (label_N >= classes).any():
         raise UserError(
             f"rectify: goes by the classes' frequencies, so each training image needs a label from 0 to {classes - 1}"
         )
     counts_K = torch.from_numpy(np.bincount(label_N, minlength=classes))
-    if (counts_K == 0).any():
-        raise UserError(f"rectify: class {int(counts_K.argmin())} has no training image, so no frequency to go by")
 
     def means(output: str) -> Tensor:
         rows_ND = torch.from_numpy(provider.rows(output)).float()

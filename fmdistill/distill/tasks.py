@@ -23,7 +23,7 @@ from fmdistill.distill import student as students
 from fmdistill.distill.contrastive import CaptionedImages, Contrastive
 from fmdistill.distill.data import Data
 from fmdistill.distill.labelled import LabelledImages
-from fmdistill.distill.objective import Objective, check
+from fmdistill.distill.objective import Objective, needs_priors
 from fmdistill.distill.plain import Augment
 from fmdistill.distill.promptable import Promptable
 from fmdistill.distill.provider import Provider, Shape
@@ -113,8 +113,14 @@ def classify(
 
 def _job(recipe: Recipe, provider: Provider, student: nn.Module) -> Job:
     shapes = {**_student_shapes(student, provider), **provider.shapes}
-    rectified = any(term.rectify for term in check(recipe.objective).values())
-    priors = providers.priors(provider, shapes["student.logits"][0]) if rectified else None
+    priors = None
+    if needs_priors(recipe.objective):
+        if "student.logits" not in shapes:
+            raise UserError(
+                f"student.name={recipe.student['name']}: makes no logits, and a rectifier of the objective goes by the "
+                f"frequencies of classes; use task classify, or leave the rectifier out"
+            )
+        priors = providers.priors(provider, shapes["student.logits"][0])
     task = Distill(student, Objective(recipe.objective, shapes, priors), provider.preprocess)
     shared = vectors if any(len(shape) == 1 for shape in provider.shapes.values()) else None
     return Job(task, student, provider.train, provider.validation, shared, provider.complete)
