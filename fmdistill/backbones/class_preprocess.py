@@ -13,6 +13,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
+from fmdistill.backbones.pixels import all_valid, standardise
 from fmdistill.registry import UserError, suggest
 
 # Mean and standard deviation of RGB in [0, 1], over the training images; of the digits, over all 1,797.
@@ -56,14 +57,11 @@ class ClassPreprocess:
 
     def normalize(self, pixels: Tensor, sizes: Tensor) -> Tensor:
         """Return uint8 pixels (B, 3, S, S) as float32 (x / 255 - mean) / std."""
-        mean = torch.tensor(self.mean, device=pixels.device).view(-1, 1, 1)
-        std = torch.tensor(self.std, device=pixels.device).view(-1, 1, 1)
-        return (pixels.float() / 255 - mean) / std
+        return standardise(pixels, self.mean, self.std)
 
     def valid(self, sizes: Tensor) -> Tensor:
         """Return bool (B, g, g), all True: a crop has no padding."""
-        grid = self.image_size // self.stride
-        return torch.ones(len(sizes), grid, grid, dtype=torch.bool, device=sizes.device)
+        return all_valid(sizes, self.image_size // self.stride)
 
     def to_json(self) -> dict[str, Any]:
         """Return what determines the network's input, for a manifest."""

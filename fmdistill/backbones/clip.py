@@ -23,6 +23,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
 from fmdistill.backbones.clip_weights import build_clip, load_clip
+from fmdistill.backbones.pixels import all_valid, standardise
 from fmdistill.files import write_whole
 from fmdistill.registry import UserError, suggest
 
@@ -63,14 +64,11 @@ class ClipPreprocess:
 
     def normalize(self, pixels: Tensor, sizes: Tensor) -> Tensor:
         """Return uint8 pixels (B, 3, S, S) as float32 (x / 255 - mean) / std, by torchvision's arithmetic."""
-        mean = torch.tensor(self.mean, device=pixels.device).view(-1, 1, 1)
-        std = torch.tensor(self.std, device=pixels.device).view(-1, 1, 1)
-        return (pixels.float() / 255 - mean) / std
+        return standardise(pixels, self.mean, self.std)
 
     def valid(self, sizes: Tensor) -> Tensor:
         """Return bool (B, g, g), all True: a crop has no padding."""
-        grid = self.image_size // self.stride
-        return torch.ones(len(sizes), grid, grid, dtype=torch.bool, device=sizes.device)
+        return all_valid(sizes, self.image_size // self.stride)
 
     def to_json(self) -> dict[str, Any]:
         """Return what determines the network's input, for a manifest."""
