@@ -32,6 +32,23 @@ class Index:
         return found
 
 
+@dataclass(frozen=True)
+class _Bounded:
+    """A file that is never asked for more than it holds: tarfile reads what an extended header claims in one piece."""
+
+    file: BinaryIO
+    end: int
+
+    def read(self, size: int) -> bytes:
+        return self.file.read(max(0, min(size, self.end - self.file.tell())))
+
+    def seek(self, position: int) -> int:
+        return self.file.seek(position)
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+
 def scan(file: BinaryIO, where: str) -> Index:
     """Return the index of a tar by one pass over its headers; a damaged tar gives what is whole, and its fault."""
     end = file.seek(0, 2)
@@ -41,7 +58,7 @@ def scan(file: BinaryIO, where: str) -> Index:
     found: list[tuple[str, int, int]] = []
     position = 0
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
+        with tarfile.open(fileobj=_Bounded(file, end), mode="r:") as tar:  # type: ignore[arg-type]
             try:
                 for member in tar:
                     name = _normal(member.name)
@@ -49,15 +66,16 @@ def scan(file: BinaryIO, where: str) -> Index:
                         found.append((name, member.offset_data, member.size))
             finally:
                 position = tar.offset
-    except (tarfile.TarError, ValueError) as error:
+    except (tarfile.TarError, ValueError, OverflowError) as error:  # the last two for sizes beyond any file's
         if position == 0:
             return Index({}, f"not a tar ({error}), or a compressed one, which must be unpacked first")
     # tarfile takes a cut or broken header for the end, so the end is looked for: a block of zeros.
+    position = min(max(position, 0), end)
     file.seek(position)
     block = file.read(tarfile.BLOCKSIZE)
     images, alone = _group(found, where)
     for name, offset, size in found:
-        if offset + size > end:  # the whole key goes: its other members would make a sample that lacks a column
+        if size < 0 or offset + size > end:  # the whole key goes: what is left would lack a column
             images.pop(_owner(name, images) or "", None)
     if len(block) < tarfile.BLOCKSIZE:
         return Index(images, f"truncated at byte {end}{_last(images)}")
