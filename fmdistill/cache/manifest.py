@@ -2,15 +2,31 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from fmdistill.files import write_first
+from fmdistill.images.source import SPLITS
 from fmdistill.registry import UserError
 
 FORMAT = 1
 NAME = "manifest.json"
+
+
+def _shapes(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(shape, list) and all(type(side) is int and side > 0 for side in shape) for shape in value.values()
+    )
+
+
+FIELDS: Mapping[str, Callable[[Any], bool]] = {  # what readers rely on; the rest is compared only
+    "family": lambda value: isinstance(value, str),
+    "teacher": lambda value: isinstance(value, dict) and isinstance(value.get("preprocess"), dict),
+    "outputs": _shapes,
+    "codec": lambda value: isinstance(value, dict) and all(isinstance(value.get(split), str) for split in SPLITS),
+    "images": lambda value: isinstance(value, dict),
+}
 
 
 def claim(root: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,12 +52,16 @@ def read(root: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{root}: no cache here (no {NAME}); make it with `fmdistill cache RECIPE`") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a manifest ({error}); delete the file to have it written anew") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(
             f"{path}: format {manifest.get('format')!r} is not {FORMAT}; it needs another fmdistill version"
         )
+    for name, sound in FIELDS.items():
+        if name not in manifest or not sound(manifest[name]):
+            found = _short(manifest.get(name))
+            raise UserError(f"{path}: damaged, its '{name}' is {found}; delete the file to have it written anew")
     return manifest
 
 

@@ -1,0 +1,202 @@
+"""A cache behind a URL that fsspec knows, such as s3://bucket/cache, and its folder on this machine.
+
+Nothing in the bucket is ever written over, so no lock is needed and no copy grows stale: a shard is NAME-HASH.tar and
+NAME-HASH.json, HASH the start of the tar's sha256, put there in this order. Of two machines that wrote the same shard
+both stay, and a reader takes the first whose sidecar is whole. Manifest, head and recipe are put once.
+
+The folder holds all small files and as many tars as fit; the tars longest unused go first. It is named by the URL's
+hash, so two caches never share one. A shard that was written but not yet sent lies in it as NAME.tar and NAME.json, as
+in any cache, and is sent by the next process that opens it.
+"""
+
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec.core
+
+from fmdistill.files import file_hash, temporary_name, write_whole
+from fmdistill.logs import log
+from fmdistill.registry import UserError
+
+SETTINGS = ".bucket.json"  # in the folder: what its processes, such as a loader's workers, need to know
+MANIFEST = "manifest.json"
+ONCE = (MANIFEST, "head.json", "head.safetensors", "recipe.yaml")
+SENT = re.compile(r"(.+)-[0-9a-f]{16}\.(json|tar)")
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """The cache at `url`, whose folder here keeps tars of up to `limit` bytes."""
+
+    url: str
+    folder: Path
+    limit: int
+
+    def pull(self) -> None:
+        """Fetch the small files that are not here, and forget a folder of a cache that was there before."""
+        names = self._names()
+        here = self.folder / MANIFEST
+        if MANIFEST in names and here.exists() and self._read(MANIFEST) != here.read_bytes():
+            log.info("%s: another cache than before; %s starts anew", self.url, self.folder)
+            for path in self.folder.iterdir():
+                if path.name != SETTINGS and path.is_file():
+                    path.unlink(missing_ok=True)
+        for name in sorted(names):
+            whole = name in ONCE or (SENT.fullmatch(name) and name.endswith(".json") and _tar(name) in names)
+            if whole and not (self.folder / name).exists():
+                write_whole(self.folder / name, self._read(name))
+
+    def look(self, shard: str) -> None:
+        """Fetch the sidecars of one shard that other machines have put there meanwhile."""
+        for name in self._names(f"{shard}-*"):
+            if SENT.fullmatch(name) and name.endswith(".json") and not (self.folder / name).exists():
+                write_whole(self.folder / name, self._read(name))
+
+    def share(self) -> None:
+        """Put manifest, head and recipe there, each unless it is there already."""
+        names = self._names()
+        for name in ONCE:
+            if name not in names and (self.folder / name).exists():
+                self._put(self.folder / name, name)
+
+    def send(self, shard: str) -> None:
+        """Send a shard that was written here: the tar, then its sidecar; then it lies here as if fetched."""
+        tar, sidecar = self.folder / f"{shard}.tar", self.folder / f"{shard}.json"
+        with _locked(self.folder / f".{shard}.lock"):
+            if not (tar.exists() and sidecar.exists()):  # another process of this machine has sent it
+                return
+            name = f"{shard}-{json.loads(sidecar.read_text())['sha256'][:16]}"
+            self._put(tar, f"{name}.tar")
+            self._put(sidecar, f"{name}.json")
+            os.replace(tar, self.folder / f"{name}.tar")
+            os.replace(sidecar, self.folder / f"{name}.json")
+        self._evict(keep=f"{name}.tar")
+
+    def fetch(self, name: str, sha256: str) -> Path:
+        """Return the tar `name` on this machine, downloaded where it is not here. UserError where it is damaged."""
+        path = self.folder / name
+        with _locked(self.folder / f".{name}.lock"):  # of several workers one downloads
+            if not path.exists():
+                temporary = temporary_name(path)
+                try:
+                    with self._failing(name):
+                        self._system.get_file(self._at(name), str(temporary))
+                    if file_hash(temporary) != sha256:
+                        raise UserError(
+                            f"{self.url}/{name}: differs from its sidecar (sha256); delete it there and run "
+                            f"`fmdistill cache` again"
+                        )
+                    os.replace(temporary, path)
+                finally:
+                    temporary.unlink(missing_ok=True)
+                self._evict(keep=name)
+            os.utime(path)
+        return path
+
+    def _evict(self, keep: str) -> None:
+        tars = [path for path in self.folder.glob("*.tar") if SENT.fullmatch(path.name)]
+        held = {path: stat for path in tars if (stat := _stat(path))}
+        total = sum(stat.st_size for stat in held.values())
+        for path in sorted(held, key=lambda one: held[one].st_mtime):
+            if total > self.limit and path.name != keep:
+                path.unlink(missing_ok=True)  # who has it open reads on
+                total -= held[path].st_size
+
+    def _names(self, pattern: str = "*") -> set[str]:
+        with self._failing(pattern):
+            self._system.invalidate_cache()
+            return {str(path).rpartition("/")[2] for path in self._system.glob(self._at(pattern))}
+
+    def _read(self, name: str) -> bytes:
+        with self._failing(name):
+            return self._system.cat_file(self._at(name))
+
+    def _put(self, path: Path, name: str) -> None:
+        with self._failing(name):
+            self._system.makedirs(self._at("").rstrip("/"), exist_ok=True)
+            self._system.put_file(str(path), self._at(name))
+
+    def _at(self, name: str) -> str:
+        return f"{self._system._strip_protocol(self.url).rstrip('/')}/{name}"
+
+    @property
+    def _system(self) -> Any:
+        return _system(self.url, os.getpid())
+
+    @contextmanager
+    def _failing(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:  # each file system has its own: botocore's, aiohttp's, OSErrors
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise UserError(
+                f"{self.url}/{name}: {reason}; is the URL right, and may this machine read and write there?"
+            ) from error
+
+
+def local(root: str, cached: str = "", gigabytes: float = 50.0) -> Path:
+    """Return the folder of the cache at `root`: itself, or of a URL its folder on this machine, small files fetched.
+
+    That is one below `cached`, by default below ~/.cache/fmdistill.
+    """
+    if "://" not in root:
+        return Path(root)
+    home = Path(cached or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fmdistill")
+    folder = home / hashlib.sha256(root.rstrip("/").encode()).hexdigest()[:32]
+    folder.mkdir(parents=True, exist_ok=True)
+    found = Bucket(root.rstrip("/"), folder, int(gigabytes * 1e9))
+    write_whole(folder / SETTINGS, json.dumps({"url": found.url, "limit": found.limit}))
+    found.pull()
+    for path in sorted(folder.glob("*.json")):
+        if path.with_suffix(".tar").exists() and not SENT.fullmatch(path.name):
+            found.send(path.stem)
+    return folder
+
+
+def bucket(folder: Path) -> Bucket | None:
+    """Return the bucket that `folder` stands for; None where it is a cache itself."""
+    try:
+        settings = json.loads((folder / SETTINGS).read_text())
+    except FileNotFoundError:
+        return None
+    return Bucket(settings["url"], folder, settings["limit"])
+
+
+def _tar(sidecar: str) -> str:
+    return sidecar.removesuffix(".json") + ".tar"
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except FileNotFoundError:
+        return None
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with open(path, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@functools.lru_cache(maxsize=8)
+def _system(url: str, process: int) -> Any:
+    """Return the file system of `url`. One for each process: those that work asynchronously do not survive a fork."""
+    try:
+        return fsspec.core.url_to_fs(url, skip_instance_cache=True)[0]
+    except (ImportError, ValueError) as error:
+        raise UserError(
+            f"cache.root={url}: {error}; for s3:// and gs:// install fmdistill with its extra `remote`"
+        ) from error

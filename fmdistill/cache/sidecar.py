@@ -1,0 +1,105 @@
+"""The sidecar of a shard: what lies where in its tar, and what the teacher's statistics are; written last.
+
+{"checksum": the sha256's first half of all that follows, "identity": ..., "take": ..., "split": ..., "codec": ...,
+"bytes": of the tar, "sha256": of the tar, "samples": [...], "failed": [...], "statistics": {...}}. What is read is
+checked first, so that no reader meets a missing field, an offset outside the tar, or a size that it could not hold.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fmdistill.images.source import SPLITS
+
+CHECKSUM = '{{"checksum": "{}", '
+LENGTH = len(CHECKSUM.format("0" * 32))
+
+
+def write(fields: Mapping[str, Any]) -> str:
+    """Return the sidecar's text."""
+    rest = json.dumps(fields)[1:]
+    return CHECKSUM.format(_checksum(rest)) + rest
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    """Return the sidecar at `path`; None where it is missing, damaged, or describes what no tar can hold."""
+    try:
+        text = path.read_text()
+        found = json.loads(text)
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
+        return None
+    if not isinstance(found, dict):
+        return None
+    checksum = found.pop("checksum", None)  # older sidecars have none
+    if checksum is not None and text[:LENGTH] != CHECKSUM.format(_checksum(text[LENGTH:])):
+        return None
+    return found if _has(found, SIDECAR) and all(_sound(s, found["bytes"]) for s in found["samples"]) else None
+
+
+def _checksum(rest: str) -> str:
+    return hashlib.sha256(rest.encode()).hexdigest()[:32]
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _size(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(_count(side) and side > 0 for side in value)
+
+
+def _list(value: Any) -> bool:
+    return isinstance(value, list)
+
+
+def _mapping(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+Fields = Mapping[str, Callable[[Any], bool]]
+SIDECAR: Fields = {
+    "identity": _text,
+    "take": lambda value: value is None or _count(value),
+    "split": lambda value: value in SPLITS,
+    "codec": _text,
+    "bytes": _count,
+    "sha256": _text,
+    "samples": _list,
+    "failed": _list,
+    "statistics": _mapping,
+}
+SAMPLE: Fields = {
+    "key": _text,
+    "index": _count,
+    "image": _text,
+    "original": _size,
+    "resized": _size,
+    "outputs": _mapping,
+}
+MEMBER: Fields = {"offset": _count, "size": _count, "crc32": _count}
+
+
+def _has(found: Any, fields: Fields, *more: str) -> bool:
+    """Return whether `found` has these fields, each as it should be, and no others but `more`."""
+    return (
+        isinstance(found, dict)
+        and found.keys() - set(more) == fields.keys()
+        and all(sound(found[name]) for name, sound in fields.items())
+    )
+
+
+def _sound(sample: Any, length: int) -> bool:
+    if not _has(sample, SAMPLE, "label") or not (sample.get("label") is None or _count(sample["label"])):
+        return False
+    return all(
+        _has(member, MEMBER, "shape")
+        and member["offset"] + member["size"] <= length
+        and ("shape" not in member or (_list(member["shape"]) and all(map(_count, member["shape"]))))
+        for member in sample["outputs"].values()
+    )
