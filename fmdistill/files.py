@@ -1,15 +1,24 @@
 """Files that appear whole or not at all, whoever is killed, and the hash of one."""
 
+import errno
 import hashlib
 import os
 import platform
+import re
 import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+STALE = 48 * 3600  # seconds without a write, after which a temporary file is taken to be a dead process's
 
 
 def write_whole(path: str | Path, content: bytes | str) -> None:
     """Put `content` (text as UTF-8) at `path` in place of whatever is there; after an error that is still there."""
-    temporary = _write_temporary(Path(path), content)
+    temporary = write_temporary(Path(path), content)
     try:
         os.replace(temporary, path)
     except BaseException:
@@ -19,7 +28,7 @@ def write_whole(path: str | Path, content: bytes | str) -> None:
 
 def write_first(path: Path, content: bytes | str) -> None:
     """Put `content` at `path` whole, unless something is there already."""
-    temporary = _write_temporary(path, content)
+    temporary = write_temporary(path, content)
     try:
         publish(temporary, path)
     finally:
@@ -32,7 +41,9 @@ def publish(temporary: Path, path: Path) -> bool:
         os.link(temporary, path)
     except FileExistsError:
         return False
-    except OSError:  # a file system without hard links
+    except OSError as error:  # a file system without hard links
+        if error.errno in FULL:
+            raise
         if path.exists():
             return False
         os.rename(temporary, path)
@@ -47,11 +58,29 @@ def temporary_name(path: Path) -> Path:
 
 
 def sweep(folder: Path) -> None:
-    """Remove the temporary files that dead processes of this host left in `folder`."""
-    for path in folder.glob(f".*.{_host()}.*.tmp"):
-        process = path.name.split(".")[-3]
-        if process.isdigit() and not _alive(int(process)):
+    """Remove the temporary files in `folder` that dead processes left: of this host, and of any that are `STALE`.
+
+    A live process's are not touched, wherever it runs: its writing keeps the file's time fresh.
+    """
+    for path in folder.glob(".*.tmp"):
+        if _abandoned(path):
             path.unlink(missing_ok=True)
+
+
+def being_written(path: Path) -> bool:
+    """Return whether another process seems to be writing `path`; a dead one of another host seems so until `STALE`."""
+    own = f".{_host()}.{os.getpid()}."
+    return any(own not in one.name and not _abandoned(one) for one in path.parent.glob(f".{path.name}.*.tmp"))
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an OSError of the block name `path`: a full disk's names nothing."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def file_hash(path: str | Path) -> str:
@@ -63,10 +92,11 @@ def file_hash(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def _write_temporary(path: Path, content: bytes | str) -> Path:
+def write_temporary(path: Path, content: bytes | str) -> Path:
+    """Put `content` on disk under a temporary name beside `path`; return that name."""
     temporary = temporary_name(path)
     try:
-        with open(temporary, "xb") as file:
+        with naming(path), open(temporary, "xb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
@@ -74,6 +104,18 @@ def _write_temporary(path: Path, content: bytes | str) -> Path:
         temporary.unlink(missing_ok=True)
         raise
     return temporary
+
+
+def _abandoned(temporary: Path) -> bool:
+    named = re.fullmatch(r"\..+\.([^.]+)\.(\d+)\.[0-9a-f]{8}\.tmp", temporary.name)
+    if named is None:  # some other program's
+        return False
+    if named[1] == _host() and not _alive(int(named[2])):
+        return True
+    try:  # also of a living process of this host, which may have got the number of a dead one
+        return time.time() - temporary.stat().st_mtime > STALE
+    except FileNotFoundError:
+        return True
 
 
 def _alive(process: int) -> bool:
@@ -86,5 +128,15 @@ def _alive(process: int) -> bool:
     return True
 
 
+@cache
 def _host() -> str:
-    return "".join(c if c.isalnum() else "-" for c in platform.node()) or "host"
+    """Return the host's name and a hash of its boot and process namespace, within which a process id means one process.
+
+    Machines and containers may share a name; after a restart the files from before it wait for `STALE`.
+    """
+    name = "".join(c if c.isalnum() else "-" for c in platform.node()) or "host"
+    try:
+        running = Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
+    except OSError:  # not Linux
+        return name
+    return f"{name}-{hashlib.sha256(running.encode()).hexdigest()[:8]}"

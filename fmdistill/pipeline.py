@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from fmdistill import cache, distill, evaluate, images, recipe, report
-from fmdistill.cache import teacher
+from fmdistill.cache import executors, teacher
 from fmdistill.distill import objective, student
 from fmdistill.distill.optim import OPTIMIZERS, SCHEDULES
 from fmdistill.distill.tasks import TASKS
@@ -35,6 +35,8 @@ def check(settings: Recipe) -> None:
         raise UserError("teacher and cache: a recipe has both or neither; teacher.live=true needs no cache")
     if settings.teacher is not None:
         teacher.check(settings.teacher)
+    if settings.cache is not None:
+        executors.check(settings.cache.executor)
     if settings.objective or settings.teacher is not None:
         objective.check(settings.objective)
     student.check(settings.student)

@@ -23,6 +23,7 @@ class Cache:
     root: str
     codec: Literal["fp32", "fp16"] = "fp16"  # training shards; validation shards are always exact (fp32)
     max_failed: float = 0.01  # largest fraction of images that may fail to decode or give a non-finite output
+    executor: Component = field(default_factory=lambda: {"name": "local"}, compare=False)  # who runs the teacher
 
 
 @dataclass(frozen=True)

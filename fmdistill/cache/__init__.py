@@ -1,5 +1,6 @@
 """The cache stage: images -> teacher -> shards. `run` does only what is missing."""
 
+import functools
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,22 +8,23 @@ from typing import Any
 
 from fmdistill import recipe as recipes
 from fmdistill.backbones.heads import load_head
-from fmdistill.cache import manifest, teacher
+from fmdistill.cache import executors, manifest, teacher
 from fmdistill.cache.codec import CODECS, EXACT, by_split, stacked
+from fmdistill.cache.executors.processes import Plan
 from fmdistill.cache.reader import Cache
-from fmdistill.cache.teacher_pass import Pass, ours_first, processes
+from fmdistill.cache.teacher_pass import Pass
 from fmdistill.cache.verify import holds_head, verify_files, verify_values
 from fmdistill.cache.writer import read_finished
 from fmdistill.files import sweep
 from fmdistill.images import Images, Shard
 from fmdistill.images import build as build_images
-from fmdistill.logs import log, progress
+from fmdistill.logs import log
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError
 
 RECORD = 300  # bytes of a sample in its sidecar: little beside a map, a third of a vector
 
-__all__ = ["Cache", "open_cache", "run", "verify"]
+__all__ = ["Cache", "open_cache", "run", "start", "verify"]
 
 
 def open_cache(recipe: Recipe) -> Cache:
@@ -40,24 +42,26 @@ def run(recipe: Recipe) -> dict[str, Any]:
     if found := _complete_without_teacher(recipe, images, shards):
         log.info("%s: all %d shards are cached already; the teacher's file is gone, and not needed", root, len(shards))
         return found
+    plan = functools.partial(_plan, root, images, shards)
+    executors.check(settings.executor)(images=images, start=functools.partial(start, recipe), plan=plan)
+    return manifest.read(root)
+
+
+def start(recipe: Recipe, images: Images | None = None) -> Pass:
+    """Load the teacher, claim its cache's folder and keep its head there; return the pass, which writes shards.
+
+    Every process that caches begins so, on whatever machine. UserError where the folder holds another cache.
+    """
+    settings, images = _settings(recipe), images or build_images(recipe.images)
+    root = Path(settings.root)
     model = teacher.build(recipe.teacher or {})
     found = manifest.claim(root, identity(recipe, images, model))
     sweep(root)
     if not holds_head(root, head := model.head()):
         head.save(root)
     recipes.save(recipe, root)
-    missing = _missing(root, ours_first(shards, *processes()), found)
-    if not missing:
-        log.info("%s: all %d shards are cached already", root, len(shards))
-        return found
-    expected = estimate(images, missing)
-    _check_space(root, model, settings.codec, expected)
     token, codecs = manifest.identity_hash(found), by_split(found["codec"])
-    work = Pass(model, images, root, token, codecs, settings.max_failed, sum(expected.values()))
-    with progress(total=work.expected, description=f"caching {found['teacher']['name']}", unit="image") as bar:
-        work.run(missing, bar)
-    log.info("%s: %d images cached, %d skipped", root, work.seen - work.failed, work.failed)
-    return found
+    return Pass(model, images, root, token, codecs, settings.max_failed, expected=0)
 
 
 def verify(recipe: Recipe, samples: int = 64) -> dict[str, float]:
@@ -113,6 +117,18 @@ def _missing(root: Path, shards: Sequence[Shard], found: Mapping[str, Any]) -> l
     return [shard for shard in shards if not read_finished(root, shard, token, codecs[shard.split])]
 
 
+def _plan(root: Path, images: Images, shards: list[Shard]) -> Plan:
+    """Return what is missing in the claimed folder `root`; UserError where the disk has no room for it."""
+    found = manifest.read(root)
+    missing = _missing(root, shards, found)
+    expected = estimate(images, missing)
+    if missing:
+        _check_space(root, found, expected)
+    else:
+        log.info("%s: all %d shards are cached", root, len(shards))
+    return Plan(missing, sum(expected.values()), f"caching {found['teacher']['name']}")
+
+
 def _complete_without_teacher(recipe: Recipe, images: Images, shards: list[Shard]) -> dict[str, Any] | None:
     """Return the manifest where the teacher's file is gone and nothing is left for it to do."""
     settings, root = recipe.teacher or {}, Path(_settings(recipe).root)
@@ -129,11 +145,11 @@ def _complete_without_teacher(recipe: Recipe, images: Images, shards: list[Shard
     return None if _missing(root, shards, found) else found
 
 
-def _check_space(root: Path, model: teacher.Teacher, codec: str, expected: dict[str, int]) -> None:
+def _check_space(root: Path, found: Mapping[str, Any], expected: dict[str, int]) -> None:
     need = sum(RECORD * count for count in expected.values())
     for split, count in expected.items():
-        chosen = CODECS[EXACT if split == "validation" else codec]
-        for shape in model.outputs.values():
+        chosen = CODECS[found["codec"][split]]
+        for shape in found["outputs"].values():
             need += chosen.size((count, *shape)) if stacked(shape) else count * chosen.size(shape)
     free = shutil.disk_usage(root).free
     images = sum(expected.values())

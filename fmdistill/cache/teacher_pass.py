@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from tqdm import tqdm
 from fmdistill.cache.codec import Codec
 from fmdistill.cache.teacher import Teacher
 from fmdistill.cache.writer import Prepared, ShardWriter, image_hash, read_finished
+from fmdistill.files import being_written
 from fmdistill.images import DecodeError, Encoded, Images, Shard, decode
 from fmdistill.logs import log
 from fmdistill.registry import UserError
@@ -47,10 +48,16 @@ class Pass:
     marks: list[tuple[float, int]] = field(default_factory=list)  # seconds and images seen after the first batches
 
     def run(self, shards: list[Shard], bar: tqdm) -> None:
-        """Write every shard of the list that no other process has finished meanwhile, one after the other."""
-        for shard in shards:
+        """Write every shard of the list that no other process has finished meanwhile, one after the other.
+
+        Those that another one seems to be writing come last: it may be slow, or dead.
+        """
+        others: list[Shard] = []
+        for shard in chain(shards, others):  # which grows while the shards are gone through
             finished = read_finished(self.root, shard, self.identity, self.codecs[shard.split])
-            if finished is None:
+            if finished is None and shard not in others and being_written(self.root / f"{shard.name}.tar"):
+                others.append(shard)
+            elif finished is None:
                 self.write(shard, bar)
             else:
                 bar.update(len(finished["samples"]) + len(finished["failed"]))

@@ -20,7 +20,7 @@ import numpy as np
 from torch import Tensor
 
 from fmdistill.cache.codec import Codec, stacked
-from fmdistill.files import publish, temporary_name, write_first, write_whole
+from fmdistill.files import naming, publish, temporary_name, write_temporary
 from fmdistill.images import Shard, escape
 
 BLOCK = tarfile.BLOCKSIZE
@@ -144,16 +144,18 @@ class ShardWriter:
         return offset
 
     def _write(self, data: bytes) -> None:
-        self.file.write(data)
+        with naming(self.path):
+            self.file.write(data)
         self.digest.update(data)  # here, since reading a shard of gigabytes again would keep the teacher waiting
 
     def publish(self) -> None:
         """Finish the tar, publish it first-wins and its sidecar last."""
         self._stack()
         self._write(b"\0" * (2 * BLOCK))
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
+        with naming(self.path):
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            self.file.close()
         sidecar = {
             "identity": self.identity,
             "take": self.shard.take,
@@ -165,17 +167,26 @@ class ShardWriter:
             "failed": self.failed,
             "statistics": self.statistics.to_json(),
         }
-        text = json.dumps(sidecar)
+        self._publish(json.dumps(sidecar))
+
+    def _publish(self, text: str) -> None:
         beside = self.path.with_suffix(".json")
-        if publish(self.temporary, self.path):
-            write_first(beside, text)
-        elif read_finished(self.path.parent, self.shard, self.identity, self.codec):
-            self.temporary.unlink()
-        else:
-            # The tar there is a dead writer's, a shorter cut, or another split's. Whoever replaces a tar replaces its
-            # sidecar too, so that two racing writers leave a pair that agrees.
-            os.replace(self.temporary, self.path)
-            write_whole(beside, text)
+        # On disk before the tar is seen, so that it follows the tar at once, and a full disk leaves no tar without it.
+        sidecar = write_temporary(beside, text)
+        try:
+            if not self.path.exists():
+                beside.unlink(missing_ok=True)  # of a damaged tar that was deleted: it describes other bytes
+            if publish(self.temporary, self.path):
+                publish(sidecar, beside)
+            elif read_finished(self.path.parent, self.shard, self.identity, self.codec):
+                self.temporary.unlink()
+            else:
+                # The tar there is a dead writer's, a shorter cut, or another split's. Whoever replaces a tar replaces
+                # its sidecar too, so that two racing writers leave a pair that agrees.
+                os.replace(self.temporary, self.path)
+                os.replace(sidecar, beside)
+        finally:
+            sidecar.unlink(missing_ok=True)
 
     def abandon(self) -> None:
         """Remove what was written; nothing of it was visible."""
