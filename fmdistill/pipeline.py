@@ -33,18 +33,19 @@ def check(settings: Recipe) -> None:
     live = teacher.is_live(settings.teacher)
     if (settings.teacher is None) != (settings.cache is None) and not live:
         raise UserError("teacher and cache: a recipe has both or neither; teacher.live=true needs no cache")
+    trimmed = settings.cache is not None and settings.cache.trim
     if settings.teacher is not None:
-        teacher.check(settings.teacher)
+        teacher.check(settings.teacher, trimmed)
     if settings.cache is not None:
         executors.check(settings.cache.executor)
     if settings.objective or settings.teacher is not None:
-        objective.check(settings.objective)
+        (objective.check_trimmed if trimmed else objective.check)(settings.objective)
     student.check(settings.student)
     bind(settings.task, TASKS, "task", context=("recipe",))
     bind(settings.optimizer, OPTIMIZERS, "optimizer", context=("model",))
     bind(settings.schedule, SCHEDULES, "schedule")()
     for protocol in settings.protocols:
-        evaluate.load(protocol)
+        evaluate.check(evaluate.load(protocol), settings)
 
 
 def check_files(paths: Iterable[str]) -> list[str]:

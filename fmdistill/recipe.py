@@ -21,7 +21,8 @@ class Cache:
     """Where and how teacher outputs are kept."""
 
     root: str
-    codec: Literal["fp32", "fp16"] = "fp16"  # training shards; validation shards are always exact (fp32)
+    codec: Literal["fp32", "fp16", "bf16", "int8", "int4"] = "fp16"  # training shards; validation is always exact fp32
+    trim: bool = False  # keep of each training map only the valid tokens, for objectives that exclude padding
     max_failed: float = 0.01  # largest fraction of images that may fail to decode or give a non-finite output
     executor: Component = field(default_factory=lambda: {"name": "local"}, compare=False)  # who runs the teacher
 

@@ -3,6 +3,7 @@
 import functools
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError
 
 RECORD = 300  # bytes of a sample in its sidecar: little beside a map, a third of a vector
+TRIMMED = 0.75  # share of a map that is valid in a 4:3 photograph; of wider ones less
 
 __all__ = ["Cache", "open_cache", "run", "start", "verify"]
 
@@ -80,6 +82,8 @@ def verify(recipe: Recipe, samples: int = 64) -> dict[str, float]:
 
 def identity(recipe: Recipe, images: Images, model: teacher.Teacher) -> dict[str, Any]:
     """Return what the cache's values depend on, and nothing else: no path, clock or host."""
+    if _settings(recipe).trim:
+        teacher.check_pads(model)
     return {
         "family": model.family,
         "teacher": model.fingerprint(),
@@ -108,7 +112,8 @@ def _settings(recipe: Recipe) -> recipes.Cache:
 
 def _chosen(recipe: Recipe, images: Images) -> dict[str, Any]:
     """Return the part of the identity that needs no teacher."""
-    codecs = {"train": _settings(recipe).codec, "validation": EXACT}
+    settings = _settings(recipe)
+    codecs = {"train": replace(CODECS[settings.codec], trim=settings.trim).label, "validation": EXACT}
     return {"codec": codecs, "images": images.source.identity()}
 
 
@@ -146,11 +151,12 @@ def _complete_without_teacher(recipe: Recipe, images: Images, shards: list[Shard
 
 
 def _check_space(root: Path, found: Mapping[str, Any], expected: dict[str, int]) -> None:
-    need = sum(RECORD * count for count in expected.values())
+    need, codecs = sum(RECORD * count for count in expected.values()), by_split(found["codec"])
     for split, count in expected.items():
-        chosen = CODECS[found["codec"][split]]
+        codec = codecs[split]
         for shape in found["outputs"].values():
-            need += chosen.size((count, *shape)) if stacked(shape) else count * chosen.size(shape)
+            share = TRIMMED if codec.trim and not stacked(shape) else 1
+            need += round(share * (codec.size((count, *shape)) if stacked(shape) else count * codec.size(shape)))
     free = shutil.disk_usage(root).free
     images = sum(expected.values())
     log.info("%s: about %d images to cache, %.2f GB; %.1f GB free", root, images, need / 1e9, free / 1e9)

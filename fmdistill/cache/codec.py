@@ -1,67 +1,227 @@
-"""Codecs: how one teacher output becomes a member of a shard, or a row of one."""
+"""Codecs: how one teacher output becomes a member of a shard, or a row of one.
 
+An output is a map (C, g, g) or a vector (D,), float32. A codec gives it a layout, a numpy dtype and shape that a plain
+.npy holds, fills it, and takes float32 back from it as a tensor on any device. How to read a member with numpy alone is
+said in writer.py.
+"""
+
+import dataclasses
 import io
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
+import torch
+from torch import Tensor
+
+from fmdistill.registry import UserError, suggest
+
+Shape = tuple[int, ...]
+TRIMMED = "-trimmed"  # ends the name of a codec that trims, in manifests and sidecars
+DTYPES = {"float32": "fp32", "float16": "fp16"}  # by which older sidecars call their codec
 
 
-@dataclass(frozen=True)
-class Codec:
-    """A plain .npy member of the given dtype; `step` is its largest relative rounding error."""
+@dataclass(frozen=True, kw_only=True)
+class Codec(ABC):
+    """One way to store outputs as .npy, within `step` of the output's largest value, and within `least` of zero.
 
-    dtype: str
+    With `trim` the writer keeps of a map only the rectangle of valid tokens, and what is read is zero outside of it.
+    """
+
+    name: str
     step: float
+    least: float
+    trim: bool = False
     suffix: str = "npy"
 
+    @property
+    def label(self) -> str:
+        """The codec's name in a manifest or sidecar, such as "int8-trimmed"."""
+        return self.name + TRIMMED * self.trim
+
+    @abstractmethod
+    def layout(self, shape: Shape) -> tuple[np.dtype, Shape]:
+        """Return the dtype and shape that store float32 of `shape`, whose leading axes stay as they are."""
+
+    @abstractmethod
+    def pack(self, array: np.ndarray) -> np.ndarray:
+        """Return float32 `array` in its layout. OverflowError where a value leaves the codec's range."""
+
+    @abstractmethod
+    def tensor(self, stored: np.ndarray) -> Tensor:
+        """Return what is stored as a tensor of the same memory, for any device, from which `unpack` takes float32."""
+
+    @abstractmethod
+    def unpack(self, stored: Tensor, width: int) -> Tensor:
+        """Return the float32 tensor, on its device; `width` is the last axis of what was packed."""
+
+    @abstractmethod
+    def place(self, stored: np.ndarray, slot: np.ndarray) -> None:
+        """Copy stored maps (..., C, h, w) into the upper left of `slot`, zeros in the layout of (..., C, g, g)."""
+
+    def empty(self, count: int, shape: Shape) -> np.ndarray:
+        """Return room for `count` outputs of `shape`, zeros where the codec trims."""
+        dtype, stored = self.layout((count, *shape))
+        return np.zeros(stored, dtype) if self.trim else np.empty(stored, dtype)
+
+    def decode(self, stored: np.ndarray, width: int) -> np.ndarray:
+        """Return the float32 array of what is stored."""
+        return self.unpack(self.tensor(stored), width).numpy()
+
     def encode(self, array: np.ndarray) -> bytes:
-        """Return the member's bytes; `array` is float32. OverflowError where a value leaves the codec's range."""
-        buffer = io.BytesIO()
-        np.lib.format.write_array(buffer, self._stored(array), version=(1, 0), allow_pickle=False)
-        return buffer.getvalue()
+        """Return the bytes of `array`'s member; OverflowError as for `pack`."""
+        return self.header(array.shape) + self.pack(array).tobytes()
 
-    def decode(self, data: bytes) -> np.ndarray:
-        """Return the float32 array that `encode` was given, within `step`."""
-        return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False).astype(np.float32)
+    def header(self, shape: Shape) -> bytes:
+        """Return what comes before the data of a plain .npy of `shape`."""
+        dtype, stored = self.layout(shape)
+        return _header(dtype, stored)
 
-    def encode_row(self, array: np.ndarray) -> bytes:
-        """Return a vector's bytes in a stacked member, after `header`; otherwise as `encode`."""
-        return self._stored(array).tobytes()
-
-    def decode_row(self, data: bytes) -> np.ndarray:
-        """Return the float32 vector that `encode_row` was given, within `step`."""
-        return np.frombuffer(data, self.dtype).astype(np.float32)
-
-    def header(self, shape: tuple[int, ...]) -> bytes:
-        """Return what comes before the rows of a stacked member, so that it is a plain .npy of `shape`."""
-        buffer = io.BytesIO()
-        described = {"descr": np.lib.format.dtype_to_descr(np.dtype(self.dtype)), "fortran_order": False}
-        np.lib.format.write_array_header_1_0(buffer, {**described, "shape": shape})
-        return buffer.getvalue()
-
-    def size(self, shape: tuple[int, ...]) -> int:
+    def size(self, shape: Shape) -> int:
         """Return the bytes that one array of `shape` takes in a shard: .npy header, data, tar header and padding."""
-        data = 128 + int(np.prod(shape)) * np.dtype(self.dtype).itemsize
+        dtype, stored = self.layout(shape)
+        data = len(self.header(shape)) + dtype.itemsize * int(np.prod(stored))
         return 512 + -(-data // 512) * 512
 
-    def _stored(self, array: np.ndarray) -> np.ndarray:
-        with np.errstate(over="ignore"):
-            stored = np.ascontiguousarray(array.astype(self.dtype))
-        if not np.isfinite(stored).all():
-            raise OverflowError(f"a value of {np.abs(array).max():.3g} does not fit {self.dtype}")
+
+@dataclass(frozen=True, kw_only=True)
+class Floats(Codec):
+    """Every value in `dtype`; bfloat16, which numpy lacks, as the bits of its upper half of a float32, unsigned."""
+
+    dtype: str
+
+    def layout(self, shape: Shape) -> tuple[np.dtype, Shape]:
+        """Return the dtype and the very shape."""
+        return np.dtype("<u2" if self.dtype == "bfloat16" else self.dtype), shape
+
+    def pack(self, array: np.ndarray) -> np.ndarray:
+        """Return `array` rounded to nearest."""
+        if self.dtype == "bfloat16":
+            rounded = torch.from_numpy(np.ascontiguousarray(array)).to(torch.bfloat16)
+            finite, stored = bool(rounded.isfinite().all()), rounded.view(torch.int16).numpy().view("<u2")
+        else:
+            with np.errstate(over="ignore"):
+                stored = np.ascontiguousarray(array.astype(self.dtype))
+            finite = bool(np.isfinite(stored).all())
+        if not finite:
+            raise _overflow(array, self.name)
         return stored
 
+    def tensor(self, stored: np.ndarray) -> Tensor:
+        """Return float32, float16 or bfloat16 of the same shape."""
+        if self.dtype == "bfloat16":
+            return torch.from_numpy(stored.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(stored)
 
-CODECS: dict[str, Codec] = {"fp32": Codec("float32", 0.0), "fp16": Codec("float16", 2.0**-11)}
-EXACT = "fp32"  # validation shards: teacher masks come from exact embeddings, never from a lossy codec
+    def unpack(self, stored: Tensor, width: int) -> Tensor:
+        """Return the values in float32, each exactly."""
+        return stored.float()
+
+    def place(self, stored: np.ndarray, slot: np.ndarray) -> None:
+        """Copy the values."""
+        slot[..., : stored.shape[-2], : stored.shape[-1]] = stored
 
 
-def stacked(shape: tuple[int, ...]) -> bool:
+@dataclass(frozen=True, kw_only=True)
+class Integers(Codec):
+    """Signed integers of 8 or 4 `bits` and one scale for each row of the last axis: of a map's tokens, or a vector.
+
+    A row is a record of scale, float16, and value, int8 (w,); with 4 bits (w + 1) // 2, each byte one value in its low
+    half and the next in its high half. Neighbouring tokens of a channel are alike, so one scale suits them better than
+    it suits the channels of a token: half the error, for both widths, on sam_mini's embeddings.
+    """
+
+    bits: int
+
+    @property
+    def top(self) -> int:
+        """The largest integer."""
+        return 2 ** (self.bits - 1) - 1
+
+    def layout(self, shape: Shape) -> tuple[np.dtype, Shape]:
+        """Return the record of one row, and the shape without its last axis."""
+        width = -(-shape[-1] * self.bits // 8)
+        return np.dtype([("scale", "<f2"), ("value", "i1", (width,))]), shape[:-1]
+
+    def pack(self, array: np.ndarray) -> np.ndarray:
+        """Return records: the scale is the row's largest magnitude over the largest integer."""
+        dtype, shape = self.layout(array.shape)
+        with np.errstate(over="ignore"):
+            scale = (np.abs(array).max(-1) / self.top).astype("<f2")
+        if not np.isfinite(scale).all():
+            raise _overflow(array, self.name)
+        unit = np.where(scale > 0, scale, 1).astype(np.float32)[..., None]
+        value = np.rint(array / unit).clip(-self.top, self.top).astype(np.int8)
+        if self.bits == 4:
+            odd = value.shape[-1] % 2
+            value = np.pad(value, [(0, 0)] * (value.ndim - 1) + [(0, odd)])
+            value = (value[..., 0::2] & 15) | (value[..., 1::2] << 4)
+        stored = np.empty(shape, dtype)
+        stored["scale"], stored["value"] = scale, value
+        return stored
+
+    def tensor(self, stored: np.ndarray) -> Tensor:
+        """Return the records as uint8 bytes along a last axis."""
+        return torch.from_numpy(stored[..., None].view(np.uint8))
+
+    def unpack(self, stored: Tensor, width: int) -> Tensor:
+        """Return scale times value in float32."""
+        # `contiguous` would leave the strides of a single row, which need not be even, as a view of two bytes must
+        scale = stored[..., :2].clone(memory_format=torch.contiguous_format).view(torch.float16)
+        value = stored[..., 2:].view(torch.int8)
+        if self.bits == 4:  # shifts of signed integers keep the sign
+            value = torch.stack([(value << 4) >> 4, value >> 4], -1).flatten(-2)[..., :width]
+        return value * scale.float()
+
+    def place(self, stored: np.ndarray, slot: np.ndarray) -> None:
+        """Copy scales and values."""
+        rows = slot[..., : stored.shape[-1]]
+        if rows.dtype == stored.dtype:
+            rows[...] = stored
+        else:
+            rows["scale"] = stored["scale"]
+            rows["value"][..., : stored["value"].shape[-1]] = stored["value"]
+
+
+CODECS: dict[str, Codec] = {
+    "fp32": Floats(name="fp32", dtype="float32", step=0.0, least=0.0),
+    "fp16": Floats(name="fp16", dtype="float16", step=2.0**-11, least=2.0**-25),
+    "bf16": Floats(name="bf16", dtype="bfloat16", step=2.0**-8, least=2.0**-134),
+    # half a scale, itself rounded; where float16 is coarse, a scale is off by up to 2^-25, so the row's largest by more
+    "int8": Integers(name="int8", bits=8, step=(1 + 2.0**-11) / 254, least=128 * 2.0**-25),
+    "int4": Integers(name="int4", bits=4, step=(1 + 2.0**-11) / 14, least=8 * 2.0**-25),
+}
+EXACT = "fp32"  # validation shards: teacher masks come from exact embeddings, never from a lossy or trimmed codec
+
+
+def stacked(shape: Shape) -> bool:
     """Return whether outputs of this shape share one member a shard: a vector is small beside a member's header."""
     return len(shape) == 1
 
 
-def by_split(names: Mapping[str, str]) -> dict[str, Codec]:
-    """Return each split's codec, by its name in the manifest."""
-    return {split: CODECS[name] for split, name in names.items()}
+def named(label: str) -> Codec:
+    """Return the codec of a `label`, or of the dtype by which older sidecars call it. UserError where none is known."""
+    label = DTYPES.get(label, label)
+    name = label.removesuffix(TRIMMED)
+    if name not in CODECS:
+        raise UserError(f"codec '{label}': unknown.{suggest(name, CODECS)}")
+    return dataclasses.replace(CODECS[name], trim=label != name)
+
+
+def by_split(labels: Mapping[str, str]) -> dict[str, Codec]:
+    """Return each split's codec, by its label in the manifest."""
+    return {split: named(label) for split, label in labels.items()}
+
+
+def _overflow(array: np.ndarray, name: str) -> OverflowError:
+    return OverflowError(f"a value of {np.abs(array).max():.3g} does not fit {name}")
+
+
+@lru_cache(maxsize=1024)
+def _header(dtype: np.dtype, shape: Shape) -> bytes:
+    buffer = io.BytesIO()
+    described = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(buffer, described)
+    return buffer.getvalue()

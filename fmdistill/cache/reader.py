@@ -12,7 +12,7 @@ import numpy as np
 from fmdistill.backbones.heads import load_head
 from fmdistill.backbones.preprocess import Preprocess, from_json
 from fmdistill.cache import manifest
-from fmdistill.cache.codec import CODECS, by_split, stacked
+from fmdistill.cache.codec import by_split, named
 from fmdistill.cache.writer import read_finished
 from fmdistill.images import Images, Shard
 from fmdistill.registry import UserError
@@ -43,7 +43,7 @@ class ShardReader:
     ) -> None:
         self.name, self.path, self.group = shard.name, root / f"{shard.name}.tar", group
         self.samples = [s for s in sidecar["samples"] if shard.take is None or s["index"] < shard.take]
-        self.codec = next(codec for codec in CODECS.values() if codec.dtype == sidecar["codec"])
+        self.codec = named(sidecar["codec"])
         self.shapes = shapes
         self._owner = object()  # not the path: a shard that is written anew is another file
         self._checked: set[int] = set()
@@ -55,19 +55,38 @@ class ShardReader:
 
     def read(self, index: int) -> dict[str, np.ndarray]:
         """Return one sample's outputs, such as {"embedding": float32 (C, g, g)}, of the cache's `shapes`."""
-        file = _opened(self.path, self._owner)
-        sample = self.samples[index]
-        outputs = {}
+        slots = {name: self.codec.empty(1, self.shapes[name]) for name in self.samples[index]["outputs"]}
+        self.read_into(index, slots)
+        return {name: self.codec.decode(slot, self.shapes[name][-1])[0] for name, slot in slots.items()}
+
+    def read_into(self, index: int, slots: Mapping[str, np.ndarray]) -> None:
+        """Fill each output's slot, `codec.empty(1, shape)` or one place of a larger one, with what is stored."""
+        file, sample = _opened(self.path, self._owner), self.samples[index]
         for name, member in sample["outputs"].items():
-            data = os.pread(file.number, member["size"], member["offset"])
-            if index not in self._checked and (len(data) != member["size"] or zlib.crc32(data) != member["crc32"]):
+            slot, shape = slots[name], member.get("shape")
+            whole = slot if shape is None else self.codec.empty(1, tuple(shape))
+            if not self._fill(
+                file.number, member, memoryview(whole.reshape(-1).view(np.uint8)), index in self._checked
+            ):
                 raise UserError(
                     f"{self.path}: the {name} of '{sample['key']}' is damaged (checksum); "
                     f"delete this file and run `fmdistill cache` again"
                 )
-            outputs[name] = self.codec.decode_row(data) if stacked(self.shapes[name]) else self.codec.decode(data)
+            if shape is not None:
+                self.codec.place(whole, slot)
         self._checked.add(index)
-        return outputs
+
+    @staticmethod
+    def _fill(file: int, member: Mapping[str, Any], data: memoryview, checked: bool) -> bool:
+        """Read a member's data, after its .npy header, into `data`; return whether it is whole."""
+        before = member["size"] - len(data)  # none before one row of many
+        if before < 0:
+            return False
+        if checked:
+            return os.preadv(file, [data], member["offset"] + before) == len(data)
+        header = bytearray(before)
+        whole = os.preadv(file, [header, data], member["offset"]) == member["size"]
+        return whole and zlib.crc32(data, zlib.crc32(header)) == member["crc32"]
 
 
 class Cache:

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NoReturn, Protocol
 
 import torch
 from segment_anything.modeling import Sam
@@ -16,7 +16,7 @@ from fmdistill.backbones.promptable import PromptHead
 from fmdistill.backbones.sam import SamPreprocess, build_sam
 from fmdistill.cache import class_teacher, clip_teacher
 from fmdistill.cache.compute import DType, Precision, computing, own_device, own_dtype, state_hash
-from fmdistill.registry import bind, convert
+from fmdistill.registry import UserError, bind, convert
 
 
 class Teacher(Protocol):
@@ -120,6 +120,7 @@ TEACHERS = {
     "clip_mini": clip_teacher.clip_mini,
     "classifier": class_teacher.classifier,
 }
+UNPADDED = {"open_clip", "clip_mini", "classifier"}
 
 
 def build(settings: Mapping[str, Any]) -> Teacher:
@@ -127,9 +128,25 @@ def build(settings: Mapping[str, Any]) -> Teacher:
     return check(settings)()
 
 
-def check(settings: Mapping[str, Any]) -> functools.partial:
-    """Bind the teacher's settings without loading it; `live` is the recipe's, and no teacher's."""
+def check(settings: Mapping[str, Any], trim: bool = False) -> functools.partial:
+    """Bind the teacher's settings without loading it; `live` is the recipe's, and no teacher's.
+
+    UserError for `trim`, the cache's, where the teacher is known to pad no image.
+    """
+    if trim and settings.get("name") in UNPADDED:
+        refuse_trim(f"teacher.name={settings['name']}")
     return bind({key: value for key, value in settings.items() if key != "live"}, TEACHERS, "teacher")
+
+
+def check_pads(model: Teacher) -> None:
+    """Raise a UserError unless the teacher pads images: what `cache.trim` leaves out."""
+    if bool(model.preprocess.valid(torch.tensor([[1, 1]])).all()):
+        refuse_trim(type(model).__name__)
+
+
+def refuse_trim(name: str) -> NoReturn:
+    """Raise the UserError that a teacher has no padding."""
+    raise UserError(f"cache.trim=true: {name} pads no image, so there is nothing to trim; leave `trim` out")
 
 
 def is_live(settings: Mapping[str, Any] | None) -> bool:

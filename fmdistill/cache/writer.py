@@ -5,6 +5,15 @@ checksums, image hashes, sizes, and per-channel statistics. Neither holds a cloc
 member of its own, `escape(key)`.OUTPUT.npy; who reads the tar with webdataset gets the key back by
 `fmdistill.images.unescape(__key__)`. Vectors (D,) are the rows of one member OUTPUT.npy (n, D) at the tar's end, in
 the order of the sidecar's samples, whose records point at the rows.
+
+How numpy reads a member, or such a stack of rows, by the sidecar's "codec", after `x = np.load(file)`:
+
+    fp32, fp16    x
+    bf16          (x.astype("<u4") << 16).view("<f4")
+    int8          x["value"] * x["scale"][..., None].astype("<f4")
+    int4          as int8, of np.stack([x["value"] << 4 >> 4, x["value"] >> 4], -1).reshape(*x.shape, -1) for the value
+
+int4 of an odd width ends in one more zero. With "-trimmed" a map is the upper left rectangle (C, h, w) of valid tokens.
 """
 
 import hashlib
@@ -19,7 +28,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fmdistill.cache.codec import Codec, stacked
+from fmdistill.cache.codec import DTYPES, Codec, stacked
 from fmdistill.files import naming, publish, temporary_name, write_temporary
 from fmdistill.images import Shard, escape
 
@@ -89,7 +98,8 @@ class ShardWriter:
         self.digest = hashlib.sha256()
         self.samples: list[dict[str, Any]] = []
         self.failed: list[dict[str, Any]] = []
-        self.rows: dict[str, bytearray] = {}  # by output, until the tar's end
+        self.rows: dict[str, list[bytes]] = {}  # by output, until the tar's end
+        self.widths: dict[str, int] = {}  # of the rows
         self.statistics = Statistics()
 
     def fail(self, item: Prepared, problem: str) -> None:
@@ -98,10 +108,11 @@ class ShardWriter:
 
     def add(self, item: Prepared, outputs: dict[str, np.ndarray], valid: np.ndarray) -> None:
         """Append one image's outputs; a value that the codec cannot hold is recorded as a failure."""
+        kept = {name: self._kept(array, valid) for name, array in outputs.items()}
         try:
             members = {
-                name: self.codec.encode_row(array) if stacked(array.shape) else self.codec.encode(array)
-                for name, array in outputs.items()
+                name: self.codec.pack(array).tobytes() if stacked(array.shape) else self.codec.encode(array)
+                for name, array in kept.items()
             }
         except OverflowError as error:
             return self.fail(item, f"non-finite output: {error}; cache.codec=fp32 holds it")
@@ -116,21 +127,33 @@ class ShardWriter:
         if item.label is not None:
             sample["label"] = item.label
         for name, data in members.items():
-            if stacked(outputs[name].shape):
-                offset = len(self.rows.setdefault(name, bytearray()))  # its place in the tar is known at the end
-                self.rows[name] += data
+            shape = kept[name].shape
+            if stacked(shape):
+                rows = self.rows.setdefault(name, [])
+                offset = len(rows) * len(data)  # its place in the tar is known at the end
+                rows.append(data)
+                self.widths[name] = shape[0]
             else:
                 offset = self._member(f"{escape(item.key)}.{name}.{self.codec.suffix}", data)
-            sample["outputs"][name] = {"offset": offset, "size": len(data), "crc32": zlib.crc32(data)}
+            record = {"offset": offset, "size": len(data), "crc32": zlib.crc32(data)}
+            sample["outputs"][name] = {**record, "shape": list(shape)} if shape != outputs[name].shape else record
             self.statistics.add(name, outputs[name], valid)
         self.samples.append(sample)
 
+    def _kept(self, array: np.ndarray, valid: np.ndarray) -> np.ndarray:
+        """Return what the codec keeps of an output: all, or of a map the rectangle of valid tokens."""
+        if not self.codec.trim or array.shape[1:] != valid.shape:
+            return array
+        height, width = int(valid.any(1).sum()), int(valid.any(0).sum())
+        assert valid[:height, :width].all() and valid.sum() == height * width, (
+            "what is valid is no upper left rectangle"
+        )
+        return array[:, :height, :width]
+
     def _stack(self) -> None:
-        count = len(self.samples)
         for name, rows in self.rows.items():
-            width = len(rows) // (count * np.dtype(self.codec.dtype).itemsize)
-            header = self.codec.header((count, width))
-            start = self._member(f"{name}.{self.codec.suffix}", header + bytes(rows)) + len(header)
+            header = self.codec.header((len(self.samples), self.widths[name]))
+            start = self._member(f"{name}.{self.codec.suffix}", header + b"".join(rows)) + len(header)
             for sample in self.samples:
                 sample["outputs"][name]["offset"] += start
 
@@ -160,7 +183,7 @@ class ShardWriter:
             "identity": self.identity,
             "take": self.shard.take,
             "split": self.shard.split,
-            "codec": self.codec.dtype,
+            "codec": self.codec.label,
             "bytes": self.temporary.stat().st_size,
             "sha256": self.digest.hexdigest(),
             "samples": self.samples,
@@ -214,7 +237,7 @@ def read_finished(root: Path, shard: Shard, identity: str, codec: Codec) -> dict
     A shard that has changed its split is not finished: training's may be lossy, validation's is exact.
     """
     sidecar = read_sidecar(root / f"{shard.name}.json", identity)
-    if sidecar is None or sidecar["codec"] != codec.dtype:
+    if sidecar is None or DTYPES.get(sidecar["codec"], sidecar["codec"]) != codec.label:
         return None
     whole = sidecar["take"] is None or (shard.take is not None and sidecar["take"] >= shard.take)
     return sidecar if whole else None

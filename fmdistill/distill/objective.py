@@ -126,6 +126,16 @@ def check(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, TermSettings]:
     return terms
 
 
+def check_trimmed(settings: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise a UserError for a term that takes in padded patches, of which a trimmed cache holds none."""
+    for name, term in check(settings).items():
+        if term.padding == "include":
+            raise UserError(
+                f"objective.{name}.padding=include: a cache with cache.trim=true keeps no padded patch to compare; "
+                f"set objective.{name}.padding=exclude, or cache.trim=false"
+            )
+
+
 def needs_priors(settings: Mapping[str, Mapping[str, Any]]) -> bool:
     """Return whether a term goes by how often each class occurs."""
     rectifiers = [_bound(term, f"objective.{name}")[2] for name, term in check(settings).items()]

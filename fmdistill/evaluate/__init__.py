@@ -55,6 +55,12 @@ class Protocol:
         return {"name": self.name, **dataclasses.asdict(self.settings)}
 
 
+def check(protocol: Protocol, recipe: Recipe) -> None:
+    """Raise a UserError where the recipe's cache cannot serve the protocol, without touching data."""
+    if isinstance(protocol.settings, GridMiou):
+        subjects.check_grid(protocol.settings, recipe)
+
+
 def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Protocol:
     """Return the protocol at `path`, typed; `overrides` are settings on top of the file's."""
     given = recipes.merge(recipes.read_yaml(recipes.locate(path)), overrides or {})

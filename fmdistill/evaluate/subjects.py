@@ -28,6 +28,7 @@ MEAN_OF = 512  # training images whose mean embedding is a floor
 
 def judge_grid(protocol: grid_miou.GridMiou, recipe: Recipe, models: Mapping[str, nn.Module]) -> Judged:
     """Score students, named apart, against their teacher on the validation images of the recipe's cache."""
+    check_grid(protocol, recipe)
     cache = open_cache(recipe)
     if cache.family != "sam":
         raise UserError(
@@ -40,6 +41,16 @@ def judge_grid(protocol: grid_miou.GridMiou, recipe: Recipe, models: Mapping[str
     cases = grid_cases(cache, recipe, models, protocol)
     shown = progress(cases, "grid_miou", total=min(total, protocol.images or total), unit="image")
     return grid_miou.run(protocol, cache.head(), shown)
+
+
+def check_grid(protocol: grid_miou.GridMiou, recipe: Recipe) -> None:
+    """Raise a UserError for floors from a trimmed cache: the mean embedding needs every token of training images."""
+    if protocol.floors and recipe.cache is not None and recipe.cache.trim:
+        raise UserError(
+            "floors=true: the mean embedding needs the padded tokens of the training images, and a cache with "
+            "cache.trim=true keeps none; set cache.trim=false, or judge by a protocol with floors=false, such as "
+            "eval/sam_grid_tail.yaml"
+        )
 
 
 def grid_cases(
