@@ -1,23 +1,15 @@
 """The command line: a verb, a recipe, and key=value overrides. No flags but `compare --seeds N`."""
 
 import argparse
-import errno
 import os
-import re
 import sys
 from collections.abc import Sequence
+
+from fmdistill.cli import failures
 
 EPILOG = """A recipe is looked up in the working folder first, then in the package. A setting is changed as key=value,
 such as train.steps=1000; changing a component's name (teacher.name=sam_mini) drops its other settings.
 FMDISTILL_TRACEBACK=1 in the environment shows where an error came from."""
-
-# What takes less memory, by the stage that ran out of it.
-SMALLER = {
-    "caching": "teacher.batch",
-    "training": "train.accumulate, which cuts the same batch into more pieces (raise it)",
-    "evaluating": "points_per_batch or batch in the protocol",
-}
-STAGES = {"cache": ["caching"], "verify": ["caching"], "distill": ["training"], "evaluate": ["evaluating"]}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -37,6 +29,9 @@ def parser() -> argparse.ArgumentParser:
     verb("compare", "run recipes over the same seeds from one cache and write one paired table",
          ("recipes", "recipes' paths, the first the baseline, and settings of all as key=value", "+"))  # fmt: skip
     verbs.choices["compare"].add_argument("--seeds", type=int, default=8, help="how many seeds, from 0 on (8)")
+    verb("plan", "tell images, bytes and hours of a recipe from a handful of images, before anything is spent", recipe,
+         ("overrides", "settings as key=value; of the plan itself plan.images, plan.steps, plan.gpus=[1,8]", "*")
+         )  # fmt: skip
     verb("cache", "run the teacher over the images that are not cached yet", recipe, overrides)
     verb("verify", "check every checksum of a cache, then recompute a sample", recipe, overrides)
     verb("distill", "train the student from the cache, resuming where it stopped", recipe, overrides)
@@ -81,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         VERBS[verb](**arguments)
         return 0
     except (UserError, OSError, RuntimeError) as error:
-        known = _machine(error, verb) if isinstance(error, RuntimeError) else _line(error)
+        known = failures.machine(error, verb) if isinstance(error, RuntimeError) else failures.line(error)
         if known is None or os.environ.get("FMDISTILL_TRACEBACK"):
             raise
         code, line = 2, f"error: {known}"
@@ -108,6 +103,14 @@ def _compare(recipes: list[str], seeds: int) -> None:
     paths = [one for one in recipes if "=" not in one]
     table = pipeline.compare(paths, seeds, [one for one in recipes if "=" in one])
     print(f"{table.read_text()}\n{table}")
+
+
+def _plan(recipe: str, overrides: list[str]) -> None:
+    from fmdistill.pipeline import plan, rehearsal
+    from fmdistill.recipe import load
+
+    settings, rest = rehearsal.verb_settings("plan", plan.Settings, overrides)
+    print(plan.text(plan.run(load(recipe, rest), settings), recipe))
 
 
 def _cache(recipe: str, overrides: list[str]) -> None:
@@ -189,31 +192,6 @@ def _trust(settings: list[str]) -> bool:
     return "trust=true" in settings
 
 
-def _line(error: Exception) -> str:
-    line = " ".join(str(error).split())
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{line}; free some space, then the same command continues where it stopped"
-    if isinstance(error, FileExistsError | NotADirectoryError):
-        return f"{line}; a folder is expected there, choose another name"
-    return line
-
-
-def _machine(error: RuntimeError, verb: str) -> str | None:
-    """Return a line about a machine that is too small for the settings; None for any other error."""
-    from torch import OutOfMemoryError
-
-    if isinstance(error, OutOfMemoryError):
-        stages = STAGES.get(verb, list(SMALLER))
-        hints = "; ".join(f"while {stage}, change {SMALLER[stage]}" for stage in stages)
-        return f"{str(error).splitlines()[0].partition('. ')[0]}: the GPU's memory is full; {hints}"
-    if re.match(r"DataLoader worker \(pid(\(s\))? [\d, ]+\) (is killed by signal|exited unexpectedly)", str(error)):
-        return (
-            f"{str(error).splitlines()[0].partition('. ')[0]}: an image-loading process was killed, mostly for memory; "
-            "lower train.workers, and in a container give it shared memory (docker run --ipc=host)"
-        )
-    return None
-
-
 def _check(paths: list[str]) -> None:
     from fmdistill import pipeline
 
@@ -231,6 +209,7 @@ def _demo(overrides: list[str]) -> None:
 VERBS = {
     "run": _run,
     "compare": _compare,
+    "plan": _plan,
     "cache": _cache,
     "verify": _verify,
     "distill": _distill,

@@ -64,7 +64,7 @@ def check_files(paths: Iterable[str]) -> list[str]:
 
 def shipped() -> list[str]:
     """Return the recipes and protocols that come with the package."""
-    package = Path(__file__).parent
+    package = Path(__file__).parent.parent
     base = package if (package / "recipes").is_dir() else package.parent
     found = [*base.glob("recipes/**/*.yaml"), *base.glob("eval/*.yaml")]
     return sorted(str(path.relative_to(base)) for path in found)

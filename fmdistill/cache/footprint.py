@@ -1,0 +1,143 @@
+"""What a cache will take on disk, told from the files of a small cache of the same recipe."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fmdistill.cache.codec import CODECS, EXACT, Codec, stacked
+from fmdistill.cache.reader import Cache
+from fmdistill.images import Images, Shard
+from fmdistill.images.source import SPLITS
+from fmdistill.logs import log
+
+COUNTED = 64  # shards of a split whose images are counted; of more shards so many are a sample
+BLOCK, END = 512, 1024  # bytes: a tar's unit, and its end
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes that the whole cache takes, and where it will lie."""
+
+    root: Path
+    tars: Mapping[str, int]  # by the codec of the training images; validation's is always exact
+    sidecars: int
+    beside: int  # manifest and the teacher's head
+    missing_shards: int
+    missing: int  # bytes of the shards that are not there yet, with the recipe's codec
+    free: int
+    limit: int  # the largest images.limit whose cache fits
+
+
+def count(images: Images, shards: Sequence[Shard]) -> tuple[list[float], bool]:
+    """Return the images of each shard, and whether all were counted; those that were not get their split's mean."""
+    known: dict[str, float] = {}
+    whole = True
+    for split in SPLITS:
+        open_ended = [s for s in shards if s.split == split and s.take is None]
+        places = np.linspace(0, len(open_ended) - 1, min(COUNTED, len(open_ended))).round().astype(int)
+        found = {open_ended[i].name: float(images.source.count(open_ended[i].name)) for i in places}
+        whole &= len(found) == len(open_ended)
+        known |= {s.name: found.get(s.name, sum(found.values()) / max(1, len(found))) for s in open_ended}
+    return [known[s.name] if s.take is None else float(s.take) for s in shards], whole
+
+
+def tar_bytes(codec: Codec, shapes: Mapping[str, tuple[int, ...]], images: float) -> float:
+    """Return the bytes of a shard's tar by the codec's own `size`."""
+    total = float(END)
+    for shape in shapes.values():
+        total += codec.size((round(images), *shape)) if stacked(shape) else images * codec.size(shape)
+    return total
+
+
+def estimate_disk(
+    root: Path, small: Cache, shards: Sequence[Shard], by_name: Mapping[str, float], missing: Sequence[Shard]
+) -> Disk:
+    """Return the bytes of the cache of `shards` at `root`, each figure scaled from the files of the `small` cache.
+
+    `by_name` are the images of each shard. The tars are exact for codecs whose `size` is, the sidecars within 10 %.
+    """
+    chosen = small.manifest["codec"]
+    ratios = {split: _written(small, split, CODECS[name]) for split, name in chosen.items()}
+
+    def tars(some: Sequence[Shard], split: str, codec: str, ratio: float) -> float:
+        ours = [by_name[s.name] for s in some if s.split == split]
+        return sum(ratio * tar_bytes(CODECS[codec], small.shapes, images) for images in ours)
+
+    def sidecars(some: Sequence[Shard]) -> float:
+        sizes = {split: _sidecar_bytes(small, split) for split in SPLITS}
+        return sum(sizes[s.split][0] + sizes[s.split][1] * by_name[s.name] for s in some)
+
+    exact = tars(shards, "validation", EXACT, ratios["validation"])
+    by_codec = {}
+    for name, codec in CODECS.items():
+        ratio = ratios["train"] if name == chosen["train"] else _encoded(small, codec)
+        if ratio is not None:
+            by_codec[name] = round(exact + tars(shards, "train", name, ratio))
+    parts = {
+        split: tars(shards, split, chosen[split], ratios[split]) + sidecars([s for s in shards if s.split == split])
+        for split in SPLITS
+    }
+    left = sum(tars(missing, split, chosen[split], ratios[split]) for split in SPLITS) + sidecars(missing)
+    there = next(folder for folder in (root, *root.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(there).free
+    images = {split: sum(by_name[s.name] for s in shards if s.split == split) for split in SPLITS}
+    return Disk(
+        root=root,
+        tars=by_codec,
+        sidecars=round(sidecars(shards)),
+        beside=sum(p.stat().st_size for p in small.root.iterdir() if p.stem in ("manifest", "head")),
+        missing_shards=len(missing),
+        missing=round(left),
+        free=free,
+        limit=_fitting(free + sum(parts.values()) - left, parts, images),
+    )
+
+
+def _fitting(room: float, parts: Mapping[str, float], images: Mapping[str, float]) -> int:
+    """Return the largest limit of images, the same for each split, whose cache fits in `room` bytes; at least 1."""
+    held = sorted((images[split], parts[split] / images[split]) for split in parts if images[split])
+    for place, (count, _) in enumerate(held):
+        before = sum(number * each for number, each in held[:place])  # splits that are smaller than the limit
+        limit = 0.95 * (room - before) / sum(each for _, each in held[place:])
+        if limit <= count:
+            return max(1, int(limit))
+    return max(1, int(held[-1][0]))
+
+
+def _written(small: Cache, split: str, codec: Codec) -> float:
+    """Return the bytes of the handful's tars, relative to what the codec's `size` says."""
+    readers = small.shards[split]
+    told = sum(tar_bytes(codec, small.shapes, len(reader.samples)) for reader in readers)
+    return sum(reader.path.stat().st_size for reader in readers) / told if readers else 1.0
+
+
+def _encoded(small: Cache, codec: Codec) -> float | None:
+    """Return the bytes of the handful's maps as `codec` encodes them, as `_written`; None where it cannot hold them."""
+    written = told = 0
+    for reader in small.shards["validation"] or small.shards["train"]:
+        for index in range(len(reader.samples)):
+            for array in reader.read(index).values():
+                if stacked(array.shape):
+                    continue
+                try:
+                    written += BLOCK + -(-len(codec.encode(array)) // BLOCK) * BLOCK
+                except OverflowError as error:
+                    log.warning("%s: %s", reader.name, error)
+                    return None
+                told += codec.size(array.shape)
+    return written / told if told else 1.0
+
+
+def _sidecar_bytes(small: Cache, split: str) -> tuple[float, float]:
+    """Return the bytes of a sidecar without its samples, and those of a sample."""
+    readers = small.shards[split]
+    if not readers:
+        return 0.0, 0.0
+    texts = [reader.path.with_suffix(".json").read_text() for reader in readers]
+    samples = sum(len(json.dumps(json.loads(text)["samples"])) for text in texts)
+    images = sum(len(reader.samples) for reader in readers)
+    return (sum(map(len, texts)) - samples) / len(readers), samples / images

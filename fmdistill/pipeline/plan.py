@@ -1,0 +1,195 @@
+"""Plan a recipe before anything is spent: images, bytes and hours, from a handful of images that run now."""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fmdistill import cache, pipeline
+from fmdistill.cache import Cache, manifest, teacher
+from fmdistill.cache.codec import EXACT, by_split
+from fmdistill.cache.footprint import COUNTED, Disk, count, estimate_disk
+from fmdistill.cache.order import Batches
+from fmdistill.cache.teacher import Teacher
+from fmdistill.cache.writer import read_finished
+from fmdistill.distill.train import total_steps
+from fmdistill.images import Images, Shard
+from fmdistill.images import build as build_images
+from fmdistill.images.source import SPLITS
+from fmdistill.pipeline.rehearsal import Taught, alone, device_name, on_handful, step_seconds, teach
+from fmdistill.recipe import Recipe
+from fmdistill.registry import UserError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What plan.KEY=VALUE sets."""
+
+    images: int | None = None  # of each split to measure on; null = two of the teacher's batches
+    steps: int = 3  # training steps to measure, after one that warms up
+    gpus: list[int] = field(default_factory=lambda: [1, 2, 4, 8])  # how many devices to tell the hours of
+
+    def __post_init__(self) -> None:
+        for name, values in (("images", [1 if self.images is None else self.images]), ("steps", [self.steps]), ("gpus", self.gpus)):
+            if min(values, default=0) < 1:
+                raise UserError(f"plan.{name}={getattr(self, name)}: expected 1 or more")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe will take; hours are those of one device like the measured one."""
+
+    images: dict[str, int]  # by split
+    shards: dict[str, int]
+    counted: bool  # whether every shard was counted, rather than a sample of them
+    codec: str
+    disk: Disk | None  # None where nothing is cached
+    taught: Taught | None
+    missing_images: int
+    devices: tuple[str, str]  # of the teacher and of training
+    steps: int
+    seconds: float  # of a training step
+    batch_size: int
+    pieces: int  # of a batch on one device
+    gpus: list[int]
+    why_no_cache: str = ""
+
+    @property
+    def rate(self) -> float:
+        """Images a second of the teacher pass."""
+        return self.taught.images / self.taught.seconds if self.taught else 0.0
+
+    @property
+    def teacher_hours(self) -> float:
+        """Hours of the teacher pass over the images that are not cached yet."""
+        return self.missing_images / self.rate / 3600 if self.taught else 0.0
+
+    @property
+    def training_hours(self) -> float:
+        """Hours of training from the first step."""
+        return self.steps * self.seconds / 3600
+
+
+def run(recipe: Recipe, settings: Settings) -> Plan:
+    """Measure a handful of the recipe's images and return the plan; its cache's root and its run are not touched.
+
+    UserError where the recipe cannot run, or where its cache's root holds another cache.
+    """
+    alone("plan")
+    pipeline.check(recipe)
+    images = build_images(recipe.images)
+    shards = images.shards()
+    counts, counted = count(images, shards)
+    by_name = dict(zip([s.name for s in shards], counts, strict=True))
+    totals = {split: round(sum(by_name[s.name] for s in shards if s.split == split)) for split in SPLITS}
+    train = recipe.train
+    if totals["train"] < train.batch_size:
+        raise UserError(
+            f"train.batch_size={train.batch_size}: there are only {totals['train']} training images; "
+            f"make it smaller, or give more images"
+        )
+    cached = recipe.teacher is not None and not teacher.is_live(recipe.teacher)
+    model = teacher.build(recipe.teacher) if cached and recipe.teacher else None
+    missing = _missing(recipe, images, shards, model) if model else []
+    with tempfile.TemporaryDirectory(prefix="fmdistill-plan-") as folder:
+        handful = settings.images or (2 * model.batch if model else train.batch_size)
+        small = on_handful(recipe, handful, Path(folder))
+        taught = teach(small, model) if model else None
+        disk = _disk(recipe, small, shards, by_name, missing) if model else None
+        place = device_name(str((recipe.teacher or {}).get("device", "auto")), "teacher.device")
+        model = None  # training has the device for itself
+        seconds = step_seconds(small, settings.steps)
+    return Plan(
+        images=totals,
+        shards={split: sum(s.split == split for s in shards) for split in SPLITS},
+        counted=counted,
+        codec=recipe.cache.codec if recipe.cache else "",
+        disk=disk,
+        taught=taught,
+        missing_images=round(sum(by_name[s.name] for s in missing)),
+        devices=(place, device_name(train.device, "train.device")),
+        steps=total_steps(train, Batches((totals["train"],), train.batch_size, recipe.seed, train.window)),
+        seconds=seconds,
+        batch_size=train.batch_size,
+        pieces=train.accumulate,
+        gpus=settings.gpus,
+        why_no_cache="" if cached else ("teacher.live=true" if recipe.teacher else "no teacher"),
+    )
+
+
+def _missing(recipe: Recipe, images: Images, shards: Sequence[Shard], model: Teacher) -> list[Shard]:
+    assert recipe.cache is not None
+    root = Path(recipe.cache.root)
+    if not (root / manifest.NAME).exists():
+        return list(shards)
+    found = manifest.claim(root, cache.identity(recipe, images, model))  # reads, since there is one
+    token, codecs = manifest.identity_hash(found), by_split(found["codec"])
+    return [s for s in shards if not read_finished(root, s, token, codecs[s.split])]
+
+
+def _disk(
+    recipe: Recipe, small: Recipe, shards: Sequence[Shard], by_name: Mapping[str, float], missing: Sequence[Shard]
+) -> Disk:
+    assert recipe.cache is not None and small.cache is not None
+    opened = Cache(small.cache.root, build_images(small.images))
+    return estimate_disk(Path(recipe.cache.root), opened, shards, by_name, missing)
+
+
+def text(plan: Plan, name: str) -> str:
+    """Return the plan of the recipe called `name` as a person reads it."""
+    lines = [f"Plan of {name}. Nothing was written into its cache or its run.", ""]
+    how = "counted" if plan.counted else f"about: {COUNTED} shards of a split were counted"
+    parts = [f"{plan.images[split]} {split} in {plan.shards[split]} shards" for split in SPLITS]
+    lines.append(f"images        {', '.join(parts)} ({how})")
+    lines += _disk_lines(plan) if plan.disk else [f"cache         none: {plan.why_no_cache}"]
+    if plan.taught:
+        taught = plan.taught
+        failed = f", {taught.failed} of them without an output" if taught.failed else ""
+        lines.append(f"teacher pass  {plan.rate:.3g} images/s, of {taught.images} images{failed}, on {plan.devices[0]}")
+    with_teacher = ", the live teacher among it" if plan.why_no_cache.startswith("teacher.live") else ""
+    lines.append(
+        f"training      {plan.batch_size / plan.seconds:.3g} images/s, {plan.seconds:.3g} s a step of "
+        f"{plan.batch_size} images, {plan.steps} steps, on {plan.devices[1]}{with_teacher}"
+    )
+    lines += ["", "| devices like this | teacher pass, h | training, h | together, h |", "|---|---|---|---|"]
+    lines += [_hours(plan, count) for count in plan.gpus]
+    lines += [
+        "",
+        "Hours are those of one device as measured now, divided by the devices: no loss by sharing is counted.",
+    ]
+    lines.append("Left out: evaluation, validation during training, and loading teacher and student.")
+    return "\n".join(lines)
+
+
+def _hours(plan: Plan, count: int) -> str:
+    fits = plan.batch_size % (count * plan.pieces) == 0
+    training = f"{plan.training_hours / count:.3g}" if fits else "-"
+    both = f"{(plan.teacher_hours + plan.training_hours) / count:.3g}" if fits else "-"
+    why = "" if fits else f" train.batch_size={plan.batch_size} is not divisible by {count} devices |"
+    return f"| {count} | {plan.teacher_hours / count:.3g} | {training} | {both} |{why}"
+
+
+def _disk_lines(plan: Plan) -> list[str]:
+    disk = plan.disk
+    assert disk is not None
+    sizes = ", ".join(f"{name} {_bytes(size)}" for name, size in disk.tars.items())
+    total, shards = disk.tars[plan.codec] + disk.sidecars + disk.beside, sum(plan.shards.values())
+    lines = [
+        f"embeddings    by codec of the training images: {sizes}; validation's are {EXACT} in each",
+        f"beside them   sidecars {_bytes(disk.sidecars)}, manifest and the teacher's head {_bytes(disk.beside)}",
+        f"cache         {_bytes(total)} with cache.codec={plan.codec} in {disk.root}; "
+        f"{shards - disk.missing_shards} of {shards} shards are there, {_bytes(disk.missing)} to come; "
+        f"{_bytes(disk.free)} free",
+    ]
+    if disk.missing > disk.free:
+        smaller = [name for name, size in disk.tars.items() if size < disk.tars[plan.codec]]
+        codec = f" cache.codec={min(smaller, key=lambda name: disk.tars[name])}," if smaller else ""
+        lines.append(
+            f"TOO LITTLE    {_bytes(disk.missing - disk.free)} are lacking on that disk. The way out: "
+            f"images.limit={disk.limit},{codec} or another cache.root=FOLDER"
+        )
+    return lines
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
