@@ -22,6 +22,8 @@ class Cache:
 
     root: str
     codec: Literal["fp32", "fp16", "bf16", "int8", "int4"] = "fp16"  # training shards; validation is always exact fp32
+    local: str = ""  # where tars of a root that is a URL are kept on this machine; "" = below ~/.cache/fmdistill
+    local_gb: float = 50.0  # at most so many GB of them, the longest unused go first; a training window should fit
     trim: bool = False  # keep of each training map only the valid tokens, for objectives that exclude padding
     max_failed: float = 0.01  # largest fraction of images that may fail to decode or give a non-finite output
     executor: Component = field(default_factory=lambda: {"name": "local"}, compare=False)  # who runs the teacher

@@ -9,13 +9,13 @@ from typing import Any
 
 from fmdistill import recipe as recipes
 from fmdistill.backbones.heads import load_head
-from fmdistill.cache import executors, manifest, teacher
+from fmdistill.cache import executors, manifest, sidecar, teacher
+from fmdistill.cache.bucket import behind, local
 from fmdistill.cache.codec import CODECS, EXACT, by_split, stacked
 from fmdistill.cache.executors.processes import Plan
 from fmdistill.cache.reader import Cache
 from fmdistill.cache.teacher_pass import Pass
 from fmdistill.cache.verify import holds_head, verify_files, verify_values
-from fmdistill.cache.writer import read_finished
 from fmdistill.files import sweep
 from fmdistill.images import Images, Shard
 from fmdistill.images import build as build_images
@@ -32,13 +32,13 @@ __all__ = ["Cache", "open_cache", "run", "start", "verify"]
 def open_cache(recipe: Recipe) -> Cache:
     """Return the recipe's cache, finished, for reading."""
     settings = _settings(recipe)
-    return Cache(settings.root, build_images(recipe.images))
+    return Cache(local(settings), build_images(recipe.images))
 
 
 def run(recipe: Recipe) -> dict[str, Any]:
     """Cache the teacher's outputs for every image of the recipe that has none yet; return the manifest."""
     settings = _settings(recipe)
-    root = Path(settings.root)
+    root = local(settings)
     images = build_images(recipe.images)
     shards = images.shards()  # first, so that missing images are noticed before a teacher is loaded
     if found := _complete_without_teacher(recipe, images, shards):
@@ -55,13 +55,17 @@ def start(recipe: Recipe, images: Images | None = None) -> Pass:
     Every process that caches begins so, on whatever machine. UserError where the folder holds another cache.
     """
     settings, images = _settings(recipe), images or build_images(recipe.images)
-    root = Path(settings.root)
+    root = local(settings)
     model = teacher.build(recipe.teacher or {})
     found = manifest.claim(root, identity(recipe, images, model))
     sweep(root)
     if not holds_head(root, head := model.head()):
         head.save(root)
     recipes.save(recipe, root)
+    if there := behind(root):
+        there.share()
+        there.pull()  # who came first has put another manifest there
+        manifest.claim(root, found)
     token, codecs = manifest.identity_hash(found), by_split(found["codec"])
     return Pass(model, images, root, token, codecs, settings.max_failed, expected=0)
 
@@ -119,11 +123,13 @@ def _chosen(recipe: Recipe, images: Images) -> dict[str, Any]:
 
 def _missing(root: Path, shards: Sequence[Shard], found: Mapping[str, Any]) -> list[Shard]:
     token, codecs = manifest.identity_hash(found), by_split(found["codec"])
-    return [shard for shard in shards if not read_finished(root, shard, token, codecs[shard.split])]
+    return [shard for shard in shards if not sidecar.finished(root, shard, token, codecs[shard.split])]
 
 
 def _plan(root: Path, images: Images, shards: list[Shard]) -> Plan:
     """Return what is missing in the claimed folder `root`; UserError where the disk has no room for it."""
+    if there := behind(root):
+        there.pull()
     found = manifest.read(root)
     missing = _missing(root, shards, found)
     expected = estimate(images, missing)
@@ -136,7 +142,7 @@ def _plan(root: Path, images: Images, shards: list[Shard]) -> Plan:
 
 def _complete_without_teacher(recipe: Recipe, images: Images, shards: list[Shard]) -> dict[str, Any] | None:
     """Return the manifest where the teacher's file is gone and nothing is left for it to do."""
-    settings, root = recipe.teacher or {}, Path(_settings(recipe).root)
+    settings, root = recipe.teacher or {}, local(_settings(recipe))
     weights = teacher.weights_path(settings)
     if weights is None or weights.exists() or not (root / manifest.NAME).exists():
         return None
@@ -154,7 +160,7 @@ def _check_space(root: Path, found: Mapping[str, Any], expected: dict[str, int])
     need, codecs = sum(RECORD * count for count in expected.values()), by_split(found["codec"])
     for split, count in expected.items():
         codec = codecs[split]
-        for shape in found["outputs"].values():
+        for shape in map(tuple, found["outputs"].values()):
             share = TRIMMED if codec.trim and not stacked(shape) else 1
             need += round(share * (codec.size((count, *shape)) if stacked(shape) else count * codec.size(shape)))
     free = shutil.disk_usage(root).free

@@ -25,6 +25,7 @@ import fsspec.core
 
 from fmdistill.files import file_hash, temporary_name, write_whole
 from fmdistill.logs import log
+from fmdistill.recipe import Cache
 from fmdistill.registry import UserError
 
 SETTINGS = ".bucket.json"  # in the folder: what its processes, such as a loader's workers, need to know
@@ -44,8 +45,8 @@ class Bucket:
     def pull(self) -> None:
         """Fetch the small files that are not here, and forget a folder of a cache that was there before."""
         names = self._names()
-        here = self.folder / MANIFEST
-        if MANIFEST in names and here.exists() and self._read(MANIFEST) != here.read_bytes():
+        here = self.folder / MANIFEST  # shared before any shard is written, so without one there nothing here counts
+        if here.exists() and (MANIFEST not in names or self._read(MANIFEST) != here.read_bytes()):
             log.info("%s: another cache than before; %s starts anew", self.url, self.folder)
             for path in self.folder.iterdir():
                 if path.name != SETTINGS and path.is_file():
@@ -54,6 +55,10 @@ class Bucket:
             whole = name in ONCE or (SENT.fullmatch(name) and name.endswith(".json") and _tar(name) in names)
             if whole and not (self.folder / name).exists():
                 write_whole(self.folder / name, self._read(name))
+
+    def sidecars(self, shard: str) -> list[Path]:
+        """Return the shard's sidecars that are here, in the order in which every machine tries them."""
+        return _sidecars(self.folder, self.folder.stat().st_mtime_ns).get(shard, [])
 
     def look(self, shard: str) -> None:
         """Fetch the sidecars of one shard that other machines have put there meanwhile."""
@@ -145,17 +150,19 @@ class Bucket:
             ) from error
 
 
-def local(root: str, cached: str = "", gigabytes: float = 50.0) -> Path:
-    """Return the folder of the cache at `root`: itself, or of a URL its folder on this machine, small files fetched.
-
-    That is one below `cached`, by default below ~/.cache/fmdistill.
-    """
+def local(settings: Cache) -> Path:
+    """Return the folder of the cache at `settings.root`: of a URL that on this machine, with all small files."""
+    root = settings.root
     if "://" not in root:
+        if settings.local:
+            raise UserError(
+                f"cache.local={settings.local}: only for a URL, and cache.root={root} is a folder; leave it out"
+            )
         return Path(root)
-    home = Path(cached or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fmdistill")
+    home = Path(settings.local or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fmdistill")
     folder = home / hashlib.sha256(root.rstrip("/").encode()).hexdigest()[:32]
     folder.mkdir(parents=True, exist_ok=True)
-    found = Bucket(root.rstrip("/"), folder, int(gigabytes * 1e9))
+    found = Bucket(root.rstrip("/"), folder, int(settings.local_gb * 1e9))
     write_whole(folder / SETTINGS, json.dumps({"url": found.url, "limit": found.limit}))
     found.pull()
     for path in sorted(folder.glob("*.json")):
@@ -164,13 +171,22 @@ def local(root: str, cached: str = "", gigabytes: float = 50.0) -> Path:
     return folder
 
 
-def bucket(folder: Path) -> Bucket | None:
+def behind(folder: Path) -> Bucket | None:
     """Return the bucket that `folder` stands for; None where it is a cache itself."""
     try:
         settings = json.loads((folder / SETTINGS).read_text())
     except FileNotFoundError:
         return None
     return Bucket(settings["url"], folder, settings["limit"])
+
+
+@functools.lru_cache(maxsize=2)
+def _sidecars(folder: Path, changed: int) -> dict[str, list[Path]]:
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.glob("*.json")):
+        if named := SENT.fullmatch(path.name):
+            found.setdefault(named[1], []).append(path)
+    return found
 
 
 def _tar(sidecar: str) -> str:

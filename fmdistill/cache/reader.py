@@ -11,9 +11,10 @@ import numpy as np
 
 from fmdistill.backbones.heads import load_head
 from fmdistill.backbones.preprocess import Preprocess, from_json
-from fmdistill.cache import manifest
+from fmdistill.cache import manifest, sidecar
+from fmdistill.cache.bucket import behind
 from fmdistill.cache.codec import by_split, named
-from fmdistill.cache.writer import read_finished
+from fmdistill.cache.sidecar import Finished
 from fmdistill.images import Images, Shard
 from fmdistill.registry import UserError
 
@@ -24,10 +25,12 @@ class _Descriptor:
     """An open file, closed with its last use. Forked processes may share it: `pread` moves no position."""
 
     def __init__(self, path: Path) -> None:
+        self.number = -1  # for `__del__`, where the next line fails
         self.number = os.open(path, os.O_RDONLY)
 
     def __del__(self) -> None:
-        os.close(self.number)
+        if self.number >= 0:
+            os.close(self.number)
 
 
 @lru_cache(maxsize=OPEN)
@@ -38,12 +41,11 @@ def _opened(path: Path, owner: object) -> _Descriptor:
 class ShardReader:
     """One finished shard: keys and sizes from the sidecar, outputs from the tar."""
 
-    def __init__(
-        self, root: Path, shard: Shard, sidecar: dict[str, Any], group: str, shapes: Mapping[str, tuple[int, ...]]
-    ) -> None:
-        self.name, self.path, self.group = shard.name, root / f"{shard.name}.tar", group
-        self.samples = [s for s in sidecar["samples"] if shard.take is None or s["index"] < shard.take]
-        self.codec = named(sidecar["codec"])
+    def __init__(self, shard: Shard, finished: Finished, group: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.name, self.path, self.group, fields = shard.name, finished.tar, group, finished.fields
+        self.samples = [s for s in fields["samples"] if shard.take is None or s["index"] < shard.take]
+        self.codec = named(fields["codec"])
+        self.sha256, self.there = fields["sha256"], behind(self.path.parent)
         self.shapes = shapes
         self._owner = object()  # not the path: a shard that is written anew is another file
         self._checked: set[int] = set()
@@ -61,7 +63,7 @@ class ShardReader:
 
     def read_into(self, index: int, slots: Mapping[str, np.ndarray]) -> None:
         """Fill each output's slot, `codec.empty(1, shape)` or one place of a larger one, with what is stored."""
-        file, sample = _opened(self.path, self._owner), self.samples[index]
+        file, sample = self._file(), self.samples[index]
         for name, member in sample["outputs"].items():
             slot, shape = slots[name], member.get("shape")
             whole = slot if shape is None else self.codec.empty(1, tuple(shape))
@@ -75,6 +77,18 @@ class ShardReader:
             if shape is not None:
                 self.codec.place(whole, slot)
         self._checked.add(index)
+
+    def present(self) -> Path:
+        """Return the tar's path; of a bucket's after it was fetched, where it is not on this machine."""
+        return self.there.fetch(self.path.name, self.sha256) if self.there else self.path
+
+    def _file(self) -> _Descriptor:
+        if self.there is None:
+            return _opened(self.path, self._owner)
+        try:  # not kept open: a tar that was evicted would go on to fill the disk
+            return _Descriptor(self.path)
+        except FileNotFoundError:
+            return _Descriptor(self.present())
 
     @staticmethod
     def _fill(file: int, member: Mapping[str, Any], data: memoryview, checked: bool) -> bool:
@@ -122,12 +136,12 @@ class Cache:
         found: dict[str, list[ShardReader]] = {"train": [], "validation": []}
         missing, codecs = [], by_split(self.manifest["codec"])
         for shard in sorted(self.images.shards(), key=lambda s: s.name):
-            sidecar = read_finished(self.root, shard, self.identity, codecs[shard.split])
-            if sidecar is None:
+            finished = sidecar.finished(self.root, shard, self.identity, codecs[shard.split])
+            if finished is None:
                 missing.append(shard.name)
             else:
                 group = self.images.group(shard.name)
-                found[shard.split].append(ShardReader(self.root, shard, sidecar, group, self.shapes))
+                found[shard.split].append(ShardReader(shard, finished, group, self.shapes))
         if missing:
             raise UserError(
                 f"{self.root}: {len(missing)} shards are not cached yet, '{missing[0]}' first; "

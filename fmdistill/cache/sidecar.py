@@ -9,8 +9,11 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from fmdistill.cache.bucket import behind
+from fmdistill.cache.codec import Codec, named
+from fmdistill.images import Shard
 from fmdistill.images.source import SPLITS
 
 CHECKSUM = '{{"checksum": "{}", '
@@ -36,6 +39,39 @@ def read(path: Path) -> dict[str, Any] | None:
     if checksum is not None and text[:LENGTH] != CHECKSUM.format(_checksum(text[LENGTH:])):
         return None
     return found if _has(found, SIDECAR) and all(_sound(s, found["bytes"]) for s in found["samples"]) else None
+
+
+class Finished(NamedTuple):
+    """A finished shard: its tar, which of a bucket may not be on this machine yet, and its sidecar."""
+
+    tar: Path
+    fields: dict[str, Any]
+
+
+def finished(root: Path, shard: Shard, identity: str, codec: Codec) -> Finished | None:
+    """Return the finished shard that holds all that `shard` asks for as `codec` stores it; else None.
+
+    None also where the sidecar is another cache's, or disagrees with its tar. A shard that has changed its split is
+    not finished: training's may be lossy, validation's is exact.
+    """
+    own, there = root / f"{shard.name}.json", behind(root)
+    for path in (own, *(there.sidecars(shard.name) if there else [])):
+        fields, tar = read(path), path.with_suffix(".tar")
+        if fields is None or fields["identity"] != identity or named(fields["codec"]).label != codec.label:
+            continue
+        size = _bytes(tar)
+        if size != fields["bytes"] and (size is not None or path == own):  # a bucket's may not be on this machine yet
+            continue
+        if fields["take"] is None or (shard.take is not None and fields["take"] >= shard.take):
+            return Finished(tar, fields)
+    return None
+
+
+def _bytes(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return None
 
 
 def _checksum(rest: str) -> str:

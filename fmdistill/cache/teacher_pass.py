@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fmdistill.cache import sidecar
+from fmdistill.cache.bucket import behind
 from fmdistill.cache.codec import Codec
 from fmdistill.cache.teacher import Teacher
-from fmdistill.cache.writer import Prepared, ShardWriter, image_hash, read_finished
+from fmdistill.cache.writer import Prepared, ShardWriter, image_hash
 from fmdistill.files import being_written
 from fmdistill.images import DecodeError, Encoded, Images, Shard, decode
 from fmdistill.logs import log
@@ -54,13 +56,15 @@ class Pass:
         """
         others: list[Shard] = []
         for shard in chain(shards, others):  # which grows while the shards are gone through
-            finished = read_finished(self.root, shard, self.identity, self.codecs[shard.split])
+            if there := behind(self.root):
+                there.look(shard.name)
+            finished = sidecar.finished(self.root, shard, self.identity, self.codecs[shard.split])
             if finished is None and shard not in others and being_written(self.root / f"{shard.name}.tar"):
                 others.append(shard)
             elif finished is None:
                 self.write(shard, bar)
             else:
-                bar.update(len(finished["samples"]) + len(finished["failed"]))
+                bar.update(len(finished.fields["samples"]) + len(finished.fields["failed"]))
 
     def write(self, shard: Shard, bar: tqdm) -> None:
         """Write one shard; nothing is visible unless it is whole."""
@@ -74,6 +78,8 @@ class Pass:
                     f" ({writer.failed[0]['problem'] if writer.failed else 'the shard is empty'})"
                 )
             writer.publish()
+            if there := behind(self.root):
+                there.send(shard.name)
         except BaseException:
             writer.abandon()
             raise

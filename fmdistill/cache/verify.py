@@ -7,10 +7,10 @@ import numpy as np
 import torch
 
 from fmdistill.backbones.heads import Head
+from fmdistill.cache import sidecar
 from fmdistill.cache.dataset import CachedImages
 from fmdistill.cache.reader import Cache
 from fmdistill.cache.teacher import Teacher, state_hash
-from fmdistill.cache.writer import read_sidecar
 from fmdistill.files import file_hash
 from fmdistill.logs import progress
 from fmdistill.registry import UserError
@@ -23,11 +23,9 @@ def verify_files(cache: Cache) -> int:
     """Return how many shards were read whole. UserError naming the first whose bytes differ from its sidecar."""
     readers = [reader for split in cache.shards.values() for reader in split]
     for reader in progress(readers, "verifying", unit="shard"):
-        sidecar = read_sidecar(reader.path.with_suffix(".json"), cache.identity)
-        if sidecar is None or file_hash(reader.path) != sidecar["sha256"]:
-            raise UserError(
-                f"{reader.path}: {_damage(reader.path, sidecar)}; delete it and run `fmdistill cache` again"
-            )
+        fields, tar = sidecar.read(reader.path.with_suffix(".json")), reader.present()
+        if fields is None or fields["identity"] != cache.identity or file_hash(tar) != fields["sha256"]:
+            raise UserError(f"{tar}: {_damage(tar, fields)}; delete it and run `fmdistill cache` again")
     return len(readers)
 
 
@@ -83,11 +81,11 @@ def verify_values(cache: Cache, teacher: Teacher, samples: int, seed: int = 0) -
     }
 
 
-def _damage(path: Path, sidecar: dict | None) -> str:
-    if sidecar is None:
+def _damage(path: Path, fields: dict | None) -> str:
+    if fields is None:
         return "its sidecar is missing, damaged or disagrees with the tar's size"
     with open(path, "rb") as file:
-        for sample in sidecar["samples"]:
+        for sample in fields["samples"]:
             for name, member in sample["outputs"].items():
                 file.seek(member["offset"])
                 if zlib.crc32(file.read(member["size"])) != member["crc32"]:

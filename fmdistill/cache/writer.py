@@ -17,7 +17,6 @@ int4 of an odd width ends in one more zero. With "-trimmed" a map is the upper l
 """
 
 import hashlib
-import json
 import os
 import tarfile
 import zlib
@@ -28,7 +27,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fmdistill.cache.codec import DTYPES, Codec, stacked
+from fmdistill.cache import sidecar
+from fmdistill.cache.codec import Codec, stacked
 from fmdistill.files import naming, publish, temporary_name, write_temporary
 from fmdistill.images import Shard, escape
 
@@ -179,7 +179,7 @@ class ShardWriter:
             self.file.flush()
             os.fsync(self.file.fileno())
             self.file.close()
-        sidecar = {
+        fields = {
             "identity": self.identity,
             "take": self.shard.take,
             "split": self.shard.split,
@@ -190,26 +190,26 @@ class ShardWriter:
             "failed": self.failed,
             "statistics": self.statistics.to_json(),
         }
-        self._publish(json.dumps(sidecar))
+        self._publish(sidecar.write(fields))
 
     def _publish(self, text: str) -> None:
         beside = self.path.with_suffix(".json")
         # On disk before the tar is seen, so that it follows the tar at once, and a full disk leaves no tar without it.
-        sidecar = write_temporary(beside, text)
+        described = write_temporary(beside, text)
         try:
             if not self.path.exists():
                 beside.unlink(missing_ok=True)  # of a damaged tar that was deleted: it describes other bytes
             if publish(self.temporary, self.path):
-                publish(sidecar, beside)
-            elif read_finished(self.path.parent, self.shard, self.identity, self.codec):
+                publish(described, beside)
+            elif sidecar.finished(self.path.parent, self.shard, self.identity, self.codec):
                 self.temporary.unlink()
             else:
                 # The tar there is a dead writer's, a shorter cut, or another split's. Whoever replaces a tar replaces
                 # its sidecar too, so that two racing writers leave a pair that agrees.
                 os.replace(self.temporary, self.path)
-                os.replace(sidecar, beside)
+                os.replace(described, beside)
         finally:
-            sidecar.unlink(missing_ok=True)
+            described.unlink(missing_ok=True)
 
     def abandon(self) -> None:
         """Remove what was written; nothing of it was visible."""
@@ -218,29 +218,6 @@ class ShardWriter:
         except OSError:  # a full disk, again
             pass
         self.temporary.unlink(missing_ok=True)
-
-
-def read_sidecar(path: Path, identity: str) -> dict[str, Any] | None:
-    """Return a finished shard's sidecar; None where it is missing, broken, another's, or disagrees with its tar."""
-    try:
-        sidecar = json.loads(path.read_text())
-        size = path.with_suffix(".tar").stat().st_size
-    except (FileNotFoundError, ValueError):
-        return None
-    whole = isinstance(sidecar, dict) and sidecar.get("identity") == identity and sidecar.get("bytes") == size
-    return sidecar if whole else None
-
-
-def read_finished(root: Path, shard: Shard, identity: str, codec: Codec) -> dict[str, Any] | None:
-    """Return the sidecar of a finished shard that holds all that `shard` asks for as `codec` stores it; else None.
-
-    A shard that has changed its split is not finished: training's may be lossy, validation's is exact.
-    """
-    sidecar = read_sidecar(root / f"{shard.name}.json", identity)
-    if sidecar is None or DTYPES.get(sidecar["codec"], sidecar["codec"]) != codec.label:
-        return None
-    whole = sidecar["take"] is None or (shard.take is not None and sidecar["take"] >= shard.take)
-    return sidecar if whole else None
 
 
 def image_hash(data: bytes) -> str:

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fmdistill import cache, pipeline
-from fmdistill.cache import Cache, manifest, teacher
+from fmdistill.cache import Cache, manifest, sidecar, teacher
+from fmdistill.cache.bucket import local
 from fmdistill.cache.codec import EXACT, by_split
 from fmdistill.cache.footprint import COUNTED, Disk, count, estimate_disk
 from fmdistill.cache.order import Batches
 from fmdistill.cache.teacher import Teacher
-from fmdistill.cache.writer import read_finished
 from fmdistill.distill.train import total_steps
 from fmdistill.images import Images, Shard
 from fmdistill.images import build as build_images
@@ -30,7 +30,11 @@ class Settings:
     gpus: list[int] = field(default_factory=lambda: [1, 2, 4, 8])  # how many devices to tell the hours of
 
     def __post_init__(self) -> None:
-        for name, values in (("images", [1 if self.images is None else self.images]), ("steps", [self.steps]), ("gpus", self.gpus)):
+        for name, values in (
+            ("images", [1 if self.images is None else self.images]),
+            ("steps", [self.steps]),
+            ("gpus", self.gpus),
+        ):
             if min(values, default=0) < 1:
                 raise UserError(f"plan.{name}={getattr(self, name)}: expected 1 or more")
 
@@ -119,12 +123,12 @@ def run(recipe: Recipe, settings: Settings) -> Plan:
 
 def _missing(recipe: Recipe, images: Images, shards: Sequence[Shard], model: Teacher) -> list[Shard]:
     assert recipe.cache is not None
-    root = Path(recipe.cache.root)
+    root = local(recipe.cache)
     if not (root / manifest.NAME).exists():
         return list(shards)
     found = manifest.claim(root, cache.identity(recipe, images, model))  # reads, since there is one
     token, codecs = manifest.identity_hash(found), by_split(found["codec"])
-    return [s for s in shards if not read_finished(root, s, token, codecs[s.split])]
+    return [s for s in shards if not sidecar.finished(root, s, token, codecs[s.split])]
 
 
 def _disk(
@@ -132,7 +136,7 @@ def _disk(
 ) -> Disk:
     assert recipe.cache is not None and small.cache is not None
     opened = Cache(small.cache.root, build_images(small.images))
-    return estimate_disk(Path(recipe.cache.root), opened, shards, by_name, missing)
+    return estimate_disk(local(recipe.cache), opened, shards, by_name, missing)
 
 
 def text(plan: Plan, name: str) -> str:

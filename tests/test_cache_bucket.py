@@ -1,0 +1,136 @@
+"""A cache behind a URL: sent and fetched without a lock, in a bounded folder that no other cache shares."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+
+from fmdistill import cache, distill
+from fmdistill.cache.bucket import SENT, behind, local
+from fmdistill.cache.verify import verify_files
+from fmdistill.recipe import Recipe
+from fmdistill.registry import UserError
+
+
+def far(folder: Path, machine: str, **changes) -> Recipe:
+    """Return the toy recipe with its cache in folder/bucket, behind a URL, seen from a machine of its own."""
+    recipe = tiny.load(folder)
+    assert recipe.cache is not None
+    settings = replace(recipe.cache, root=f"file://{folder}/bucket", local=str(folder / machine), **changes)
+    return replace(recipe, cache=settings, out=str(folder / machine / "run"))
+
+
+def values(recipe: Recipe) -> dict[str, bytes]:
+    opened = cache.open_cache(recipe)
+    readers = [reader for split in opened.shards.values() for reader in split]
+    return {key: r.read(i)["embedding"].tobytes() for r in readers for i, key in enumerate(r.keys)}
+
+
+def test_what_one_machine_caches_another_reads_and_trains_on(tmp_path):
+    near = tiny.load(tmp_path)
+    cache.run(near)
+    here, there = far(tmp_path, "one"), far(tmp_path, "two")
+    cache.run(here)
+    names = {path.name for path in (tmp_path / "bucket").iterdir()}
+    assert {"manifest.json", "head.json", "head.safetensors", "recipe.yaml"} < names
+    assert len(names) == 4 + 2 * 4 and all(SENT.fullmatch(name) for name in names if "-0" in name)
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "bucket").iterdir()}
+    cache.run(there)  # finds all of it
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "bucket").iterdir()} == before
+    assert values(there) == values(here) == values(near)
+    assert verify_files(cache.open_cache(there)) == 4
+    assert (distill.run(there) / "student.safetensors").read_bytes() == (
+        distill.run(near) / "student.safetensors"
+    ).read_bytes()
+
+
+def test_the_folder_stays_bounded_and_what_left_it_is_fetched_again(tmp_path):
+    cache.run(far(tmp_path, "one"))
+    tar = max(path.stat().st_size for path in (tmp_path / "bucket").glob("*.tar"))
+    small = far(tmp_path, "two", local_gb=1.5 * tar / 1e9)
+    everything = values(far(tmp_path, "one"))
+    for _ in range(2):
+        assert values(small) == everything
+        assert len(list((tmp_path / "two").glob("*/*.tar"))) == 1
+
+
+def test_two_urls_never_share_a_folder(tmp_path):
+    first = far(tmp_path, "one")
+    assert first.cache is not None
+    folders = {local(replace(first.cache, root=f"file://{tmp_path}/{name}")) for name in ("a/b", "a-b", "a", "a//b")}
+    assert len(folders) == 4
+    assert local(replace(first.cache, root=f"file://{tmp_path}/a/")) in folders  # the same cache
+
+
+def test_a_shard_that_was_not_sent_is_sent_by_the_next_process(tmp_path, monkeypatch):
+    recipe = far(tmp_path, "one")
+    with monkeypatch.context() as broken:
+        broken.setattr("fmdistill.cache.bucket.Bucket._put", _failing_at(".tar"))
+        with pytest.raises(UserError, match="out of reach"):
+            cache.run(recipe)
+    assert recipe.cache is not None
+    assert not list((tmp_path / "bucket").glob("*.tar"))
+    unsent = list((tmp_path / "one").glob("*/train-*.tar"))
+    assert len(unsent) == 1 and not SENT.fullmatch(unsent[0].name)
+    local(recipe.cache)
+    assert len(list((tmp_path / "bucket").glob("*.tar"))) == 1
+    cache.run(recipe)
+    assert len(list((tmp_path / "bucket").glob("*.tar"))) == 4
+
+
+def _failing_at(suffix: str):
+    from fmdistill.cache.bucket import Bucket
+
+    put = Bucket._put
+
+    def failing(self: Bucket, path: Path, name: str) -> None:
+        if name.endswith(suffix):
+            raise UserError("out of reach")
+        put(self, path, name)
+
+    return failing
+
+
+def test_of_two_machines_that_wrote_one_shard_every_reader_takes_the_same(tmp_path):
+    recipe = far(tmp_path, "one")
+    cache.run(recipe)
+    shard = next((tmp_path / "bucket").glob("train-000-*.json"))
+    fields = json.loads(shard.read_text())
+    other = shard.with_name("train-000-" + "0" * 16 + ".json")  # as if a machine of other arithmetic wrote it
+    del fields["checksum"]
+    other.write_text(json.dumps(fields))
+    os.link(shard.with_suffix(".tar"), other.with_suffix(".tar"))
+    for machine in ("two", "three"):
+        opened = cache.open_cache(far(tmp_path, machine))
+        assert opened.shards["train"][0].path.stem == other.stem
+
+
+def test_another_cache_at_the_same_url_starts_anew_and_another_teacher_is_refused(tmp_path):
+    recipe = far(tmp_path, "one")
+    cache.run(recipe)
+    with pytest.raises(UserError, match="another one"):
+        cache.run(replace(recipe, cache=replace(recipe.cache, codec="fp32", local=str(tmp_path / "two"))))
+    for path in (tmp_path / "bucket").iterdir():
+        path.unlink()
+    cache.run(replace(recipe, cache=replace(recipe.cache, codec="fp32", local=str(tmp_path / "two"))))
+    assert recipe.cache is not None
+    folder = local(recipe.cache)
+    assert json.loads((folder / "manifest.json").read_text())["codec"]["train"] == "fp32"
+
+
+def test_what_cannot_be_reached_or_is_damaged_is_one_line(tmp_path):
+    recipe = far(tmp_path, "one")
+    assert recipe.cache is not None
+    with pytest.raises(UserError, match="only for a URL"):
+        local(replace(recipe.cache, root=str(tmp_path)))
+    with pytest.raises(UserError, match="cache.root=nowhere://x"):
+        local(replace(recipe.cache, root="nowhere://x"))
+    cache.run(recipe)
+    tar = next((tmp_path / "bucket").glob("train-000-*.tar"))
+    tar.write_bytes(tar.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match=f"{tar.name}: differs from its sidecar"):
+        values(far(tmp_path, "two"))
+    assert behind(tmp_path) is None
