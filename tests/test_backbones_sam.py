@@ -1,5 +1,7 @@
 import os
 import pickle
+import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,9 +9,12 @@ import torch
 from nondegenerate import randomize, tiny_sam
 from PIL import Image
 from segment_anything.utils.transforms import ResizeLongestSide
+from torch.nn import functional as F
 
 from fmdistill.backbones import sam as sams
 from fmdistill.backbones.sam import SamPreprocess, build_sam
+from fmdistill.images import decode
+from fmdistill.images.photos import photograph
 from fmdistill.registry import UserError
 
 SIZES = [(64, 64), (40, 60), (60, 40), (37, 91), (101, 33), (200, 133), (1, 64), (63, 1000), (7, 5)]
@@ -29,6 +34,65 @@ def test_resize_equals_segment_anything_bit_for_bit(height, width, side):
     assert pixels.dtype == torch.uint8 and pixels.shape == (3, side, side)
     assert torch.equal(pixels[:, :h, :w], expected)
     assert pixels[:, h:].sum() == 0 and pixels[:, :, w:].sum() == 0
+
+
+LARGE = [(1, 5000), (2, 900), (300, 1000), (333, 500), (255, 257), (1, 1), (13, 29), (31, 1), (900, 3), (600, 40)]
+
+
+def off(image, side):
+    """The largest difference to the exact preprocessing, where the two agree on the size and on the padding."""
+    exact, size = SamPreprocess(side, 16).prepare(image)
+    pixels, resized = SamPreprocess(side, 16, exact=False).prepare(image)
+    assert resized == size and pixels.shape == exact.shape and pixels.dtype == torch.uint8
+    assert pixels.is_contiguous() and pixels[:, size[0] :].sum() == 0 and pixels[:, :, size[1] :].sum() == 0
+    return (pixels.int() - exact.int()).abs().max().item()
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES + LARGE)
+@pytest.mark.parametrize("side", [64, 97, 256])
+def test_the_fast_resize_is_within_one_grey_level_of_noise(height, width, side):
+    image = np.asarray(picture(height, width))
+    assert off(image, side) <= 1
+    assert off(np.where(image < 128, 0, 255).astype(np.uint8), side) <= 1  # overshoots would wrap around
+
+
+@pytest.mark.parametrize("name", ["chelsea", "coffee", "astronaut", "coins"])
+def test_the_fast_resize_is_within_one_grey_level_of_photographs_up_and_down(name):
+    image = photograph(name)
+    assert max(off(image, side) for side in (64, 256, 1024)) <= 1
+    assert off(image[:64, :64], 64) == 0
+
+
+def test_a_planted_resize_without_antialias_is_many_grey_levels_off(monkeypatch):
+    real = F.interpolate
+    monkeypatch.setattr(sams.F, "interpolate", lambda x, size, mode, antialias: real(x, size, mode=mode))
+    assert off(photograph("coffee"), 256) > 20
+
+
+@pytest.mark.skipif(not (Path(__file__).parents[2] / "shared/photos").is_dir(), reason="no other photographs here")
+def test_the_fast_resize_is_within_one_grey_level_of_other_photographs():
+    for path in sorted((Path(__file__).parents[2] / "shared/photos").glob("*.jpg")):
+        assert off(decode(path.read_bytes()), 1024) <= 1, path
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_an_image_and_any_array_of_it_give_the_same_pixels_and_are_left_alone(exact):
+    preprocess, image = SamPreprocess(64, 16, exact), picture(90, 70)
+    expected, size = preprocess.prepare(image)
+    array = np.array(image)
+    frozen, turned = array.copy(), np.ascontiguousarray(array[:, :, ::-1])[:, :, ::-1]
+    frozen.setflags(write=False)
+    for one in (array, frozen, turned, np.asfortranarray(array)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            pixels, resized = preprocess.prepare(one)
+        assert torch.equal(pixels, expected) and resized == size and np.array_equal(one, np.asarray(image))
+    assert expected[:, :, 0].float().std() > 10
+    grey = image.convert("L")
+    assert torch.equal(preprocess.prepare(grey)[0], preprocess.prepare(np.asarray(grey))[0])
+    assert torch.equal(preprocess.prepare(image.convert("RGBA"))[0], expected)
+    with pytest.raises(TypeError):
+        preprocess.prepare(array.astype(np.float64))
 
 
 def test_normalize_equals_sam_preprocess_bit_for_bit():
@@ -55,7 +119,11 @@ def test_a_token_is_valid_if_it_holds_any_real_pixel(size):
 
 def test_preprocessing_survives_json_and_refuses_another():
     preprocess = SamPreprocess(256, 16)
-    assert SamPreprocess.from_json(preprocess.to_json()) == preprocess
+    assert SamPreprocess.from_json(preprocess.to_json()) == preprocess and preprocess.exact
+    assert preprocess.to_json()["resize"] == "longest side, PIL bilinear"  # as in the caches of version 0.1
+    fast = SamPreprocess(256, 16, exact=False)
+    assert SamPreprocess.from_json(fast.to_json()) == fast
+    assert fast.to_json()["resize"] == "longest side, torch uint8 bilinear antialias"
     with pytest.raises(UserError, match="preprocessing"):
         SamPreprocess.from_json({**preprocess.to_json(), "resize": "squash"})
 

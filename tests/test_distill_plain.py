@@ -72,8 +72,8 @@ def test_an_item_is_torchvision_s_crop_of_the_stored_image(tmp_path):
         for place in ((s, i) for s, count in enumerate(data.counts) for i in range(count)):
             found, encoded = data.item(epoch, *place), data.encoded(*place)[1]
             rng = np.random.default_rng([5, epoch, zlib.crc32(encoded.key.encode())])
-            box = crop_box(*decode(encoded.data).size[::-1], rng)
-            cut = TF.resized_crop(decode(encoded.data), *box, [SIDE, SIDE], InterpolationMode.BILINEAR)
+            box = crop_box(*decode(encoded.data).shape[:2], rng)
+            cut = TF.resized_crop(Image.fromarray(decode(encoded.data)), *box, [SIDE, SIDE], InterpolationMode.BILINEAR)
             pixels = torch.from_numpy(np.array(cut)).permute(2, 0, 1)
             mirrored = torch.equal(found["pixels"], pixels.flip(2))
             assert mirrored or torch.equal(found["pixels"], pixels)

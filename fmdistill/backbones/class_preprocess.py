@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
-from fmdistill.backbones.pixels import all_valid, standardise
+from fmdistill.backbones.pixels import Picture, all_valid, as_image, standardise
 from fmdistill.registry import UserError, suggest
 
 # Mean and standard deviation of RGB in [0, 1], over the training images; of the digits, over all 1,797.
@@ -47,11 +46,11 @@ class ClassPreprocess:
             raise UserError(f"statistics={statistics}: unknown.{suggest(statistics, STATISTICS)}")
         return cls(image_size, image_size, *STATISTICS[statistics])
 
-    def prepare(self, image: Image.Image) -> tuple[Tensor, tuple[int, int]]:
+    def prepare(self, image: Picture) -> tuple[Tensor, tuple[int, int]]:
         """Return uint8 pixels (3, S, S) in RGB and (S, S); every pixel is real."""
         size = self.image_size
         # A list of one number asks torchvision for the shorter side.
-        resized: Any = TF.resize(image.convert("RGB"), [size], InterpolationMode.BICUBIC)  # type: ignore[arg-type]
+        resized: Any = TF.resize(as_image(image).convert("RGB"), [size], InterpolationMode.BICUBIC)  # type: ignore[arg-type]
         cropped: Any = TF.center_crop(resized, [size, size])
         return torch.from_numpy(np.array(cropped)).permute(2, 0, 1).contiguous(), (size, size)
 

@@ -14,7 +14,6 @@ import torch
 from open_clip import CLIP, CoCa, CustomTextCLIP
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
@@ -23,7 +22,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
 from fmdistill.backbones.clip_weights import build_clip, load_clip
-from fmdistill.backbones.pixels import all_valid, standardise
+from fmdistill.backbones.pixels import Picture, all_valid, as_image, standardise
 from fmdistill.files import write_whole
 from fmdistill.registry import UserError, suggest
 
@@ -54,11 +53,11 @@ class ClipPreprocess:
         if self.resize_mode not in RESIZE_MODES:
             raise UserError(f"preprocessing resize_mode={self.resize_mode}{suggest('', RESIZE_MODES)}")
 
-    def prepare(self, image: Image.Image) -> tuple[Tensor, tuple[int, int]]:
+    def prepare(self, image: Picture) -> tuple[Tensor, tuple[int, int]]:
         """Return uint8 pixels (3, S, S) in RGB and (S, S); every pixel is real."""
         size, how = self.image_size, INTERPOLATIONS[self.interpolation]
         # Lists ask for both sides; torchvision resizes the shortest where it is given one number.
-        resized: Any = TF.resize(image, [size, size] if self.resize_mode == "squash" else [size], how)  # type: ignore[arg-type]
+        resized: Any = TF.resize(as_image(image), [size, size] if self.resize_mode == "squash" else [size], how)  # type: ignore[arg-type]
         cropped: Any = TF.center_crop(resized, [size, size])
         return torch.from_numpy(np.asarray(cropped.convert("RGB")).copy()).permute(2, 0, 1).contiguous(), (size, size)
 

@@ -1,11 +1,19 @@
-"""What CLIP's and the classifiers' inputs have in common: square crops, standardised, without padding."""
+"""A picture as a network is given it, and what square crops have in common: standardised, without padding."""
 
 # Legend: B images, S the square's side, g = S / stride tokens a side.
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 RGB = tuple[float, float, float]
+Picture = Image.Image | np.ndarray  # arrays are uint8 (H, W, 3) in RGB, as `images.decode` gives them
+
+
+def as_image(picture: Picture) -> Image.Image:
+    """Return the picture as PIL's, in its own mode."""
+    return picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
 
 
 def standardise(pixels: Tensor, mean: RGB, std: RGB) -> Tensor:

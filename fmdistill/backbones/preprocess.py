@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from PIL import Image
 from torch import Tensor
 
 from fmdistill.backbones.class_preprocess import ClassPreprocess
 from fmdistill.backbones.clip import ClipPreprocess
+from fmdistill.backbones.pixels import Picture
 from fmdistill.backbones.sam import SamPreprocess
 from fmdistill.registry import UserError, suggest
 
@@ -25,7 +25,7 @@ class Preprocess(Protocol):
         """Pixels of a token's side; the grid has g = S / stride tokens a side."""
         ...
 
-    def prepare(self, image: Image.Image) -> tuple[Tensor, tuple[int, int]]:
+    def prepare(self, image: Picture) -> tuple[Tensor, tuple[int, int]]:
         """Return uint8 pixels (3, S, S) in RGB and the (h, w) of them that are real."""
         ...
 

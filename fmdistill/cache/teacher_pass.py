@@ -1,4 +1,4 @@
-"""Run the teacher over shards in this process: decode ahead in threads, batches that never cross shards.
+"""Run the teacher over shards in this process: images decoded ahead, batches that never cross shards.
 
 Any number of processes may do so in one folder; those that torchrun or `accelerate launch` start share the work.
 """
@@ -11,9 +11,8 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from tqdm import tqdm
 from fmdistill.cache import sidecar
 from fmdistill.cache.bucket import behind
 from fmdistill.cache.codec import Codec
+from fmdistill.cache.prefetch import LARGE, Waiting, advice, depth, prefetched
 from fmdistill.cache.teacher import Teacher
 from fmdistill.cache.writer import Prepared, ShardWriter, image_hash
 from fmdistill.files import being_written
@@ -29,7 +29,6 @@ from fmdistill.images import DecodeError, Encoded, Images, Shard, decode
 from fmdistill.logs import log
 from fmdistill.registry import UserError
 
-AHEAD = 2  # batches decoded while the teacher works on one
 BEHIND = 2  # batches of outputs that wait to be encoded and written
 TIMED = 3  # batches by which the time left is told; the one before them, which warms up, is not counted
 
@@ -48,6 +47,7 @@ class Pass:
     seen: int = 0
     failed: int = 0
     marks: list[tuple[float, int]] = field(default_factory=list)  # seconds and images seen after the first batches
+    waiting: Waiting = field(default_factory=Waiting)
 
     def run(self, shards: list[Shard], bar: tqdm) -> None:
         """Write every shard of the list that no other process has finished meanwhile, one after the other.
@@ -65,6 +65,8 @@ class Pass:
                 self.write(shard, bar)
             else:
                 bar.update(len(finished.fields["samples"]) + len(finished.fields["failed"]))
+        if self.seen:
+            log.info("%s", advice(self.waiting.share, self._workers, os.cpu_count() or 1))
 
     def write(self, shard: Shard, bar: tqdm) -> None:
         """Write one shard; nothing is visible unless it is whole."""
@@ -85,15 +87,14 @@ class Pass:
             raise
 
     def _batches(self, shard: Shard) -> Iterator[list[Prepared]]:
-        encoded = enumerate(self.images.read(shard))
-        waiting: deque[list[Any]] = deque()
-        with ThreadPoolExecutor(max(1, self.teacher.workers)) as pool:
-            while True:
-                while len(waiting) <= AHEAD and (chunk := list(islice(encoded, self.teacher.batch))):
-                    waiting.append([pool.submit(self._prepare, index, image) for index, image in chunk])
-                if not waiting:
-                    return
-                yield [future.result() for future in waiting.popleft()]
+        batch, workers = self.teacher.batch, self._workers
+        ahead = depth(batch, workers, self.teacher.preprocess.image_size)
+        encoded = self.images.read(shard)
+        return self.waiting.counted(prefetched(encoded, self._prepare, batch=batch, workers=workers, ahead=ahead))
+
+    @property
+    def _workers(self) -> int:
+        return max(1, self.teacher.workers)
 
     def _prepare(self, index: int, image: Encoded) -> Prepared:
         item = Prepared(index, image.key, image_hash(image.data), image.label)
@@ -102,7 +103,7 @@ class Pass:
         except DecodeError as error:
             item.problem = f"cannot be decoded: {error}"
             return item
-        item.original = (picture.height, picture.width)
+        item.original = (picture.shape[0], picture.shape[1])
         item.pixels, item.resized = self.teacher.preprocess.prepare(picture)
         return item
 
@@ -154,6 +155,9 @@ class Pass:
                     self._fail(writer, item, "non-finite output, set aside")
         self.seen += len(batch)
         self._check_failures(writer)
+        if len(self.marks) > TIMED:
+            share = self.waiting.share
+            bar.set_postfix_str(f"{share:.0%} waiting for images" if share > LARGE else "", refresh=False)
         bar.update(len(batch))
         self._tell()
 

@@ -111,7 +111,8 @@ class PlainImages(SplitImages):
         return np.random.default_rng([self.seed, epoch, zlib.crc32(key.encode())])
 
 
-def _resized_crop(image: Image.Image, side: int, rng: np.random.Generator) -> Tensor:
-    top, left, height, width = crop_box(image.height, image.width, rng)
-    part = image.crop((left, top, left + width, top + height)).resize((side, side), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(part)).permute(2, 0, 1).contiguous()
+def _resized_crop(image: np.ndarray, side: int, rng: np.random.Generator) -> Tensor:
+    top, left, height, width = crop_box(image.shape[0], image.shape[1], rng)
+    part = Image.fromarray(image[top : top + height, left : left + width])
+    resized = part.resize((side, side), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()

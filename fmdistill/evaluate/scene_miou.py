@@ -55,7 +55,7 @@ class SceneCase:
     resized: Size
 
 
-def behind(share: float) -> str:
+def bucket(share: float) -> str:
     """Return the area bucket of an object that covers `share` of its image."""
     return next(name for top, name in BUCKETS if share < top)
 
@@ -86,7 +86,7 @@ def scene_rows(
         scores = _scores(head, embedding, torch.from_numpy(xy.astype(np.float32)), true_PHW, resized)
         shares = true_PHW.flatten(1).float().mean(1).tolist()
         for n, (i, share) in enumerate(zip(ids, shares, strict=True)):
-            row = {"object": i, "point": list(points[i]), "share": share, "bucket": behind(share)}
+            row = {"object": i, "point": list(points[i]), "share": share, "bucket": bucket(share)}
             rows.append(row | {name: float(values[n]) for name, values in scores.items()})
     return rows
 
