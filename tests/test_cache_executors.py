@@ -23,12 +23,19 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 class Noted(tiny.SamTeacher):
-    """The toy teacher; it says where it runs, and takes its time over each batch where FMDISTILL_SLOW is set."""
+    """The toy teacher; where FMDISTILL_SLOW names a folder it says there who works, and takes its time over a batch.
+
+    Once a worker was killed the others wait for the next, so that it is not too late to find any work.
+    """
 
     def __call__(self, pixels, sizes):
-        if folder := os.environ.get("FMDISTILL_SLOW"):
-            (Path(folder) / f"{os.getpid()}.working").touch()
+        if slow := os.environ.get("FMDISTILL_SLOW"):
+            folder, deadline = Path(slow), time.monotonic() + 120
+            (folder / f"{os.getpid()}.working").touch()
             time.sleep(0.2)
+            while (folder / "killed").exists() and len(list(folder.glob("*.working"))) < 3:
+                assert time.monotonic() < deadline, "no actor took the killed one's place"
+                time.sleep(0.05)
         return super().__call__(pixels, sizes)
 
 
@@ -141,6 +148,7 @@ def test_an_actor_killed_in_a_shard_is_replaced_and_the_cache_is_that_of_one_pro
         while not list(root.glob("train-*.json")):  # the second shard or so
             time.sleep(0.01)
         working = max(cluster.glob("*.working"), key=lambda p: p.stat().st_mtime)
+        (cluster / "killed").touch()
         os.kill(int(working.stem), signal.SIGKILL)
         killed.append(int(working.stem))
 

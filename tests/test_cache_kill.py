@@ -65,3 +65,13 @@ def test_two_writers_racing_for_the_same_shards_leave_one_sound_cache(tmp_path):
     both = [start(tmp_path / "raced", maps(tmp_path)) for _ in range(2)]
     assert [process.wait(120) for process in both] == [0, 0]
     assert contents(tmp_path / "raced") == contents(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_killed_writers_of_one_folder_leave_the_bytes_of_an_undisturbed_run():
+    script, kills = TESTS.parent / "benchmarks/kills.py", ["one=0", "two=2", "race=3", "publish=5", "ray=0"]
+    env = {**os.environ, "PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, script, *kills], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for situation in ("two: 2 kills", "race: 3 kills", "publish: 5 kills"):
+        assert situation in done.stdout

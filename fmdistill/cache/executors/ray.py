@@ -1,5 +1,6 @@
 """The actors of a Ray cluster: where the cluster is, and what each actor takes of it."""
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -59,7 +60,7 @@ def _cluster(address: str) -> Iterator[None]:
     if own:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster that lives as long as this process is no news
     try:
-        ray.init(address=address, logging_level="WARNING", **own)
+        ray.init(address=address, logging_level=logging.WARNING, **own)
     except ConnectionError as error:
         raise UserError(
             f"cache.executor.address={address}: no Ray cluster there ({' '.join(str(error).split())}); start one with "

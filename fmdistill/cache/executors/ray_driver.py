@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from threading import Condition, Thread
+from threading import Condition, Thread, get_ident
 from typing import Any
 
 import ray
@@ -133,20 +133,22 @@ class Driver:
 
     def _hire(self) -> Any:
         """Return a new actor that has loaded the teacher, however long it takes; None where the work is over before."""
+        loading = f"loading in thread {get_ident()}"
         while not self.over:
             options = {"num_gpus": self.num_gpus, "num_cpus": self.num_cpus, "scheduling_strategy": "SPREAD"}
-            actor = ray.remote(Caching).options(**options).remote(self.start, os.getcwd())
+            actor: Any = ray.remote(Caching).options(**options).remote(self.start, os.getcwd())
             loaded = actor.load.remote()
             try:
                 if self._comes(loaded, f"an actor with {self.num_gpus:g} GPUs and {self.num_cpus:g} CPUs"):
                     ray.get(loaded)
+                    self.lost.pop(loading, None)
                     return actor
                 ray.kill(actor)
             except RayTaskError as error:
                 raise _cause(error) from error
             except RayError as error:
                 ray.kill(actor)
-                self._lose(LOADING, error)
+                self._lose(loading, LOADING, error)
         return None
 
     def _write(self, actor: Any, shard: Shard) -> bool:
@@ -154,7 +156,7 @@ class Driver:
         seen, counts = 0, actor.write.options(num_returns="streaming").remote(shard, self.images)
         try:
             while self._comes(counts):
-                images = ray.get(next(counts))
+                images: Any = ray.get(next(counts))
                 seen += images
                 self._count(images)
         except StopIteration:
@@ -162,7 +164,7 @@ class Driver:
         except RayTaskError as error:
             raise _cause(error) from error
         except RayError as error:
-            self._lose(shard.name, error)
+            self._lose(shard.name, shard.name, error)
             with self.changed:
                 self.waiting.appendleft(shard)
                 self.bar.update(-seen)
@@ -192,13 +194,13 @@ class Driver:
             self.left -= finished
             self.changed.notify_all()
 
-    def _lose(self, work: str, error: RayError) -> None:
+    def _lose(self, key: str, work: str, error: RayError) -> None:
         reason = " ".join(str(error).split())[:400]
         with self.changed:
-            self.lost[work] += not (isinstance(error, RayActorError) and error.preempted)
-            if self.lost[work] > self.retries:
+            self.lost[key] += not (isinstance(error, RayActorError) and error.preempted)
+            if self.lost[key] > self.retries:
                 raise UserError(
-                    f"{work}: {self.lost[work]} actors died of it, more than cache.executor.retries={self.retries}; "
+                    f"{work}: {self.lost[key]} actors died of it, more than cache.executor.retries={self.retries}; "
                     f"where it was memory, lower teacher.batch; the last: {reason}"
                 )
         log.warning("%s: the actor died, another one takes over: %s", work, reason)

@@ -1,0 +1,210 @@
+"""SIGKILLs at random moments of a teacher pass: does the cache end as an undisturbed one, byte for byte?
+
+Run: OMP_NUM_THREADS=1 python benchmarks/kills.py [one=30 two=30 race=30 publish=20 ray=10] [seed=0]
+Five situations, each with so many kills: one process; two that share the shards; two that race for the same shard; one
+between two of the calls that put files on disk, where random moments seldom fall; Ray actors. A few kills strike each
+cache, then it is completed and every file compared. Nothing but an actor is loaded anew for a kill: children are forked
+from this process, which has imported torch but never computed with it.
+"""
+
+import itertools
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import segment_anything.modeling as sam
+import torch
+
+from fmdistill import cache, files, recipe
+from fmdistill.cache.teacher import SamTeacher
+
+FORK = multiprocessing.get_context("fork")
+PER_CACHE = 5  # kills before a cache is completed
+RECIPE = """
+out: {folder}/run
+images: {{name: photos, train: 48, validation: 16, size: 64, shard_size: 8}}
+teacher: {{name: "kills:teacher"}}
+cache: {{root: {folder}/cache}}
+student: {{name: tinyvit_sam}}
+task: {{name: distill}}
+optimizer: {{name: adamw}}
+schedule: {{name: cosine}}
+train: {{steps: 1}}
+"""
+
+
+def teacher() -> SamTeacher:
+    """Return segment_anything's encoder at 64 px with random weights of a fixed seed."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    encoder = sam.ImageEncoderViT(
+        img_size=64, embed_dim=16, depth=2, num_heads=2, out_chans=32, global_attn_indexes=(1,)
+    )
+    prompts = sam.PromptEncoder(embed_dim=32, image_embedding_size=(4, 4), input_image_size=(64, 64), mask_in_chans=4)
+    transformer = sam.TwoWayTransformer(depth=1, embedding_dim=32, mlp_dim=32, num_heads=2)
+    decoder = sam.MaskDecoder(transformer_dim=32, transformer=transformer)
+    return SamTeacher(sam.Sam(encoder, prompts, decoder), name="toy", device="cpu", dtype="fp32", batch=2, workers=1)
+
+
+def load(folder: Path, *overrides: str) -> recipe.Recipe:
+    """Return the recipe of a cache in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "toy.yaml").write_text(RECIPE.format(folder=folder))
+    return recipe.load(folder / "toy.yaml", overrides)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return every file but the recipe, which names the folder."""
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name != recipe.SAVED}
+
+
+def start(folder: Path, rank: int = 0, world: int = 1, last: int | None = None) -> multiprocessing.Process:
+    """Start to cache in a forked process, one of `world`; it kills itself at call number `last` to the disk."""
+
+    def work() -> None:
+        if last is not None:
+            _die_at(last)
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
+        silence = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(silence, 2)
+        cache.run(load(folder))
+
+    process = FORK.Process(target=work)
+    process.start()
+    return process
+
+
+def _die_at(last: int) -> None:
+    calls = itertools.count()
+
+    def deadly(function: Callable) -> Callable:
+        def call(*arguments: object, **named: object) -> object:
+            if next(calls) == last:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **named)
+
+        return call
+
+    for name in ("fsync", "link", "replace", "unlink"):
+        setattr(os, name, deadly(getattr(os, name)))
+
+
+def strike_publishing(folder: Path, kills: int, rng: random.Random, whole: float) -> int:
+    """Let one process after the other kill itself at one of its first 16 calls, of two shards or so; then finish."""
+    for _ in range(kills):
+        process = start(folder, last=rng.randrange(16))
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    process = start(folder)
+    process.join()
+    assert process.exitcode == 0
+    return kills
+
+
+def strike(folder: Path, kills: int, rng: random.Random, whole: float, ranks: list[tuple[int, int]]) -> int:
+    """Keep processes of these (rank, world) at work; kill a random one `kills` times, then let them finish; count."""
+    running = {n: start(folder, *ranks[n]) for n in range(len(ranks))}
+    struck = 0
+    while struck < kills:
+        time.sleep(rng.uniform(0, 0.5 * whole))
+        victim = rng.randrange(len(ranks))
+        if running[victim].is_alive():
+            os.kill(running[victim].pid or 0, signal.SIGKILL)
+        running[victim].join()
+        struck += running[victim].exitcode == -signal.SIGKILL
+        if running[victim].exitcode == 0 and all(p.exitcode == 0 for p in running.values()):
+            break  # it got through; the other kills strike another cache
+        running[victim] = start(folder, *ranks[victim])
+    for process in running.values():
+        process.join()
+        assert process.exitcode == 0, f"a process ended with {process.exitcode}"
+    return struck
+
+
+def strike_actor(folder: Path, kills: int, rng: random.Random, whole: float) -> int:
+    """Cache by two Ray actors, and kill a random one of those at work `kills` times."""
+    done, struck = threading.Event(), 0
+
+    def work() -> None:
+        cache.run(load(folder, "cache.executor.name=ray", "cache.executor.actors=2", "cache.executor.retries=100"))
+        done.set()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    while struck < kills and thread.is_alive():
+        time.sleep(0.001)
+        at_work = {int(path.name.split(".")[-3]) for path in (folder / "cache").glob(f".*.tar.{files._host()}.*.tmp")}
+        if at_work:  # an actor's shard; all it takes to kill it anywhere in this one or the next
+            time.sleep(rng.uniform(0, 0.2 * whole))
+            try:
+                os.kill(rng.choice(sorted(at_work)), signal.SIGKILL)
+                struck += 1
+            except ProcessLookupError:  # a dead one's file
+                pass
+    thread.join()
+    assert done.is_set(), "the run failed"
+    return struck
+
+
+SITUATIONS: dict[str, Callable[..., int]] = {
+    "one": lambda *given: strike(*given, [(0, 1)]),
+    "two": lambda *given: strike(*given, [(0, 2), (1, 2)]),
+    "race": lambda *given: strike(*given, [(0, 1), (0, 1)]),
+    "publish": strike_publishing,
+    "ray": strike_actor,
+}
+
+
+def run(situation: str, kills: int, seed: int, folder: Path, whole: float, expected: dict[str, bytes]) -> int:
+    """Strike until `kills` kills hit; return the caches, each of which equalled `expected` in every byte."""
+    rng, struck, caches = random.Random(f"{seed} {situation}"), 0, 0
+    while struck < kills:
+        place = folder / f"{situation}-{caches}"
+        struck += SITUATIONS[situation](place, min(PER_CACHE, kills - struck), rng, whole)
+        found = contents(place / "cache")
+        assert found == expected, f"{place}: differs: {sorted(set(found.items()) ^ set(expected.items()))[:2]}"
+        caches += 1
+        print(f"{situation}: {struck} kills, {caches} caches equal", flush=True)
+    return caches
+
+
+def main(arguments: list[str]) -> None:
+    """Print what each situation came to."""
+    given = {"one": 30, "two": 30, "race": 30, "publish": 20, "ray": 10, "seed": 0}
+    given |= {key: int(value) for key, value in (one.split("=") for one in arguments)}
+    seed = given.pop("seed")
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as temporary:
+        folder = Path(temporary)
+        began = time.monotonic()
+        first = start(folder / "undisturbed")
+        first.join()
+        assert first.exitcode == 0
+        whole, expected = time.monotonic() - began, contents(folder / "undisturbed/cache")
+        print(f"undisturbed: {len(expected)} files in {whole:.2f} s", flush=True)
+        for situation, kills in given.items():
+            if situation == "ray" and kills:
+                _cluster()
+            began = time.monotonic()
+            caches = run(situation, kills, seed, folder, whole, expected) if kills else 0
+            print(f"{situation}: {kills} kills, {caches} caches, {time.monotonic() - began:.0f} s", flush=True)
+
+
+def _cluster() -> None:
+    """Start Ray, whose actors find the toy teacher here."""
+    import ray
+
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=80 << 20, log_to_driver=False)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))
+    main(sys.argv[1:])
