@@ -25,7 +25,7 @@ def verify_files(cache: Cache) -> int:
     for reader in progress(readers, "verifying", unit="shard"):
         fields, tar = sidecar.read(reader.path.with_suffix(".json")), reader.present()
         if fields is None or fields["identity"] != cache.identity or file_hash(tar) != fields["sha256"]:
-            raise UserError(f"{tar}: {_damage(tar, fields)}; delete it and run `fmdistill cache` again")
+            raise UserError(f"{tar}: {damage(tar, fields)}; delete it and run `fmdistill cache` again")
     return len(readers)
 
 
@@ -81,7 +81,8 @@ def verify_values(cache: Cache, teacher: Teacher, samples: int, seed: int = 0) -
     }
 
 
-def _damage(path: Path, fields: dict | None) -> str:
+def damage(path: Path, fields: dict | None) -> str:
+    """Return where the tar at `path` differs from its sidecar: the first member whose checksum is another."""
     if fields is None:
         return "its sidecar is missing, damaged or disagrees with the tar's size"
     with open(path, "rb") as file:

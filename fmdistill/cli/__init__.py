@@ -32,8 +32,14 @@ def parser() -> argparse.ArgumentParser:
     verb("plan", "tell images, bytes and hours of a recipe from a handful of images, before anything is spent", recipe,
          ("overrides", "settings as key=value; of the plan itself plan.images, plan.steps, plan.gpus=[1,8]", "*")
          )  # fmt: skip
+    verb("bench", "measure what a recipe's teacher pass is made of, beside the plain loops of others", recipe,
+         ("overrides", "settings as key=value; of the bench itself bench.images, .rounds, .megabytes, .weights=random",
+          "*"))  # fmt: skip
     verb("cache", "run the teacher over the images that are not cached yet", recipe, overrides)
     verb("verify", "check every checksum of a cache, then recompute a sample", recipe, overrides)
+    verb("inspect", "tell what one shard of a cache holds, whether it is whole, and how SRW would weigh it",
+         ("shard", "CACHE/NAME.tar, its .json, or CACHE/NAME", None),
+         ("settings", "key=, output=, temperature=, relative=, and out=FILE.png for the picture", "*"))  # fmt: skip
     verb("distill", "train the student from the cache, resuming where it stopped", recipe, overrides)
     verb("evaluate", "judge a run or checkpoint by a protocol, or a recipe's run by its own protocols",
          ("protocol", "a protocol's path, or a recipe's", None),
@@ -113,6 +119,15 @@ def _plan(recipe: str, overrides: list[str]) -> None:
     print(plan.text(plan.run(load(recipe, rest), settings), recipe))
 
 
+def _bench(recipe: str, overrides: list[str]) -> None:
+    from fmdistill.pipeline import bench, rehearsal
+    from fmdistill.recipe import load
+
+    settings, rest = rehearsal.verb_settings("bench", bench.Settings, overrides)
+    made = load(recipe, rest)
+    print(f"{bench.text(bench.run(made, settings))}\n\n{made.out}/bench.json")
+
+
 def _cache(recipe: str, overrides: list[str]) -> None:
     from fmdistill import cache, pipeline
     from fmdistill.recipe import load
@@ -128,6 +143,13 @@ def _verify(recipe: str, overrides: list[str]) -> None:
 
     for name, value in cache.verify(load(recipe, overrides)).items():
         print(f"{name:24} {value:.6g}")
+
+
+def _inspect(shard: str, settings: list[str]) -> None:
+    from fmdistill.report import inspect
+
+    for line in inspect.run(shard, settings):
+        print(line)
 
 
 def _distill(recipe: str, overrides: list[str]) -> None:
@@ -210,8 +232,10 @@ VERBS = {
     "run": _run,
     "compare": _compare,
     "plan": _plan,
+    "bench": _bench,
     "cache": _cache,
     "verify": _verify,
+    "inspect": _inspect,
     "distill": _distill,
     "evaluate": _evaluate,
     "weigh": _weigh,

@@ -30,11 +30,8 @@ class Settings:
     gpus: list[int] = field(default_factory=lambda: [1, 2, 4, 8])  # how many devices to tell the hours of
 
     def __post_init__(self) -> None:
-        for name, values in (
-            ("images", [1 if self.images is None else self.images]),
-            ("steps", [self.steps]),
-            ("gpus", self.gpus),
-        ):
+        given = {"images": [1 if self.images is None else self.images], "steps": [self.steps], "gpus": self.gpus}
+        for name, values in given.items():
             if min(values, default=0) < 1:
                 raise UserError(f"plan.{name}={getattr(self, name)}: expected 1 or more")
 

@@ -2,6 +2,7 @@
 
 import io
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -79,10 +80,26 @@ def weight_map_figure(image: np.ndarray, weights: np.ndarray, valid: np.ndarray,
         _frame(right, height, width)
         left.set_anchor("E")  # a tall picture stays beside its map
         right.set_anchor("W")
-        ends = max(0.0, 1 - span), 1 + span  # no weight is negative
-        place = right.inset_axes((1.03, 0, 0.04, 1))
-        bar = figure.colorbar(heat, cax=place, ticks=np.linspace(*ends, 5).tolist(), format="%.2f")
-        bar.ax.set_ylim(*ends)
+        _bar(figure, right, heat, span)
+        return _save(figure, "png")
+
+
+def weights_figure(weights: np.ndarray, valid: np.ndarray, title: str) -> bytes:
+    """Return PNG: the weights (g, g), mean one, by themselves, coloured as in `weight_map_figure`.
+
+    Patches that are not `valid` (g, g) bool are hatched.
+    """
+    shown = np.ma.masked_where(~valid, weights)
+    span = max(float(np.abs(shown - 1).max()), 1e-6)
+    with matplotlib.rc_context(STYLE | {"axes.grid": False}):
+        figure = Figure(figsize=(4.2, 3.8), layout="constrained")
+        axes = figure.add_subplot()
+        axes.set_facecolor("0.92")
+        axes.patch.set(hatch="///", edgecolor="0.75")
+        heat = axes.imshow(shown, cmap="RdBu_r", norm=CenteredNorm(1.0, span), interpolation="nearest")
+        _frame(axes, *weights.shape)
+        axes.set_title("\n".join(textwrap.wrap(title, 60)), fontsize=8, parse_math=False)
+        _bar(figure, axes, heat, span)
         return _save(figure, "png")
 
 
@@ -157,6 +174,13 @@ def _curves(axes: Any, key: str, logs: Mapping[str, Sequence[Mapping[str, Any]]]
         axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_title(key.replace("_", " "))
     axes.set_xlabel("step")
+
+
+def _bar(figure: Figure, axes: Any, heat: Any, span: float) -> None:
+    ends = max(0.0, 1 - span), 1 + span  # no weight is negative
+    place = axes.inset_axes((1.03, 0, 0.04, 1))
+    bar = figure.colorbar(heat, cax=place, ticks=np.linspace(*ends, 5).tolist(), format="%.2f")
+    bar.ax.set_ylim(*ends)
 
 
 def _frame(axes: Any, height: int, width: int) -> None:

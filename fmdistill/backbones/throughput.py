@@ -1,0 +1,60 @@
+"""How fast a device multiplies matrices, what arithmetic a network asks of it, and fair timing of several works."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+SIDE = {
+    "cuda": 8192,
+    "cpu": 1536,
+}  # of square matrices: large enough for the device's best, and quick
+
+
+def matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:
+    """Return the most FLOP/s that a product of two square matrices reaches on `device` within about `seconds`."""
+    side = SIDE.get(device.type, SIDE["cuda"])
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    product = {"product": lambda: a @ b}
+    start, least = time.perf_counter(), take_turns(product, device, 2)["product"]
+    while time.perf_counter() - start < seconds:
+        least = min(least, take_turns(product, device, 1)["product"])
+    return 2 * side**3 / least
+
+
+def flops(module: Callable[..., Any], *inputs: Any) -> int:
+    """Return the FLOPs of one call, two to a multiply-add, as torch.utils.flop_counter sees them; it is run.
+
+    It sees PyTorch's products, convolutions and attention, whoever calls them, and no kernel of one's own.
+    """
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module(*inputs)
+    return counter.get_total_flops()
+
+
+def take_turns(
+    works: Mapping[str, Callable[[], Any]], device: torch.device, rounds: int = 3, waits: bool = False
+) -> dict[str, float]:
+    """Return the least seconds of each of `works`; they take turns, so that a busy machine slows all alike.
+
+    With `waits` a work's waiting for a disk or for other threads counts; without it, one thread of a CPU is timed by
+    the time that it computes, which nothing else on the machine lengthens.
+    """
+    alone = device.type == "cpu" and torch.get_num_threads() == 1 and not waits
+    clock = time.process_time if alone else time.perf_counter
+    least = dict.fromkeys(works, float("inf"))
+    for _ in range(rounds):
+        for name, work in works.items():
+            _wait(device)
+            start = clock()
+            work()
+            _wait(device)
+            least[name] = min(least[name], clock() - start)
+    return {name: max(seconds, 1e-9) for name, seconds in least.items()}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

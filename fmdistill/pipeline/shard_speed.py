@@ -1,0 +1,98 @@
+"""How fast codecs work, and shards are written and read, beside plain files of the same bytes."""
+
+import json
+import os
+from collections.abc import Mapping
+from itertools import count as numbers
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fmdistill.backbones.throughput import take_turns
+from fmdistill.cache.codec import CODECS, Codec, stacked
+from fmdistill.cache.reader import ShardReader
+from fmdistill.cache.writer import Prepared, ShardWriter
+from fmdistill.images import Shard
+from fmdistill.pipeline.rivals import Row, rates
+
+CPU = torch.device("cpu")
+
+
+def of_codec(name: str, outputs: Mapping[str, np.ndarray], rounds: int) -> list[Row]:
+    """Return how fast the codec `name` turns float32 `outputs`, (B, ...) each by its name, into bytes and back."""
+    codec = CODECS[name]
+    arrays = [array for value in outputs.values() for array in value]
+    try:
+        members = [codec.encode(array) for array in arrays]
+    except OverflowError as error:
+        return [Row(f"{name}: {error}", 0.0, "MB/s")]
+    works = {
+        "encode": lambda: [codec.encode(array) for array in arrays],
+        "decode": lambda: [_decoded(codec, member, array) for member, array in zip(members, arrays, strict=True)],
+    }
+    found = rates(works, CPU, rounds, sum(array.nbytes for array in arrays) / 1e6)
+    return [Row(f"{name}: {what}", rate, "MB/s of float32") for what, rate in found.items()]
+
+
+def _decoded(codec: Codec, member: bytes, array: np.ndarray) -> np.ndarray:
+    return codec.decode(member)
+
+
+def of_shards(
+    name: str, outputs: Mapping[str, np.ndarray], valid: np.ndarray, folder: Path, megabytes: float, rounds: int
+) -> list[Row]:
+    """Return what a shard of the codec takes, and how fast it is written and read beside plain files of its bytes."""
+    count, made = len(valid), numbers()
+    each = sum(value[0].nbytes for value in outputs.values())
+    total = max(count, round(megabytes * 1e6 / each))
+    kept: list[Path] = []
+
+    def write() -> None:
+        writer = ShardWriter(folder, Shard(f"{name}-{next(made)}", "train"), "", CODECS[name])
+        for index in range(total):
+            item = Prepared(index, f"image-{index:07}", "", resized=(1, 1))
+            writer.add(item, {k: v[index % count] for k, v in outputs.items()}, valid[index % count])
+        writer.publish()
+        kept.append(writer.path)
+
+    write()
+    data = kept[0].read_bytes()
+    sidecar = json.loads(kept[0].with_suffix(".json").read_text())
+    if len(sidecar["samples"]) < total:
+        return []  # `_coding` has said why
+    shapes = {key: tuple(value.shape[1:]) for key, value in outputs.items()}
+    opened = [ShardReader(folder, Shard(kept[0].stem, "train"), sidecar, "", shapes)]
+
+    def first() -> None:
+        opened.append(ShardReader(folder, Shard(kept[0].stem, "train"), sidecar, "", shapes))
+        later()
+
+    def later() -> None:
+        for index in range(total):
+            opened[-1].read(index)
+
+    reading = {"first": first, "later": later, "plain": lambda: kept[0].read_bytes()}
+    writes = take_turns({"write": write, "plain": lambda: _synced(folder, data)}, CPU, rounds, waits=True)
+    reads = take_turns(reading, CPU, rounds)  # from memory, so nothing waits
+    for path in kept:
+        path.unlink()
+    size, told = len(data) / 1e6, _told(CODECS[name], shapes, total)
+    return [
+        Row(f"{name}: an image in a shard", len(data) / total, "bytes", "as `plan` counts", told),
+        Row(f"{name}: write a shard", size / writes["write"], "MB/s", "its bytes, synced", size / writes["plain"]),
+        Row(f"{name}: read, with checksums", total / reads["first"], "embeddings/s"),
+        Row(f"{name}: read again", total / reads["later"], "embeddings/s"),
+        Row(f"{name}: read again, bytes", size / reads["later"], "MB/s", "the file's bytes", size / reads["plain"]),
+    ]
+
+
+def _told(codec: Codec, shapes: Mapping[str, tuple[int, ...]], count: int) -> float:
+    return sum(codec.size((count, *s)) / count if stacked(s) else codec.size(s) for s in shapes.values())
+
+
+def _synced(folder: Path, data: bytes) -> None:
+    with open(folder / "plain", "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
