@@ -2,15 +2,19 @@
 
 import numpy as np
 import pytest
+import tiny
 import torch
-from nondegenerate import randomize
+from nondegenerate import randomize, tiny_sam
 from PIL import Image
 from segment_anything import SamPredictor, sam_model_registry
 from segment_anything.modeling.image_encoder import Attention
 
 from fmdistill.backbones.device import pick_device
 from fmdistill.backbones.mini import sam_mini_student
-from fmdistill.cache.teacher import SamTeacher, own_device, sam_mini, state_hash
+from fmdistill.cache.compute import has_bf16, own_device, state_hash
+from fmdistill.cache.manifest import claim
+from fmdistill.cache.sam_teacher import SamTeacher, sam_mini, sam_vit_b
+from fmdistill.cache.teacher import asked
 from fmdistill.export import half
 from fmdistill.images.photos import photograph
 from fmdistill.registry import UserError
@@ -21,8 +25,8 @@ def vit_b():
     return randomize(sam_model_registry["vit_b"](), 3)
 
 
-def ours(sam, image: np.ndarray) -> torch.Tensor:
-    teacher = SamTeacher(sam, name="sam_vit_b", device="cpu", dtype="fp32", batch=1, workers=1)
+def ours(sam, image: np.ndarray, exact: bool = False) -> torch.Tensor:
+    teacher = SamTeacher(sam, name="sam_vit_b", device="cpu", dtype="fp32", batch=1, workers=1, exact=exact)
     pixels, size = teacher.preprocess.prepare(Image.fromarray(image))
     return teacher(pixels[None], torch.tensor([size]))["embedding"][0]
 
@@ -34,10 +38,11 @@ def test_vit_b_gives_sam_predictor_s_embedding_and_a_dropped_relative_position_d
     predictor = SamPredictor(vit_b)
     predictor.set_image(image)
     expected = predictor.features[0]
-    found = ours(vit_b, image)
     scale = expected.abs().max()
-    assert found.shape == (256, 64, 64) and expected.std() > 0.1
-    assert (found - expected).abs().max() <= 1e-4 * scale
+    for exact in (False, True):
+        found = ours(vit_b, image, exact)
+        assert found.shape == (256, 64, 64) and expected.std() > 0.1
+        assert (found - expected).abs().max() <= 1e-4 * scale
     for module in vit_b.modules():
         if isinstance(module, Attention):
             module.use_rel_pos = False
@@ -45,14 +50,17 @@ def test_vit_b_gives_sam_predictor_s_embedding_and_a_dropped_relative_position_d
 
 
 def test_the_fingerprint_tells_weights_and_precision_apart():
-    from nondegenerate import tiny_sam
-
-    def fingerprint(seed: int, dtype: str) -> dict:
-        return SamTeacher(tiny_sam(seed), name="tiny", device="cpu", dtype=dtype, batch=1, workers=1).fingerprint()
+    def fingerprint(seed: int, dtype: str, **settings) -> dict:
+        made = SamTeacher(tiny_sam(seed), name="tiny", device="cpu", dtype=dtype, batch=1, workers=1, **settings)
+        return made.fingerprint()
 
     assert fingerprint(0, "fp32") == fingerprint(0, "fp32")
     assert fingerprint(0, "fp32")["weights"] != fingerprint(1, "fp32")["weights"]
     assert fingerprint(0, "fp32") != fingerprint(0, "bf16")
+    assert fingerprint(0, "fp32") != fingerprint(0, "fp32", exact=True)
+    assert fingerprint(0, "fp32")["weights"] == fingerprint(0, "bf16")["weights"]  # of the weights, not of a copy
+    assert fingerprint(0, "auto", exact=True)["dtype"] == "fp32"
+    assert fingerprint(0, "bf16", exact=True)["dtype"] == "bf16"
 
 
 def test_the_state_hash_sees_names_shapes_and_values():
@@ -86,14 +94,17 @@ def test_each_launched_process_takes_its_own_gpu_where_the_recipe_leaves_it_open
         assert own_device("cuda:2") == torch.device("cuda", 2) and own_device("cpu").type == "cpu"
 
 
-@pytest.mark.parametrize("dtype, during", [("fp32", (False, "highest")), ("bf16", (True, "medium"))])
-def test_an_fp32_teacher_computes_without_tf32_and_leaves_the_settings_as_they_were(monkeypatch, dtype, during):
-    from nondegenerate import tiny_sam
+EXACTLY, AS_SET = (False, "highest"), (True, "medium")
 
+
+@pytest.mark.parametrize(
+    "dtype, exact, during", [("fp32", False, EXACTLY), ("fp32", True, EXACTLY), ("bf16", True, AS_SET)]
+)
+def test_an_fp32_teacher_computes_without_tf32_and_leaves_the_settings_as_they_were(dtype, exact, during):
     def settings() -> tuple[bool, str]:
         return torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
 
-    teacher = SamTeacher(tiny_sam(0), name="tiny", device="cpu", dtype=dtype, batch=1, workers=1)
+    teacher = SamTeacher(tiny_sam(0), name="tiny", device="cpu", dtype=dtype, batch=1, workers=1, exact=exact)
     seen, before = [], settings()
     teacher.encoder.register_forward_hook(lambda *_: seen.append(settings()))
     pixels, sizes = torch.zeros(1, 3, 64, 64, dtype=torch.uint8), torch.tensor([[64, 64]])
@@ -120,3 +131,80 @@ def test_sam_mini_takes_a_run_of_yours_or_its_file(tmp_path):
     (tmp_path / "student.safetensors").unlink()
     with pytest.raises(UserError, match=r"student\.safetensors: no such file"):
         sam_mini(str(tmp_path))
+
+
+def test_both_paths_and_precisions_give_one_embedding():
+    pixels, sizes = (
+        torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8),
+        torch.tensor([[64, 64], [43, 64], [64, 43]]),
+    )
+
+    def embedding(dtype: str, exact: bool) -> torch.Tensor:
+        return tiny.teacher(dtype=dtype, exact=exact)(pixels, sizes)["embedding"]
+
+    expected = embedding("fp32", True)
+    assert expected.dtype == torch.float32 and expected.std() > 0.1
+    torch.testing.assert_close(embedding("fp32", False), expected, atol=1e-5, rtol=1e-5)
+    for exact in (False, True):
+        found = embedding("bf16", exact)
+        assert found.dtype == torch.float32 and not torch.equal(found, expected)
+        assert torch.cosine_similarity(found, expected, dim=1).min() > 0.999
+
+
+def test_a_compiled_teacher_sees_one_batch_size_and_goes_on_where_nothing_can_be_compiled(caplog):
+    teacher, seen = tiny.teacher(batch=4), []
+    pixels, sizes = (
+        torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8),
+        torch.tensor([[64, 64], [43, 64], [64, 43]]),
+    )
+    expected = teacher(pixels, sizes)["embedding"]
+
+    def noted(x):
+        seen.append(len(x))
+        return teacher.encoder(x)
+
+    teacher.compiled, teacher._run = True, noted
+    found = teacher(pixels, sizes)["embedding"]
+    assert seen == [4] and found.shape == expected.shape
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+    def broken(x):
+        raise RuntimeError("no C compiler")
+
+    teacher._run = broken
+    torch.testing.assert_close(teacher(pixels, sizes)["embedding"], expected, atol=1e-5, rtol=1e-5)
+    assert not teacher.compiled and "not compiled, so slower: no C compiler" in caplog.text
+    teacher._run = broken
+    with pytest.raises(RuntimeError, match="no C compiler"):
+        teacher(pixels, sizes)
+
+
+def test_auto_is_bf16_only_where_the_cpu_multiplies_it(monkeypatch):
+    for flags, expected in (("fma avx512_bf16", True), ("amx_bf16", True), ("avx2 avx512f", False), ("", False)):
+        monkeypatch.setattr("pathlib.Path.read_text", lambda self, f=flags: f"processor : 0\nflags\t\t: {f}\n")
+        monkeypatch.setattr("pathlib.Path.is_file", lambda self: True)
+        assert has_bf16(torch.device("cpu")) is expected
+        assert not has_bf16(torch.device("cuda"))
+        monkeypatch.undo()
+    monkeypatch.setattr("fmdistill.cache.sam_teacher.build_sam", lambda kind, weights: tiny_sam(0))
+    for has in (True, False):
+        monkeypatch.setattr("fmdistill.cache.sam_teacher.has_bf16", lambda device, has=has: has)
+        assert sam_vit_b("x", "cpu").dtype == ("bf16" if has else "fp32")
+        assert sam_vit_b("x", "cpu", exact=True).dtype == sam_vit_b("x", "cpu", "fp32").dtype == "fp32"
+        assert sam_mini(device="cpu").dtype == "fp32"
+
+
+def test_a_cache_of_the_other_path_is_refused_with_the_settings_that_go_on_with_it(tmp_path):
+    claim(tmp_path, {"teacher": tiny.teacher(exact=True).fingerprint()})
+    with pytest.raises(
+        UserError, match=r"'segment_anything' there and 'fast' here. Go on with it by teacher.exact=true;"
+    ):
+        claim(tmp_path, {"teacher": tiny.teacher().fingerprint()})
+    both = r"Go on with it by teacher.dtype=fp32 teacher.exact=true; or choose another cache.root"
+    with pytest.raises(UserError, match=both):
+        claim(tmp_path, {"teacher": tiny.teacher(dtype="bf16").fingerprint()})
+    with pytest.raises(UserError, match=r"here. Choose another cache.root"):  # no setting brings other weights back
+        claim(tmp_path, {"teacher": tiny.teacher(seed=1).fingerprint()})
+    asked_fast, asked_exact = (asked({"name": "sam_vit_b", "exact": exact}) for exact in (False, "true"))
+    assert asked_fast == {"name": "sam_vit_b", "path": "fast"}
+    assert asked_exact == {"name": "sam_vit_b", "path": "segment_anything", "dtype": "fp32"}

@@ -7,16 +7,22 @@ from nondegenerate import tiny_sam
 from torch import nn
 
 from fmdistill import recipe as recipes
-from fmdistill.cache.teacher import SamTeacher
+from fmdistill.cache.sam_teacher import SamTeacher
 from fmdistill.recipe import Recipe
 
 CHANNELS = 32
 
 
-def teacher(seed: int = 0, dtype: str = "fp32", batch: int = 4, workers: int = 1) -> SamTeacher:
+def teacher(seed: int = 0, dtype: str = "fp32", batch: int = 4, workers: int = 1, exact: bool = False) -> SamTeacher:
     """segment_anything's own encoder at 64 px with non-degenerate weights."""
     return SamTeacher(
-        tiny_sam(seed, 64, CHANNELS), name="tiny", device="cpu", dtype=dtype, batch=batch, workers=workers
+        tiny_sam(seed, 64, CHANNELS),
+        name="tiny",
+        device="cpu",
+        dtype=dtype,
+        batch=batch,
+        workers=workers,
+        exact=exact,
     )
 
 

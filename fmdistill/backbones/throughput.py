@@ -1,10 +1,13 @@
 """How fast a device multiplies matrices, what arithmetic a network asks of it, and fair timing of several works."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from segment_anything import SamPredictor
+from segment_anything.modeling import ImageEncoderViT, Sam
 from torch.utils.flop_counter import FlopCounterMode
 
 SIDE = {
@@ -32,6 +35,23 @@ def flops(module: Callable[..., Any], *inputs: Any) -> int:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         module(*inputs)
     return counter.get_total_flops()
+
+
+def encoder_flops(encoder: ImageEncoderViT, batch: int = 1) -> float:
+    """Return the FLOPs of segment_anything's own forward for `batch` images, two to a multiply-add; nothing is run."""
+    empty = {name: tensor.to("meta") for name, tensor in encoder.state_dict().items()}
+    pixels = torch.empty(batch, 3, encoder.img_size, encoder.img_size, device="meta")
+    with torch.inference_mode(False), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        torch.func.functional_call(encoder, empty, (pixels,))
+    return float(counter.get_total_flops())
+
+
+def predictor_pass(sam: Sam, images: Sequence[np.ndarray]) -> torch.Tensor:
+    """Call SamPredictor.set_image on each of `images`, uint8 (H, W, 3) RGB; return the last embedding."""
+    predictor = SamPredictor(sam)
+    for image in images:
+        predictor.set_image(image)
+    return predictor.get_image_embedding()
 
 
 def take_turns(

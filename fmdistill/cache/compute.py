@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -28,6 +29,18 @@ def own_dtype(name: DType, device: torch.device) -> Precision:
     if name == "auto":
         return "bf16" if device.type == "cuda" else "fp32"
     return name
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Return whether `device` is a CPU that multiplies bf16 itself; an emulated product is slower than float32's.
+
+    Linux tells so for x86; of any other system it is not known, and `teacher.dtype=bf16` decides.
+    """
+    info = Path("/proc/cpuinfo")
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available() or not info.is_file():
+        return False
+    flags = next((line for line in info.read_text().splitlines() if line.startswith("flags")), "")
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags.split())
 
 
 @contextmanager

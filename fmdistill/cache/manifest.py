@@ -12,6 +12,13 @@ from fmdistill.registry import UserError
 
 FORMAT = 1
 NAME = "manifest.json"
+# The settings that make a teacher compute as a cache says, by place and value in the manifest.
+SETTINGS = {
+    ("teacher.path", "segment_anything"): "teacher.exact=true",
+    ("teacher.path", "fast"): "teacher.exact=false",
+    ("teacher.dtype", "fp32"): "teacher.dtype=fp32",
+    ("teacher.dtype", "bf16"): "teacher.dtype=bf16",
+}
 
 
 def _shapes(value: Any) -> bool:
@@ -38,10 +45,10 @@ def claim(root: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
     found = read(root)
     differences = list(_differences(found, wanted))
     if differences:
-        raise UserError(
-            f"{root}: this cache is another one: {'; '.join(differences[:4])}. "
-            f"Choose another cache.root=FOLDER, or delete this one"
+        said = "; ".join(
+            f"{where} is {_short(was)} there and {_short(now)} here" for where, was, now in differences[:4]
         )
+        raise UserError(f"{root}: this cache is another one: {said}. {_way_out(differences)}")
     return found
 
 
@@ -70,12 +77,20 @@ def identity_hash(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _differences(found: Any, wanted: Any, where: str = "") -> Iterator[str]:
+def _differences(found: Any, wanted: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield the place of every difference, what is there and what was wanted."""
     if isinstance(found, dict) and isinstance(wanted, dict):
         for key in sorted({*found, *wanted}):
             yield from _differences(found.get(key), wanted.get(key), f"{where}.{key}" if where else key)
     elif found != wanted:
-        yield f"{where} is {_short(found)} there and {_short(wanted)} here"
+        yield where, found, wanted
+
+
+def _way_out(differences: list[tuple[str, Any, Any]]) -> str:
+    settings = [SETTINGS.get((where, was)) for where, was, _ in differences]
+    # A setting that brings back half of what the cache was made with would only lead to the next refusal.
+    again = f"Go on with it by {' '.join(map(str, settings))}; or choose" if all(settings) else "Choose"
+    return f"{again} another cache.root=FOLDER, or delete this one"
 
 
 def _short(value: Any) -> str:

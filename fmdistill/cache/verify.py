@@ -8,9 +8,10 @@ import torch
 
 from fmdistill.backbones.heads import Head
 from fmdistill.cache import sidecar
+from fmdistill.cache.compute import state_hash
 from fmdistill.cache.dataset import CachedImages
 from fmdistill.cache.reader import Cache
-from fmdistill.cache.teacher import Teacher, state_hash
+from fmdistill.cache.teacher import Teacher
 from fmdistill.files import file_hash
 from fmdistill.logs import progress
 from fmdistill.registry import UserError

@@ -1,0 +1,168 @@
+"""SAM's image encoder run faster: segment_anything's own weights, the same arithmetic in another order.
+
+What is saved: tables of relative positions are gathered once, not at every call; windowed blocks project the real
+tokens only, for a padded token is zero and its query, key and value are therefore the projection's bias (it does take
+part in the softmax, so it is put back there); attention never holds more than it must. On an accelerator that is
+PyTorch's fused attention with the relative positions as an additive bias, on a CPU blocks of scores that stay in the
+cache. In bf16 the weights are converted once, and the residual stream, norms and sums stay float32 as under autocast.
+Source: segment_anything modeling/image_encoder.py.
+
+Letters: B images or windows, H and W tokens down and across, N = H * W, C channels, h heads, d channels of a head,
+k keys of one axis, G = B * h.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from segment_anything.modeling import ImageEncoderViT
+from segment_anything.modeling.image_encoder import Attention, Block, get_rel_pos
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+BLOCK_BYTES = 1 << 22  # scores held at once on a CPU: of 1 to 4 MiB the fastest for windows and whole grids alike
+ALIGNED = 8  # keys; CUDA's kernels want the bias's rows to start at multiples of it
+
+
+class FastEncoder(nn.Module):
+    """`encoder` in `dtype`; fp32 shares its parameters, bf16 holds a converted copy of the large ones.
+
+    `fused` chooses PyTorch's fused attention rather than blocks of scores. The weights are those of the moment it is
+    made: train `encoder` and make another.
+    """
+
+    def __init__(self, encoder: ImageEncoderViT, dtype: torch.dtype = torch.float32, fused: bool = False) -> None:
+        super().__init__()
+        assert supported(encoder)
+        self.patch_embed, self.pos_embed, self.neck = encoder.patch_embed, encoder.pos_embed, encoder.neck
+        side = encoder.img_size // encoder.patch_embed.proj.kernel_size[0]
+        blocks: Any = encoder.blocks
+        self.blocks = nn.ModuleList(FastBlock(block, side, dtype, fused) for block in blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the embedding float32 (B, out, H, W) of normalised float32 images (B, 3, S, S)."""
+        with torch.autocast(x.device.type, enabled=False):
+            x_BHWC = self.patch_embed(x)
+            if self.pos_embed is not None:
+                x_BHWC = x_BHWC + self.pos_embed
+            for block in self.blocks:
+                x_BHWC = block(x_BHWC)
+            return self.neck(x_BHWC.permute(0, 3, 1, 2))
+
+
+class FastBlock(nn.Module):
+    """One transformer block on float32 tokens (B, H, W, C); `side` is H = W."""
+
+    def __init__(self, block: Block, side: int, dtype: torch.dtype, fused: bool) -> None:
+        super().__init__()
+        attention: Attention = block.attn
+        self.dtype, self.fused, self.window = dtype, fused, block.window_size
+        self.heads, self.scale = attention.num_heads, attention.scale
+        self.norm1, self.norm2 = block.norm1, block.norm2
+        self.qkv, self.proj = _converted(attention.qkv, dtype), _converted(attention.proj, dtype)
+        self.mlp = _converted(block.mlp, dtype)
+        self.tables: Tensor | None
+        self.register_buffer("tables", _tables(attention, self.window or side, dtype), persistent=False)
+
+    def forward(self, x_BHWC: Tensor) -> Tensor:
+        """Return tokens of the same shape."""
+        qkv_BHWC = self.qkv(self.norm1(x_BHWC).to(self.dtype))
+        found_BHWC = self._windowed(qkv_BHWC) if self.window else self._attend(qkv_BHWC)
+        x_BHWC = x_BHWC + self.proj(found_BHWC)
+        return x_BHWC + self.mlp(self.norm2(x_BHWC).to(self.dtype))
+
+    def _windowed(self, qkv_BHWC: Tensor) -> Tensor:
+        b, height, width, channels = qkv_BHWC.shape
+        side = self.window
+        down, across = -(-height // side), -(-width // side)
+        if (down * side, across * side) != (height, width):
+            bias = self.qkv.bias if self.qkv.bias is not None else qkv_BHWC.new_zeros(channels)
+            padded = bias.expand(b, down * side, across * side, channels).clone()
+            padded[:, :height, :width] = qkv_BHWC
+            qkv_BHWC = padded
+        windows = qkv_BHWC.view(b, down, side, across, side, channels).transpose(2, 3).flatten(0, 2)
+        found = self._attend(windows).view(b, down, across, side, side, -1).transpose(2, 3)
+        return found.reshape(b, down * side, across * side, -1)[:, :height, :width]
+
+    def _attend(self, qkv_BHWC: Tensor) -> Tensor:
+        """Attend within each of B grids; (B, H, W, 3 C) -> (B, H, W, C)."""
+        b, height, width, _ = qkv_BHWC.shape
+        q, k, v = qkv_BHWC.view(b, height * width, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each (B, h, N, d)
+        down, across = self._relative(q.unflatten(2, (height, width)))
+        if self.fused:
+            bias = None if down is None or across is None else _bias(down, across, q.shape[:2])
+            found = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
+        else:
+            found_GNd = _in_blocks(*(x.reshape(-1, *x.shape[2:]) for x in (q, k, v)), down, across, self.scale)
+            found = found_GNd.unflatten(0, (b, self.heads))
+        return found.transpose(1, 2).reshape(b, height, width, -1)
+
+    def _relative(self, q_BhHWd: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Return what the keys' rows and columns add to a query's scores, each (G, H, W, k)."""
+        if self.tables is None:
+            return None, None
+        q_GHWd = q_BhHWd.flatten(0, 1)
+        down = torch.einsum("ghwd,hkd->ghwk", q_GHWd, self.tables[0])
+        across = torch.einsum("ghwd,wkd->ghwk", q_GHWd, self.tables[1])
+        return down.contiguous(), across.contiguous()
+
+
+def supported(encoder: Any) -> bool:
+    """Return whether `encoder` is segment_anything's own, whose structure this file repeats."""
+    return type(encoder) is ImageEncoderViT and all(
+        type(block) is Block and type(block.attn) is Attention for block in encoder.blocks
+    )
+
+
+def _converted(module: Any, dtype: torch.dtype) -> Any:
+    same = all(parameter.dtype == dtype for parameter in module.parameters())
+    return module if same else copy.deepcopy(module).to(dtype).requires_grad_(False)
+
+
+@torch.no_grad()
+def _tables(attention: Attention, side: int, dtype: torch.dtype) -> Tensor | None:
+    """Return the embeddings (2, H, k, d) of every distance between rows, and between columns; None without them."""
+    if not attention.use_rel_pos:
+        return None
+    tables = [get_rel_pos(side, side, table) for table in (attention.rel_pos_h, attention.rel_pos_w)]
+    return torch.stack(tables).to(dtype)
+
+
+def _scores(down_GHWk: Tensor, across_GHWk: Tensor) -> Tensor:
+    """(G, H, W, k) of rows and of columns -> (G, N, k * k)."""
+    return (down_GHWk[..., :, None] + across_GHWk[..., None, :]).flatten(3).flatten(1, 2)
+
+
+def _bias(down_GHWk: Tensor, across_GHWk: Tensor, leading: torch.Size) -> Tensor:
+    """Return the bias (B, h, N, N) in the queries' dtype, which cuDNN's kernel takes for granted.
+
+    Its rows are stored further apart than N where N is no multiple of what the memory-efficient kernel wants.
+    """
+    scores = _scores(down_GHWk, across_GHWk).unflatten(0, leading)
+    keys = scores.shape[-1]
+    return F.pad(scores, (0, -keys % ALIGNED))[..., :keys]
+
+
+def _in_blocks(
+    q_GNd: Tensor, k_GNd: Tensor, v_GNd: Tensor, down: Tensor | None, across: Tensor | None, scale: float
+) -> Tensor:
+    """Return softmax(scale * q k + down + across) v, by blocks of as many heads, or query rows, as the cache takes."""
+    heads, count, _ = q_GNd.shape
+    found_GNd = torch.empty_like(q_GNd)
+    width = count if down is None else down.shape[2]
+    row_bytes = width * count * q_GNd.element_size()
+    rows = min(max(1, BLOCK_BYTES // row_bytes), count // width)
+    together = min(max(1, BLOCK_BYTES // (row_bytes * (count // width))), heads)
+    for first in range(0, heads, together):
+        g = slice(first, first + together)
+        keys, values = k_GNd[g].mT, v_GNd[g]
+        for row in range(0, count // width, rows):
+            n = slice(row * width, (row + rows) * width)
+            q = q_GNd[g, n]
+            if down is None or across is None:
+                scores = torch.bmm(q, keys).mul_(scale)
+            else:
+                scores = _scores(down[g, row : row + rows], across[g, row : row + rows])
+                scores.baddbmm_(q, keys, alpha=scale)
+            found_GNd[g, n] = torch.bmm(scores.softmax(-1), values)
+    return found_GNd

@@ -1,0 +1,170 @@
+"""SAM as a teacher: the image encoder of segment_anything, its embedding after the neck."""
+
+# Legend: B images, S the padded square's side, C channels, g tokens a side.
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from segment_anything.modeling import Sam
+from torch import Tensor, nn
+
+from fmdistill.backbones.fast_encoder import FastEncoder, supported
+from fmdistill.backbones.mini import build_sam_mini
+from fmdistill.backbones.promptable import PromptHead
+from fmdistill.backbones.sam import SamPreprocess, build_sam
+from fmdistill.cache.compute import DType, Precision, computing, has_bf16, own_device, own_dtype, state_hash
+from fmdistill.logs import log
+from fmdistill.registry import convert
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PATHS = {True: "segment_anything", False: "fast"}  # by `exact`
+NAMES = ("sam_vit_b", "sam_vit_l", "sam_vit_h", "sam_mini")
+
+
+class SamTeacher:
+    """SAM's image encoder, frozen; its output is the post-neck embedding (B, C, g, g).
+
+    It runs through `FastEncoder`, compiled on a GPU; `exact` runs segment_anything's own forward instead, in fp32
+    unless `dtype` says otherwise.
+    """
+
+    family = "sam"
+
+    def __init__(
+        self, sam: Sam, *, name: str, device: str, dtype: DType, batch: int, workers: int, exact: bool = False
+    ) -> None:
+        self.name, self.batch, self.workers = name, batch, workers
+        self.device = own_device(device)
+        self.sam = sam.eval().requires_grad_(False)
+        own: Any = self.sam.image_encoder
+        self.exact = exact or not supported(own)
+        self.dtype: Precision = "fp32" if exact and dtype == "auto" else own_dtype(dtype, self.device)
+        accelerated = self.device.type != "cpu"
+        fast = None if self.exact else FastEncoder(own, PRECISIONS[self.dtype], fused=accelerated)
+        self.encoder: nn.Module = (fast or own).eval().to(self.device)
+        self.compiled = fast is not None and accelerated
+        self._run: Any = torch.compile(self.encoder, dynamic=False) if self.compiled else self.encoder
+        grid = self.sam.prompt_encoder.image_embedding_size[0]
+        self.preprocess = SamPreprocess(image_size=own.img_size, stride=own.img_size // grid)
+        self.outputs = {"embedding": (self.sam.prompt_encoder.embed_dim, grid, grid)}
+
+    @torch.inference_mode()
+    def __call__(self, pixels: Tensor, sizes: Tensor) -> dict[str, Tensor]:
+        """Return {"embedding": float32 (B, C, g, g)} on the CPU for uint8 (B, 3, S, S) pixels."""
+        count = len(pixels)
+        if self.compiled and count < self.batch:  # a batch of another size would be compiled anew
+            pixels, sizes = (_filled(x, self.batch) for x in (pixels, sizes))
+        x_BCHW = self.preprocess.normalize(pixels.to(self.device), sizes.to(self.device))
+        # FastEncoder converts for itself, once; autocast would do so at every call.
+        with computing(self.dtype if self.exact else "fp32", self.device):
+            embedding_BCHW = self._encode(x_BCHW)
+        return {"embedding": embedding_BCHW[:count].float().cpu()}
+
+    def _encode(self, x_BCHW: Tensor) -> Tensor:
+        try:
+            return self._run(x_BCHW)
+        except RuntimeError as error:
+            if not self.compiled or isinstance(error, torch.OutOfMemoryError):
+                raise
+            # Compiling needs what not every machine has, such as a C compiler; the arithmetic is the same without it.
+            reason = " ".join(str(error).split())[:200]
+            log.warning("teacher %s: not compiled, so slower: %s", self.name, reason)
+            self.compiled, self._run = False, self.encoder
+            return self.encoder(x_BCHW)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return the teacher's identity.
+
+        One word stands for the fast path on every device: kernels differ there within the rounding of `dtype`, as they
+        do between devices on segment_anything's own path.
+        """
+        return {
+            "name": self.name,
+            "weights": state_hash(self.sam.state_dict()),
+            "preprocess": self.preprocess.to_json(),
+            "dtype": self.dtype,
+            "path": PATHS[self.exact],
+            "padding": "a token is valid if it holds any real pixel",
+        }
+
+    def head(self) -> PromptHead:
+        """Return SAM's prompt encoder and mask decoder."""
+        return PromptHead.from_sam(self.sam)
+
+
+def sam_vit_b(
+    weights: str | None = None,
+    device: str = "auto",
+    dtype: DType = "auto",
+    batch: int = 4,
+    workers: int = 2,
+    exact: bool = False,
+) -> SamTeacher:
+    """SAM ViT-B, 1024 px."""
+    return _official("vit_b", weights, device=device, dtype=dtype, batch=batch, workers=workers, exact=exact)
+
+
+def sam_vit_l(
+    weights: str | None = None,
+    device: str = "auto",
+    dtype: DType = "auto",
+    batch: int = 4,
+    workers: int = 2,
+    exact: bool = False,
+) -> SamTeacher:
+    """SAM ViT-L, 1024 px."""
+    return _official("vit_l", weights, device=device, dtype=dtype, batch=batch, workers=workers, exact=exact)
+
+
+def sam_vit_h(
+    weights: str | None = None,
+    device: str = "auto",
+    dtype: DType = "auto",
+    batch: int = 4,
+    workers: int = 2,
+    exact: bool = False,
+) -> SamTeacher:
+    """SAM ViT-H, 1024 px."""
+    return _official("vit_h", weights, device=device, dtype=dtype, batch=batch, workers=workers, exact=exact)
+
+
+def sam_mini(
+    weights: str = "packaged",
+    device: str = "auto",
+    dtype: DType = "auto",
+    batch: int = 16,
+    workers: int = 2,
+    exact: bool = False,
+) -> SamTeacher:
+    """The quarter-scale SAM that ships with fmdistill, 256 px; or one that you trained: its run or safetensors file."""
+    sam = build_sam_mini(Path(weights) / "student.safetensors" if Path(weights).is_dir() else weights)
+    return SamTeacher(sam, name="sam_mini", device=device, dtype=dtype, batch=batch, workers=workers, exact=exact)
+
+
+def asked(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the part of the fingerprint that a SAM teacher's settings tell without the weights."""
+    exact = convert(settings.get("exact", False), bool, "teacher.exact")
+    dtype = {"dtype": "fp32"} if exact and settings.get("dtype", "auto") == "auto" else {}
+    return {"path": PATHS[exact], **dtype}
+
+
+def _official(
+    kind: Literal["vit_b", "vit_l", "vit_h"],
+    weights: str | None,
+    *,
+    device: str,
+    dtype: DType,
+    exact: bool,
+    **sizes: int,
+) -> SamTeacher:
+    if dtype == "auto" and not exact and has_bf16(own_device(device)):
+        dtype = "bf16"
+    sam = build_sam(kind, weights)
+    return SamTeacher(sam, name=f"sam_{kind}", device=device, dtype=dtype, exact=exact, **sizes)
+
+
+def _filled(x_B: Tensor, count: int) -> Tensor:
+    """Return `x_B` with copies of its first entry up to `count` of them."""
+    return torch.cat([x_B, x_B[:1].expand(count - len(x_B), *x_B.shape[1:])])
