@@ -13,7 +13,7 @@ from fmdistill.backbones.heads import load_head
 from fmdistill.backbones.preprocess import Preprocess, from_json
 from fmdistill.cache import manifest, sidecar
 from fmdistill.cache.bucket import behind
-from fmdistill.cache.codec import by_split, named
+from fmdistill.cache.codec import Shape, by_split, named
 from fmdistill.cache.sidecar import Finished
 from fmdistill.images import Images, Shard
 from fmdistill.registry import UserError
@@ -66,10 +66,9 @@ class ShardReader:
         file, sample = self._file(), self.samples[index]
         for name, member in sample["outputs"].items():
             slot, shape = slots[name], member.get("shape")
-            whole = slot if shape is None else self.codec.empty(1, tuple(shape))
-            if not self._fill(
-                file.number, member, memoryview(whole.reshape(-1).view(np.uint8)), index in self._checked
-            ):
+            whole = slot if shape is None else self.codec.empty(1, self._inside(name, shape))
+            room = memoryview(whole.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+            if not self._fill(file.number, member, room, index in self._checked):
                 raise UserError(
                     f"{self.path}: the {name} of '{sample['key']}' is damaged (checksum); "
                     f"delete this file and run `fmdistill cache` again"
@@ -89,6 +88,13 @@ class ShardReader:
             return _Descriptor(self.path)
         except FileNotFoundError:
             return _Descriptor(self.present())
+
+    def _inside(self, name: str, shape: list[int]) -> Shape:
+        if len(shape) != len(self.shapes[name]) or any(a > b for a, b in zip(shape, self.shapes[name], strict=True)):
+            raise UserError(
+                f"{self.path}: its sidecar gives {name} the shape {shape}; delete both, run `fmdistill cache`"
+            )
+        return tuple(shape)
 
     @staticmethod
     def _fill(file: int, member: Mapping[str, Any], data: memoryview, checked: bool) -> bool:

@@ -47,7 +47,7 @@ class SamTeacher:
         self.compiled = fast is not None and accelerated
         self._run: Any = torch.compile(self.encoder, dynamic=False) if self.compiled else self.encoder
         grid = self.sam.prompt_encoder.image_embedding_size[0]
-        self.preprocess = SamPreprocess(image_size=own.img_size, stride=own.img_size // grid)
+        self.preprocess = SamPreprocess(image_size=own.img_size, stride=own.img_size // grid, exact=exact)
         self.outputs = {"embedding": (self.sam.prompt_encoder.embed_dim, grid, grid)}
 
     @torch.inference_mode()

@@ -38,7 +38,8 @@ def read(path: Path) -> dict[str, Any] | None:
     checksum = found.pop("checksum", None)  # older sidecars have none
     if checksum is not None and text[:LENGTH] != CHECKSUM.format(_checksum(text[LENGTH:])):
         return None
-    return found if _has(found, SIDECAR) and all(_sound(s, found["bytes"]) for s in found["samples"]) else None
+    whole = _has(found, SIDECAR) and all(_has(one, FAILED) for one in found["failed"])
+    return found if whole and all(_sound(one, found["bytes"]) for one in found["samples"]) else None
 
 
 class Finished(NamedTuple):
@@ -98,6 +99,10 @@ def _mapping(value: Any) -> bool:
     return isinstance(value, dict)
 
 
+def _mappings(value: Any) -> bool:
+    return _mapping(value) and all(map(_mapping, value.values()))
+
+
 Fields = Mapping[str, Callable[[Any], bool]]
 SIDECAR: Fields = {
     "identity": _text,
@@ -108,7 +113,7 @@ SIDECAR: Fields = {
     "sha256": _text,
     "samples": _list,
     "failed": _list,
-    "statistics": _mapping,
+    "statistics": _mappings,
 }
 SAMPLE: Fields = {
     "key": _text,
@@ -118,6 +123,7 @@ SAMPLE: Fields = {
     "resized": _size,
     "outputs": _mapping,
 }
+FAILED: Fields = {"key": _text, "index": _count, "problem": _text}
 MEMBER: Fields = {"offset": _count, "size": _count, "crc32": _count}
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
+import torch
 from torch import Tensor
 
 from fmdistill.backbones.heads import Head

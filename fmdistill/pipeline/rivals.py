@@ -23,7 +23,8 @@ from fmdistill.backbones.sam import build_sam
 from fmdistill.backbones.throughput import flops, take_turns
 from fmdistill.cache.clip_teacher import DEFAULT, ClipTeacher
 from fmdistill.cache.compute import computing
-from fmdistill.cache.teacher import SamTeacher, Teacher
+from fmdistill.cache.sam_teacher import SamTeacher
+from fmdistill.cache.teacher import Teacher
 from fmdistill.registry import UserError, bind
 
 OFFICIAL = {"sam_vit_b": "vit_b", "sam_vit_l": "vit_l", "sam_vit_h": "vit_h"}

@@ -1,6 +1,5 @@
 """How fast codecs work, and shards are written and read, beside plain files of the same bytes."""
 
-import json
 import os
 from collections.abc import Mapping
 from itertools import count as numbers
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 
 from fmdistill.backbones.throughput import take_turns
+from fmdistill.cache import sidecar
 from fmdistill.cache.codec import CODECS, Codec, stacked
 from fmdistill.cache.reader import ShardReader
 from fmdistill.cache.writer import Prepared, ShardWriter
@@ -24,19 +24,17 @@ def of_codec(name: str, outputs: Mapping[str, np.ndarray], rounds: int) -> list[
     codec = CODECS[name]
     arrays = [array for value in outputs.values() for array in value]
     try:
-        members = [codec.encode(array) for array in arrays]
+        members = [codec.pack(array) for array in arrays]
     except OverflowError as error:
         return [Row(f"{name}: {error}", 0.0, "MB/s")]
     works = {
         "encode": lambda: [codec.encode(array) for array in arrays],
-        "decode": lambda: [_decoded(codec, member, array) for member, array in zip(members, arrays, strict=True)],
+        "decode": lambda: [
+            codec.decode(member, array.shape[-1]) for member, array in zip(members, arrays, strict=True)
+        ],
     }
     found = rates(works, CPU, rounds, sum(array.nbytes for array in arrays) / 1e6)
     return [Row(f"{name}: {what}", rate, "MB/s of float32") for what, rate in found.items()]
-
-
-def _decoded(codec: Codec, member: bytes, array: np.ndarray) -> np.ndarray:
-    return codec.decode(member)
 
 
 def of_shards(
@@ -58,14 +56,16 @@ def of_shards(
 
     write()
     data = kept[0].read_bytes()
-    sidecar = json.loads(kept[0].with_suffix(".json").read_text())
-    if len(sidecar["samples"]) < total:
+    described = sidecar.read(kept[0].with_suffix(".json"))
+    assert described is not None, "just written"
+    if len(described["samples"]) < total:
         return []  # `_coding` has said why
     shapes = {key: tuple(value.shape[1:]) for key, value in outputs.items()}
-    opened = [ShardReader(folder, Shard(kept[0].stem, "train"), sidecar, "", shapes)]
+    shard, finished = Shard(kept[0].stem, "train"), sidecar.Finished(kept[0], described)
+    opened = [ShardReader(shard, finished, "", shapes)]
 
     def first() -> None:
-        opened.append(ShardReader(folder, Shard(kept[0].stem, "train"), sidecar, "", shapes))
+        opened.append(ShardReader(shard, finished, "", shapes))
         later()
 
     def later() -> None:

@@ -2,7 +2,6 @@
 
 # Legend: C channels, g patches a side, N patches or samples, D a vector's width.
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 
 from fmdistill.backbones.preprocess import from_json
-from fmdistill.cache import manifest
+from fmdistill.cache import manifest, sidecar
 from fmdistill.cache.codec import stacked
 from fmdistill.cache.reader import ShardReader
 from fmdistill.cache.verify import damage
@@ -27,7 +26,6 @@ from fmdistill.registry import UserError, suggest, typed
 from fmdistill.report.plots import weights_figure
 
 SHOWN = 3  # keys at either end of a list, and failed images
-SIDECAR = {"samples": list, "failed": list, "statistics": dict, "bytes": int, "sha256": str, "codec": str, "split": str}
 
 
 @dataclass(frozen=True)
@@ -54,14 +52,15 @@ def run(path: str, overrides: list[str]) -> Iterator[str]:
         teacher = dict(found["teacher"])
     except (KeyError, TypeError, AttributeError, ValueError):
         raise UserError(f"{base.parent / manifest.NAME}: not a manifest: it tells no outputs and teacher") from None
-    sidecar = _sidecar(base.with_name(f"{base.name}.json"))
-    yield from _about(base.name, teacher, sidecar, shapes)
-    problem = _problem(base.with_name(f"{base.name}.tar"), sidecar, manifest.identity_hash(found))
+    fields = _sidecar(base.with_name(f"{base.name}.json"))
+    yield from _about(base.name, teacher, fields, shapes)
+    problem = _problem(base.with_name(f"{base.name}.tar"), fields, manifest.identity_hash(found))
     yield f"tar and sidecar    {'DISAGREE' if problem else 'agree: every byte has the checksum of the sidecar'}"
     if problem:
         raise UserError(problem)
     try:
-        reader = ShardReader(base.parent, Shard(base.name, sidecar["split"]), sidecar, "", shapes)
+        finished = sidecar.Finished(base.with_name(f"{base.name}.tar"), fields)
+        reader = ShardReader(Shard(base.name, fields["split"]), finished, "", shapes)
         yield from _weights(reader, teacher, settings)
     except UserError:
         raise
@@ -81,64 +80,45 @@ def _base(path: str) -> Path:
 
 
 def _sidecar(path: Path) -> dict[str, Any]:
-    """Return the sidecar with every field that is used here of its type, or raise a UserError."""
-    redo = "`fmdistill cache RECIPE` makes the shard anew"
-    try:
-        sidecar = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing, so the shard is not finished; {redo}") from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path}: not a sidecar ({' '.join(str(error).split())}); {redo}") from None
-    whole = isinstance(sidecar, dict) and all(isinstance(sidecar.get(k), kind) for k, kind in SIDECAR.items())
-    whole = whole and all(isinstance(kinds, dict) for kinds in sidecar["statistics"].values())
-    if (
-        not whole
-        or not all(_is_sample(one) for one in sidecar["samples"])
-        or not all(isinstance(one, dict) and {"key", "problem"} <= one.keys() for one in sidecar["failed"])
-    ):
-        raise UserError(f"{path}: not a sidecar: fields are missing or of another type; {redo}")
-    return sidecar
+    found = sidecar.read(path)
+    if found is None:
+        problem = "not a sidecar, or damaged" if path.exists() else "missing, so the shard is not finished"
+        raise UserError(f"{path}: {problem}; `fmdistill cache RECIPE` makes the shard anew")
+    return found
 
 
-def _is_sample(one: Any) -> bool:
-    if not isinstance(one, dict) or not isinstance(one.get("key"), str) or not isinstance(one.get("outputs"), dict):
-        return False
-    members = one["outputs"].values()
-    return all(isinstance(m, dict) and all(type(m.get(k)) is int for k in ("offset", "size", "crc32")) for m in members)
-
-
-def _problem(tar: Path, sidecar: Mapping[str, Any], identity: str) -> str | None:
+def _problem(tar: Path, fields: Mapping[str, Any], identity: str) -> str | None:
     """Return what is wrong with the pair, None where nothing is."""
     redo = "delete it and run `fmdistill cache` again"
     if not tar.is_file():
         return f"{tar}: missing, though its sidecar is there; `fmdistill cache` makes it anew"
-    if sidecar.get("identity") != identity:
+    if fields.get("identity") != identity:
         return f"{tar}: its sidecar belongs to another cache than the manifest beside it; {redo}"
-    if tar.stat().st_size != sidecar["bytes"]:
-        return f"{tar}: {tar.stat().st_size} bytes, its sidecar says {sidecar['bytes']}; {redo}"
-    if file_hash(tar) != sidecar["sha256"]:
-        return f"{tar}: {damage(tar, dict(sidecar))}; {redo}"
+    if tar.stat().st_size != fields["bytes"]:
+        return f"{tar}: {tar.stat().st_size} bytes, its sidecar says {fields['bytes']}; {redo}"
+    if file_hash(tar) != fields["sha256"]:
+        return f"{tar}: {damage(tar, dict(fields))}; {redo}"
     return None
 
 
 def _about(
-    name: str, teacher: Mapping[str, Any], sidecar: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+    name: str, teacher: Mapping[str, Any], fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
 ) -> Iterator[str]:
-    samples, failed = sidecar["samples"], sidecar["failed"]
+    samples, failed = fields["samples"], fields["failed"]
     keys = [sample["key"] for sample in samples]
     ends = keys if len(keys) <= 2 * SHOWN + 1 else [*keys[:SHOWN], "...", *keys[-SHOWN:]]
-    yield f"{name}: {len(keys)} images of {teacher.get('name')}, {sidecar['split']}, {len(failed)} failed"
+    yield f"{name}: {len(keys)} images of {teacher.get('name')}, {fields['split']}, {len(failed)} failed"
     yield f"keys               {', '.join(ends) or 'none'}"
     for one in failed[:SHOWN]:
         yield f"failed             {one['key']}: {one['problem']}"
     if len(failed) > SHOWN:
         yield f"failed             and {len(failed) - SHOWN} more"
-    yield f"bytes              {sidecar['bytes']} in the tar, {sidecar['bytes'] / max(1, len(keys)):.0f} an image"
+    yield f"bytes              {fields['bytes']} in the tar, {fields['bytes'] / max(1, len(keys)):.0f} an image"
     for output, shape in shapes.items():
         sizes = sorted({sample["outputs"][output]["size"] for sample in samples if output in sample["outputs"]})
         spread = f"{sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else "".join(map(str, sizes))
-        yield f"{output:18} {'x'.join(map(str, shape))}, {sidecar['codec']}, {spread} bytes an image"
-        for kind, values in (sidecar["statistics"].get(output) or {}).items():
+        yield f"{output:18} {'x'.join(map(str, shape))}, {fields['codec']}, {spread} bytes an image"
+        for kind, values in (fields["statistics"].get(output) or {}).items():
             yield f"  {kind:16} {_statistics(values)}"
 
 
