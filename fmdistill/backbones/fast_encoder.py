@@ -77,7 +77,7 @@ class FastBlock(nn.Module):
         down, across = -(-height // side), -(-width // side)
         if (down * side, across * side) != (height, width):
             bias = self.qkv.bias if self.qkv.bias is not None else qkv_BHWC.new_zeros(channels)
-            padded = bias.expand(b, down * side, across * side, channels).clone()
+            padded = bias.expand(b, down * side, across * side, channels).clone(memory_format=torch.contiguous_format)
             padded[:, :height, :width] = qkv_BHWC
             qkv_BHWC = padded
         windows = qkv_BHWC.view(b, down, side, across, side, channels).transpose(2, 3).flatten(0, 2)
@@ -93,7 +93,8 @@ class FastBlock(nn.Module):
             bias = None if down is None or across is None else _bias(down, across, q.shape[:2])
             found = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
         else:
-            found_GNd = _in_blocks(*(x.reshape(-1, *x.shape[2:]) for x in (q, k, v)), down, across, self.scale)
+            q, k, v = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
+            found_GNd = _in_blocks(q, k, v, down, across, self.scale)
             found = found_GNd.unflatten(0, (b, self.heads))
         return found.transpose(1, 2).reshape(b, height, width, -1)
 
@@ -140,7 +141,7 @@ def _bias(down_GHWk: Tensor, across_GHWk: Tensor, leading: torch.Size) -> Tensor
     """
     scores = _scores(down_GHWk, across_GHWk).unflatten(0, leading)
     keys = scores.shape[-1]
-    return F.pad(scores, (0, -keys % ALIGNED))[..., :keys]
+    return F.pad(scores, (0, -keys % ALIGNED))[..., :keys] if keys % ALIGNED else scores
 
 
 def _in_blocks(
