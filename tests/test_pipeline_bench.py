@@ -14,6 +14,7 @@ from fmdistill import cache, recipe
 from fmdistill.backbones.throughput import flops, matmul_flops, take_turns
 from fmdistill.cache import teacher
 from fmdistill.cache.codec import CODECS
+from fmdistill.cli import main
 from fmdistill.images import build, decode
 from fmdistill.pipeline import bench, rivals
 from fmdistill.registry import UserError
@@ -115,3 +116,10 @@ def test_what_cannot_be_measured_is_said(tmp_path):
     for wrong in ({"images": 0}, {"rounds": 0}, {"megabytes": 0}):
         with pytest.raises(UserError, match=next(iter(wrong))):
             bench.Settings(**wrong)
+
+
+def test_the_verb_prints_the_table_and_where_it_lies(tmp_path, capsys):
+    quick = ["bench.images=1", "bench.rounds=1", "bench.megabytes=0.01"]
+    assert main(["bench", str(tiny.write(tmp_path)), *quick]) == 0
+    shown = capsys.readouterr().out
+    assert "| fp16: write a shard |" in shown and shown.endswith(f"{tmp_path}/run/bench.json\n")

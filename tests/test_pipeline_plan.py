@@ -11,6 +11,7 @@ import toy_digits
 from fmdistill import cache, recipe
 from fmdistill.cache import footprint
 from fmdistill.cache.codec import CODECS
+from fmdistill.cli import main
 from fmdistill.images import Images, Shard
 from fmdistill.pipeline import plan
 from fmdistill.pipeline.rehearsal import Repeated, verb_settings
@@ -149,3 +150,11 @@ def test_what_cannot_be_planned_is_said(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="without torchrun"):
         plan.run(tiny.load(tmp_path), QUICK)
+
+
+def test_the_verb_prints_the_plan(tmp_path, capsys):
+    assert main(["plan", str(tiny.write(tmp_path)), "plan.images=2", "plan.steps=1", "cache.codec=fp32"]) == 0
+    shown = capsys.readouterr().out
+    assert "24 train in 3 shards, 8 validation in 1 shards (counted)" in shown and "cache.codec=fp32" in shown
+    assert main(["plan", str(tmp_path / "tiny.yaml"), "plan.steps=0"]) == 2
+    assert "plan.steps=0: expected 1 or more" in capsys.readouterr().err

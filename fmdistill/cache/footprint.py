@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fmdistill.cache.codec import CODECS, EXACT, Codec, stacked
+from fmdistill.cache.codec import CODECS, Codec, by_split, stacked
 from fmdistill.cache.reader import Cache
 from fmdistill.images import Images, Shard
 from fmdistill.images.source import SPLITS
@@ -23,7 +23,8 @@ class Disk:
     """Bytes that the whole cache takes, and where it will lie."""
 
     root: Path
-    tars: Mapping[str, int]  # by the codec of the training images; validation's is always exact
+    codec: str  # of the training images
+    tars: Mapping[str, int]  # by that codec, were it another; validation's is always exact
     sidecars: int
     beside: int  # manifest and the teacher's head
     missing_shards: int
@@ -60,33 +61,34 @@ def estimate_disk(
 
     `by_name` are the images of each shard. The tars are exact for codecs whose `size` is, the sidecars within 10 %.
     """
-    chosen = small.manifest["codec"]
-    ratios = {split: _written(small, split, CODECS[name]) for split, name in chosen.items()}
+    labels = small.manifest["codec"]
+    codecs = by_split(labels)
+    ratios = {split: _written(small, split, codec) for split, codec in codecs.items()}
 
-    def tars(some: Sequence[Shard], split: str, codec: str, ratio: float) -> float:
+    def tars(some: Sequence[Shard], split: str, codec: Codec, ratio: float) -> float:
         ours = [by_name[s.name] for s in some if s.split == split]
-        return sum(ratio * tar_bytes(CODECS[codec], small.shapes, images) for images in ours)
+        return sum(ratio * tar_bytes(codec, small.shapes, images) for images in ours)
+
+    def chosen(some: Sequence[Shard], split: str) -> float:
+        return tars(some, split, codecs[split], ratios[split])
 
     def sidecars(some: Sequence[Shard]) -> float:
         sizes = {split: _sidecar_bytes(small, split) for split in SPLITS}
         return sum(sizes[s.split][0] + sizes[s.split][1] * by_name[s.name] for s in some)
 
-    exact = tars(shards, "validation", EXACT, ratios["validation"])
-    by_codec = {}
+    exact = chosen(shards, "validation")
+    by_codec = {labels["train"]: round(exact + chosen(shards, "train"))}
     for name, codec in CODECS.items():
-        ratio = ratios["train"] if name == chosen["train"] else _encoded(small, codec)
-        if ratio is not None:
-            by_codec[name] = round(exact + tars(shards, "train", name, ratio))
-    parts = {
-        split: tars(shards, split, chosen[split], ratios[split]) + sidecars([s for s in shards if s.split == split])
-        for split in SPLITS
-    }
-    left = sum(tars(missing, split, chosen[split], ratios[split]) for split in SPLITS) + sidecars(missing)
+        if name not in by_codec and (ratio := _encoded(small, codec)) is not None:
+            by_codec[name] = round(exact + tars(shards, "train", codec, ratio))
+    parts = {split: chosen(shards, split) + sidecars([s for s in shards if s.split == split]) for split in SPLITS}
+    left = sum(chosen(missing, split) for split in SPLITS) + sidecars(missing)
     there = next(folder for folder in (root, *root.absolute().parents) if folder.is_dir())
     free = shutil.disk_usage(there).free
     images = {split: sum(by_name[s.name] for s in shards if s.split == split) for split in SPLITS}
     return Disk(
         root=root,
+        codec=labels["train"],
         tars=by_codec,
         sidecars=round(sidecars(shards)),
         beside=sum(p.stat().st_size for p in small.root.iterdir() if p.stem in ("manifest", "head")),

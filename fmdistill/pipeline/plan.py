@@ -43,7 +43,6 @@ class Plan:
     images: dict[str, int]  # by split
     shards: dict[str, int]
     counted: bool  # whether every shard was counted, rather than a sample of them
-    codec: str
     disk: Disk | None  # None where nothing is cached
     taught: Taught | None
     missing_images: int
@@ -104,7 +103,6 @@ def run(recipe: Recipe, settings: Settings) -> Plan:
         images=totals,
         shards={split: sum(s.split == split for s in shards) for split in SPLITS},
         counted=counted,
-        codec=recipe.cache.codec if recipe.cache else "",
         disk=disk,
         taught=taught,
         missing_images=round(sum(by_name[s.name] for s in missing)),
@@ -174,16 +172,16 @@ def _disk_lines(plan: Plan) -> list[str]:
     disk = plan.disk
     assert disk is not None
     sizes = ", ".join(f"{name} {_bytes(size)}" for name, size in disk.tars.items())
-    total, shards = disk.tars[plan.codec] + disk.sidecars + disk.beside, sum(plan.shards.values())
+    total, shards = disk.tars[disk.codec] + disk.sidecars + disk.beside, sum(plan.shards.values())
     lines = [
         f"embeddings    by codec of the training images: {sizes}; validation's are {EXACT} in each",
         f"beside them   sidecars {_bytes(disk.sidecars)}, manifest and the teacher's head {_bytes(disk.beside)}",
-        f"cache         {_bytes(total)} with cache.codec={plan.codec} in {disk.root}; "
+        f"cache         {_bytes(total)} with cache.codec={disk.codec} in {disk.root}; "
         f"{shards - disk.missing_shards} of {shards} shards are there, {_bytes(disk.missing)} to come; "
         f"{_bytes(disk.free)} free",
     ]
     if disk.missing > disk.free:
-        smaller = [name for name, size in disk.tars.items() if size < disk.tars[plan.codec]]
+        smaller = [name for name, size in disk.tars.items() if size < disk.tars[disk.codec]]
         codec = f" cache.codec={min(smaller, key=lambda name: disk.tars[name])}," if smaller else ""
         lines.append(
             f"TOO LITTLE    {_bytes(disk.missing - disk.free)} are lacking on that disk. The way out: "
