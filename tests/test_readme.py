@@ -1,10 +1,11 @@
-"""The README is checked against the code: its tree, its commands, and the recipes and protocols that it speaks of."""
+"""The README and docs/ are checked against the code: the tree, commands, and the recipes and protocols they speak of."""
 
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
 import fmdistill
 from fmdistill import recipe
@@ -12,6 +13,7 @@ from fmdistill import recipe
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(fmdistill.__file__).parent
 README = (ROOT / "README.md").read_text()
+CLUSTER = (ROOT / "docs/cluster.md").read_text()
 RECIPES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "recipes").rglob("*.yaml"))
 PROTOCOLS = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "eval").glob("*.yaml"))
 
@@ -65,7 +67,7 @@ def test_commands_are_found():
     assert commands(text) == [["demo"], ["run", "a.yaml", "k=v"]]
 
 
-@pytest.mark.parametrize("arguments", commands(README), ids=" ".join)
+@pytest.mark.parametrize("arguments", commands(README) + commands(CLUSTER), ids=" ".join)
 def test_commands_parse(arguments):
     from fmdistill import cli
 
@@ -76,6 +78,16 @@ def test_commands_parse(arguments):
             assert len(list(ROOT.glob(name))) > 1
         elif name.endswith(".yaml") and name.startswith(("recipes/", "eval/")):
             assert recipe.locate(name)
+
+
+def test_the_cluster_page_s_executors_bind():
+    from fmdistill.cache import executors
+
+    for arguments in commands(CLUSTER):
+        loaded = recipe.load(arguments[1], arguments[2:])
+        assert loaded.cache and executors.check(loaded.cache.executor)
+    (snippet,) = [block for block in code_blocks(CLUSTER) if block.startswith("cache:")]
+    assert executors.check(yaml.safe_load(snippet)["cache"]["executor"])
 
 
 def test_make_targets_exist():
