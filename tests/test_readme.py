@@ -1,4 +1,4 @@
-"""The README and docs/ are checked against the code: the tree, commands, and the recipes and protocols they speak of."""
+"""README and docs/ are checked against the code: the tree, commands, and the recipes and protocols they speak of."""
 
 import re
 import shlex
