@@ -99,7 +99,9 @@ def test_a_full_disk_is_one_line_and_the_same_command_completes_later(tmp_path, 
     monkeypatch.setattr(ShardWriter, "add", add)
     succeeded(capsys, "cache", recipe)
     monkeypatch.setattr("fmdistill.files.os.fsync", full)
-    assert "No space left on device; free some space" in refused(capsys, "distill", recipe)
+    assert f"No space left on device: '{tmp_path}/run/recipe.yaml'; free some space" in refused(
+        capsys, "distill", recipe
+    )
     monkeypatch.setattr("fmdistill.files.os.fsync", write)
     assert str(tmp_path / "run") in succeeded(capsys, "distill", recipe)
     assert not list((tmp_path / "run").rglob("*.part"))
