@@ -1,5 +1,7 @@
 """The reader: few open files, in forks and from pickles, and never an old file for a new one."""
 
+import dataclasses
+import json
 import os
 import pickle
 from concurrent.futures import ProcessPoolExecutor
@@ -9,9 +11,13 @@ from multiprocessing import get_context
 import numpy as np
 import pytest
 import tiny
+import torch
 
-from fmdistill import cache
+from fmdistill import cache, distill
+from fmdistill import recipe as recipes
 from fmdistill.cache import reader
+from fmdistill.cache.dataset import CachedImages, StoredImages, decoded
+from fmdistill.distill.data import batches
 from fmdistill.registry import UserError
 
 
@@ -59,3 +65,71 @@ def test_a_shard_written_anew_is_read_anew_in_the_same_process(tmp_path):
     assert np.array_equal(first.read(0)["embedding"], expected)
     with pytest.raises(UserError, match="damaged"):
         cache.open_cache(recipe).shards["train"][0].read(0)
+
+
+@pytest.mark.parametrize(
+    "codec, trim", [("fp32", False), ("fp16", True), ("bf16", False), ("int8", True), ("int4", True)]
+)
+def test_a_loader_s_batch_is_stored_in_one_tensor_an_output_and_decodes_to_what_each_sample_reads(
+    tmp_path, codec, trim
+):
+    recipe = tiny.load(tmp_path, f"cache.codec={codec}", f"cache.trim={trim}".lower(), *EXCLUDE)
+    cache.run(recipe)
+    images = CachedImages(cache.open_cache(recipe), "train")
+    places = [[(0, 2, 3), (0, 0, 1), (0, 1, 7)], [(0, 2, 0)]]
+    for workers in (0, 1):
+        for batch, chosen in zip(batches(StoredImages(images), places, workers), places, strict=True):
+            items = [images.item(*place) for place in chosen]
+            assert batch["keys"] == [item["keys"] for item in items] and "outputs" not in batch
+            kinds = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+            assert batch["stored"]["embedding"].dtype == kinds.get(codec, torch.uint8)
+            whole = decoded(images.cache, batch)
+            expected = torch.stack([item["outputs"]["sam.embedding"] for item in items])
+            found = whole["outputs"]["sam.embedding"]
+            assert found.dtype == torch.float32 and torch.equal(found, expected) and float(found.std()) > 0.1
+            assert torch.equal(whole["pixels"], torch.stack([item["pixels"] for item in items]))
+            assert not {"stored", "codec"} & whole.keys()
+
+
+def test_a_flipped_byte_stops_the_loader_at_the_member_s_first_read_in_a_process(tmp_path):
+    recipe = tiny.load(tmp_path, "cache.codec=int8")
+    cache.run(recipe)
+    path = tmp_path / "cache/train-001.tar"
+    data = StoredImages(CachedImages(cache.open_cache(recipe), "train"))
+    reader = data.images.shards[1]
+    member = reader.samples[2]["outputs"]["embedding"]
+    places = [[(0, 0, 0), (0, 1, 1)], [(0, 0, 1), (0, 1, 2)]]
+    damaged = bytearray(path.read_bytes())
+    damaged[member["offset"] + member["size"] - 5] ^= 4
+    path.write_bytes(damaged)
+    for workers in (0, 1):
+        with pytest.raises(UserError, match=rf"train-001\.tar: the embedding of '{reader.keys[2]}' is damaged"):
+            list(batches(data, places, workers))
+    damaged[member["offset"] + member["size"] - 5] ^= 4
+    path.write_bytes(damaged)
+    assert len(list(batches(data, places, 0))) == 2
+    damaged[member["offset"] + member["size"] - 5] ^= 4
+    path.write_bytes(damaged)
+    assert len(list(batches(data, places, 0))) == 2  # it was checked
+
+
+def test_a_student_learns_the_same_from_a_trimmed_cache_as_from_a_full_one_without_its_padding(tmp_path):
+    rows = {}
+    for trim in ("true", "false"):
+        (tmp_path / trim).mkdir()
+        recipe = tiny.load(tmp_path / trim, f"cache.trim={trim}", *EXCLUDE)
+        cache.run(recipe)
+        run = distill.run(recipe)
+        rows[trim] = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for row in rows[trim]:
+            row.pop("images_per_second", None)
+    assert rows["true"] == rows["false"] and rows["true"][-2]["loss"] < rows["true"][0]["loss"]
+    include = tiny.load(tmp_path / "true", f"out={tmp_path}/include")
+    with pytest.raises(UserError, match="another one: codec.train"):
+        cache.run(include)
+    trimmed = dataclasses.replace(include, cache=recipes.Cache(str(tmp_path / "true/cache"), trim=True))
+    with pytest.raises(UserError, match=r"objective\.embedding\.padding=include: a cache with cache\.trim=true"):
+        distill.run(trimmed)
+
+
+EXCLUDE = ("objective.embedding.padding=exclude",)

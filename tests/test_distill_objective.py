@@ -203,3 +203,32 @@ def test_srw_can_weigh_the_patches_of_all_images_as_one_group():
     feature, valid = view.teacher("embedding").flatten(2), view.valid.flatten().numpy()
     _, expected = brute_force(torch.cat(list(feature), 1).numpy(), valid, 0.3)
     np.testing.assert_allclose(weight.flatten(), expected * valid.sum(), rtol=1e-4, atol=1e-6)
+
+
+WHOLE = {"mse": {}, "cosine": {}, "fitnet": {}, "at": {}, "vid": {}, "pad": {}}
+RARE = ("uniform", "srw", "sum_normalizer", "soft_exp", "soft_poly", "hard_mining", "hard_discarding")
+
+
+@pytest.mark.parametrize("weighting", RARE)
+@pytest.mark.parametrize("distance", WHOLE)
+def test_what_excludes_padding_does_not_look_at_the_teacher_s_padded_patches(distance, weighting):
+    """So a trimmed cache, which has zeros there, serves every distance and weighting of patches."""
+    shape, valid = (6, 4, 4), torch.zeros(3, 4, 4, dtype=torch.bool)
+    valid[0, :3], valid[1, :, :2], valid[2] = True, True, True
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(3, *shape, generator=generator) for _ in range(2))
+    settings = {"distance": {"name": distance}, "weighting": {"name": weighting}}
+    shapes = {"student.embedding": shape, "sam.embedding": shape}
+    losses, gradients = {}, {}
+    for padding in ("exclude", "include"):
+        for kind, value in (("full", teacher), ("trimmed", teacher * valid[:, None])):
+            torch.manual_seed(0)
+            one = Objective({"a": {**settings, "padding": padding}}, shapes)
+            moved = student.clone().requires_grad_()
+            named = {"student.embedding": moved, "sam.embedding": value}
+            loss = one(Seen(named, valid.flatten(1), keys=["a", "b", "c"]))[0]["a"]
+            loss.backward()
+            losses[padding, kind], gradients[padding, kind] = loss.detach(), moved.grad
+    assert torch.equal(losses["exclude", "full"], losses["exclude", "trimmed"])
+    assert torch.equal(gradients["exclude", "full"], gradients["exclude", "trimmed"])
+    assert not torch.allclose(losses["include", "full"], losses["include", "trimmed"], rtol=1e-4)

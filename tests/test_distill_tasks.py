@@ -56,7 +56,7 @@ def test_a_clip_teaches_a_tinyvit_with_weights_per_image(cached):
 def test_micro_batches_are_given_what_the_step_shares_and_a_batch_alone_is_its_own_whole(cached):
     job = tasks.build(load(cached))
     assert job.shared is tasks.vectors
-    batch = next(batches(job.train, [[(0, 0, n) for n in range(4)]], 0))
+    batch = job.complete(next(batches(job.train, [[(0, 0, n) for n in range(4)]], 0)))
     whole = job.shared(batch)
     assert {name: tuple(value.shape) for name, value in whole.items()} == {"clip.embedding": (4, 24)}
 

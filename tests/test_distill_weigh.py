@@ -31,7 +31,7 @@ def test_pad_s_weights_are_one_over_its_variances(made):
     job = tasks.build(recipe.load_saved(runs["pad"]))
     job.task.load_state_dict(load_file(runs["pad"] / "checkpoints/step-00000008/task.safetensors"))
     job.task.eval()
-    batch = next(batches(job.train, list(every(job.train, 120)), 0))
+    batch = job.complete(next(batches(job.train, list(every(job.train, 120)), 0)))
     pad, seen = job.task.objective.terms["pad"].distance, job.task.see(batch).focus("block2", "include")
     variance = pad.branch(pad.projection(seen.student())).clamp(-10, 10).exp().detach()
     expected = 1 / variance.mean((1, 2, 3))

@@ -59,12 +59,12 @@ class Codec(ABC):
 
     @abstractmethod
     def place(self, stored: np.ndarray, slot: np.ndarray) -> None:
-        """Copy stored maps (..., C, h, w) into the upper left of `slot`, zeros in the layout of (..., C, g, g)."""
+        """Copy stored maps (..., C, h, w) into the upper left of `slot`, of (..., C, g, g), and zeros into the rest."""
 
     def empty(self, count: int, shape: Shape) -> np.ndarray:
-        """Return room for `count` outputs of `shape`, zeros where the codec trims."""
+        """Return room for `count` outputs of `shape`."""
         dtype, stored = self.layout((count, *shape))
-        return np.zeros(stored, dtype) if self.trim else np.empty(stored, dtype)
+        return np.empty(stored, dtype)
 
     def decode(self, stored: np.ndarray, width: int) -> np.ndarray:
         """Return the float32 array of what is stored."""
@@ -121,7 +121,10 @@ class Floats(Codec):
 
     def place(self, stored: np.ndarray, slot: np.ndarray) -> None:
         """Copy the values."""
-        slot[..., : stored.shape[-2], : stored.shape[-1]] = stored
+        height, width = stored.shape[-2:]
+        slot[..., height:, :] = 0
+        slot[..., :height, width:] = 0
+        slot[..., :height, :width] = stored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,12 +180,14 @@ class Integers(Codec):
 
     def place(self, stored: np.ndarray, slot: np.ndarray) -> None:
         """Copy scales and values."""
-        rows = slot[..., : stored.shape[-1]]
-        if rows.dtype == stored.dtype:
-            rows[...] = stored
+        rows, rest = slot[..., : stored.shape[-1]], slot[..., stored.shape[-1] :]
+        rest[..., None].view(np.uint8)[...] = 0
+        if rows.dtype == stored.dtype:  # as bytes, which numpy copies whole; records it copies field by field
+            rows[..., None].view(np.uint8)[...] = stored[..., None].view(np.uint8)
         else:
-            rows["scale"] = stored["scale"]
-            rows["value"][..., : stored["value"].shape[-1]] = stored["value"]
+            rows["scale"], width = stored["scale"], stored["value"].shape[-1]
+            rows["value"][..., width:] = 0
+            rows["value"][..., :width] = stored["value"]
 
 
 CODECS: dict[str, Codec] = {

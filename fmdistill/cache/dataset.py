@@ -1,5 +1,6 @@
 """Images joined to their teacher's outputs by key, one split of a cache."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fmdistill.cache.codec import named
 from fmdistill.cache.reader import Cache, ShardReader
 from fmdistill.cache.writer import image_hash
 from fmdistill.images import DecodeError, Encoded, decode
@@ -35,11 +37,16 @@ class CachedImages:
         return tuple(len(shard.samples) for shard in self.shards)
 
     def item(self, epoch: int, shard: int, index: int) -> dict[str, Any]:
-        """Return pixels uint8 (3, S, S), size (h, w), original (H, W), label or -1, key, shard name and outputs."""
+        """Return what `image` does, and the float32 outputs by their names, such as "sam.embedding"."""
+        found = self.shards[shard].read(index).items()
+        outputs = {f"{self.cache.family}.{name}": torch.from_numpy(value) for name, value in found}
+        return {**self.image(shard, index), "outputs": outputs}
+
+    def image(self, shard: int, index: int) -> dict[str, Any]:
+        """Return pixels uint8 (3, S, S), size (h, w), original (H, W), label or -1, key and shard name."""
         reader = self.shards[shard]
         sample = reader.samples[index]
         pixels, size = self._kept.get((shard, index), lambda: self._prepare(shard, index))
-        outputs = {f"{self.cache.family}.{k}": torch.from_numpy(v) for k, v in reader.read(index).items()}
         return {
             "pixels": pixels,
             "sizes": torch.tensor(size),
@@ -47,7 +54,6 @@ class CachedImages:
             "label": torch.tensor(sample.get("label", NO_LABEL)),
             "keys": sample["key"],
             "shards": reader.name,
-            "outputs": outputs,
         }
 
     @cached_property
@@ -78,3 +84,35 @@ class CachedImages:
                 f"or delete {reader.path} and run `fmdistill cache` again"
             )
         return encoded
+
+
+@dataclass(frozen=True)
+class StoredImages:
+    """Cached images for a loader: their outputs stay as they are stored until `decoded` has them on the device."""
+
+    images: CachedImages
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The samples of each shard."""
+        return self.images.counts
+
+    def item(self, epoch: int, shard: int, index: int) -> dict[str, Any]:
+        """Return one image without its outputs, as `CachedImages.image`."""
+        return self.images.image(shard, index)
+
+    def together(self, places: Sequence[tuple[int, int, int]]) -> dict[str, Any]:
+        """Return the codec's label, and by output one tensor of all places' stored values, read straight into it."""
+        shards, shapes = self.images.shards, self.images.cache.shapes
+        codec = shards[places[0][1]].codec
+        rooms = {name: codec.empty(len(places), shape) for name, shape in shapes.items()}
+        for row, (_, shard, index) in enumerate(places):
+            shards[shard].read_into(index, {name: room[row : row + 1] for name, room in rooms.items()})
+        return {"codec": codec.label, "stored": {name: codec.tensor(room) for name, room in rooms.items()}}
+
+
+def decoded(cache: Cache, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a batch of `StoredImages` with the float32 "outputs" in the place of what is stored, on its device."""
+    codec, family = named(batch["codec"]), cache.family
+    outputs = {f"{family}.{k}": codec.unpack(stored, cache.shapes[k][-1]) for k, stored in batch["stored"].items()}
+    return {**{k: value for k, value in batch.items() if k not in ("codec", "stored")}, "outputs": outputs}

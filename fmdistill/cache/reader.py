@@ -1,13 +1,13 @@
 """Read a cache: shards opened by their sidecars, members by offset, each checked at its first read in a process."""
 
 import os
-import zlib
 from collections.abc import Mapping
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from isal.isal_zlib import crc32  # zlib's, nine times as fast
 
 from fmdistill.backbones.heads import load_head
 from fmdistill.backbones.preprocess import Preprocess, from_json
@@ -67,8 +67,7 @@ class ShardReader:
         for name, member in sample["outputs"].items():
             slot, shape = slots[name], member.get("shape")
             whole = slot if shape is None else self.codec.empty(1, self._inside(name, shape))
-            room = memoryview(whole.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
-            if not self._fill(file.number, member, room, index in self._checked):
+            if not self._fill(file.number, member, whole.reshape(-1).view(np.uint8).data, index in self._checked):
                 raise UserError(
                     f"{self.path}: the {name} of '{sample['key']}' is damaged (checksum); "
                     f"delete this file and run `fmdistill cache` again"
@@ -106,7 +105,7 @@ class ShardReader:
             return os.preadv(file, [data], member["offset"] + before) == len(data)
         header = bytearray(before)
         whole = os.preadv(file, [header, data], member["offset"]) == member["size"]
-        return whole and zlib.crc32(data, zlib.crc32(header)) == member["crc32"]
+        return whole and crc32(data, crc32(header)) == member["crc32"]
 
 
 class Cache:

@@ -1,10 +1,10 @@
 """Check a finished cache: every checksum of every file, then a sample of its values against the teacher."""
 
-import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
+from isal.isal_zlib import crc32  # zlib's, nine times as fast
 
 from fmdistill.backbones.heads import Head
 from fmdistill.cache import sidecar
@@ -90,6 +90,6 @@ def damage(path: Path, fields: dict | None) -> str:
         for sample in fields["samples"]:
             for name, member in sample["outputs"].items():
                 file.seek(member["offset"])
-                if zlib.crc32(file.read(member["size"])) != member["crc32"]:
+                if crc32(file.read(member["size"])) != member["crc32"]:
                     return f"the {name} of '{sample['key']}' is damaged (checksum)"
     return "bytes outside its members are damaged (checksum)"

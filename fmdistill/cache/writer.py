@@ -19,12 +19,12 @@ int4 of an odd width ends in one more zero. With "-trimmed" a map is the upper l
 import hashlib
 import os
 import tarfile
-import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from isal.isal_zlib import crc32  # zlib's, nine times as fast
 from torch import Tensor
 
 from fmdistill.cache import sidecar
@@ -135,7 +135,7 @@ class ShardWriter:
                 self.widths[name] = shape[0]
             else:
                 offset = self._member(f"{escape(item.key)}.{name}.{self.codec.suffix}", data)
-            record = {"offset": offset, "size": len(data), "crc32": zlib.crc32(data)}
+            record = {"offset": offset, "size": len(data), "crc32": crc32(data)}
             sample["outputs"][name] = {**record, "shape": list(shape)} if shape != outputs[name].shape else record
             self.statistics.add(name, outputs[name], valid)
         self.samples.append(sample)

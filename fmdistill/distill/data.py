@@ -3,11 +3,11 @@
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -30,6 +30,15 @@ class Data(Protocol):
 
     def item(self, epoch: int, shard: int, index: int) -> dict[str, Any]:
         """Return one sample as tensors and texts; anything random draws from (seed, epoch, key)."""
+        ...
+
+
+@runtime_checkable
+class Together(Protocol):
+    """Data of which a part is read for a whole batch at once, so that its values need not be copied to be stacked."""
+
+    def together(self, places: Sequence[Place]) -> dict[str, Any]:
+        """Return that part of the batch of `places`; `item` gives the rest of each sample."""
         ...
 
 
@@ -91,9 +100,10 @@ class _Items(Dataset):
     def __init__(self, data: Data) -> None:
         self.data = data
 
-    def __getitem__(self, place: Place) -> dict[str, Any] | UserError:
+    def __getitems__(self, places: list[Place]) -> dict[str, Any] | UserError:
         try:
-            return self.data.item(*place)
+            batch = _stack([self.data.item(*place) for place in places])
+            return {**batch, **self.data.together(places)} if isinstance(self.data, Together) else batch
         except UserError as error:  # returned, since a worker would wrap it in a traceback
             return error
 
@@ -106,7 +116,7 @@ def batches(data: Data, places: Iterable[list[Place]], workers: int) -> Iterator
         batch_sampler=sampler,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
-        collate_fn=_collate,
+        collate_fn=_as_it_is,
         worker_init_fn=_quiet,
     )
     with _interrupted_after():
@@ -161,11 +171,8 @@ def _quiet(worker: int) -> None:
     sys.excepthook = lambda kind, error, trace: None if issubclass(kind, gone) else report(kind, error, trace)
 
 
-def _collate(items: list[Any]) -> Any:
-    for item in items:
-        if isinstance(item, UserError):
-            return item
-    return _stack(items)
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def _stack(values: list[Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -9,8 +10,9 @@ from torch import Tensor
 
 from fmdistill.backbones.preprocess import Preprocess
 from fmdistill.cache import open_cache, teacher
-from fmdistill.cache.dataset import CachedImages
+from fmdistill.cache.dataset import CachedImages, StoredImages, decoded
 from fmdistill.distill.data import Data
+from fmdistill.distill.objective import check_trimmed
 from fmdistill.distill.plain import Augment, PlainImages
 from fmdistill.distill.rectifiers import Priors
 from fmdistill.distill.train import Complete
@@ -26,9 +28,9 @@ Shape = tuple[int, ...]
 class Provider:
     """Training and validation data of one batch layout, whoever fills its "outputs".
 
-    `shapes` are those of the teacher's outputs for one image, by their names in a batch; `complete` adds a live
-    teacher's outputs to a batch that is on its device, None where they are there already; `source` says in errors where
-    they come from.
+    `shapes` are those of the teacher's outputs for one image, by their names in a batch; `complete` adds the outputs to
+    a batch that is on its device, by decoding what a cache stores or by asking a live teacher, None where there are
+    none; `source` says in errors where they come from.
     """
 
     preprocess: Preprocess
@@ -84,6 +86,8 @@ def priors(provider: Provider, classes: int) -> Priors:
 
 
 def _cached(recipe: Recipe) -> Provider:
+    if recipe.cache is not None and recipe.cache.trim:
+        check_trimmed(recipe.objective)
     cache = open_cache(recipe)
     train = CachedImages(cache, "train", recipe.train.image_memory)
 
@@ -95,8 +99,8 @@ def _cached(recipe: Recipe) -> Provider:
         return np.stack([shard.read(index)[name] for shard in train.shards for index in range(len(shard.samples))])
 
     shapes = {f"{cache.family}.{name}": shape for name, shape in cache.shapes.items()}
-    validation = CachedImages(cache, "validation")
-    return Provider(cache.preprocess, shapes, train, validation, None, "the cache", labels, rows)
+    data, validation = StoredImages(train), StoredImages(CachedImages(cache, "validation"))
+    return Provider(cache.preprocess, shapes, data, validation, partial(decoded, cache), "the cache", labels, rows)
 
 
 def _plain(
