@@ -1,5 +1,6 @@
 """Inputs that are damaged at random, and hostile ones whose own checksums agree."""
 
+import copy
 import io
 import json
 import random
@@ -144,7 +145,7 @@ def hostile_json(text: bytes, rng: random.Random) -> bytes:
             elif isinstance(node[key], int) and rng.random() < 0.5:
                 node[key] += rng.choice([-512, -1, 1, 512, 10**9])
             else:
-                node[key] = rng.choice(VALUES)
+                node[key] = copy.deepcopy(rng.choice(VALUES))
             break
         if not value:
             break

@@ -194,17 +194,20 @@ def test_auto_is_bf16_only_where_the_cpu_multiplies_it(monkeypatch):
         assert sam_mini(device="cpu").dtype == "fp32"
 
 
+REST = {"family": "sam", "outputs": {}, "codec": {"train": "fp16", "validation": "fp32"}, "images": {}}
+
+
 def test_a_cache_of_the_other_path_is_refused_with_the_settings_that_go_on_with_it(tmp_path):
-    claim(tmp_path, {"teacher": tiny.teacher(exact=True).fingerprint()})
+    claim(tmp_path, {**REST, "teacher": tiny.teacher(exact=True).fingerprint()})
     with pytest.raises(
         UserError, match=r"'segment_anything' there and 'fast' here. Go on with it by teacher.exact=true;"
     ):
-        claim(tmp_path, {"teacher": tiny.teacher().fingerprint()})
+        claim(tmp_path, {**REST, "teacher": tiny.teacher().fingerprint()})
     both = r"Go on with it by teacher.dtype=fp32 teacher.exact=true; or choose another cache.root"
     with pytest.raises(UserError, match=both):
-        claim(tmp_path, {"teacher": tiny.teacher(dtype="bf16").fingerprint()})
+        claim(tmp_path, {**REST, "teacher": tiny.teacher(dtype="bf16").fingerprint()})
     with pytest.raises(UserError, match=r"here. Choose another cache.root"):  # no setting brings other weights back
-        claim(tmp_path, {"teacher": tiny.teacher(seed=1).fingerprint()})
+        claim(tmp_path, {**REST, "teacher": tiny.teacher(seed=1).fingerprint()})
     asked_fast, asked_exact = (asked({"name": "sam_vit_b", "exact": exact}) for exact in (False, "true"))
     assert asked_fast == {"name": "sam_vit_b", "path": "fast"}
     assert asked_exact == {"name": "sam_vit_b", "path": "segment_anything", "dtype": "fp32"}

@@ -104,7 +104,7 @@ def test_a_disk_that_is_too_small_is_said_with_a_limit_that_fits(tmp_path, monke
     monkeypatch.setattr(footprint.shutil, "disk_usage", lambda path: SimpleNamespace(free=whole.missing * 2 // 3))
     found = plan.run(tiny.load(tmp_path, "cache.codec=fp32"), QUICK)
     shown = plan.text(found, "tiny.yaml")
-    assert found.disk and f"images.limit={found.disk.limit}, cache.codec=fp16" in shown
+    assert found.disk and f"images.limit={found.disk.limit}, cache.codec=int4" in shown
     cut = plan.run(tiny.load(tmp_path, "cache.codec=fp32", f"images.limit={found.disk.limit}"), QUICK)
     assert cut.disk and cut.disk.missing < found.disk.free and "TOO LITTLE" not in plan.text(cut, "tiny.yaml")
     assert found.disk.limit > 8

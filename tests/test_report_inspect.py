@@ -82,6 +82,11 @@ def test_vectors_are_weighed_within_their_shard(tmp_path):
     assert not list(tmp_path.rglob("*.png"))
 
 
+def rewritten(told):
+    del told["checksum"]
+    return json.dumps(told)
+
+
 def planted(shard, how):
     sidecar, json_path = shard.with_suffix(".json").read_text(), shard.with_suffix(".json")
     told = json.loads(sidecar)
@@ -116,7 +121,7 @@ def planted(shard, how):
         told["samples"] = ["a", "b"]
     elif how == "statistics":
         told["statistics"]["embedding"] = [1]
-    json_path.write_text(json.dumps(told))
+    json_path.write_text(rewritten(told))
     return "another cache" if how == "another's" else "not a sidecar"
 
 
@@ -139,7 +144,7 @@ def test_failures_are_told_and_numbers_that_cannot_be_are_not(shard, tmp_path):
     told = json.loads(sidecar.read_text())
     told["failed"] = [{"key": f"bad{i}", "index": 9 + i, "problem": "cannot be decoded: x"} for i in range(5)]
     told["statistics"]["embedding"]["valid"]["sum"] = None
-    sidecar.write_text(json.dumps(told))
+    sidecar.write_text(rewritten(told))
     lines = list(inspect.run(str(shard), [f"out={tmp_path}/a.png"]))
     assert [line for line in lines if line.startswith("failed")][-1].endswith("and 2 more")
     assert "bad0: cannot be decoded: x" in "\n".join(lines) and "cannot be read" in field(lines, "  valid")
@@ -158,5 +163,5 @@ def test_what_is_asked_wrongly_is_said(shard, tmp_path):
         with pytest.raises(UserError, match=said):
             list(inspect.run(str(path), given))
     (tmp_path / "manifest.json").write_text(json.dumps({"format": 1}))
-    with pytest.raises(UserError, match="not a manifest"):
+    with pytest.raises(UserError, match="damaged, its"):
         list(inspect.run(str(shard), []))

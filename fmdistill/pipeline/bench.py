@@ -117,7 +117,7 @@ def _handful(recipe: Recipe, count: int) -> list[tuple[Encoded, Image.Image]]:
     stored = chain.from_iterable(images.read(shard) for shard in images.shards() if shard.split == "train")
     for encoded in islice(stored, 2 * count):
         try:
-            found.append((encoded, decode(encoded.data)))
+            found.append((encoded, Image.fromarray(decode(encoded.data))))
         except DecodeError:
             continue
         if len(found) == count:

@@ -49,7 +49,7 @@ def of_shards(
     def write() -> None:
         writer = ShardWriter(folder, Shard(f"{name}-{next(made)}", "train"), "", CODECS[name])
         for index in range(total):
-            item = Prepared(index, f"image-{index:07}", "", resized=(1, 1))
+            item = Prepared(index, f"image-{index:07}", "", original=(1, 1), resized=(1, 1))
             writer.add(item, {k: v[index % count] for k, v in outputs.items()}, valid[index % count])
         writer.publish()
         kept.append(writer.path)
