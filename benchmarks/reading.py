@@ -1,0 +1,118 @@
+"""Time our reader against webdataset's decoded pipeline: embeddings a second into the same batch tensors.
+
+    OMP_NUM_THREADS=1 python benchmarks/reading.py
+
+Shards of random 64x64x256 embeddings in a temporary folder (0.5 GB), read from the page cache by this process alone,
+both sides taking turns; prints a markdown table of the least times. Ours is read with the checksums of a process's
+first epoch, and without them as in every later one.
+"""
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import webdataset
+from torch import Tensor
+
+from fmdistill.cache.codec import named
+from fmdistill.cache.reader import ShardReader
+from fmdistill.cache.writer import Prepared, ShardWriter
+from fmdistill.images import Shard
+
+SHAPE, SHARDS, IMAGES, BATCH, ROUNDS = (256, 64, 64), 2, 64, 16, 9
+LABELS = ("fp32", "fp16", "int8", "int8-trimmed", "int4")
+VALID = (43, 64)  # of a 3:2 image
+
+
+def write(root: Path, label: str) -> list[ShardReader]:
+    """Return the readers of new shards."""
+    codec, rng, readers = named(label), np.random.default_rng(0), []
+    valid = np.zeros(SHAPE[1:], bool)
+    valid[: VALID[0], : VALID[1]] = True
+    for number in range(SHARDS):
+        shard = Shard(f"{label}-{number}", "train")
+        writer = ShardWriter(root, shard, "benchmark", codec)
+        writer.statistics.add = lambda *_: None  # type: ignore[method-assign]
+        for index in range(IMAGES):
+            array = rng.standard_normal(SHAPE, dtype=np.float32)
+            writer.add(Prepared(index, f"image-{index:03d}", "0"), {"embedding": array}, valid)
+        writer.publish()
+        sidecar = json.loads((root / f"{shard.name}.json").read_text())
+        readers.append(ShardReader(root, shard, sidecar, "", {"embedding": SHAPE}))
+    return readers
+
+
+def ours(readers: list[ShardReader]) -> Iterator[Tensor]:
+    """Yield batches as they are stored, as `StoredImages` gives them to a loader."""
+    places = [(reader, index) for reader in readers for index in range(IMAGES)]
+    for start in range(0, len(places), BATCH):
+        room = readers[0].codec.empty(BATCH, SHAPE)
+        for row, (reader, index) in enumerate(places[start : start + BATCH]):
+            reader.read_into(index, {"embedding": room[row : row + 1]})
+        yield readers[0].codec.tensor(room)
+
+
+def fresh(readers: list[ShardReader]) -> list[ShardReader]:
+    """Return the readers as a new process has them: every checksum is still to be looked at."""
+    for reader in readers:
+        reader._checked.clear()
+    return readers
+
+
+def theirs(readers: list[ShardReader]) -> Iterator[Tensor]:
+    """Yield the same batches from webdataset: decoded, stacked by its own collation; a trimmed map padded by hand."""
+    codec = readers[0].codec
+    loaded = webdataset.WebDataset([str(reader.path) for reader in readers], shardshuffle=False).decode()
+    if not codec.trim:
+        for (stored,) in loaded.to_tuple("embedding.npy").batched(BATCH):
+            yield codec.tensor(stored)
+        return
+    for samples in loaded.to_tuple("embedding.npy").batched(BATCH, collation_fn=None):
+        room = codec.empty(BATCH, SHAPE)
+        for row, (stored,) in enumerate(samples):
+            codec.place(stored[None], room[row : row + 1])
+        yield codec.tensor(room)
+
+
+def race(*works: Callable[[], Iterator[Tensor]]) -> list[float]:
+    """Return the least seconds of ROUNDS runs of each; they take turns, so that noise hits all."""
+    seconds: list[list[float]] = [[] for _ in works]
+    for _ in range(ROUNDS):
+        for work, spent in zip(works, seconds, strict=True):
+            start = time.perf_counter()
+            for _batch in work():
+                pass
+            spent.append(time.perf_counter() - start)
+    return [min(spent) for spent in seconds]
+
+
+def main() -> None:
+    """Print one row per codec."""
+    count = SHARDS * IMAGES
+    print(
+        f"{count} embeddings of {SHAPE}, batches of {BATCH}, {torch.get_num_threads()} thread(s), least of {ROUNDS}\n"
+    )
+    print("| codec | MB a map | webdataset /s | ours, checksums /s | ratio | ours, later epochs /s | ratio |")
+    print("|---|---|---|---|---|---|---|")
+    for label in LABELS:
+        with tempfile.TemporaryDirectory() as folder:
+            readers = write(Path(folder), label)
+            for a, b in zip(ours(readers), theirs(readers), strict=True):
+                assert torch.equal(a, b), "the two sides give different batches"
+            size = readers[0].samples[0]["outputs"]["embedding"]["size"] / 1e6
+            slow, first, later = race(
+                lambda r=readers: theirs(r), lambda r=readers: ours(fresh(r)), lambda r=readers: ours(r)
+            )
+        print(
+            f"| {label} | {size:.2f} | {count / slow:.0f} | {count / first:.0f} | {slow / first:.1f} "
+            f"| {count / later:.0f} | {slow / later:.1f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
