@@ -21,6 +21,7 @@ from fmdistill.files import file_hash
 from fmdistill.registry import UserError, suggest
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)
+RESIZE = {True: "longest side, PIL bilinear", False: "longest side, torch uint8 bilinear antialias"}  # by `exact`
 PIXEL_STD = (58.395, 57.12, 57.375)
 
 
@@ -68,7 +69,7 @@ class SamPreprocess:
             "name": "sam",
             "image_size": self.image_size,
             "stride": self.stride,
-            "resize": f"longest side, {'PIL bilinear' if self.exact else 'torch uint8 bilinear antialias'}",
+            "resize": RESIZE[self.exact],
             "mean": list(PIXEL_MEAN),
             "std": list(PIXEL_STD),
             "padding": "right and bottom, 0 after normalisation",
@@ -77,9 +78,11 @@ class SamPreprocess:
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> "SamPreprocess":
         """Return the preprocessing that `to_json` described; any other description is an error."""
-        exact = "PIL" in str(stored.get("resize"))
-        made = cls(int(stored.get("image_size", 0)), int(stored.get("stride", 0)), exact)
-        if made.to_json() != dict(stored):
+        size, stride = stored.get("image_size"), stored.get("stride")
+        made = None
+        if isinstance(size, int) and isinstance(stride, int) and 0 < stride <= size:
+            made = cls(size, stride, stored.get("resize") == RESIZE[True])
+        if made is None or made.to_json() != dict(stored):
             raise UserError(f"preprocessing {dict(stored)!r}: not the 'sam' preprocessing of this version")
         return made
 

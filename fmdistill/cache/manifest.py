@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from fmdistill.backbones.sam import RESIZE
 from fmdistill.files import write_first
 from fmdistill.images.source import SPLITS
 from fmdistill.registry import UserError
@@ -16,6 +17,8 @@ NAME = "manifest.json"
 SETTINGS = {
     ("teacher.path", "segment_anything"): "teacher.exact=true",
     ("teacher.path", "fast"): "teacher.exact=false",
+    ("teacher.preprocess.resize", RESIZE[True]): "teacher.exact=true",
+    ("teacher.preprocess.resize", RESIZE[False]): "teacher.exact=false",
     ("teacher.dtype", "fp32"): "teacher.dtype=fp32",
     ("teacher.dtype", "bf16"): "teacher.dtype=bf16",
 }
@@ -87,7 +90,7 @@ def _differences(found: Any, wanted: Any, where: str = "") -> Iterator[tuple[str
 
 
 def _way_out(differences: list[tuple[str, Any, Any]]) -> str:
-    settings = [SETTINGS.get((where, was)) for where, was, _ in differences]
+    settings = list(dict.fromkeys(SETTINGS.get((where, was)) for where, was, _ in differences))
     # A setting that brings back half of what the cache was made with would only lead to the next refusal.
     again = f"Go on with it by {' '.join(map(str, settings))}; or choose" if all(settings) else "Choose"
     return f"{again} another cache.root=FOLDER, or delete this one"

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ from fmdistill.cache.codec import by_split
 from fmdistill.cache.teacher import Teacher
 from fmdistill.cache.teacher_pass import Pass, processes
 from fmdistill.distill import tasks
-from fmdistill.distill.data import Data
+from fmdistill.distill.data import Data, Place, Together
 from fmdistill.distill.train import Engine, fit
 from fmdistill.images import build as build_images
 from fmdistill.logs import progress
@@ -50,7 +50,15 @@ class Repeated:
 
     def item(self, epoch: int, shard: int, index: int) -> dict[str, Any]:
         """Return one sample."""
-        return self.data.item(epoch, shard, index % self.data.counts[shard])
+        return self.data.item(*self._place(epoch, shard, index))
+
+    def together(self, places: Sequence[Place]) -> dict[str, Any]:
+        """Return what the data reads of a whole batch at once."""
+        once = [self._place(*place) for place in places]
+        return self.data.together(once) if isinstance(self.data, Together) else {}
+
+    def _place(self, epoch: int, shard: int, index: int) -> Place:
+        return epoch, shard, index % self.data.counts[shard]
 
 
 def verb_settings(verb: str, kind: type[S], overrides: list[str]) -> tuple[S, list[str]]:
