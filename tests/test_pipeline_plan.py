@@ -101,10 +101,10 @@ def test_hours_are_images_by_rate_and_steps_by_seconds(tmp_path):
 def test_a_disk_that_is_too_small_is_said_with_a_limit_that_fits(tmp_path, monkeypatch):
     whole = plan.run(tiny.load(tmp_path, "cache.codec=fp32"), QUICK).disk
     assert whole
-    monkeypatch.setattr(footprint.shutil, "disk_usage", lambda path: SimpleNamespace(free=whole.missing * 2 // 3))
+    monkeypatch.setattr(footprint.shutil, "disk_usage", lambda path: SimpleNamespace(free=whole.missing * 3 // 4))
     found = plan.run(tiny.load(tmp_path, "cache.codec=fp32"), QUICK)
     shown = plan.text(found, "tiny.yaml")
-    assert found.disk and f"images.limit={found.disk.limit}, cache.codec=int4" in shown
+    assert found.disk and f"images.limit={found.disk.limit}, cache.codec=int8" in shown
     cut = plan.run(tiny.load(tmp_path, "cache.codec=fp32", f"images.limit={found.disk.limit}"), QUICK)
     assert cut.disk and cut.disk.missing < found.disk.free and "TOO LITTLE" not in plan.text(cut, "tiny.yaml")
     assert found.disk.limit > 8

@@ -181,8 +181,9 @@ def _disk_lines(plan: Plan) -> list[str]:
         f"{_bytes(disk.free)} free",
     ]
     if disk.missing > disk.free:
-        smaller = [name for name, size in disk.tars.items() if size < disk.tars[disk.codec]]
-        codec = f" cache.codec={min(smaller, key=lambda name: disk.tars[name])}," if smaller else ""
+        enough = disk.tars[disk.codec] - (disk.missing - disk.free)
+        fitting = [name for name, size in disk.tars.items() if size <= enough]
+        codec = f" cache.codec={max(fitting, key=lambda name: disk.tars[name])}," if fitting else ""  # the least lossy
         lines.append(
             f"TOO LITTLE    {_bytes(disk.missing - disk.free)} are lacking on that disk. The way out: "
             f"images.limit={disk.limit},{codec} or another cache.root=FOLDER"
