@@ -25,6 +25,7 @@ class Cache:
     local: str = ""  # where tars of a root that is a URL are kept on this machine; "" = below ~/.cache/fmdistill
     local_gb: float = 50.0  # at most so many GB of them, the longest unused go first; a training window should fit
     trim: bool = False  # keep of each training map only the valid tokens, for objectives that exclude padding
+    similarity: bool = False  # keep each map's SRW similarities too, so that training need not compute them
     max_failed: float = 0.01  # largest fraction of images that may fail to decode or give a non-finite output
     executor: Component = field(default_factory=lambda: {"name": "local"}, compare=False)  # who runs the teacher
 

@@ -313,6 +313,7 @@ def test_a_finished_cache_needs_the_teacher_s_file_no_more(tmp_path, monkeypatch
     assert contents(tmp_path / "cache") == before
     for other, says in (
         ("cache.codec=fp32", "codec.train is 'fp16' there"),
+        ("cache.similarity=true", "outputs.embedding_similarity is None there"),
         ("teacher.dtype=bf16", "teacher.dtype is 'fp32' there"),
         ("teacher.name=sam_vit_b", "teacher.name is 'sam_mini' there"),
         ("images.size=48", "this cache is another one: images"),

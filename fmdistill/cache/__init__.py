@@ -9,9 +9,9 @@ from typing import Any
 
 from fmdistill import recipe as recipes
 from fmdistill.backbones.heads import load_head
-from fmdistill.cache import executors, manifest, sidecar, teacher
+from fmdistill.cache import executors, manifest, sidecar, similarity, teacher
 from fmdistill.cache.bucket import behind, local
-from fmdistill.cache.codec import CODECS, EXACT, by_split, stacked
+from fmdistill.cache.codec import CODECS, EXACT, SIMILARITY, by_split, stacked
 from fmdistill.cache.executors.processes import Plan
 from fmdistill.cache.reader import Cache
 from fmdistill.cache.teacher_pass import Pass
@@ -26,7 +26,7 @@ from fmdistill.registry import UserError
 RECORD = 300  # bytes of a sample in its sidecar: little beside a map, a third of a vector
 TRIMMED = 0.75  # share of a map that is valid in a 4:3 photograph; of wider ones less
 
-__all__ = ["Cache", "open_cache", "run", "start", "verify"]
+__all__ = ["Cache", "load_teacher", "open_cache", "run", "start", "verify"]
 
 
 def open_cache(recipe: Recipe) -> Cache:
@@ -56,7 +56,7 @@ def start(recipe: Recipe, images: Images | None = None) -> Pass:
     """
     settings, images = _settings(recipe), images or build_images(recipe.images)
     root = local(settings)
-    model = teacher.build(recipe.teacher or {})
+    model = load_teacher(recipe)
     found = manifest.claim(root, identity(recipe, images, model))
     sweep(root)
     if not holds_head(root, head := model.head()):
@@ -74,7 +74,7 @@ def verify(recipe: Recipe, samples: int = 64) -> dict[str, float]:
     """Check every checksum, then recompute a sample; return the errors. UserError at the first damage."""
     cache = open_cache(recipe)
     shards = verify_files(cache)
-    model = teacher.build(recipe.teacher or {})
+    model = load_teacher(recipe)
     manifest.claim(cache.root, identity(recipe, cache.images, model))
     if not holds_head(cache.root, model.head()):
         raise UserError(
@@ -84,10 +84,18 @@ def verify(recipe: Recipe, samples: int = 64) -> dict[str, float]:
     return {"shards": shards, **verify_values(cache, model, samples)}
 
 
+def load_teacher(recipe: Recipe) -> teacher.Teacher:
+    """Return the recipe's teacher with the outputs that the cache keeps. UserError where it does not suit the cache."""
+    settings, model = _settings(recipe), teacher.build(recipe.teacher or {})
+    if settings.trim:
+        teacher.check_pads(model)
+    if taken := [name for name in model.outputs if name.endswith(SIMILARITY)]:
+        raise UserError(f"teacher: its output '{taken[0]}' ends as those of cache.similarity do; rename it")
+    return similarity.WithSimilarity(model) if settings.similarity else model
+
+
 def identity(recipe: Recipe, images: Images, model: teacher.Teacher) -> dict[str, Any]:
     """Return what the cache's values depend on, and nothing else: no path, clock or host."""
-    if _settings(recipe).trim:
-        teacher.check_pads(model)
     return {
         "family": model.family,
         "teacher": model.fingerprint(),
@@ -147,8 +155,11 @@ def _complete_without_teacher(recipe: Recipe, images: Images, shards: list[Shard
     if weights is None or weights.exists() or not (root / manifest.NAME).exists():
         return None
     found = manifest.read(root)
-    asked = teacher.asked(settings)
-    manifest.claim(root, {**found, "teacher": {**found["teacher"], **asked}, **_chosen(recipe, images)})
+    asked = {
+        "teacher": {**found["teacher"], **teacher.asked(settings)},
+        "outputs": similarity.outputs(found["outputs"], _settings(recipe).similarity),
+    }
+    manifest.claim(root, {**found, **asked, **_chosen(recipe, images)})
     try:
         load_head(found["family"], root)
     except UserError:
@@ -159,8 +170,8 @@ def _complete_without_teacher(recipe: Recipe, images: Images, shards: list[Shard
 def _check_space(root: Path, found: Mapping[str, Any], expected: dict[str, int]) -> None:
     need, codecs = sum(RECORD * count for count in expected.values()), by_split(found["codec"])
     for split, count in expected.items():
-        codec = codecs[split]
-        for shape in map(tuple, found["outputs"].values()):
+        for name, shape in found["outputs"].items():
+            codec, shape = codecs[split].of(name), tuple(shape)
             share = TRIMMED if codec.trim and not stacked(shape) else 1
             need += round(share * (codec.size((count, *shape)) if stacked(shape) else count * codec.size(shape)))
     free = shutil.disk_usage(root).free

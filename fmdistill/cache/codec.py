@@ -19,6 +19,7 @@ from torch import Tensor
 from fmdistill.registry import UserError, suggest
 
 Shape = tuple[int, ...]
+SIMILARITY = "_similarity"  # ends the name of what `cache.similarity` keeps beside a map
 TRIMMED = "-trimmed"  # ends the name of a codec that trims, in manifests and sidecars
 DTYPES = {"float32": "fp32", "float16": "fp16"}  # by which older sidecars call their codec
 
@@ -40,6 +41,10 @@ class Codec(ABC):
     def label(self) -> str:
         """The codec's name in a manifest or sidecar, such as "int8-trimmed"."""
         return self.name + TRIMMED * self.trim
+
+    def of(self, output: str) -> "Codec":
+        """Return the codec of the output called so: a map's similarities are fp16 and whole whatever the map is in."""
+        return CODECS["fp16"] if output.endswith(SIMILARITY) else self
 
     @abstractmethod
     def layout(self, shape: Shape) -> tuple[np.dtype, Shape]:

@@ -105,14 +105,15 @@ class StoredImages:
         """Return the codec's label, and by output one tensor of all places' stored values, read straight into it."""
         shards, shapes = self.images.shards, self.images.cache.shapes
         codec = shards[places[0][1]].codec
-        rooms = {name: codec.empty(len(places), shape) for name, shape in shapes.items()}
+        rooms = {name: codec.of(name).empty(len(places), shape) for name, shape in shapes.items()}
         for row, (_, shard, index) in enumerate(places):
             shards[shard].read_into(index, {name: room[row : row + 1] for name, room in rooms.items()})
-        return {"codec": codec.label, "stored": {name: codec.tensor(room) for name, room in rooms.items()}}
+        return {"codec": codec.label, "stored": {name: codec.of(name).tensor(room) for name, room in rooms.items()}}
 
 
 def decoded(cache: Cache, batch: Mapping[str, Any]) -> dict[str, Any]:
     """Return a batch of `StoredImages` with the float32 "outputs" in the place of what is stored, on its device."""
     codec, family = named(batch["codec"]), cache.family
-    outputs = {f"{family}.{k}": codec.unpack(stored, cache.shapes[k][-1]) for k, stored in batch["stored"].items()}
+    stored, shapes = batch["stored"], cache.shapes
+    outputs = {f"{family}.{k}": codec.of(k).unpack(value, shapes[k][-1]) for k, value in stored.items()}
     return {**{k: value for k, value in batch.items() if k not in ("codec", "stored")}, "outputs": outputs}

@@ -49,8 +49,9 @@ def count(images: Images, shards: Sequence[Shard]) -> tuple[list[float], bool]:
 def tar_bytes(codec: Codec, shapes: Mapping[str, tuple[int, ...]], images: float) -> float:
     """Return the bytes of a shard's tar by the codec's own `size`."""
     total = float(END)
-    for shape in shapes.values():
-        total += codec.size((round(images), *shape)) if stacked(shape) else images * codec.size(shape)
+    for name, shape in shapes.items():
+        own = codec.of(name)
+        total += own.size((round(images), *shape)) if stacked(shape) else images * own.size(shape)
     return total
 
 
@@ -122,15 +123,15 @@ def _encoded(small: Cache, codec: Codec) -> float | None:
     written = told = 0
     for reader in small.shards["validation"] or small.shards["train"]:
         for index in range(len(reader.samples)):
-            for array in reader.read(index).values():
+            for name, array in reader.read(index).items():
                 if stacked(array.shape):
                     continue
                 try:
-                    written += BLOCK + -(-len(codec.encode(array)) // BLOCK) * BLOCK
+                    written += BLOCK + -(-len(codec.of(name).encode(array)) // BLOCK) * BLOCK
                 except OverflowError as error:
                     log.warning("%s: %s", reader.name, error)
                     return None
-                told += codec.size(array.shape)
+                told += codec.of(name).size(array.shape)
     return written / told if told else 1.0
 
 

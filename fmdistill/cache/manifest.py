@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fmdistill.backbones.sam import RESIZE
+from fmdistill.cache.codec import SIMILARITY
 from fmdistill.files import write_first
 from fmdistill.images.source import SPLITS
 from fmdistill.registry import UserError
@@ -90,10 +91,16 @@ def _differences(found: Any, wanted: Any, where: str = "") -> Iterator[tuple[str
 
 
 def _way_out(differences: list[tuple[str, Any, Any]]) -> str:
-    settings = list(dict.fromkeys(SETTINGS.get((where, was)) for where, was, _ in differences))
+    settings = list(dict.fromkeys(_setting(where, was) for where, was, _ in differences))
     # A setting that brings back half of what the cache was made with would only lead to the next refusal.
     again = f"Go on with it by {' '.join(map(str, settings))}; or choose" if all(settings) else "Choose"
     return f"{again} another cache.root=FOLDER, or delete this one"
+
+
+def _setting(where: str, was: Any) -> str | None:
+    if where.endswith(SIMILARITY):
+        return f"cache.similarity={'false' if was is None else 'true'}"
+    return SETTINGS.get((where, str(was)))
 
 
 def _short(value: Any) -> str:

@@ -57,23 +57,24 @@ class ShardReader:
 
     def read(self, index: int) -> dict[str, np.ndarray]:
         """Return one sample's outputs, such as {"embedding": float32 (C, g, g)}, of the cache's `shapes`."""
-        slots = {name: self.codec.empty(1, self.shapes[name]) for name in self.samples[index]["outputs"]}
+        codecs = {name: self.codec.of(name) for name in self.samples[index]["outputs"]}
+        slots = {name: codec.empty(1, self.shapes[name]) for name, codec in codecs.items()}
         self.read_into(index, slots)
-        return {name: self.codec.decode(slot, self.shapes[name][-1])[0] for name, slot in slots.items()}
+        return {name: codecs[name].decode(slot, self.shapes[name][-1])[0] for name, slot in slots.items()}
 
     def read_into(self, index: int, slots: Mapping[str, np.ndarray]) -> None:
-        """Fill each output's slot, `codec.empty(1, shape)` or one place of a larger one, with what is stored."""
+        """Fill each output's slot, its codec's `empty(1, shape)` or one place of a larger one, with what is stored."""
         file, sample = self._file(), self.samples[index]
         for name, member in sample["outputs"].items():
-            slot, shape = slots[name], member.get("shape")
-            whole = slot if shape is None else self.codec.empty(1, self._inside(name, shape))
+            slot, shape, codec = slots[name], member.get("shape"), self.codec.of(name)
+            whole = slot if shape is None else codec.empty(1, self._inside(name, shape))
             if not self._fill(file.number, member, whole.reshape(-1).view(np.uint8).data, index in self._checked):
                 raise UserError(
                     f"{self.path}: the {name} of '{sample['key']}' is damaged (checksum); "
                     f"delete this file and run `fmdistill cache` again"
                 )
             if shape is not None:
-                self.codec.place(whole, slot)
+                codec.place(whole, slot)
         self._checked.add(index)
 
     def present(self) -> Path:

@@ -45,7 +45,7 @@ TEACHERS = {
     "clip_mini": clip_teacher.clip_mini,
     "classifier": class_teacher.classifier,
 }
-UNPADDED = {"open_clip", "clip_mini", "classifier"}
+UNPADDED = {"open_clip": "tokens", "clip_mini": "tokens", "classifier": "maps"}  # and the setting that asks for maps
 
 
 def build(settings: Mapping[str, Any]) -> Teacher:
@@ -53,14 +53,18 @@ def build(settings: Mapping[str, Any]) -> Teacher:
     return check(settings)()
 
 
-def check(settings: Mapping[str, Any], trim: bool = False) -> functools.partial:
+def check(settings: Mapping[str, Any], trim: bool = False, similarity: bool = False) -> functools.partial:
     """Bind the teacher's settings without loading it; `live` is the recipe's, and no teacher's.
 
-    UserError for `trim`, the cache's, where the teacher is known to pad no image.
+    UserError for `trim`, the cache's, where the teacher is known to pad no image, and `similarity` where it has no map.
     """
-    if trim and settings.get("name") in UNPADDED:
+    maps = UNPADDED.get(settings.get("name", ""))
+    if trim and maps:
         refuse_trim(f"teacher.name={settings['name']}")
-    return bind({key: value for key, value in settings.items() if key != "live"}, TEACHERS, "teacher")
+    bound = bind({key: value for key, value in settings.items() if key != "live"}, TEACHERS, "teacher")
+    if similarity and maps and not bound.keywords.get(maps):
+        refuse_similarity(f"teacher.name={settings['name']}", f"ask for one by teacher.{maps}, or leave it out")
+    return bound
 
 
 def check_pads(model: Teacher) -> None:
@@ -72,6 +76,11 @@ def check_pads(model: Teacher) -> None:
 def refuse_trim(name: str) -> NoReturn:
     """Raise the UserError that a teacher has no padding."""
     raise UserError(f"cache.trim=true: {name} pads no image, so there is nothing to trim; leave `trim` out")
+
+
+def refuse_similarity(name: str, instead: str) -> NoReturn:
+    """Raise the UserError that a teacher has no map."""
+    raise UserError(f"cache.similarity=true: {name} makes no map of tokens that could be similar; {instead}")
 
 
 def is_live(settings: Mapping[str, Any] | None) -> bool:

@@ -55,7 +55,7 @@ def verify_values(cache: Cache, teacher: Teacher, samples: int, seed: int = 0) -
             fresh = teacher(item["pixels"][None], item["sizes"][None])
             for name, value in fresh.items():
                 kept, new = item["outputs"][f"{cache.family}.{name}"], value[0]
-                codec, member = data.shards[shard].codec, data.shards[shard].samples[index]["outputs"][name]
+                codec, member = data.shards[shard].codec.of(name), data.shards[shard].samples[index]["outputs"][name]
                 if "shape" in member:
                     _, height, width = member["shape"]
                     kept, new = kept[:, :height, :width], new[:, :height, :width]

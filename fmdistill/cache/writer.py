@@ -14,6 +14,7 @@ How numpy reads a member, or such a stack of rows, by the sidecar's "codec", aft
     int4          as int8, of np.stack([x["value"] << 4 >> 4, x["value"] >> 4], -1).reshape(*x.shape, -1) for the value
 
 int4 of an odd width ends in one more zero. With "-trimmed" a map is the upper left rectangle (C, h, w) of valid tokens.
+NAME_similarity (2, g, g), which `cache.similarity` adds to a map, is whole and fp16 in every shard.
 """
 
 import hashlib
@@ -108,11 +109,12 @@ class ShardWriter:
 
     def add(self, item: Prepared, outputs: dict[str, np.ndarray], valid: np.ndarray) -> None:
         """Append one image's outputs; a value that the codec cannot hold is recorded as a failure."""
-        kept = {name: self._kept(array, valid) for name, array in outputs.items()}
+        kept = {name: self._kept(name, array, valid) for name, array in outputs.items()}
         try:
             members = {
-                name: self.codec.pack(array).tobytes() if stacked(array.shape) else self.codec.encode(array)
+                name: codec.pack(array).tobytes() if stacked(array.shape) else codec.encode(array)
                 for name, array in kept.items()
+                for codec in [self.codec.of(name)]
             }
         except OverflowError as error:
             return self.fail(item, f"non-finite output: {error}; cache.codec=fp32 holds it")
@@ -140,9 +142,9 @@ class ShardWriter:
             self.statistics.add(name, outputs[name], valid)
         self.samples.append(sample)
 
-    def _kept(self, array: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    def _kept(self, name: str, array: np.ndarray, valid: np.ndarray) -> np.ndarray:
         """Return what the codec keeps of an output: all, or of a map the rectangle of valid tokens."""
-        if not self.codec.trim or array.shape[1:] != valid.shape:
+        if not self.codec.of(name).trim or array.shape[1:] != valid.shape:
             return array
         height, width = int(valid.any(1).sum()), int(valid.any(0).sum())
         assert valid[:height, :width].all() and valid.sum() == height * width, (
@@ -152,7 +154,7 @@ class ShardWriter:
 
     def _stack(self) -> None:
         for name, rows in self.rows.items():
-            header = self.codec.header((len(self.samples), self.widths[name]))
+            header = self.codec.of(name).header((len(self.samples), self.widths[name]))
             start = self._member(f"{name}.{self.codec.suffix}", header + b"".join(rows)) + len(header)
             for sample in self.samples:
                 sample["outputs"][name]["offset"] += start

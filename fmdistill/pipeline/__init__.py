@@ -35,7 +35,7 @@ def check(settings: Recipe) -> None:
         raise UserError("teacher and cache: a recipe has both or neither; teacher.live=true needs no cache")
     trimmed = settings.cache is not None and settings.cache.trim
     if settings.teacher is not None:
-        teacher.check(settings.teacher, trimmed)
+        teacher.check(settings.teacher, trimmed, settings.cache is not None and settings.cache.similarity)
     if settings.cache is not None:
         executors.check(settings.cache.executor)
     if settings.objective or settings.teacher is not None:

@@ -89,7 +89,7 @@ def run(recipe: Recipe, settings: Settings) -> Plan:
             f"make it smaller, or give more images"
         )
     cached = recipe.teacher is not None and not teacher.is_live(recipe.teacher)
-    model = teacher.build(recipe.teacher) if cached and recipe.teacher else None
+    model = cache.load_teacher(recipe) if cached else None
     missing = _missing(recipe, images, shards, model) if model else []
     with tempfile.TemporaryDirectory(prefix="fmdistill-plan-") as folder:
         handful = settings.images or (2 * model.batch if model else train.batch_size)

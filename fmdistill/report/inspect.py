@@ -13,7 +13,7 @@ import torch
 
 from fmdistill.backbones.preprocess import from_json
 from fmdistill.cache import manifest, sidecar
-from fmdistill.cache.codec import stacked
+from fmdistill.cache.codec import named, stacked
 from fmdistill.cache.reader import ShardReader
 from fmdistill.cache.verify import damage
 from fmdistill.distill.objective import effective_sample_size
@@ -114,10 +114,11 @@ def _about(
     if len(failed) > SHOWN:
         yield f"failed             and {len(failed) - SHOWN} more"
     yield f"bytes              {fields['bytes']} in the tar, {fields['bytes'] / max(1, len(keys)):.0f} an image"
+    codec = named(fields["codec"])
     for output, shape in shapes.items():
         sizes = sorted({sample["outputs"][output]["size"] for sample in samples if output in sample["outputs"]})
         spread = f"{sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else "".join(map(str, sizes))
-        yield f"{output:18} {'x'.join(map(str, shape))}, {fields['codec']}, {spread} bytes an image"
+        yield f"{output:18} {'x'.join(map(str, shape))}, {codec.of(output).label}, {spread} bytes an image"
         for kind, values in (fields["statistics"].get(output) or {}).items():
             yield f"  {kind:16} {_statistics(values)}"
 

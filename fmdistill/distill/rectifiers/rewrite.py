@@ -4,14 +4,17 @@ import dataclasses
 
 from torch import Tensor
 
+from fmdistill.cache.codec import SIMILARITY
 from fmdistill.distill.seen import Seen, teacher_name
 
 
 def rewrite(seen: Seen, output: Tensor) -> Seen:
     """Return what was seen with `output`, detached, in the place of the teacher's output that the term compares.
 
-    The whole optimizer step's teacher vectors of that name go: those of the other images are not rectified.
+    The whole optimizer step's teacher vectors of that name go: those of the other images are not rectified; and the
+    similarities that a cache keeps of a map, which are not those of the rectified one.
     """
     name = teacher_name(seen.output, seen.outputs)
     whole = {key: value for key, value in seen.whole.items() if key != name}
-    return dataclasses.replace(seen, outputs={**seen.outputs, name: output.detach()}, whole=whole)
+    others = {key: value for key, value in seen.outputs.items() if key != name + SIMILARITY}
+    return dataclasses.replace(seen, outputs={**others, name: output.detach()}, whole=whole)

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fmdistill.cache.codec import SIMILARITY
+from fmdistill.cache.similarity import average_similarity, kept_similarity
 from fmdistill.distill.seen import Seen, teacher_name
 from fmdistill.distill.weightings.groups import Group, refuse_image, rows
 from fmdistill.registry import UserError
@@ -20,7 +22,8 @@ def similarities(
     """Return each entry's mean cosine to its group (R, M), what of them is valid (R, M), and None.
 
     The last is the similarities (1, B) of the distance's own entries where the group is more than these. `feature` None
-    is the output that the term compares, `group` None the image for maps and the global batch for vectors.
+    is the output that the term compares, `group` None the image for maps and the global batch for vectors. Of a map's
+    images they are what the cache keeps, where it does.
     """
     name, patches = feature or seen.output, distance.dim() == 2
     vectors, group = seen.teacher(name), group or ("image" if patches else "global_batch")
@@ -28,22 +31,13 @@ def similarities(
     if not patches:
         return sample_similarity(vectors, seen.whole_teacher(name) if group == "global_batch" else vectors)
     assert seen.valid is not None
+    kept = seen.outputs.get(teacher_name(name, seen.outputs) + SIMILARITY)
+    if group == "image" and kept is not None:
+        return kept_similarity(kept, seen.valid), seen.valid, None
     feature_RCM, valid_RM = vectors.flatten(2), rows(seen.valid, group)
     if group == "batch":
         feature_RCM = feature_RCM.transpose(0, 1).flatten(1)[None]
     return average_similarity(feature_RCM, valid_RM), valid_RM, None
-
-
-def average_similarity(feature: Tensor, valid: Tensor) -> Tensor:
-    """Return each patch's mean cosine to the valid patches of its image, (B, N); SRW's Eq. 4 for (B, C, N) features.
-
-    Uses unit(f_i) . mean_j unit(f_j), which equals the mean over N x N cosines and is linear in N.
-    """
-    feature_BCN = feature.float()
-    inverse_BN = feature_BCN.square().sum(1).clamp_min(1e-24).rsqrt()
-    share_BN = inverse_BN * valid / valid.sum(1, keepdim=True).clamp_min(1)
-    mean_BC1 = torch.bmm(feature_BCN, share_BN.unsqueeze(2))
-    return torch.bmm(mean_BC1.transpose(1, 2), feature_BCN).squeeze(1) * inverse_BN
 
 
 def sample_similarity(feature: Tensor, whole: Tensor) -> tuple[Tensor, Tensor, Tensor]:

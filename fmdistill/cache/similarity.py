@@ -1,0 +1,84 @@
+"""SRW's average similarity: the formula, and the teacher pass that keeps it beside each map."""
+
+# Legend: B images, N patches an image, C channels, g patches a side.
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fmdistill.backbones.heads import Head
+from fmdistill.cache.codec import SIMILARITY, Shape, stacked
+from fmdistill.cache.teacher import Teacher, refuse_similarity
+
+STEP = 2.0**-11  # the largest between neighbours in float16 of at most 1, which similarities are stored in
+
+
+def average_similarity(feature: Tensor, valid: Tensor) -> Tensor:
+    """Return each patch's mean cosine to the valid patches of its image, (B, N); SRW's Eq. 4 for (B, C, N) features.
+
+    Uses unit(f_i) . mean_j unit(f_j), which equals the mean over N x N cosines and is linear in N.
+    """
+    feature_BCN = feature.float()
+    inverse_BN = feature_BCN.square().sum(1).clamp_min(1e-24).rsqrt()
+    share_BN = inverse_BN * valid / valid.sum(1, keepdim=True).clamp_min(1)
+    mean_BC1 = torch.bmm(feature_BCN, share_BN.unsqueeze(2))
+    return torch.bmm(mean_BC1.transpose(1, 2), feature_BCN).squeeze(1) * inverse_BN
+
+
+def kept_similarity(stored: Tensor, valid: Tensor) -> Tensor:
+    """Return `average_similarity` (B, N) of what is stored, (B, 2, g, g), where all is valid or what is no padding.
+
+    An image whose values are within one `STEP`, which may part equal ones, has zeros: its patches are alike.
+    """
+    all_BN, unpadded_BN = stored.flatten(2).unbind(1)
+    similarity_BN = torch.where(valid.all(1, keepdim=True), all_BN, unpadded_BN)
+    largest_B1 = similarity_BN.masked_fill(~valid, -torch.inf).amax(1, keepdim=True)
+    least_B1 = similarity_BN.masked_fill(~valid, torch.inf).amin(1, keepdim=True)
+    return similarity_BN.masked_fill(largest_B1 - least_B1 <= STEP, 0)
+
+
+def outputs(shapes: Mapping[str, Shape], kept: bool) -> dict[str, Shape]:
+    """Return the shapes of a cache's outputs where similarities are `kept`, or are not, whether or not some are now."""
+    own = {name: tuple(shape) for name, shape in shapes.items() if not name.endswith(SIMILARITY)}
+    added = {name + SIMILARITY: (2, *shape[1:]) for name, shape in own.items() if not stacked(shape)}
+    return {**own, **added} if kept else own
+
+
+class WithSimilarity:
+    """A teacher that gives beside each map NAME, (B, C, g, g), NAME_similarity (B, 2, g, g): SRW's mean cosines.
+
+    First those to all patches; then those of valid patches to the valid ones, zero elsewhere.
+    """
+
+    def __init__(self, teacher: Teacher) -> None:
+        self.outputs = outputs(teacher.outputs, kept=True)
+        if self.outputs == teacher.outputs:
+            refuse_similarity(type(teacher).__name__, "choose a teacher of maps, or leave `similarity` out")
+        self.teacher, self.family, self.preprocess = teacher, teacher.family, teacher.preprocess
+        self.batch, self.workers = teacher.batch, teacher.workers
+
+    @torch.inference_mode()
+    def __call__(self, pixels: Tensor, sizes: Tensor) -> dict[str, Tensor]:
+        """Return the teacher's outputs and their similarities, float32 on the CPU."""
+        found = self.teacher(pixels, sizes)
+        valid_Bgg = self.preprocess.valid(sizes)
+        maps = {name + SIMILARITY: _both(value, valid_Bgg) for name, value in found.items() if value.dim() == 4}
+        return {**found, **maps}
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return the teacher's own: the outputs' names tell the rest."""
+        return self.teacher.fingerprint()
+
+    def head(self) -> Head:
+        """Return the teacher's own."""
+        return self.teacher.head()
+
+
+def _both(map_BCgg: Tensor, valid_Bgg: Tensor) -> Tensor:
+    feature_BCN, every_BN = map_BCgg.flatten(2), torch.ones_like(map_BCgg[:, 0], dtype=torch.bool).flatten(1)
+    # A map on another grid comes from a network whose images are not padded.
+    valid_BN = valid_Bgg.flatten(1) if valid_Bgg.shape[1:] == map_BCgg.shape[2:] else every_BN
+    both = average_similarity(feature_BCN, every_BN), average_similarity(feature_BCN, valid_BN) * valid_BN
+    return torch.stack(both, 1).unflatten(2, map_BCgg.shape[2:])
