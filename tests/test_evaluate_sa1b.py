@@ -88,7 +88,7 @@ def job(folder: Path, columns: dict[str, bytes] | None = None, make=teacher_mask
                         info.size = len(content)
                         tar.addfile(info, io.BytesIO(content))
     images = (f"images.root={folder}", "images.train=[sa_000020.tar]", "images.validation=[sa_000021.tar]")
-    return tiny.load(folder, "images.name=tar", *images, *overrides)
+    return tiny.load(folder, "images.name=tar", "teacher.exact=true", *images, *overrides)
 
 
 def judged(recipe, *protocol: Sa1b) -> dict[str, float]:
@@ -176,7 +176,9 @@ def test_only_the_source_of_a_mix_that_has_masks_is_judged(tmp_path):
     job(tmp_path)
     sa1b = f"{{name: tar, root: {tmp_path}, train: sa_000020.tar, validation: sa_000021.tar}}"
     photos = "{name: photos, train: 4, validation: 4, size: 64}"
-    recipe = tiny.load(tmp_path, "images.name=mix", f"images.sources={{photos: {photos}, sa1b: {sa1b}}}")
+    recipe = tiny.load(
+        tmp_path, "images.name=mix", "teacher.exact=true", f"images.sources={{photos: {photos}, sa1b: {sa1b}}}"
+    )
     assert judged(recipe)["images"] == 3
 
 

@@ -34,7 +34,7 @@ class Teacher(torch.nn.Module):
 
     def __init__(self, pretrained: str = "none") -> None:
         super().__init__()
-        made = tiny.teacher(seed=0 if pretrained == "none" else 1)
+        made = tiny.teacher(seed=0 if pretrained == "none" else 1, exact=True)
         self.encoder = made.encoder
         if pretrained != "none":
             from safetensors.torch import load_file
@@ -48,6 +48,7 @@ class Teacher(torch.nn.Module):
 def load(folder: Path, *overrides: str):
     path = tiny.write(folder)
     lines = [line for line in path.read_text().splitlines() if not line.startswith("images:")]
+    lines = [line.replace('"tiny:teacher"', '"tiny:teacher", exact: true') for line in lines]
     path.write_text("\n".join(lines) + MIX + f"protocols: [{folder}/grid.yaml]\n")
     (folder / "grid.yaml").write_text(PROTOCOL)
     from fmdistill import recipe
