@@ -1,4 +1,8 @@
-"""SRW's average similarity: the formula, and the teacher pass that keeps it beside each map."""
+"""SRW's average similarity: the formula, and the teacher pass that keeps it beside each map.
+
+What is kept is rounded by 2^-12 at most, so a weight at temperature T is off by a factor of exp(2^-11 / T) at most.
+With `relative` T is that share of the similarities' deviation, of which 2^-12 may be a percent.
+"""
 
 # Legend: B images, N patches an image, C channels, g patches a side.
 
