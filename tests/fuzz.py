@@ -18,6 +18,7 @@ import tarfile
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -191,7 +192,8 @@ def fuzz(folder: Path, inputs: int, seed: int = 0, only: str = "") -> tuple[Coun
             watch.seen, watch.on = [], True
             signal.alarm(SECONDS)
             try:
-                problem, end = kinds[name].read(data), "values"
+                with redirect_stderr(io.StringIO()):  # progress bars
+                    problem, end = kinds[name].read(data), "values"
             except EXPECTED as error:
                 problem, end = "" if str(error).strip() else "an empty error", type(error).__name__
             except BaseException as error:
