@@ -144,7 +144,8 @@ def _encoded(file: BinaryIO, key: str, members: dict[str, tuple[int, int]], wher
             raise UserError(f"{where}: changed while it was read, at '{key}'; run again when it lies still")
     data = columns.pop(next(iter(members)))
     label = columns.get("cls", b"").strip()
-    return Encoded(key, data, int(label) if label.isdigit() else None, columns)
+    number = label.isdigit() and len(label) <= 18  # of more digits it is no class
+    return Encoded(key, data, int(label) if number else None, columns)
 
 
 def _expand(root: str, entries: list[str] | str, where: str) -> Iterator[Place]:
