@@ -23,7 +23,7 @@ import segment_anything.modeling as sam
 import torch
 
 from fmdistill import cache, files, recipe
-from fmdistill.cache.teacher import SamTeacher
+from fmdistill.cache.sam_teacher import SamTeacher
 
 FORK = multiprocessing.get_context("fork")
 PER_CACHE = 5  # kills before a cache is completed

@@ -7,7 +7,6 @@ both sides taking turns; prints a markdown table of the least times. Ours is rea
 first epoch, and without them as in every later one.
 """
 
-import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ import torch
 import webdataset
 from torch import Tensor
 
+from fmdistill.cache import sidecar
 from fmdistill.cache.codec import named
 from fmdistill.cache.reader import ShardReader
 from fmdistill.cache.writer import Prepared, ShardWriter
@@ -39,10 +39,12 @@ def write(root: Path, label: str) -> list[ShardReader]:
         writer.statistics.add = lambda *_: None  # type: ignore[method-assign]
         for index in range(IMAGES):
             array = rng.standard_normal(SHAPE, dtype=np.float32)
-            writer.add(Prepared(index, f"image-{index:03d}", "0"), {"embedding": array}, valid)
+            item = Prepared(index, f"image-{index:03d}", "0", None, (1, 1), (1, 1))
+            writer.add(item, {"embedding": array}, valid)
         writer.publish()
-        sidecar = json.loads((root / f"{shard.name}.json").read_text())
-        readers.append(ShardReader(root, shard, sidecar, "", {"embedding": SHAPE}))
+        finished = sidecar.finished(root, shard, "benchmark", codec)
+        assert finished is not None, "just written"
+        readers.append(ShardReader(shard, finished, "", {"embedding": SHAPE}))
     return readers
 
 

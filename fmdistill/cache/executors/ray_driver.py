@@ -62,6 +62,9 @@ class _Told:
         """Tell of so many more images."""
         self.counts.put(images)
 
+    def set_postfix_str(self, text: str, refresh: bool = True) -> None:
+        """Tell nobody: the share of waiting is one actor's, and in its log."""
+
 
 @dataclass
 class Driver:
