@@ -31,7 +31,7 @@ def pictures(settings: dict) -> Iterator[Image.Image]:
     images = build(settings)
     for shard in (s for s in images.shards() if s.split == "validation"):
         for encoded in images.read(shard):
-            whole = decode(encoded.data)
+            whole = Image.fromarray(decode(encoded.data))
             width = min(whole.width, round(whole.height * 1.5))
             yield whole.crop((0, 0, width, round(width / 1.5)))
 
