@@ -2,14 +2,16 @@
 
 import json
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import tiny
 
 from fmdistill import cache, distill
-from fmdistill.cache.bucket import SENT, behind, local
+from fmdistill.cache.bucket import SENT, Bucket, behind, local
 from fmdistill.cache.verify import verify_files
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError
@@ -57,6 +59,29 @@ def test_the_folder_stays_bounded_and_what_left_it_is_fetched_again(tmp_path):
         assert len(list((tmp_path / "two").glob("*/*.tar"))) == 1
 
 
+def test_a_small_disk_here_does_not_refuse_a_large_bucket(tmp_path, monkeypatch):
+    monkeypatch.setattr("fmdistill.cache.shutil.disk_usage", lambda path: pytest.fail("asked"))
+    cache.run(far(tmp_path, "one"))
+    assert len(list((tmp_path / "bucket").glob("*.tar"))) == 4
+
+
+def test_a_process_that_starts_beside_another_does_not_forget_its_claim(tmp_path, monkeypatch):
+    recipe, share, beside = far(tmp_path, "one"), Bucket.share, []
+
+    def slow(self: Bucket) -> None:
+        beside.append(Thread(target=local, args=(recipe.cache,)))
+        beside[-1].start()
+        time.sleep(0.5)
+        assert (self.folder / "manifest.json").exists()
+        share(self)
+
+    monkeypatch.setattr(Bucket, "share", slow)
+    cache.run(recipe)
+    for thread in beside:
+        thread.join()
+    assert (tmp_path / "bucket/manifest.json").exists() and len(beside) == 1
+
+
 def test_two_urls_never_share_a_folder(tmp_path):
     first = far(tmp_path, "one")
     assert first.cache is not None
@@ -82,8 +107,6 @@ def test_a_shard_that_was_not_sent_is_sent_by_the_next_process(tmp_path, monkeyp
 
 
 def _failing_at(suffix: str):
-    from fmdistill.cache.bucket import Bucket
-
     put = Bucket._put
 
     def failing(self: Bucket, path: Path, name: str) -> None:

@@ -3,6 +3,7 @@
 import functools
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,15 +58,16 @@ def start(recipe: Recipe, images: Images | None = None) -> Pass:
     settings, images = _settings(recipe), images or build_images(recipe.images)
     root = local(settings)
     model = load_teacher(recipe)
-    found = manifest.claim(root, identity(recipe, images, model))
-    sweep(root)
-    if not holds_head(root, head := model.head()):
-        head.save(root)
-    recipes.save(recipe, root)
-    if there := behind(root):
-        there.share()
-        there.pull()  # who came first has put another manifest there
-        manifest.claim(root, found)
+    there = behind(root)
+    with there.alone() if there else nullcontext():
+        found = manifest.claim(root, identity(recipe, images, model))
+        sweep(root)
+        if not holds_head(root, head := model.head()):
+            head.save(root)
+        recipes.save(recipe, root)
+        if there:
+            there.share()
+            manifest.claim(root, found)
     token, codecs = manifest.identity_hash(found), by_split(found["codec"])
     return Pass(model, images, root, token, codecs, settings.max_failed, expected=0)
 
@@ -141,9 +143,9 @@ def _plan(root: Path, images: Images, shards: list[Shard]) -> Plan:
     found = manifest.read(root)
     missing = _missing(root, shards, found)
     expected = estimate(images, missing)
-    if missing:
+    if missing and there is None:  # of a bucket this machine keeps a part only
         _check_space(root, found, expected)
-    else:
+    elif not missing:
         log.info("%s: all %d shards are cached", root, len(shards))
     return Plan(missing, sum(expected.values()), f"caching {found['teacher']['name']}")
 

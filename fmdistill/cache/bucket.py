@@ -44,12 +44,22 @@ class Bucket:
 
     def pull(self) -> None:
         """Fetch the small files that are not here, and forget a folder of a cache that was there before."""
+        with self.alone():
+            self._pull()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep this machine's other processes from `pull` for the block, in which a manifest is claimed and shared."""
+        with _locked(self.folder / ".claim.lock"):
+            yield
+
+    def _pull(self) -> None:
         names = self._names()
         here = self.folder / MANIFEST  # shared before any shard is written, so without one there nothing here counts
         if here.exists() and (MANIFEST not in names or self._read(MANIFEST) != here.read_bytes()):
             log.info("%s: another cache than before; %s starts anew", self.url, self.folder)
             for path in self.folder.iterdir():
-                if path.name != SETTINGS and path.is_file():
+                if not path.name.startswith(".") and path.is_file():  # settings, locks, and what is being written
                     path.unlink(missing_ok=True)
         for name in sorted(names):
             whole = name in ONCE or (SENT.fullmatch(name) and name.endswith(".json") and _tar(name) in names)
@@ -67,11 +77,12 @@ class Bucket:
                 write_whole(self.folder / name, self._read(name))
 
     def share(self) -> None:
-        """Put manifest, head and recipe there, each unless it is there already."""
+        """Put manifest, head and recipe there, each unless it is there already, and take what is; call it `alone`."""
         names = self._names()
         for name in ONCE:
             if name not in names and (self.folder / name).exists():
                 self._put(self.folder / name, name)
+        self._pull()  # who came first has put another manifest there
 
     def send(self, shard: str) -> None:
         """Send a shard that was written here: the tar, then its sidecar; then it lies here as if fetched."""
