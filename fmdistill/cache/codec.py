@@ -211,6 +211,11 @@ def stacked(shape: Shape) -> bool:
     return len(shape) == 1
 
 
+def known(label: str) -> bool:
+    """Return whether `named` finds a codec."""
+    return DTYPES.get(label, label).removesuffix(TRIMMED) in CODECS
+
+
 def named(label: str) -> Codec:
     """Return the codec of a `label`, or of the dtype by which older sidecars call it. UserError where none is known."""
     label = DTYPES.get(label, label)

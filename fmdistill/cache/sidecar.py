@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fmdistill.cache.bucket import behind
-from fmdistill.cache.codec import Codec, named
+from fmdistill.cache.codec import Codec, known, named
 from fmdistill.images import Shard
 from fmdistill.images.source import SPLITS
 
@@ -108,7 +108,7 @@ SIDECAR: Fields = {
     "identity": _text,
     "take": lambda value: value is None or _count(value),
     "split": lambda value: value in SPLITS,
-    "codec": _text,
+    "codec": lambda value: _text(value) and known(value),
     "bytes": _count,
     "sha256": _text,
     "samples": _list,
