@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from fmdistill.cache import teacher
-from fmdistill.cache.codec import CODECS, named
+from fmdistill.cache.codec import CODECS, named, padded
 from fmdistill.evaluate.grid_miou import GridMiou, image_iou
 from fmdistill.images import build, decode
 
@@ -57,10 +57,8 @@ def main() -> None:
             rows, columns = int(valid.any(1).sum()), int(valid.any(0).sum())
             if not codec.trim:
                 rows, columns = valid.shape
-            kept = codec.pack(exact.numpy()[:, :rows, :columns])
-            room = codec.empty(1, tuple(exact.shape))
-            codec.place(kept[None], room)
-            found = codec.unpack(codec.tensor(room), exact.shape[-1])[0]
+            kept = exact.numpy()[:, :rows, :columns]
+            found = padded(torch.from_numpy(codec.decode(codec.pack(kept), kept.shape)), tuple(exact.shape))
             gap, real = (found - exact)[:, torch.from_numpy(valid)], exact[:, torch.from_numpy(valid)]
             errors.append(float(gap.norm() / real.norm()))
             scores[kind].append(image_iou(head, exact, found, original, size, PROTOCOL.grids[0], PROTOCOL).mean())

@@ -17,7 +17,8 @@ import torch
 import webdataset
 from torch import Tensor
 
-from fmdistill.cache import sidecar
+from fmdistill.cache import batch, sidecar
+from fmdistill.cache.batch import BufferPool
 from fmdistill.cache.codec import named
 from fmdistill.cache.reader import ShardReader
 from fmdistill.cache.writer import Prepared, ShardWriter
@@ -48,14 +49,11 @@ def write(root: Path, label: str) -> list[ShardReader]:
     return readers
 
 
-def ours(readers: list[ShardReader]) -> Iterator[Tensor]:
-    """Yield batches as they are stored, as `StoredImages` gives them to a loader."""
+def ours(readers: list[ShardReader], pool: BufferPool) -> Iterator[Tensor]:
+    """Yield batches as they are stored, as `StoredImages` gives them to a loader; `pool` is that of its process."""
     places = [(reader, index) for reader in readers for index in range(IMAGES)]
     for start in range(0, len(places), BATCH):
-        room = readers[0].codec.empty(BATCH, SHAPE)
-        for row, (reader, index) in enumerate(places[start : start + BATCH]):
-            reader.read_into(index, {"embedding": room[row : row + 1]})
-        yield readers[0].codec.tensor(room)
+        yield batch.read(places[start : start + BATCH], pool)["stored"]["embedding"]
 
 
 def fresh(readers: list[ShardReader]) -> list[ShardReader]:
@@ -66,18 +64,10 @@ def fresh(readers: list[ShardReader]) -> list[ShardReader]:
 
 
 def theirs(readers: list[ShardReader]) -> Iterator[Tensor]:
-    """Yield the same batches from webdataset: decoded, stacked by its own collation; a trimmed map padded by hand."""
-    codec = readers[0].codec
+    """Yield the same batches from webdataset: decoded, and stacked by its own collation."""
     loaded = webdataset.WebDataset([str(reader.path) for reader in readers], shardshuffle=False).decode()
-    if not codec.trim:
-        for (stored,) in loaded.to_tuple("embedding.npy").batched(BATCH):
-            yield codec.tensor(stored)
-        return
-    for samples in loaded.to_tuple("embedding.npy").batched(BATCH, collation_fn=None):
-        room = codec.empty(BATCH, SHAPE)
-        for row, (stored,) in enumerate(samples):
-            codec.place(stored[None], room[row : row + 1])
-        yield codec.tensor(room)
+    for (stored,) in loaded.to_tuple("embedding.npy").batched(BATCH):
+        yield torch.from_numpy(stored.reshape(-1).view(np.uint8))
 
 
 def race(*works: Callable[[], Iterator[Tensor]]) -> list[float]:
@@ -103,11 +93,14 @@ def main() -> None:
     for label in LABELS:
         with tempfile.TemporaryDirectory() as folder:
             readers = write(Path(folder), label)
-            for a, b in zip(ours(readers), theirs(readers), strict=True):
+            pool = BufferPool()
+            for a, b in zip(ours(readers, pool), theirs(readers), strict=True):
                 assert torch.equal(a, b), "the two sides give different batches"
             size = readers[0].samples[0]["outputs"]["embedding"]["size"] / 1e6
             slow, first, later = race(
-                lambda r=readers: theirs(r), lambda r=readers: ours(fresh(r)), lambda r=readers: ours(r)
+                lambda r=readers: theirs(r),
+                lambda r=readers, p=pool: ours(fresh(r), p),
+                lambda r=readers, p=pool: ours(r, p),
             )
         print(
             f"| {label} | {size:.2f} | {count / slow:.0f} | {count / first:.0f} | {slow / first:.1f} "

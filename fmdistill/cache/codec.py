@@ -7,6 +7,7 @@ said in writer.py.
 
 import dataclasses
 import io
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -55,25 +56,17 @@ class Codec(ABC):
         """Return float32 `array` in its layout. OverflowError where a value leaves the codec's range."""
 
     @abstractmethod
-    def tensor(self, stored: np.ndarray) -> Tensor:
-        """Return what is stored as a tensor of the same memory, for any device, from which `unpack` takes float32."""
+    def unpack(self, data: Tensor, shape: Shape) -> Tensor:
+        """Return the float32 tensor of `shape`, on its device, from the bytes that `pack` gave, uint8 (nbytes,)."""
 
-    @abstractmethod
-    def unpack(self, stored: Tensor, width: int) -> Tensor:
-        """Return the float32 tensor, on its device; `width` is the last axis of what was packed."""
+    def nbytes(self, shape: Shape) -> int:
+        """Return the bytes of float32 of `shape` as `pack` gives them."""
+        dtype, stored = self.layout(shape)
+        return dtype.itemsize * math.prod(stored)
 
-    @abstractmethod
-    def place(self, stored: np.ndarray, slot: np.ndarray) -> None:
-        """Copy stored maps (..., C, h, w) into the upper left of `slot`, of (..., C, g, g), and zeros into the rest."""
-
-    def empty(self, count: int, shape: Shape) -> np.ndarray:
-        """Return room for `count` outputs of `shape`."""
-        dtype, stored = self.layout((count, *shape))
-        return np.empty(stored, dtype)
-
-    def decode(self, stored: np.ndarray, width: int) -> np.ndarray:
-        """Return the float32 array of what is stored."""
-        return self.unpack(self.tensor(stored), width).numpy()
+    def decode(self, stored: np.ndarray, shape: Shape) -> np.ndarray:
+        """Return the float32 array of `shape` of what `pack` gave."""
+        return self.unpack(torch.from_numpy(stored.reshape(-1).view(np.uint8)), shape).numpy()
 
     def encode(self, array: np.ndarray) -> bytes:
         """Return the bytes of `array`'s member; OverflowError as for `pack`."""
@@ -86,8 +79,7 @@ class Codec(ABC):
 
     def size(self, shape: Shape) -> int:
         """Return the bytes that one array of `shape` takes in a shard: .npy header, data, tar header and padding."""
-        dtype, stored = self.layout(shape)
-        data = len(self.header(shape)) + dtype.itemsize * int(np.prod(stored))
+        data = len(self.header(shape)) + self.nbytes(shape)
         return 512 + -(-data // 512) * 512
 
 
@@ -114,22 +106,9 @@ class Floats(Codec):
             raise _overflow(array, self.name)
         return stored
 
-    def tensor(self, stored: np.ndarray) -> Tensor:
-        """Return float32, float16 or bfloat16 of the same shape."""
-        if self.dtype == "bfloat16":
-            return torch.from_numpy(stored.view(np.int16)).view(torch.bfloat16)
-        return torch.from_numpy(stored)
-
-    def unpack(self, stored: Tensor, width: int) -> Tensor:
+    def unpack(self, data: Tensor, shape: Shape) -> Tensor:
         """Return the values in float32, each exactly."""
-        return stored.float()
-
-    def place(self, stored: np.ndarray, slot: np.ndarray) -> None:
-        """Copy the values."""
-        height, width = stored.shape[-2:]
-        slot[..., height:, :] = 0
-        slot[..., :height, width:] = 0
-        slot[..., :height, :width] = stored
+        return data.view(getattr(torch, self.dtype)).view(shape).float()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,29 +149,16 @@ class Integers(Codec):
         stored["scale"], stored["value"] = scale, value
         return stored
 
-    def tensor(self, stored: np.ndarray) -> Tensor:
-        """Return the records as uint8 bytes along a last axis."""
-        return torch.from_numpy(stored[..., None].view(np.uint8))
-
-    def unpack(self, stored: Tensor, width: int) -> Tensor:
+    def unpack(self, data: Tensor, shape: Shape) -> Tensor:
         """Return scale times value in float32."""
+        dtype, rows = self.layout(shape)
+        records = data.view(*rows, dtype.itemsize)
         # `contiguous` would leave the strides of a single row, which need not be even, as a view of two bytes must
-        scale = stored[..., :2].clone(memory_format=torch.contiguous_format).view(torch.float16)
-        value = stored[..., 2:].view(torch.int8)
+        scale = records[..., :2].clone(memory_format=torch.contiguous_format).view(torch.float16)
+        value = records[..., 2:].view(torch.int8)
         if self.bits == 4:  # shifts of signed integers keep the sign
-            value = torch.stack([(value << 4) >> 4, value >> 4], -1).flatten(-2)[..., :width]
+            value = torch.stack([(value << 4) >> 4, value >> 4], -1).flatten(-2)[..., : shape[-1]]
         return value * scale.float()
-
-    def place(self, stored: np.ndarray, slot: np.ndarray) -> None:
-        """Copy scales and values."""
-        rows, rest = slot[..., : stored.shape[-1]], slot[..., stored.shape[-1] :]
-        rest[..., None].view(np.uint8)[...] = 0
-        if rows.dtype == stored.dtype:  # as bytes, which numpy copies whole; records it copies field by field
-            rows[..., None].view(np.uint8)[...] = stored[..., None].view(np.uint8)
-        else:
-            rows["scale"], width = stored["scale"], stored["value"].shape[-1]
-            rows["value"][..., width:] = 0
-            rows["value"][..., :width] = stored["value"]
 
 
 CODECS: dict[str, Codec] = {
@@ -204,6 +170,13 @@ CODECS: dict[str, Codec] = {
     "int4": Integers(name="int4", bits=4, step=(1 + 2.0**-11) / 14, least=8 * 2.0**-25),
 }
 EXACT = "fp32"  # validation shards: teacher masks come from exact embeddings, never from a lossy or trimmed codec
+
+
+def padded(values: Tensor, shape: Shape) -> Tensor:
+    """Return maps (..., C, h, w) with zeros below and to the right, of `shape` (C, g, g); others as they are."""
+    if values.shape[-len(shape) :] == shape:
+        return values
+    return torch.nn.functional.pad(values, (0, shape[-1] - values.shape[-1], 0, shape[-2] - values.shape[-2]))
 
 
 def stacked(shape: Shape) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmdistill.cache.codec import named
+from fmdistill.cache import batch
 from fmdistill.cache.reader import Cache, ShardReader
 from fmdistill.cache.writer import image_hash
 from fmdistill.images import DecodeError, Encoded, decode
@@ -102,18 +102,16 @@ class StoredImages:
         return self.images.image(shard, index)
 
     def together(self, places: Sequence[tuple[int, int, int]]) -> dict[str, Any]:
-        """Return the codec's label, and by output one tensor of all places' stored values, read straight into it."""
-        shards, shapes = self.images.shards, self.images.cache.shapes
-        codec = shards[places[0][1]].codec
-        rooms = {name: codec.of(name).empty(len(places), shape) for name, shape in shapes.items()}
-        for row, (_, shard, index) in enumerate(places):
-            shards[shard].read_into(index, {name: room[row : row + 1] for name, room in rooms.items()})
-        return {"codec": codec.label, "stored": {name: codec.of(name).tensor(room) for name, room in rooms.items()}}
+        """Return what `batch.read` does of all places."""
+        return batch.read([(self.images.shards[shard], index) for _, shard, index in places], self._pool)
+
+    @cached_property
+    def _pool(self) -> batch.BufferPool:
+        return batch.BufferPool()
 
 
-def decoded(cache: Cache, batch: Mapping[str, Any]) -> dict[str, Any]:
+def decoded(cache: Cache, loaded: Mapping[str, Any]) -> dict[str, Any]:
     """Return a batch of `StoredImages` with the float32 "outputs" in the place of what is stored, on its device."""
-    codec, family = named(batch["codec"]), cache.family
-    stored, shapes = batch["stored"], cache.shapes
-    outputs = {f"{family}.{k}": codec.of(k).unpack(value, shapes[k][-1]) for k, value in stored.items()}
-    return {**{k: value for k, value in batch.items() if k not in ("codec", "stored")}, "outputs": outputs}
+    found = batch.decoded(loaded, cache.shapes)
+    rest = {key: value for key, value in loaded.items() if key not in ("codec", "stored", "shapes")}
+    return {**rest, "outputs": {f"{cache.family}.{name}": value for name, value in found.items()}}

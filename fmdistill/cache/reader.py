@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from isal.isal_zlib import crc32  # zlib's, nine times as fast
 
 from fmdistill.backbones.heads import load_head
 from fmdistill.backbones.preprocess import Preprocess, from_json
 from fmdistill.cache import manifest, sidecar
 from fmdistill.cache.bucket import behind
-from fmdistill.cache.codec import Shape, by_split, named
+from fmdistill.cache.codec import Shape, by_split, named, padded
 from fmdistill.cache.sidecar import Finished
 from fmdistill.images import Images, Shard
 from fmdistill.registry import UserError
@@ -57,24 +58,33 @@ class ShardReader:
 
     def read(self, index: int) -> dict[str, np.ndarray]:
         """Return one sample's outputs, such as {"embedding": float32 (C, g, g)}, of the cache's `shapes`."""
-        codecs = {name: self.codec.of(name) for name in self.samples[index]["outputs"]}
-        slots = {name: codec.empty(1, self.shapes[name]) for name, codec in codecs.items()}
+        shapes = {name: self.shape(index, name) for name in self.samples[index]["outputs"]}
+        codecs = {name: self.codec.of(name) for name in shapes}
+        slots = {name: np.empty(codecs[name].nbytes(shape), np.uint8) for name, shape in shapes.items()}
         self.read_into(index, slots)
-        return {name: codecs[name].decode(slot, self.shapes[name][-1])[0] for name, slot in slots.items()}
+        values = {name: codecs[name].unpack(torch.from_numpy(slots[name]), shape) for name, shape in shapes.items()}
+        return {name: padded(value, self.shapes[name]).numpy() for name, value in values.items()}
+
+    def shape(self, index: int, output: str) -> Shape:
+        """Return the shape in which one sample's output is stored: the cache's, or that of its valid tokens."""
+        found, whole = self.samples[index]["outputs"][output].get("shape"), self.shapes[output]
+        if found is None:
+            return whole
+        if len(found) != len(whole) or any(a > b for a, b in zip(found, whole, strict=True)):
+            raise UserError(
+                f"{self.path}: its sidecar gives {output} the shape {found}; delete both, run `fmdistill cache`"
+            )
+        return tuple(found)
 
     def read_into(self, index: int, slots: Mapping[str, np.ndarray]) -> None:
-        """Fill each output's slot, its codec's `empty(1, shape)` or one place of a larger one, with what is stored."""
+        """Fill each output's slot, uint8 of as many bytes as its codec gives its `shape`, with what is stored."""
         file, sample = self._file(), self.samples[index]
         for name, member in sample["outputs"].items():
-            slot, shape, codec = slots[name], member.get("shape"), self.codec.of(name)
-            whole = slot if shape is None else codec.empty(1, self._inside(name, shape))
-            if not self._fill(file.number, member, whole.reshape(-1).view(np.uint8).data, index in self._checked):
+            if not self._fill(file.number, member, slots[name].data, index in self._checked):
                 raise UserError(
                     f"{self.path}: the {name} of '{sample['key']}' is damaged (checksum); "
                     f"delete this file and run `fmdistill cache` again"
                 )
-            if shape is not None:
-                codec.place(whole, slot)
         self._checked.add(index)
 
     def present(self) -> Path:
@@ -88,13 +98,6 @@ class ShardReader:
             return _Descriptor(self.path)
         except FileNotFoundError:
             return _Descriptor(self.present())
-
-    def _inside(self, name: str, shape: list[int]) -> Shape:
-        if len(shape) != len(self.shapes[name]) or any(a > b for a, b in zip(shape, self.shapes[name], strict=True)):
-            raise UserError(
-                f"{self.path}: its sidecar gives {name} the shape {shape}; delete both, run `fmdistill cache`"
-            )
-        return tuple(shape)
 
     @staticmethod
     def _fill(file: int, member: Mapping[str, Any], data: memoryview, checked: bool) -> bool:

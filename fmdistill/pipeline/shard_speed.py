@@ -29,9 +29,7 @@ def of_codec(name: str, outputs: Mapping[str, np.ndarray], rounds: int) -> list[
         return [Row(f"{name}: {error}", 0.0, "MB/s")]
     works = {
         "encode": lambda: [codec.encode(array) for array in arrays],
-        "decode": lambda: [
-            codec.decode(member, array.shape[-1]) for member, array in zip(members, arrays, strict=True)
-        ],
+        "decode": lambda: [codec.decode(member, array.shape) for member, array in zip(members, arrays, strict=True)],
     }
     found = rates(works, CPU, rounds, sum(array.nbytes for array in arrays) / 1e6)
     return [Row(f"{name}: {what}", rate, "MB/s of float32") for what, rate in found.items()]

@@ -1,0 +1,76 @@
+"""Batches as they are stored: a buffer is lent until nothing sees it, and maps of several shapes decode to their rows."""
+
+import gc
+
+import numpy as np
+import pytest
+import torch
+
+from fmdistill.cache import batch, sidecar
+from fmdistill.cache.batch import BufferPool
+from fmdistill.cache.codec import CODECS, named
+from fmdistill.cache.reader import ShardReader
+from fmdistill.cache.writer import Prepared, ShardWriter
+from fmdistill.images import Shard
+
+SHAPES = {"embedding": (6, 8, 8), "vector": (5,)}
+SIZES = [(5, 8), (8, 3), (8, 8), (5, 8), (1, 8), (8, 3)]
+
+
+def written(folder, label: str) -> tuple[ShardReader, dict[str, np.ndarray]]:
+    """A shard of landscape, portrait and square maps with a vector each, and what was given to it."""
+    rng, shard, codec = np.random.default_rng(0), Shard("train-000", "train"), named(label)
+    arrays = {name: rng.normal(size=(len(SIZES), *shape)).astype(np.float32) for name, shape in SHAPES.items()}
+    writer = ShardWriter(folder, shard, "x", codec)
+    for index, (height, width) in enumerate(SIZES):
+        valid = np.zeros((8, 8), bool)
+        valid[:height, :width] = True
+        outputs = {name: array[index] for name, array in arrays.items()}
+        writer.add(Prepared(index, f"image-{index}", "0", None, (8, 8), (height, width)), outputs, valid)
+        if codec.trim:
+            arrays["embedding"][index, :, ~valid] = 0
+    writer.publish()
+    finished = sidecar.finished(folder, shard, "x", codec)
+    assert finished is not None
+    return ShardReader(shard, finished, "", SHAPES), arrays
+
+
+@pytest.mark.parametrize("trimmed", ["", "-trimmed"])
+@pytest.mark.parametrize("name", CODECS)
+def test_rows_of_any_shapes_decode_to_what_each_sample_reads(tmp_path, name, trimmed):
+    reader, arrays = written(tmp_path, name + trimmed)
+    pool = BufferPool()
+    for rows in ([2, 0, 1, 3, 5, 4], [1, 5], [2]):
+        stored = batch.read([(reader, row) for row in rows], pool)
+        read = sum(reader.codec.nbytes(reader.shape(row, "embedding")) for row in rows)
+        assert stored["stored"]["embedding"].shape == (read,) and stored["codec"] == name + trimmed
+        found = batch.decoded(stored, SHAPES)
+        for output, array in arrays.items():
+            assert found[output].dtype == torch.float32 and found[output].shape == (len(rows), *SHAPES[output])
+            expected = np.stack([reader.read(row)[output] for row in rows])
+            assert np.array_equal(found[output], expected)
+            assert np.abs(expected - array[rows]).max() <= np.abs(array).max() * reader.codec.step + reader.codec.least
+
+
+def test_a_buffer_is_lent_once_until_no_array_and_no_tensor_sees_it():
+    pool = BufferPool()
+    first = pool.empty(24)
+    address, view = first.ctypes.data, torch.from_numpy(first[8:]).view(torch.float32)[1:]
+    view.fill_(7)
+    del first
+    gc.collect()
+    other = pool.empty(24)
+    assert other.ctypes.data != address and pool.empty(16).ctypes.data not in (address, other.ctypes.data)
+    other[:] = 0
+    assert view.tolist() == [7, 7, 7]
+    del view
+    again = pool.empty(24)
+    assert again.ctypes.data == address and len(again) == 24
+
+
+def test_batches_that_are_kept_stay_what_they_are(tmp_path):
+    reader, _ = written(tmp_path, "fp32")
+    pool = BufferPool()
+    kept = [batch.read([(reader, row)], pool) for row in range(len(SIZES))]
+    found = [batch.decoded(stored, SHAPES)["embedding"][0] for stored in kept]
+    assert all(np.array_equal(one, reader.read(row)["embedding"]) for row, one in enumerate(found))
