@@ -1,6 +1,7 @@
-"""Batches as they are stored: a buffer is lent until nothing sees it, and maps of several shapes decode to their rows."""
+"""Batches as they are stored: a buffer is lent until nothing sees it, maps of several shapes decode to their rows."""
 
 import gc
+import pickle
 
 import numpy as np
 import pytest
@@ -64,6 +65,7 @@ def test_a_buffer_is_lent_once_until_no_array_and_no_tensor_sees_it():
     other[:] = 0
     assert view.tolist() == [7, 7, 7]
     del view
+    assert not pickle.loads(pickle.dumps(pool))._free  # what a loader's worker gets
     again = pool.empty(24)
     assert again.ctypes.data == address and len(again) == 24
 

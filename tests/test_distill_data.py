@@ -1,3 +1,4 @@
+import os
 import signal
 import threading
 
@@ -5,6 +6,7 @@ import pytest
 import torch
 
 from fmdistill.distill import data
+from fmdistill.registry import UserError
 
 
 class Numbers:
@@ -54,3 +56,40 @@ def test_a_loader_can_start_in_a_thread_that_is_not_the_main_one():
     thread.start()
     thread.join()
     assert len(found) == 3
+
+
+class Beside(Numbers):
+    """Of a batch, the sum of its places and the process that read it."""
+
+    counts = (40,)
+
+    def __init__(self) -> None:
+        self.read: list[int] = []
+
+    def together(self, places):
+        if places[0][2] == 30:
+            raise UserError("the embedding of 30 is damaged")
+        self.read.append(places[0][2])
+        return {"sum": torch.tensor(sum(index for _, _, index in places)), "process": os.getpid()}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_is_read_for_a_whole_batch_stays_in_this_process_and_a_few_batches_ahead(workers):
+    beside, threads = Beside(), threading.active_count()
+    found = data.batches(beside, [[(0, 0, n), (0, 0, n + 1)] for n in range(0, 40, 2)], workers)
+    for n in range(0, 20, 2):
+        batch = next(found)
+        assert batch["x"].tolist() == [n, n + 1] and batch["sum"] == 2 * n + 1 and batch["process"] == os.getpid()
+        assert len(beside.read) <= n / 2 + 1 + data.AHEAD * workers
+    assert sorted(beside.read)[:10] == list(range(0, 20, 2))
+    with pytest.raises(UserError, match="the embedding of 30 is damaged"):
+        list(found)
+    assert threading.active_count() == threads
+
+
+def test_a_loader_that_is_left_takes_its_threads_along():
+    threads, found = threading.active_count(), data.batches(Beside(), [[(0, 0, n)] for n in range(20)], 2)
+    next(found)
+    assert threading.active_count() > threads
+    found.close()
+    assert threading.active_count() == threads

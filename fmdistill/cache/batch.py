@@ -28,6 +28,9 @@ class BufferPool:
     def __init__(self) -> None:
         self._free: defaultdict[int, list[np.ndarray]] = defaultdict(list)
 
+    def __reduce__(self) -> tuple[type["BufferPool"], tuple[()]]:
+        return BufferPool, ()  # another process has its own memory
+
     def empty(self, size: int) -> np.ndarray:
         """Return `size` bytes, of any values; they are lent until every view of them, tensors too, is gone."""
         free = self._free[size]

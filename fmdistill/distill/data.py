@@ -3,10 +3,13 @@
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import tee
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -17,6 +20,7 @@ from fmdistill.images import Encoded, Images, Shard
 from fmdistill.images.kept import Kept
 from fmdistill.registry import UserError
 
+AHEAD = 2  # batches that each worker has ready, as PyTorch's loader has
 Place = tuple[int, int, int]  # (epoch, shard, index)
 
 
@@ -35,10 +39,13 @@ class Data(Protocol):
 
 @runtime_checkable
 class Together(Protocol):
-    """Data of which a part is read for a whole batch at once, so that its values need not be copied to be stacked."""
+    """Data of which a part is read for a whole batch at once, into the tensors that training gets.
+
+    Threads of the training process read it: through a worker process, reading would take several times as long.
+    """
 
     def together(self, places: Sequence[Place]) -> dict[str, Any]:
-        """Return that part of the batch of `places`; `item` gives the rest of each sample."""
+        """Return that part of the batch of `places`; `item` gives the rest. Threads call it."""
         ...
 
 
@@ -102,15 +109,15 @@ class _Items(Dataset):
 
     def __getitems__(self, places: list[Place]) -> dict[str, Any] | UserError:
         try:
-            batch = _stack([self.data.item(*place) for place in places])
-            return {**batch, **self.data.together(places)} if isinstance(self.data, Together) else batch
+            return _stack([self.data.item(*place) for place in places])
         except UserError as error:  # returned, since a worker would wrap it in a traceback
             return error
 
 
 def batches(data: Data, places: Iterable[list[Place]], workers: int) -> Iterator[dict[str, Any]]:
     """Yield one collated batch for each list of places, in their order, whatever the number of workers."""
-    sampler: Any = places
+    sampler: Any
+    sampler, again = tee(places)
     loader = DataLoader(
         _Items(data),
         batch_sampler=sampler,
@@ -121,10 +128,30 @@ def batches(data: Data, places: Iterable[list[Place]], workers: int) -> Iterator
     )
     with _interrupted_after():
         loaded = iter(loader)
-    for batch in loaded:
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+    with closing(_together(data, again, workers)) as beside:
+        for batch in loaded:
+            if isinstance(batch, UserError):
+                raise batch
+            yield {**batch, **next(beside)}
+
+
+def _together(data: Data, places: Iterator[list[Place]], threads: int) -> Generator[dict[str, Any]]:
+    """Yield what data gives for whole batches, read as far ahead as the loader's workers are."""
+    if not isinstance(data, Together):
+        yield from ({} for _ in places)
+    elif not threads:
+        yield from (_pinned(data.together(chosen)) for chosen in places)
+    else:
+        pool, waiting = ThreadPoolExecutor(threads), deque()
+        try:
+            for chosen in places:
+                waiting.append(pool.submit(lambda chosen: _pinned(data.together(chosen)), chosen))
+                if len(waiting) > AHEAD * threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def every(data: Data, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[list[Place]]:
@@ -137,10 +164,19 @@ def every(data: Data, batch_size: int, rank: int = 0, world: int = 1) -> Iterato
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """Return the batch with its tensors on `device`."""
-    if isinstance(batch, torch.Tensor):
-        return batch.to(device, non_blocking=True)
+    return _changed(batch, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def _pinned(batch: Any) -> Any:
+    """Return the batch as the loader gives its part: in memory that a GPU copies from by itself, where there is one."""
+    return _changed(batch, Tensor.pin_memory) if torch.cuda.is_available() else batch
+
+
+def _changed(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(batch, Tensor):
+        return change(batch)
     if isinstance(batch, dict):
-        return {key: to_device(value, device) for key, value in batch.items()}
+        return {key: _changed(value, change) for key, value in batch.items()}
     return batch
 
 
