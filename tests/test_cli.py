@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -172,16 +173,30 @@ def start(*argv: object) -> subprocess.Popen:
     )
 
 
-def test_ctrl_c_stops_with_130_and_one_line_that_says_how_to_go_on(done, tmp_path):
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_and_a_preemption_stop_with_one_line_that_says_how_to_go_on(done, tmp_path, number, code):
     settings = [f"out={tmp_path}/run", "train.steps=100000", "train.checkpoint_every=5", "train.workers=2"]
     process = start("distill", done / "tiny.yaml", *settings)
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("run/checkpoints/step-*")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the image-loading processes get it too
+    until(lambda: list(tmp_path.glob("run/checkpoints/step-*")))
+    os.killpg(process.pid, number)  # as a terminal and Slurm do: the image-loading processes get it too
     _, shown = process.communicate(timeout=30)
-    assert process.returncode == 130 and "Traceback" not in shown, shown
+    assert process.returncode == code and "Traceback" not in shown, shown
     assert shown.splitlines()[-1] == "fmdistill: stopped; the same command continues where it stopped"
+
+
+def test_a_preempted_bench_leaves_no_file(tmp_path):
+    process = start("bench", tiny.write(tmp_path), "bench.rounds=100000")
+    until(lambda: list(tmp_path.glob(".fmdistill-bench-*")))
+    process.terminate()
+    _, shown = process.communicate(timeout=30)
+    assert process.returncode == 143 and "Traceback" not in shown, shown
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
+
+
+def until(true: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not true() and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 class Small(tiny.Student):

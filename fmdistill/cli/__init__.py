@@ -2,7 +2,9 @@
 
 import argparse
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 
 from fmdistill.cli import failures
@@ -70,14 +72,21 @@ def _parsed(argv: Sequence[str] | None) -> dict:
     return vars(known)
 
 
+def _terminated(number: int, frame: object) -> None:
+    """Stop as by Ctrl-C, so that a job that a cluster preempts leaves no temporary file."""
+    raise KeyboardInterrupt(number)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb. Return 0, or 2 after one line that says what is wrong and what to do."""
+    """Run one verb. Return 0, or 2 after one line that says what is wrong and what to do; 130 and 143 when stopped."""
     arguments = _parsed(argv)
     from fmdistill import logs
     from fmdistill.registry import UserError
 
     logs.setup()
     verb = arguments.pop("verb")
+    if threading.current_thread() is threading.main_thread():  # Python interrupts the main thread only
+        signal.signal(signal.SIGTERM, _terminated)
     try:
         VERBS[verb](**arguments)
         return 0
@@ -86,8 +95,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if known is None or os.environ.get("FMDISTILL_TRACEBACK"):
             raise
         code, line = 2, f"error: {known}"
-    except KeyboardInterrupt:
-        code, line = 130, "stopped; the same command continues where it stopped"
+    except KeyboardInterrupt as stop:
+        sys.unraisablehook = lambda _: None  # of a loader, whose processes the same signal has stopped
+        code, line = 143 if stop.args else 130, "stopped; the same command continues where it stopped"
     # Printed when the exception is gone and with it the progress bars, whose last state would follow it.
     print(f"fmdistill: {line}", file=sys.stderr)
     return code
