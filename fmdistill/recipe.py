@@ -21,7 +21,8 @@ class Cache:
     """Where and how teacher outputs are kept."""
 
     root: str
-    codec: Literal["fp32", "fp16", "bf16", "int8", "int4"] = "fp16"  # training shards; validation is always exact fp32
+    # of training shards, validation is always exact fp32; auto = int8 for a teacher of maps, fp16 for one of vectors
+    codec: Literal["auto", "fp32", "fp16", "bf16", "int8", "int4"] = "auto"
     local: str = ""  # where tars of a root that is a URL are kept on this machine; "" = below ~/.cache/fmdistill
     local_gb: float = 50.0  # at most so many GB of them, the longest unused go first; a training window should fit
     trim: bool = False  # keep of each training map only the valid tokens, for objectives that exclude padding

@@ -12,7 +12,7 @@ import webdataset
 
 from fmdistill import cache, pipeline
 from fmdistill.cache import sidecar
-from fmdistill.cache.codec import CODECS, named
+from fmdistill.cache.codec import CODECS, chosen, named
 from fmdistill.cache.dataset import CachedImages
 from fmdistill.cache.reader import ShardReader
 from fmdistill.cache.verify import verify_values
@@ -159,6 +159,21 @@ def test_embeddings_of_a_3_2_image_take_the_bytes_that_the_readme_states():
     sizes = {name: (codec.size(full) / 1e6, codec.size(trimmed) / 1e6) for name, codec in CODECS.items()}
     assert sizes["int8"][0] < 1.1 and sizes["int8"][1] < 0.75 and sizes["int4"][0] < 0.6 and sizes["int4"][1] < 0.4
     assert round(sizes["fp32"][0], 1) == 4.2 and round(sizes["fp16"][0], 1) == round(sizes["bf16"][0], 1) == 2.1
+
+
+def test_auto_is_int8_for_a_teacher_of_maps_and_fp16_for_one_of_vectors(tmp_path):
+    found = {}
+    for name in ("tiny:teacher", "clips:teacher"):
+        (tmp_path / name[:4]).mkdir()
+        recipe = tiny.load(tmp_path / name[:4], "cache.codec=auto", f"teacher.name={name}", "images.limit=2")
+        cache.run(recipe)
+        found[name] = cache.open_cache(recipe).manifest["codec"]["train"]
+    assert found == {"tiny:teacher": "int8", "clips:teacher": "fp16"}
+    assert chosen("auto", {"a": (2, 3, 3), "b": (4,)}) == "fp16" and chosen("int4", {"a": (4,)}) == "int4"
+    with pytest.raises(
+        UserError, match=r"'int8' there and 'fp32' here.*Go on with it by cache\.codec=int8 cache\.trim"
+    ):
+        cache.run(tiny.load(tmp_path / "tiny", "cache.codec=fp32", "images.limit=2"))
 
 
 @pytest.mark.parametrize("settings", [["int8", "false"], ["int8", "true"], ["int4", "true"], ["bf16", "false"]])

@@ -46,7 +46,7 @@ RECIPE = """
 out: {folder}/run
 images: {{name: photos, train: 24, validation: 8, size: 64, shard_size: 8}}
 teacher: {{name: "tiny:teacher"}}
-cache: {{root: {folder}/cache}}
+cache: {{root: {folder}/cache, codec: fp16}}
 student: {{name: "tiny:Student"}}
 task: {{name: distill}}
 objective:

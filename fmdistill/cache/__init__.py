@@ -12,7 +12,7 @@ from fmdistill import recipe as recipes
 from fmdistill.backbones.heads import load_head
 from fmdistill.cache import executors, manifest, sidecar, similarity, teacher
 from fmdistill.cache.bucket import behind, local
-from fmdistill.cache.codec import CODECS, EXACT, SIMILARITY, by_split, stacked
+from fmdistill.cache.codec import CODECS, EXACT, SIMILARITY, by_split, chosen, stacked
 from fmdistill.cache.executors.processes import Plan
 from fmdistill.cache.reader import Cache
 from fmdistill.cache.teacher_pass import Pass
@@ -102,7 +102,7 @@ def identity(recipe: Recipe, images: Images, model: teacher.Teacher) -> dict[str
         "family": model.family,
         "teacher": model.fingerprint(),
         "outputs": {name: list(shape) for name, shape in model.outputs.items()},
-        **_chosen(recipe, images),
+        **_chosen(recipe, images, model.outputs),
     }
 
 
@@ -124,10 +124,11 @@ def _settings(recipe: Recipe) -> recipes.Cache:
     return recipe.cache
 
 
-def _chosen(recipe: Recipe, images: Images) -> dict[str, Any]:
-    """Return the part of the identity that needs no teacher."""
+def _chosen(recipe: Recipe, images: Images, outputs: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """Return the part of the identity that needs no teacher but the shapes of its outputs."""
     settings = _settings(recipe)
-    codecs = {"train": replace(CODECS[settings.codec], trim=settings.trim).label, "validation": EXACT}
+    codec = CODECS[chosen(settings.codec, outputs)]
+    codecs = {"train": replace(codec, trim=settings.trim).label, "validation": EXACT}
     return {"codec": codecs, "images": images.source.identity()}
 
 
@@ -161,7 +162,7 @@ def _complete_without_teacher(recipe: Recipe, images: Images, shards: list[Shard
         "teacher": {**found["teacher"], **teacher.asked(settings)},
         "outputs": similarity.outputs(found["outputs"], _settings(recipe).similarity),
     }
-    manifest.claim(root, {**found, **asked, **_chosen(recipe, images)})
+    manifest.claim(root, {**found, **asked, **_chosen(recipe, images, found["outputs"])})
     try:
         load_head(found["family"], root)
     except UserError:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fmdistill.backbones.sam import RESIZE
-from fmdistill.cache.codec import SIMILARITY
+from fmdistill.cache.codec import SIMILARITY, known, named
 from fmdistill.files import write_first
 from fmdistill.images.source import SPLITS
 from fmdistill.registry import UserError
@@ -100,6 +100,9 @@ def _way_out(differences: list[tuple[str, Any, Any]]) -> str:
 def _setting(where: str, was: Any) -> str | None:
     if where.endswith(SIMILARITY):
         return f"cache.similarity={'false' if was is None else 'true'}"
+    if where == "codec.train" and isinstance(was, str) and known(was):
+        codec = named(was)
+        return f"cache.codec={codec.name} cache.trim={str(codec.trim).lower()}"
     return SETTINGS.get((where, str(was)))
 
 
