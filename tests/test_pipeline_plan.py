@@ -55,7 +55,7 @@ def test_bytes_are_those_that_the_cache_then_takes(made, tmp_path):
     root = Path(settings.cache.root)
     heads = sum(p.stat().st_size for p in root.iterdir() if p.name.startswith(("manifest", "head")))
     sidecars = sizes(root, ".json") - sum(p.stat().st_size for p in (root / "manifest.json", root / "head.json"))
-    assert found.disk.tars[settings.cache.codec] == sizes(root, ".tar")
+    assert found.disk.tars[found.disk.codec] == sizes(root, ".tar")
     assert found.disk.sidecars == pytest.approx(sidecars, rel=0.1)
     assert found.disk.beside == heads
     assert found.disk.missing == pytest.approx(sizes(root, ".tar") + sidecars, rel=0.1)

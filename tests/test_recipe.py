@@ -32,7 +32,7 @@ def base(tmp_path, monkeypatch) -> Path:
 def test_load_is_typed_frozen_and_full_of_defaults(base):
     loaded = load("base.yaml", ["train.batch_size=8"])
     assert (loaded.seed, loaded.train.steps, loaded.train.batch_size, loaded.train.window) == (3, 10, 8, 8)
-    assert loaded.cache == recipe.Cache("caches/a", codec="fp16") and loaded.optimizer["lr"] == 1e-3
+    assert loaded.cache == recipe.Cache("caches/a") and loaded.optimizer["lr"] == 1e-3
     with pytest.raises(dataclasses.FrozenInstanceError):
         loaded.seed = 4  # type: ignore[misc]
 
