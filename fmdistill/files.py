@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, whoever is killed, and the hash of one."""
 
 import errno
+import glob
 import hashlib
 import os
 import platform
@@ -70,7 +71,9 @@ def sweep(folder: Path) -> None:
 def being_written(path: Path) -> bool:
     """Return whether another process seems to be writing `path`; a dead one of another host seems so until `STALE`."""
     own = f".{_host()}.{os.getpid()}."
-    return any(own not in one.name and not _abandoned(one) for one in path.parent.glob(f".{path.name}.*.tmp"))
+    return any(
+        own not in one.name and not _abandoned(one) for one in path.parent.glob(f".{glob.escape(path.name)}.*.tmp")
+    )
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from fmdistill import cache, distill
-from fmdistill.cache.bucket import SENT, Bucket, behind, local
+from fmdistill.cache.bucket import SENT, Bucket, Remote, behind, local
 from fmdistill.cache.verify import verify_files
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError
@@ -93,7 +93,7 @@ def test_two_urls_never_share_a_folder(tmp_path):
 def test_a_shard_that_was_not_sent_is_sent_by_the_next_process(tmp_path, monkeypatch):
     recipe = far(tmp_path, "one")
     with monkeypatch.context() as broken:
-        broken.setattr("fmdistill.cache.bucket.Bucket._put", _failing_at(".tar"))
+        broken.setattr("fmdistill.cache.bucket.Remote.put", _failing_at(".tar"))
         with pytest.raises(UserError, match="out of reach"):
             cache.run(recipe)
     assert recipe.cache is not None
@@ -107,9 +107,9 @@ def test_a_shard_that_was_not_sent_is_sent_by_the_next_process(tmp_path, monkeyp
 
 
 def _failing_at(suffix: str):
-    put = Bucket._put
+    put = Remote.put
 
-    def failing(self: Bucket, path: Path, name: str) -> None:
+    def failing(self: Remote, path: Path, name: str) -> None:
         if name.endswith(suffix):
             raise UserError("out of reach")
         put(self, path, name)

@@ -11,6 +11,7 @@ in any cache, and is sent by the next process that opens it.
 
 import fcntl
 import functools
+import glob
 import hashlib
 import json
 import os
@@ -19,11 +20,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import fsspec.core
-
-from fmdistill.files import file_hash, temporary_name, write_whole
+from fmdistill.cache.remote import Remote
+from fmdistill.files import file_hash, sweep, temporary_name, write_whole
 from fmdistill.logs import log
 from fmdistill.recipe import Cache
 from fmdistill.registry import UserError
@@ -54,17 +53,37 @@ class Bucket:
             yield
 
     def _pull(self) -> None:
-        names = self._names()
+        names = self._remote.names()
         here = self.folder / MANIFEST  # shared before any shard is written, so without one there nothing here counts
-        if here.exists() and (MANIFEST not in names or self._read(MANIFEST) != here.read_bytes()):
+        if here.exists() and MANIFEST not in names and self._shards():
+            raise UserError(
+                f"{self.url}: its {MANIFEST} is gone, and {self.folder} holds shards of that cache; is the URL right, "
+                f"and what lies behind it there? If the cache was deleted, delete {self.folder} too"
+            )
+        if here.exists() and (MANIFEST not in names or self._remote.read(MANIFEST) != here.read_bytes()):
             log.info("%s: another cache than before; %s starts anew", self.url, self.folder)
             for path in self.folder.iterdir():
                 if not path.name.startswith(".") and path.is_file():  # settings, locks, and what is being written
                     path.unlink(missing_ok=True)
+        self._take(names)
+        for name in sorted(names & set(ONCE)):
+            if not (self.folder / name).exists():
+                write_whole(self.folder / name, self._remote.read(name))
+
+    def _shards(self) -> list[Path]:
+        return [path for path in self.folder.glob("*.tar") if not path.name.startswith(".")]
+
+    def _take(self, names: set[str], prefix: str = "") -> None:
+        """Fetch the sidecars of `names` whose tar is among them, and forget those here whose tar is there no more."""
         for name in sorted(names):
-            whole = name in ONCE or (SENT.fullmatch(name) and name.endswith(".json") and _tar(name) in names)
-            if whole and not (self.folder / name).exists():
-                write_whole(self.folder / name, self._read(name))
+            if SENT.fullmatch(name) and name.endswith(".json") and _tar(name) in names:
+                if not (self.folder / name).exists():
+                    write_whole(self.folder / name, self._remote.read(name))
+        for path in self.folder.glob(f"{glob.escape(prefix)}*.json"):
+            if (sent := SENT.fullmatch(path.name)) and _tar(path.name) not in names:
+                with _locked(self.folder / f".{sent[1]}.lock"):  # unless it was sent since the names were listed
+                    if not self._remote.has(_tar(path.name)):
+                        path.unlink(missing_ok=True)
 
     def sidecars(self, shard: str) -> list[Path]:
         """Return the shard's sidecars that are here, in the order in which every machine tries them."""
@@ -72,16 +91,14 @@ class Bucket:
 
     def look(self, shard: str) -> None:
         """Fetch the sidecars of one shard that other machines have put there meanwhile."""
-        for name in self._names(f"{shard}-*"):
-            if SENT.fullmatch(name) and name.endswith(".json") and not (self.folder / name).exists():
-                write_whole(self.folder / name, self._read(name))
+        self._take({name for name in self._remote.names() if name.startswith(f"{shard}-")}, f"{shard}-")
 
     def share(self) -> None:
         """Put manifest, head and recipe there, each unless it is there already, and take what is; call it `alone`."""
-        names = self._names()
+        names = self._remote.names()
         for name in ONCE:
             if name not in names and (self.folder / name).exists():
-                self._put(self.folder / name, name)
+                self._remote.put(self.folder / name, name)
         self._pull()  # who came first has put another manifest there
 
     def send(self, shard: str) -> None:
@@ -91,8 +108,8 @@ class Bucket:
             if not (tar.exists() and sidecar.exists()):  # another process of this machine has sent it
                 return
             name = f"{shard}-{json.loads(sidecar.read_text())['sha256'][:16]}"
-            self._put(tar, f"{name}.tar")
-            self._put(sidecar, f"{name}.json")
+            self._remote.put(tar, f"{name}.tar")
+            self._remote.put(sidecar, f"{name}.json")
             os.replace(tar, self.folder / f"{name}.tar")
             os.replace(sidecar, self.folder / f"{name}.json")
         self._evict(keep=f"{name}.tar")
@@ -100,22 +117,24 @@ class Bucket:
     def fetch(self, name: str, sha256: str) -> Path:
         """Return the tar `name` on this machine, downloaded where it is not here. UserError where it is damaged."""
         path = self.folder / name
-        with _locked(self.folder / f".{name}.lock"):  # of several workers one downloads
-            if not path.exists():
-                temporary = temporary_name(path)
-                try:
-                    with self._failing(name):
-                        self._system.get_file(self._at(name), str(temporary))
-                    if file_hash(temporary) != sha256:
-                        raise UserError(
-                            f"{self.url}/{name}: differs from its sidecar (sha256); delete it there and run "
-                            f"`fmdistill cache` again"
-                        )
-                    os.replace(temporary, path)
-                finally:
-                    temporary.unlink(missing_ok=True)
-                self._evict(keep=name)
-            os.utime(path)
+        with _locked(self.folder / f".{name}.lock"):  # of several processes and threads one downloads
+            try:
+                os.utime(path)
+                return path
+            except FileNotFoundError:
+                pass
+            temporary = temporary_name(path)
+            try:
+                self._remote.get(name, temporary)
+                if file_hash(temporary) != sha256:
+                    raise UserError(
+                        f"{self.url}/{name}: differs from its sidecar (sha256); delete it there and run "
+                        f"`fmdistill cache` again"
+                    )
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
+            self._evict(keep=name)
         return path
 
     def _evict(self, keep: str) -> None:
@@ -127,38 +146,9 @@ class Bucket:
                 path.unlink(missing_ok=True)  # who has it open reads on
                 total -= held[path].st_size
 
-    def _names(self, pattern: str = "*") -> set[str]:
-        with self._failing(pattern):
-            self._system.invalidate_cache()
-            return {str(path).rpartition("/")[2] for path in self._system.glob(self._at(pattern))}
-
-    def _read(self, name: str) -> bytes:
-        with self._failing(name):
-            return self._system.cat_file(self._at(name))
-
-    def _put(self, path: Path, name: str) -> None:
-        with self._failing(name):
-            self._system.makedirs(self._at("").rstrip("/"), exist_ok=True)
-            self._system.put_file(str(path), self._at(name))
-
-    def _at(self, name: str) -> str:
-        return f"{self._system._strip_protocol(self.url).rstrip('/')}/{name}"
-
     @property
-    def _system(self) -> Any:
-        return _system(self.url, os.getpid())
-
-    @contextmanager
-    def _failing(self, name: str) -> Iterator[None]:
-        try:
-            yield
-        except UserError:
-            raise
-        except Exception as error:  # each file system has its own: botocore's, aiohttp's, OSErrors
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            raise UserError(
-                f"{self.url}/{name}: {reason}; is the URL right, and may this machine read and write there?"
-            ) from error
+    def _remote(self) -> Remote:
+        return Remote(self.url)
 
 
 def local(settings: Cache) -> Path:
@@ -174,6 +164,7 @@ def local(settings: Cache) -> Path:
     folder = home / hashlib.sha256(root.rstrip("/").encode()).hexdigest()[:32]
     folder.mkdir(parents=True, exist_ok=True)
     found = Bucket(root.rstrip("/"), folder, int(settings.local_gb * 1e9))
+    sweep(folder)  # downloads that died
     write_whole(folder / SETTINGS, json.dumps({"url": found.url, "limit": found.limit}))
     found.pull()
     for path in sorted(folder.glob("*.json")):
@@ -216,14 +207,3 @@ def _locked(path: Path) -> Iterator[None]:
     with open(path, "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-@functools.lru_cache(maxsize=8)
-def _system(url: str, process: int) -> Any:
-    """Return the file system of `url`. One for each process: those that work asynchronously do not survive a fork."""
-    try:
-        return fsspec.core.url_to_fs(url, skip_instance_cache=True)[0]
-    except (ImportError, ValueError) as error:
-        raise UserError(
-            f"cache.root={url}: {error}; for s3:// and gs:// install fmdistill with its extra `remote`"
-        ) from error

@@ -81,7 +81,7 @@ class CachedImages:
         if image_hash(encoded.data) != sample["image"]:
             raise UserError(
                 f"{reader.name}: image '{sample['key']}' is not the one that the teacher saw; restore it, "
-                f"or delete {reader.path} and run `fmdistill cache` again"
+                f"or delete {reader.address} and run `fmdistill cache` again"
             )
         return encoded
 

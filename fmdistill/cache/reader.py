@@ -87,6 +87,11 @@ class ShardReader:
                 )
         self._checked.add(index)
 
+    @property
+    def address(self) -> str:
+        """Where the tar itself is, which in a bucket's folder is but a copy."""
+        return f"{self.there.url}/{self.path.name}" if self.there else str(self.path)
+
     def present(self) -> Path:
         """Return the tar's path; of a bucket's after it was fetched, where it is not on this machine."""
         return self.there.fetch(self.path.name, self.sha256) if self.there else self.path
@@ -94,10 +99,14 @@ class ShardReader:
     def _file(self) -> _Descriptor:
         if self.there is None:
             return _opened(self.path, self._owner)
-        try:  # not kept open: a tar that was evicted would go on to fill the disk
-            return _Descriptor(self.path)
-        except FileNotFoundError:
-            return _Descriptor(self.present())
+        while True:
+            try:  # not kept open: a tar that was evicted would go on to fill the disk
+                found = _Descriptor(self.path)
+            except FileNotFoundError:
+                self.present()  # and another process may need the room before this one opens it
+            else:
+                os.utime(found.number)  # so that the longest unused is evicted
+                return found
 
     @staticmethod
     def _fill(file: int, member: Mapping[str, Any], data: memoryview, checked: bool) -> bool:
@@ -153,8 +162,8 @@ class Cache:
                 found[shard.split].append(ShardReader(shard, finished, group, self.shapes))
         if missing:
             raise UserError(
-                f"{self.root}: {len(missing)} shards are not cached yet, '{missing[0]}' first; "
-                f"run `fmdistill cache RECIPE`"
+                f"{self.root}: {len(missing)} shards are not cached yet, or hold other images by now, '{missing[0]}' "
+                f"first; run `fmdistill cache RECIPE`"
             )
         return found
 

@@ -52,8 +52,8 @@ class Finished(NamedTuple):
 def finished(root: Path, shard: Shard, identity: str, codec: Codec) -> Finished | None:
     """Return the finished shard that holds all that `shard` asks for as `codec` stores it; else None.
 
-    None also where the sidecar is another cache's, or disagrees with its tar. A shard that has changed its split is
-    not finished: training's may be lossy, validation's is exact.
+    None also where the sidecar is another cache's, is of other images, or disagrees with its tar. A shard that has
+    changed its split is not finished: training's may be lossy, validation's is exact.
     """
     own, there = root / f"{shard.name}.json", behind(root)
     for path in (own, *(there.sidecars(shard.name) if there else [])):
@@ -63,7 +63,8 @@ def finished(root: Path, shard: Shard, identity: str, codec: Codec) -> Finished 
         size = _bytes(tar)
         if size != fields["bytes"] and (size is not None or path == own):  # a bucket's may not be on this machine yet
             continue
-        if fields["take"] is None or (shard.take is not None and fields["take"] >= shard.take):
+        enough = fields["take"] is None or (shard.take is not None and fields["take"] >= shard.take)
+        if enough and shard.is_of(_keys(fields)):
             return Finished(tar, fields)
     return None
 
@@ -73,6 +74,11 @@ def _bytes(path: Path) -> int | None:
         return path.stat().st_size
     except FileNotFoundError:
         return None
+
+
+def _keys(fields: Mapping[str, Any]) -> list[str]:
+    """Return the keys of all images that the teacher was given, in the source's order."""
+    return [one["key"] for one in sorted([*fields["samples"], *fields["failed"]], key=lambda one: one["index"])]
 
 
 def _checksum(rest: str) -> str:

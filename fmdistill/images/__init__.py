@@ -1,7 +1,7 @@
 """Images: where they come from, in shards. `build` makes the source that a recipe names."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -35,11 +35,19 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard of a source; `take` is how many of its first images count, None for all."""
+    """One shard of a source; `take` is how many of its first images count, None for all.
+
+    `keys` are what it holds now, of a source that may come to hold others under the shard's name; else None.
+    """
 
     name: str
     split: str
     take: int | None = None
+    keys: Sequence[str] | None = field(default=None, compare=False, repr=False)
+
+    def is_of(self, keys: Sequence[str]) -> bool:
+        """Return whether a shard of these keys, in their order, holds what this one asks for."""
+        return self.keys is None or list(keys[: self.take]) == list(self.keys[: self.take])
 
 
 @dataclass(frozen=True)
@@ -53,7 +61,7 @@ class Images:
         """Return the shards in their order, training first; those in which the limit falls are cut."""
         names = self.source.shards()
         if self.limit is None:
-            return [Shard(name, split) for split in SPLITS for name in names.get(split, [])]
+            return [Shard(name, split, keys=self._keys(name)) for split in SPLITS for name in names.get(split, [])]
         return [shard for split in SPLITS for shard in self._cut(split, names.get(split, []), self.limit)]
 
     def group(self, shard: str) -> str:
@@ -63,6 +71,10 @@ class Images:
     def read(self, shard: Shard) -> Iterator[Encoded]:
         """Yield the shard's images in order."""
         yield from islice(self.source.read(shard.name), shard.take)
+
+    def _keys(self, shard: str) -> Sequence[str] | None:
+        listed = getattr(self.source, "listed", None)  # only some have it
+        return listed(shard) if listed else None
 
     def _cut(self, split: str, names: list[str], limit: int) -> Iterator[Shard]:
         counts: dict[str, dict[str, int]] = {}  # by group and shard; of each group what the limit can need at most
@@ -75,7 +87,7 @@ class Images:
             group = self.group(name)
             if name in counts[group] and left[group] > 0:
                 count = counts[group][name]
-                yield Shard(name, split, take=left[group] if count > left[group] else None)
+                yield Shard(name, split, left[group] if count > left[group] else None, self._keys(name))
                 left[group] -= count
 
 

@@ -52,6 +52,10 @@ class Folder:
         """Return the shard's keys, sorted."""
         return self._listing[shard.partition("-")[0]][shard]
 
+    def listed(self, shard: str) -> list[str]:
+        """Return `keys`, since a file that is added or removed changes its shard."""
+        return self.keys(shard)
+
     def read(self, shard: str) -> Iterator[Encoded]:
         """Yield the shard's images, sorted by key."""
         for key in self.keys(shard):

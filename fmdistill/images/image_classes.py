@@ -66,6 +66,10 @@ class ImageClasses:
         """Return the shard's keys, sorted."""
         return self._folder.keys(self._inner(shard))
 
+    def listed(self, shard: str) -> list[str]:
+        """Return `keys`, since a file that is added or removed changes its shard."""
+        return self.keys(shard)
+
     def read(self, shard: str) -> Iterator[Encoded]:
         """Yield the shard's images with their labels, sorted by key."""
         for encoded in self._folder.read(self._inner(shard)):

@@ -42,6 +42,12 @@ class Mix:
         source, name = self._find(shard)
         return source.keys(name)
 
+    def listed(self, shard: str) -> list[str] | None:
+        """Return the shard's keys where its source has `listed`, for it may come to hold others."""
+        source, name = self._find(shard)
+        listed = getattr(source, "listed", None)
+        return listed(name) if listed else None
+
     def read(self, shard: str) -> Iterator[Encoded]:
         """Yield the shard's images in their order."""
         source, name = self._find(shard)

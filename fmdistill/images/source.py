@@ -25,7 +25,10 @@ class Encoded:
 
 
 class Source(Protocol):
-    """Lists shards and reads one. Shard names and keys never depend on the order in which a file system lists files."""
+    """Lists shards and reads one. Shard names and keys never depend on the order in which a file system lists files.
+
+    A source whose shard may come to hold other images under its name has `listed(shard)`, its keys now.
+    """
 
     def shards(self) -> dict[str, list[str]]:
         """Return {"train": [...], "validation": [...]}; names are unique and safe as file names."""
