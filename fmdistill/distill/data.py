@@ -151,7 +151,7 @@ def _together(data: Data, places: Iterator[list[Place]], threads: int) -> Genera
             while waiting:
                 yield waiting.popleft().result()
         finally:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)  # a download may take minutes
 
 
 def every(data: Data, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[list[Place]]:
