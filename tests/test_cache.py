@@ -328,3 +328,28 @@ def test_a_finished_cache_needs_the_teacher_s_file_no_more(tmp_path, monkeypatch
     half.export(sam_mini_student(), weights)  # a file of other weights is there: it is looked at
     with pytest.raises(UserError, match=r"teacher\.weights is '.*' there"):
         cache.run(recipe)
+
+
+def test_images_that_are_added_to_or_taken_from_a_folder_are_cached_anew(tmp_path):
+    photos, data = build({"name": "photos", "train": 20, "validation": 4, "size": 64}), tmp_path / "data"
+    data.mkdir()
+    every = [image for shard in photos.shards() for image in photos.read(shard)]
+    for image in every[:12]:
+        (data / f"{image.key}.jpg").write_bytes(image.data)
+    recipe = tiny.load(tmp_path, "images.name=folder", f"images.root={data}", "images.validation=0.3")
+
+    def cached() -> set[str]:
+        return {key for split in cache.open_cache(recipe).shards.values() for reader in split for key in reader.keys}
+
+    cache.run(recipe)
+    assert cached() == {f"{image.key}.jpg" for image in every[:12]}
+    for image in every[12:20]:
+        (data / f"{image.key}.jpg").write_bytes(image.data)
+    (data / f"{every[0].key}.jpg").unlink()
+    with pytest.raises(UserError, match="2 shards are not cached yet, or hold other images by now"):
+        cached()
+    cache.run(recipe)
+    assert cached() == {f"{image.key}.jpg" for image in every[1:20]}
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*-*")}
+    cache.run(recipe)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*-*")} == before

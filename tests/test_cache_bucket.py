@@ -157,3 +157,89 @@ def test_what_cannot_be_reached_or_is_damaged_is_one_line(tmp_path):
     with pytest.raises(UserError, match=f"{tar.name}: differs from its sidecar"):
         values(far(tmp_path, "two"))
     assert behind(tmp_path) is None
+
+
+def test_a_tar_that_is_deleted_there_as_the_error_says_is_cached_anew(tmp_path):
+    one, two = far(tmp_path, "one"), far(tmp_path, "two")
+    cache.run(one)
+    everything = values(one)
+    tar = next((tmp_path / "bucket").glob("train-000-*.tar"))
+    tar.write_bytes(tar.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match=f"bucket/{tar.name}: differs .* delete it there and run `fmdistill cache`"):
+        values(two)
+    tar.unlink()
+    with pytest.raises(UserError, match="not cached yet.*'train-000' first"):
+        values(two)
+    cache.run(two)
+    assert tar.exists() and values(two) == values(far(tmp_path, "three")) == values(one) == everything
+
+
+def test_a_bucket_that_does_not_answer_costs_nothing_here(tmp_path, monkeypatch):
+    recipe = far(tmp_path, "one")
+    assert recipe.cache is not None
+    with monkeypatch.context() as broken:
+        broken.setattr("fmdistill.cache.bucket.Remote.put", _failing_at(".tar"))
+        with pytest.raises(UserError, match="out of reach"):
+            cache.run(recipe)
+
+    def here() -> set[str]:
+        return {path.name for path in (tmp_path / "one").glob("*/*")}
+
+    before = here()
+    assert {"train-000.tar", "train-000.json", "manifest.json"} < before
+    with monkeypatch.context() as broken:
+        broken.setattr("fsspec.implementations.local.LocalFileSystem.ls", silent)
+        with pytest.raises(UserError, match=r"bucket/: TimeoutError: no answer; is the URL right"):
+            cache.run(recipe)
+    os.rename(tmp_path / "bucket", tmp_path / "away")  # as a mount that is gone
+    with pytest.raises(UserError, match=r"manifest.json is gone, and .* holds shards of that cache; is the URL right"):
+        local(recipe.cache)
+    os.rename(tmp_path / "away", tmp_path / "bucket")
+    assert here() == before
+    cache.run(recipe)
+    assert len(list((tmp_path / "bucket").glob("*.tar"))) == 4
+
+
+def silent(*_, **__):
+    raise TimeoutError("no answer")
+
+
+def test_a_url_may_hold_any_characters(tmp_path):
+    recipe = far(tmp_path, "one")
+    assert recipe.cache is not None
+    odd = replace(recipe, cache=replace(recipe.cache, root=f"file://{tmp_path}/a[1] *?/b"))
+    cache.run(odd)
+    assert len(list((tmp_path / "a[1] *?/b").iterdir())) == 12 and len(values(odd)) == 32
+
+
+def test_the_longest_unused_goes_first_and_a_dead_download_is_removed(tmp_path):
+    cache.run(far(tmp_path, "one"))
+    tar = max(path.stat().st_size for path in (tmp_path / "bucket").glob("train*.tar"))
+    small = far(tmp_path, "two", local_gb=2.5 * tar / 1e9)
+    shards = cache.open_cache(small).shards["train"]
+    folder = next((tmp_path / "two").iterdir())
+    dead = folder / f".{shards[0].path.name}.elsewhere.1.{'0' * 8}.tmp"
+    dead.write_bytes(b"x")
+    os.utime(dead, (0, 0))
+    for number in (0, 1, 0, 2):
+        shards[number].read(0)
+        time.sleep(0.02)
+    assert {path.name[:9] for path in folder.glob("*.tar")} == {"train-000", "train-002"}
+    cache.open_cache(small)
+    assert not dead.exists()
+
+
+def test_a_tar_that_another_process_evicts_before_it_is_opened_is_fetched_again(tmp_path, monkeypatch):
+    cache.run(far(tmp_path, "one"))
+    reader = cache.open_cache(far(tmp_path, "two")).shards["train"][0]
+    fetch, times = Bucket.fetch, []
+
+    def evicted(self: Bucket, name: str, sha256: str) -> Path:
+        path = fetch(self, name, sha256)
+        times.append(name)
+        if len(times) < 3:
+            path.unlink()
+        return path
+
+    monkeypatch.setattr(Bucket, "fetch", evicted)
+    assert reader.read(0)["embedding"].std() > 0.1 and len(times) == 3
