@@ -41,7 +41,10 @@ def test_two_roots_are_two_splits_with_one_list_of_classes(tmp_path):
     source = ImageClasses(str(tmp_path / "train"), str(tmp_path / "val"))
     assert labels(source, "validation") == {"b/0.v1.JPEG": 1}
     assert sorted(labels(source, "train").values()) == [0, 0, 0, 1, 1]
-    assert ImageClasses("x").identity() != ImageClasses("x", "y").identity()
+    alone = ImageClasses(str(tmp_path / "train"))
+    assert alone.identity() != source.identity()
+    fill(tmp_path / "train", aa=1)  # after which the label of b is 2
+    assert ImageClasses(str(tmp_path / "train")).identity() != alone.identity()
 
 
 def test_a_limit_and_the_registry(tmp_path):

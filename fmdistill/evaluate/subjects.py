@@ -49,7 +49,7 @@ def check_grid(protocol: grid_miou.GridMiou, recipe: Recipe) -> None:
         raise UserError(
             "floors=true: the mean embedding needs the padded tokens of the training images, and a cache with "
             "cache.trim=true keeps none; set cache.trim=false, or judge by a protocol with floors=false, such as "
-            "eval/sam_grid_tail.yaml"
+            "protocols=[eval/sam_grid_tail.yaml]"
         )
 
 

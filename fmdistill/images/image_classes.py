@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from hashlib import blake2b
 from pathlib import Path
 
 from fmdistill.images.folder import Folder
@@ -80,9 +81,10 @@ class ImageClasses:
         return self._labelled(self._folder.fetch(self._inner(shard), key))
 
     def identity(self) -> dict:
-        """Return what decides keys, splits and shards."""
+        """Return what decides keys, splits, shards and labels: another class among the folders moves those after it."""
         held_out = "root" if self.validation_root is None else "validation_root"
-        return {"name": "image_classes", "validation": held_out, "shard_size": self.shard_size}
+        classes = blake2b("\n".join(self.classes).encode(errors="surrogateescape"), digest_size=8).hexdigest()
+        return {"name": "image_classes", "validation": held_out, "shard_size": self.shard_size, "classes": classes}
 
     @cached_property
     def _folder(self) -> Folder:
