@@ -142,7 +142,10 @@ def _together(data: Data, places: Iterator[list[Place]], threads: int) -> Genera
     elif not threads:
         yield from (_pinned(data.together(chosen)) for chosen in places)
     else:
-        pool, waiting = ThreadPoolExecutor(threads), deque()
+        gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
+        # a thread begins with the first GPU, on which to pin memory would cost every process a context
+        own = {} if gpu is None else {"initializer": torch.cuda.set_device, "initargs": (gpu,)}
+        pool, waiting = ThreadPoolExecutor(threads, **own), deque()
         try:
             for chosen in places:
                 waiting.append(pool.submit(lambda chosen: _pinned(data.together(chosen)), chosen))
