@@ -1,12 +1,15 @@
 """The plan's figures are those of the job that follows, and measuring leaves nothing behind."""
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tiny
 import toy_digits
+from PIL import Image
 
 from fmdistill import cache, recipe
 from fmdistill.cache import footprint
@@ -108,6 +111,34 @@ def test_a_disk_that_is_too_small_is_said_with_a_limit_that_fits(tmp_path, monke
     cut = plan.run(tiny.load(tmp_path, "cache.codec=fp32", f"images.limit={found.disk.limit}"), QUICK)
     assert cut.disk and cut.disk.missing < found.disk.free and "TOO LITTLE" not in plan.text(cut, "tiny.yaml")
     assert found.disk.limit > 8
+
+
+def broken(folder, count, *overrides):
+    """The toy recipe on files of which the first `count` training images, by name, cannot be decoded."""
+    for split in ("train", "validation"):
+        (folder / split).mkdir()
+    for number in range(8):
+        drawn = np.random.default_rng(number).integers(0, 255, (64, 48, 3), np.uint8)
+        for split in ("train", "validation"):
+            Image.fromarray(drawn).save(folder / split / f"{number}.png")
+        if number < count:
+            (folder / f"train/{number}.png").write_bytes(b"no image")
+    files = [f"images.root={folder}/train", f"images.validation_root={folder}/validation"]
+    return tiny.load(folder, "images.name=folder", *files, *overrides)
+
+
+def test_images_that_would_stop_the_pass_are_said_with_the_setting(tmp_path):
+    settings = broken(tmp_path, 1)
+    found = plan.run(settings, QUICK)
+    assert found.taught and (found.taught.images, found.taught.failed) == (12, 1)
+    (line,) = [line for line in plan.text(found, "tiny.yaml").splitlines() if line.startswith("WOULD STOP")]
+    assert "8.3% of the images" in line and "cache.max_failed=0.01." in line
+    with pytest.raises(UserError, match="max_failed=0.01"):
+        cache.run(settings)
+    assert line.endswith("set cache.max_failed=0.09") and settings.cache
+    allowed = replace(settings, cache=replace(settings.cache, max_failed=0.09))
+    assert "WOULD STOP" not in plan.text(plan.run(allowed, QUICK), "tiny.yaml")
+    cache.run(allowed)
 
 
 def test_without_a_cached_teacher_training_alone_is_planned(tmp_path):

@@ -1,5 +1,6 @@
 """Plan a recipe before anything is spent: images, bytes and hours, from a handful of images that run now."""
 
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -40,6 +41,7 @@ class Settings:
 class Plan:
     """What a recipe will take; hours are those of one device like the measured one."""
 
+    recipe: Recipe
     images: dict[str, int]  # by split
     shards: dict[str, int]
     counted: bool  # whether every shard was counted, rather than a sample of them
@@ -49,8 +51,6 @@ class Plan:
     devices: tuple[str, str]  # of the teacher and of training
     steps: int
     seconds: float  # of a training step
-    batch_size: int
-    pieces: int  # of a batch on one device
     gpus: list[int]
     why_no_cache: str = ""
 
@@ -100,6 +100,7 @@ def run(recipe: Recipe, settings: Settings) -> Plan:
         model = None  # training has the device for itself
         seconds = step_seconds(small, settings.steps)
     return Plan(
+        recipe=recipe,
         images=totals,
         shards={split: sum(s.split == split for s in shards) for split in SPLITS},
         counted=counted,
@@ -109,8 +110,6 @@ def run(recipe: Recipe, settings: Settings) -> Plan:
         devices=(place, device_name(train.device, "train.device")),
         steps=total_steps(train, Batches((totals["train"],), train.batch_size, recipe.seed, train.window)),
         seconds=seconds,
-        batch_size=train.batch_size,
-        pieces=train.accumulate,
         gpus=settings.gpus,
         why_no_cache="" if cached else ("teacher.live=true" if recipe.teacher else "no teacher"),
     )
@@ -145,10 +144,12 @@ def text(plan: Plan, name: str) -> str:
         taught = plan.taught
         failed = f", {taught.failed} of them without an output" if taught.failed else ""
         lines.append(f"teacher pass  {plan.rate:.3g} images/s, of {taught.images} images{failed}, on {plan.devices[0]}")
+        lines += _failed_lines(plan, taught)
+    batch_size = plan.recipe.train.batch_size
     with_teacher = ", the live teacher among it" if plan.why_no_cache.startswith("teacher.live") else ""
     lines.append(
-        f"training      {plan.batch_size / plan.seconds:.3g} images/s, {plan.seconds:.3g} s a step of "
-        f"{plan.batch_size} images, {plan.steps} steps, on {plan.devices[1]}{with_teacher}"
+        f"training      {batch_size / plan.seconds:.3g} images/s, {plan.seconds:.3g} s a step of "
+        f"{batch_size} images, {plan.steps} steps, on {plan.devices[1]}{with_teacher}"
     )
     lines += ["", "| devices like this | teacher pass, h | training, h | together, h |", "|---|---|---|---|"]
     lines += [_hours(plan, count) for count in plan.gpus]
@@ -160,11 +161,24 @@ def text(plan: Plan, name: str) -> str:
     return "\n".join(lines)
 
 
+def _failed_lines(plan: Plan, taught: Taught) -> list[str]:
+    assert plan.recipe.cache is not None
+    share, allowed = taught.failed / taught.images, plan.recipe.cache.max_failed
+    if share <= allowed or not plan.missing_images:
+        return []
+    return [
+        f"WOULD STOP    caching, where as many fail as here: {share:.1%} of the images gave no output, more than "
+        f"cache.max_failed={allowed:g}. The way out: repair or remove them, or set "
+        f"cache.max_failed={math.ceil(100 * share) / 100:g}"
+    ]
+
+
 def _hours(plan: Plan, count: int) -> str:
-    fits = plan.batch_size % (count * plan.pieces) == 0
+    train = plan.recipe.train
+    fits = train.batch_size % (count * train.accumulate) == 0
     training = f"{plan.training_hours / count:.3g}" if fits else "-"
     both = f"{(plan.teacher_hours + plan.training_hours) / count:.3g}" if fits else "-"
-    why = "" if fits else f" train.batch_size={plan.batch_size} is not divisible by {count} devices |"
+    why = "" if fits else f" train.batch_size={train.batch_size} is not divisible by {count} devices |"
     return f"| {count} | {plan.teacher_hours / count:.3g} | {training} | {both} |{why}"
 
 
