@@ -141,6 +141,17 @@ def test_images_that_would_stop_the_pass_are_said_with_the_setting(tmp_path):
     cache.run(allowed)
 
 
+@pytest.mark.parametrize("count", [1, 5])
+def test_a_handful_of_broken_images_is_enlarged(count, tmp_path):
+    found = plan.run(broken(tmp_path, count), plan.Settings(images=1, steps=1))
+    assert found.taught and found.taught.failed == count and found.seconds > 0
+
+
+def test_a_shard_of_nothing_but_broken_images_stops_the_plan_as_it_would_the_pass(tmp_path):
+    with pytest.raises(UserError, match="none of its 8 images gave an output"):
+        plan.run(broken(tmp_path, 8), plan.Settings(images=1, steps=1))
+
+
 def test_without_a_cached_teacher_training_alone_is_planned(tmp_path):
     live = plan.run(tiny.load(tmp_path, "teacher.live=true", "cache=null"), QUICK)
     assert live.disk is None and live.taught is None and live.teacher_hours == 0 < live.training_hours

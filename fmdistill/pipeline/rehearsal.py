@@ -19,11 +19,13 @@ from fmdistill.cache.teacher_pass import Pass, processes
 from fmdistill.distill import tasks
 from fmdistill.distill.data import Data, Place, Together
 from fmdistill.distill.train import Engine, fit
+from fmdistill.images import DecodeError, Encoded, decode
 from fmdistill.images import build as build_images
 from fmdistill.logs import progress
 from fmdistill.recipe import Recipe, merge, parse_overrides
 from fmdistill.registry import UserError, convert, typed
 
+LOOKED = 64  # images of a split among which a handful looks for one that can be decoded
 S = TypeVar("S")
 
 
@@ -76,14 +78,33 @@ def alone(verb: str) -> None:
 
 
 def on_handful(recipe: Recipe, count: int, folder: Path) -> Recipe:
-    """Return the recipe cut to `count` images of each split, its cache and run in `folder`."""
+    """Return the recipe cut to `count` images of each split, its cache and run in `folder`.
+
+    Where none of those can be decoded there are more, since a shard without an output stops a teacher pass.
+    """
     limit = convert(recipe.images.get("limit"), int | None, "images.limit")
+    while count < LOOKED and not _decodable(merge(recipe.images, {"limit": min(count, limit or count)})):
+        count *= 2
     return dataclasses.replace(
         recipe,
         out=str(folder / "run"),
         images=merge(recipe.images, {"limit": min(count, limit or count)}),
         cache=recipe.cache and dataclasses.replace(recipe.cache, root=str(folder / "cache")),
     )
+
+
+def _decodable(images: Mapping[str, Any]) -> bool:
+    """Return whether each shard that the limit cuts holds an image that can be decoded."""
+    made = build_images(images)
+    return all(any(map(_decodes, made.read(shard))) for shard in made.shards() if shard.take is not None)
+
+
+def _decodes(image: Encoded) -> bool:
+    try:
+        decode(image.data)
+    except DecodeError:
+        return False
+    return True
 
 
 def teach(recipe: Recipe, model: Teacher) -> Taught:
