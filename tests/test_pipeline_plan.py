@@ -69,7 +69,7 @@ def test_bytes_are_those_that_the_cache_then_takes(made, tmp_path):
 
 def test_every_codec_is_foretold_and_what_is_there_is_not_counted_again(tmp_path):
     found = plan.run(tiny.load(tmp_path), QUICK)
-    assert found.disk and found.disk.tars.keys() == CODECS.keys() and found.missing_images == 32
+    assert found.disk and found.disk.tars.keys() == {*CODECS, "fp16-trimmed"} and found.missing_images == 32
     for codec in CODECS:
         settings = tiny.load(tmp_path, f"cache.codec={codec}", f"cache.root={tmp_path}/{codec}")
         cache.run(settings)
@@ -83,6 +83,20 @@ def test_every_codec_is_foretold_and_what_is_there_is_not_counted_again(tmp_path
     assert again.disk and again.disk.missing_shards == 1 and again.missing_images == 8
     assert first.stat().st_size < again.disk.missing < 3 * first.stat().st_size  # and a sidecar
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_trimming_takes_is_foretold_by_settings_that_can_be_given(tmp_path):
+    every = plan.Settings(images=24, steps=1)
+    found = plan.run(tiny.load(tmp_path), every)
+    trimmed = ["objective.embedding.padding=exclude", "cache.codec=fp16", "cache.trim=true"]
+    own = plan.run(tiny.load(tmp_path, *trimmed), every)
+    assert found.disk and own.disk and own.disk.codec == "fp16-trimmed"
+    assert found.disk.tars == pytest.approx(own.disk.tars, rel=0.01) and own.disk.tars.keys() == found.disk.tars.keys()
+    cache.run(tiny.load(tmp_path, *trimmed))
+    assert sizes(tmp_path / "cache", ".tar") == own.disk.tars["fp16-trimmed"] < own.disk.tars["fp16"]
+    shown = plan.text(found, "tiny.yaml"), plan.text(own, "tiny.yaml")
+    assert "with cache.codec=fp16 in" in shown[0] and "with cache.codec=fp16 cache.trim=true in" in shown[1]
+    assert all("fp16 with cache.trim=true" in one and "-trimmed" not in one for one in shown)
 
 
 def test_hours_are_images_by_rate_and_steps_by_seconds(tmp_path):

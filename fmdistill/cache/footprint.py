@@ -3,13 +3,16 @@
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from fmdistill.cache.codec import CODECS, Codec, by_split, stacked
 from fmdistill.cache.reader import Cache
+from fmdistill.cache.teacher import pads
+from fmdistill.cache.writer import cut
 from fmdistill.images import Images, Shard
 from fmdistill.images.source import SPLITS
 from fmdistill.logs import log
@@ -23,8 +26,8 @@ class Disk:
     """Bytes that the whole cache takes, and where it will lie."""
 
     root: Path
-    codec: str  # of the training images
-    tars: Mapping[str, int]  # by that codec, were it another; validation's is always exact
+    codec: str  # label of that of the training images
+    tars: Mapping[str, int]  # by that codec's label, were it another; validation's is always exact
     sidecars: int
     beside: int  # manifest and the teacher's head
     missing_shards: int
@@ -79,7 +82,11 @@ def estimate_disk(
 
     exact = chosen(shards, "validation")
     by_codec = {labels["train"]: round(exact + chosen(shards, "train"))}
-    for name, codec in CODECS.items():
+    tried = dict(CODECS)
+    if pads(small.preprocess):
+        own = replace(codecs["train"], trim=True)
+        tried[own.label] = own
+    for name, codec in tried.items():
         if name not in by_codec and (ratio := _encoded(small, codec)) is not None:
             by_codec[name] = round(exact + tars(shards, "train", codec, ratio))
     parts = {split: chosen(shards, split) + sidecars([s for s in shards if s.split == split]) for split in SPLITS}
@@ -121,17 +128,20 @@ def _written(small: Cache, split: str, codec: Codec) -> float:
 def _encoded(small: Cache, codec: Codec) -> float | None:
     """Return the bytes of the handful's maps as `codec` encodes them, as `_written`; None where it cannot hold them."""
     written = told = 0
-    for reader in small.shards["validation"] or small.shards["train"]:
-        for index in range(len(reader.samples)):
+    # Validation is exact, so it tells what a codec holds; what trimming leaves out are training images' padded tokens.
+    for reader in small.shards["train" if codec.trim or not small.shards["validation"] else "validation"]:
+        for index, sample in enumerate(reader.samples):
+            valid = small.preprocess.valid(torch.tensor([sample["resized"]]))[0].numpy()
             for name, array in reader.read(index).items():
                 if stacked(array.shape):
                     continue
+                own = codec.of(name)
                 try:
-                    written += BLOCK + -(-len(codec.of(name).encode(array)) // BLOCK) * BLOCK
+                    written += BLOCK + -(-len(own.encode(cut(array, own, valid))) // BLOCK) * BLOCK
                 except OverflowError as error:
                     log.warning("%s: %s", reader.name, error)
                     return None
-                told += codec.of(name).size(array.shape)
+                told += own.size(array.shape)
     return written / told if told else 1.0
 
 

@@ -67,9 +67,14 @@ def check(settings: Mapping[str, Any], trim: bool = False, similarity: bool = Fa
     return bound
 
 
+def pads(preprocess: Preprocess) -> bool:
+    """Return whether some images are padded, so that not all of their tokens are valid."""
+    return not bool(preprocess.valid(torch.tensor([[1, 1]])).all())
+
+
 def check_pads(model: Teacher) -> None:
     """Raise a UserError unless the teacher pads images: what `cache.trim` leaves out."""
-    if bool(model.preprocess.valid(torch.tensor([[1, 1]])).all()):
+    if not pads(model.preprocess):
         refuse_trim(type(model).__name__)
 
 

@@ -109,7 +109,7 @@ class ShardWriter:
 
     def add(self, item: Prepared, outputs: dict[str, np.ndarray], valid: np.ndarray) -> None:
         """Append one image's outputs; a value that the codec cannot hold is recorded as a failure."""
-        kept = {name: self._kept(name, array, valid) for name, array in outputs.items()}
+        kept = {name: cut(array, self.codec.of(name), valid) for name, array in outputs.items()}
         try:
             members = {
                 name: codec.pack(array).tobytes() if stacked(array.shape) else codec.encode(array)
@@ -141,16 +141,6 @@ class ShardWriter:
             sample["outputs"][name] = {**record, "shape": list(shape)} if shape != outputs[name].shape else record
             self.statistics.add(name, outputs[name], valid)
         self.samples.append(sample)
-
-    def _kept(self, name: str, array: np.ndarray, valid: np.ndarray) -> np.ndarray:
-        """Return what the codec keeps of an output: all, or of a map the rectangle of valid tokens."""
-        if not self.codec.of(name).trim or array.shape[1:] != valid.shape:
-            return array
-        height, width = int(valid.any(1).sum()), int(valid.any(0).sum())
-        assert valid[:height, :width].all() and valid.sum() == height * width, (
-            "what is valid is no upper left rectangle"
-        )
-        return array[:, :height, :width]
 
     def _stack(self) -> None:
         for name, rows in self.rows.items():
@@ -220,6 +210,15 @@ class ShardWriter:
         except OSError:  # a full disk, again
             pass
         self.temporary.unlink(missing_ok=True)
+
+
+def cut(array: np.ndarray, codec: Codec, valid: np.ndarray) -> np.ndarray:
+    """Return what `codec` keeps of an output: all, or of a map the rectangle of valid tokens."""
+    if not codec.trim or array.shape[1:] != valid.shape:
+        return array
+    height, width = int(valid.any(1).sum()), int(valid.any(0).sum())
+    assert valid[:height, :width].all() and valid.sum() == height * width, "what is valid is no upper left rectangle"
+    return array[:, :height, :width]
 
 
 def image_hash(data: bytes) -> str:

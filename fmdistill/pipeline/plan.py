@@ -9,7 +9,7 @@ from pathlib import Path
 from fmdistill import cache, pipeline
 from fmdistill.cache import Cache, manifest, sidecar, teacher
 from fmdistill.cache.bucket import local
-from fmdistill.cache.codec import EXACT, by_split
+from fmdistill.cache.codec import EXACT, by_split, named
 from fmdistill.cache.footprint import COUNTED, Disk, count, estimate_disk
 from fmdistill.cache.order import Batches
 from fmdistill.cache.teacher import Teacher
@@ -185,24 +185,31 @@ def _hours(plan: Plan, count: int) -> str:
 def _disk_lines(plan: Plan) -> list[str]:
     disk = plan.disk
     assert disk is not None
-    sizes = ", ".join(f"{name} {_bytes(size)}" for name, size in disk.tars.items())
+    sizes = ", ".join(f"{_setting(label, ' with ')} {_bytes(size)}" for label, size in disk.tars.items())
     total, shards = disk.tars[disk.codec] + disk.sidecars + disk.beside, sum(plan.shards.values())
     lines = [
         f"embeddings    by codec of the training images: {sizes}; validation's are {EXACT} in each",
         f"beside them   sidecars {_bytes(disk.sidecars)}, manifest and the teacher's head {_bytes(disk.beside)}",
-        f"cache         {_bytes(total)} with cache.codec={disk.codec} in {disk.root}; "
+        f"cache         {_bytes(total)} with cache.codec={_setting(disk.codec)} in {disk.root}; "
         f"{shards - disk.missing_shards} of {shards} shards are there, {_bytes(disk.missing)} to come; "
         f"{_bytes(disk.free)} free",
     ]
     if disk.missing > disk.free:
         enough = disk.tars[disk.codec] - (disk.missing - disk.free)
-        fitting = [name for name, size in disk.tars.items() if size <= enough]
-        codec = f" cache.codec={max(fitting, key=lambda name: disk.tars[name])}," if fitting else ""  # the least lossy
+        # Not trimmed, which not every objective takes; of the others the largest is the least lossy.
+        fitting = [name for name, size in disk.tars.items() if size <= enough and not named(name).trim]
+        codec = f" cache.codec={max(fitting, key=lambda name: disk.tars[name])}," if fitting else ""
         lines.append(
             f"TOO LITTLE    {_bytes(disk.missing - disk.free)} are lacking on that disk. The way out: "
             f"images.limit={disk.limit},{codec} or another cache.root=FOLDER"
         )
     return lines
+
+
+def _setting(label: str, joint: str = " ") -> str:
+    """Return the value of cache.codec that gives the codec of this label, and cache.trim=true where it trims."""
+    codec = named(label)
+    return f"{codec.name}{joint}cache.trim=true" if codec.trim else codec.name
 
 
 def _bytes(count: int) -> str:
