@@ -99,6 +99,30 @@ def test_what_trimming_takes_is_foretold_by_settings_that_can_be_given(tmp_path)
     assert all("fp16 with cache.trim=true" in one and "-trimmed" not in one for one in shown)
 
 
+def test_what_a_killed_process_loses_is_told(tmp_path):
+    found = plan.run(tiny.load(tmp_path, "images.shard_size=10"), QUICK)
+    assert found.disk and [round(images) for _, images, _ in found.disk.held] == [10, 10, 8, 4]
+    (line,) = [line for line in plan.text(found, "tiny.yaml").splitlines() if line.startswith("a shard ")]
+    assert "up to 10 images, 0.0" in line and line.endswith(" s of the teacher: the most that a killed process loses")
+    cache.run(tiny.load(tmp_path, "images.shard_size=10"))
+    again = plan.run(tiny.load(tmp_path, "images.shard_size=10"), QUICK)
+    assert "a shard " not in plan.text(again, "tiny.yaml")  # nothing is left to lose
+
+
+def test_a_window_that_does_not_fit_in_what_is_kept_of_a_bucket_is_said(tmp_path):
+    settings = tiny.load(tmp_path)
+    assert settings.cache
+    far = replace(settings.cache, root=f"file://{tmp_path}/bucket", local=str(tmp_path / "here"))
+    found = plan.run(replace(settings, cache=far), QUICK)
+    assert found.disk
+    shown = plan.text(found, "tiny.yaml")
+    assert f"in file://{tmp_path}/bucket, copies in {tmp_path}/here" in shown and "TOO LITTLE" not in shown
+    train = [size for split, _, size in found.disk.held if split == "train"]
+    small = replace(found, recipe=replace(settings, cache=replace(far, local_gb=1.5 * train[0] / 1e9)))
+    (line,) = [line for line in plan.text(small, "tiny.yaml").splitlines() if line.startswith("TOO LITTLE")]
+    assert f"train.window=2 shards take {sum(train[:2]) / 1e6:.3g} MB" in line and "cache.local_gb=3.8e-05," in line
+
+
 def test_hours_are_images_by_rate_and_steps_by_seconds(tmp_path):
     found = plan.run(tiny.load(tmp_path), plan.Settings(images=5, steps=2, gpus=[1, 2, 3]))
     assert found.taught and (found.taught.images, found.taught.failed) == (10, 0)

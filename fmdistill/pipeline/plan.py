@@ -183,27 +183,53 @@ def _hours(plan: Plan, count: int) -> str:
 
 
 def _disk_lines(plan: Plan) -> list[str]:
-    disk = plan.disk
-    assert disk is not None
+    disk, settings = plan.disk, plan.recipe.cache
+    assert disk is not None and settings is not None
     sizes = ", ".join(f"{_setting(label, ' with ')} {_bytes(size)}" for label, size in disk.tars.items())
     total, shards = disk.tars[disk.codec] + disk.sidecars + disk.beside, sum(plan.shards.values())
+    far = "://" in settings.root
+    where = f"{settings.root}, copies in {disk.root}" if far else str(disk.root)
     lines = [
         f"embeddings    by codec of the training images: {sizes}; validation's are {EXACT} in each",
         f"beside them   sidecars {_bytes(disk.sidecars)}, manifest and the teacher's head {_bytes(disk.beside)}",
-        f"cache         {_bytes(total)} with cache.codec={_setting(disk.codec)} in {disk.root}; "
+        f"cache         {_bytes(total)} with cache.codec={_setting(disk.codec)} in {where}; "
         f"{shards - disk.missing_shards} of {shards} shards are there, {_bytes(disk.missing)} to come; "
-        f"{_bytes(disk.free)} free",
+        f"{_bytes(disk.free)} free{' here' * far}",
     ]
-    if disk.missing > disk.free:
-        enough = disk.tars[disk.codec] - (disk.missing - disk.free)
-        # Not trimmed, which not every objective takes; of the others the largest is the least lossy.
-        fitting = [name for name, size in disk.tars.items() if size <= enough and not named(name).trim]
-        codec = f" cache.codec={max(fitting, key=lambda name: disk.tars[name])}," if fitting else ""
+    if plan.missing_images:
+        _, images, size = disk.held[0]
         lines.append(
-            f"TOO LITTLE    {_bytes(disk.missing - disk.free)} are lacking on that disk. The way out: "
-            f"images.limit={disk.limit},{codec} or another cache.root=FOLDER"
+            f"a shard       up to {images:,.0f} images, {_bytes(size)}, {_time(images / plan.rate / 3600)} of the "
+            f"teacher: the most that a killed process loses"
         )
-    return lines
+    return lines + (_window_lines(plan, disk) if far else _lacking_lines(disk))
+
+
+def _lacking_lines(disk: Disk) -> list[str]:
+    if disk.missing <= disk.free:
+        return []
+    enough = disk.tars[disk.codec] - (disk.missing - disk.free)
+    # Not trimmed, which not every objective takes; of the others the largest is the least lossy.
+    fitting = [name for name, size in disk.tars.items() if size <= enough and not named(name).trim]
+    codec = f" cache.codec={max(fitting, key=lambda name: disk.tars[name])}," if fitting else ""
+    return [
+        f"TOO LITTLE    {_bytes(disk.missing - disk.free)} are lacking on that disk. The way out: "
+        f"images.limit={disk.limit},{codec} or another cache.root=FOLDER"
+    ]
+
+
+def _window_lines(plan: Plan, disk: Disk) -> list[str]:
+    """Return a warning where training draws from more shards at once than a bucket's copies here may take."""
+    assert plan.recipe.cache is not None
+    window, allowed = plan.recipe.train.window, plan.recipe.cache.local_gb
+    taken = sum(sorted(size for split, _, size in disk.held if split == "train")[-window:])
+    if taken <= allowed * 1e9:
+        return []
+    enough = float(f"{1.1 * taken / 1e9:.2g}")
+    return [
+        f"TOO LITTLE    train.window={window} shards take {_bytes(taken)}, more than cache.local_gb={allowed:g}: "
+        f"training would fetch them again and again. The way out: cache.local_gb={enough:g}, or a smaller train.window"
+    ]
 
 
 def _setting(label: str, joint: str = " ") -> str:
@@ -212,5 +238,11 @@ def _setting(label: str, joint: str = " ") -> str:
     return f"{codec.name}{joint}cache.trim=true" if codec.trim else codec.name
 
 
-def _bytes(count: int) -> str:
+def _time(hours: float) -> str:
+    if hours >= 0.1:
+        return f"{hours:.3g} h"
+    return f"{60 * hours:.2g} min" if hours >= 1 / 60 else f"{3600 * hours:.2g} s"
+
+
+def _bytes(count: float) -> str:
     return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"

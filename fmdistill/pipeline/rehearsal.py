@@ -89,7 +89,7 @@ def on_handful(recipe: Recipe, count: int, folder: Path) -> Recipe:
         recipe,
         out=str(folder / "run"),
         images=merge(recipe.images, {"limit": min(count, limit or count)}),
-        cache=recipe.cache and dataclasses.replace(recipe.cache, root=str(folder / "cache")),
+        cache=recipe.cache and dataclasses.replace(recipe.cache, root=str(folder / "cache"), local=""),
     )
 
 
