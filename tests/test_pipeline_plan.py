@@ -133,7 +133,9 @@ def test_hours_are_images_by_rate_and_steps_by_seconds(tmp_path):
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown.splitlines() if line.startswith("| ")]
     assert [row[0] for row in rows] == ["devices like this", "1", "2", "3"]
     together = found.teacher_hours + found.training_hours
-    assert rows[2][1:] == [f"{h / 2:.3g}" for h in (found.teacher_hours, found.training_hours, together)]
+    assert rows[2][1:] == [f"{1800 * h:.2g} s" for h in (found.teacher_hours, found.training_hours, together)]
+    day = replace(found, missing_images=round(found.rate * 24 * 3600), seconds=4.8 * 60 / found.steps)
+    assert "| 1 | 24 h | 4.8 min | 24.1 h |" in plan.text(day, "tiny.yaml")
     assert rows[3][2] == "-" and "train.batch_size=8 is not divisible by 3" in rows[3][4]
     epochs = plan.run(tiny.load(tmp_path, "train.epochs=5"), QUICK)
     assert epochs.steps == 15  # five epochs of 24 images, eight a step

@@ -151,11 +151,11 @@ def text(plan: Plan, name: str) -> str:
         f"training      {batch_size / plan.seconds:.3g} images/s, {plan.seconds:.3g} s a step of "
         f"{batch_size} images, {plan.steps} steps, on {plan.devices[1]}{with_teacher}"
     )
-    lines += ["", "| devices like this | teacher pass, h | training, h | together, h |", "|---|---|---|---|"]
-    lines += [_hours(plan, count) for count in plan.gpus]
+    lines += ["", "| devices like this | teacher pass | training | together |", "|---|---|---|---|"]
+    lines += [_times(plan, count) for count in plan.gpus]
     lines += [
         "",
-        "Hours are those of one device as measured now, divided by the devices: no loss by sharing is counted.",
+        "Times are those of one device as measured now, divided by the devices: no loss by sharing is counted.",
     ]
     lines.append("Left out: evaluation, validation during training, and loading teacher and student.")
     return "\n".join(lines)
@@ -173,13 +173,13 @@ def _failed_lines(plan: Plan, taught: Taught) -> list[str]:
     ]
 
 
-def _hours(plan: Plan, count: int) -> str:
+def _times(plan: Plan, count: int) -> str:
     train = plan.recipe.train
     fits = train.batch_size % (count * train.accumulate) == 0
-    training = f"{plan.training_hours / count:.3g}" if fits else "-"
-    both = f"{(plan.teacher_hours + plan.training_hours) / count:.3g}" if fits else "-"
+    training = _time(plan.training_hours / count) if fits else "-"
+    both = _time((plan.teacher_hours + plan.training_hours) / count) if fits else "-"
     why = "" if fits else f" train.batch_size={train.batch_size} is not divisible by {count} devices |"
-    return f"| {count} | {plan.teacher_hours / count:.3g} | {training} | {both} |{why}"
+    return f"| {count} | {_time(plan.teacher_hours / count)} | {training} | {both} |{why}"
 
 
 def _disk_lines(plan: Plan) -> list[str]:
@@ -240,7 +240,7 @@ def _setting(label: str, joint: str = " ") -> str:
 
 def _time(hours: float) -> str:
     if hours >= 0.1:
-        return f"{hours:.3g} h"
+        return f"{hours:.3g} h" if hours < 100 else f"{hours:,.0f} h"
     return f"{60 * hours:.2g} min" if hours >= 1 / 60 else f"{3600 * hours:.2g} s"
 
 
