@@ -224,11 +224,17 @@ def test_repeated_data_give_the_same_items():
 def test_what_cannot_be_planned_is_said(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="only 24 training images"):
         plan.run(tiny.load(tmp_path, "train.batch_size=32"), QUICK)
-    for wrong, said in (("images=0", "plan.images=0"), ("gpus=[]", "plan.gpus"), ("step=3", "Did you mean 'steps'")):
+    for wrong, said in (
+        ("images=0", "plan.images=0"),
+        ("gpus=[]", "plan.gpus"),
+        ("gpus=0", "plan.gpus=0"),
+        ("step=3", "Did you mean 'steps'"),
+    ):
         with pytest.raises(UserError, match=said):
             verb_settings("plan", plan.Settings, [f"plan.{wrong}"])
     made = verb_settings("plan", plan.Settings, ["train.steps=3", "plan.gpus=[1, 16]", "plan.images=4"])
     assert made == (plan.Settings(images=4, gpus=[1, 16]), ["train.steps=3"])
+    assert verb_settings("plan", plan.Settings, ["plan.gpus=8"])[0].devices == [8]
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="without torchrun"):
         plan.run(tiny.load(tmp_path), QUICK)

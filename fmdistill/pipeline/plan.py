@@ -28,13 +28,18 @@ class Settings:
 
     images: int | None = None  # of each split to measure on; null = two of the teacher's batches
     steps: int = 3  # training steps to measure, after one that warms up
-    gpus: list[int] = field(default_factory=lambda: [1, 2, 4, 8])  # how many devices to tell the hours of
+    gpus: list[int] | int = field(default_factory=lambda: [1, 2, 4, 8])  # how many devices to tell the hours of
 
     def __post_init__(self) -> None:
-        given = {"images": [1 if self.images is None else self.images], "steps": [self.steps], "gpus": self.gpus}
+        given = {"images": [1 if self.images is None else self.images], "steps": [self.steps], "gpus": self.devices}
         for name, values in given.items():
             if min(values, default=0) < 1:
                 raise UserError(f"plan.{name}={getattr(self, name)}: expected 1 or more")
+
+    @property
+    def devices(self) -> list[int]:
+        """How many devices to tell the hours of, in a list also where one number was given."""
+        return [self.gpus] if isinstance(self.gpus, int) else self.gpus
 
 
 @dataclass(frozen=True)
@@ -110,7 +115,7 @@ def run(recipe: Recipe, settings: Settings) -> Plan:
         devices=(place, device_name(train.device, "train.device")),
         steps=total_steps(train, Batches((totals["train"],), train.batch_size, recipe.seed, train.window)),
         seconds=seconds,
-        gpus=settings.gpus,
+        gpus=settings.devices,
         why_no_cache="" if cached else ("teacher.live=true" if recipe.teacher else "no teacher"),
     )
 
