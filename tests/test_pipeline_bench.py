@@ -1,6 +1,8 @@
 """The bench's figures agree with each other and with real files, and its rivals do the teacher's very work."""
 
 import json
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,19 @@ def test_a_teacher_without_its_weights_is_measured(vit_b, tmp_path):
         assert {f"{codec}: {what}" for what in ("encode", "decode", "write a shard", "read again")} <= rows.keys()
     shown = bench.text(found)
     assert "WEIGHTS DRAWN AT RANDOM" in shown and len(shown.splitlines()) == 4 + len(found["rows"])
+
+
+def test_a_bucket_s_copies_here_are_on_the_disk_that_is_measured(tmp_path, monkeypatch):
+    asked, made = [], tempfile.TemporaryDirectory
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", lambda **given: asked.append(given["dir"]) or made(**given))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "own"))
+    (tmp_path / "own").mkdir()
+    settings = tiny.load(tmp_path)
+    assert settings.cache
+    for local, found in (("", tmp_path / "own"), (str(tmp_path / "run/copies"), tmp_path / "run")):
+        far = replace(settings.cache, root="s3://nowhere/cache", local=local)  # nobody asks for it
+        bench.run(replace(settings, cache=far), bench.Settings(images=1, rounds=1, megabytes=0.01))
+        assert Path(asked.pop()) == found and not asked
 
 
 def test_an_image_s_bytes_are_those_of_a_cache(tmp_path):

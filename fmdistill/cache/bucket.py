@@ -151,8 +151,8 @@ class Bucket:
         return Remote(self.url)
 
 
-def local(settings: Cache) -> Path:
-    """Return the folder of the cache at `settings.root`: of a URL that on this machine, with all small files."""
+def place(settings: Cache) -> Path:
+    """Return where the folder of the cache at `settings.root` lies on this machine, there or not; nothing is asked."""
     root = settings.root
     if "://" not in root:
         if settings.local:
@@ -161,7 +161,14 @@ def local(settings: Cache) -> Path:
             )
         return Path(root)
     home = Path(settings.local or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fmdistill")
-    folder = home / hashlib.sha256(root.rstrip("/").encode()).hexdigest()[:32]
+    return home / hashlib.sha256(root.rstrip("/").encode()).hexdigest()[:32]
+
+
+def local(settings: Cache) -> Path:
+    """Return the folder of the cache at `settings.root`: of a URL that on this machine, with all small files."""
+    root, folder = settings.root, place(settings)
+    if "://" not in root:
+        return folder
     folder.mkdir(parents=True, exist_ok=True)
     found = Bucket(root.rstrip("/"), folder, int(settings.local_gb * 1e9))
     sweep(folder)  # downloads that died

@@ -14,6 +14,7 @@ from PIL import Image
 from fmdistill.backbones.device import pick_device
 from fmdistill.backbones.throughput import flops, matmul_flops
 from fmdistill.cache import teacher
+from fmdistill.cache.bucket import place
 from fmdistill.cache.codec import CODECS
 from fmdistill.cache.compute import full_precision, own_dtype
 from fmdistill.cache.teacher import Teacher
@@ -64,7 +65,7 @@ def run(recipe: Recipe, settings: Settings) -> dict[str, Any]:
     alone("bench")
     if recipe.teacher is None or recipe.cache is None or teacher.is_live(recipe.teacher):
         raise UserError("bench: measures a teacher and its cache; this recipe has none, or a live one: set both")
-    root = Path(recipe.cache.root).absolute()
+    root = place(recipe.cache).absolute()
     disk = next(folder for folder in (root, *root.parents) if folder.is_dir())
     with tempfile.TemporaryDirectory(prefix=".fmdistill-bench-", dir=disk.parent if disk == root else disk) as folder:
         chosen = drawn(recipe.teacher, Path(folder)) if settings.weights == "random" else recipe.teacher
