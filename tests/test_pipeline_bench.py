@@ -141,5 +141,8 @@ def test_what_cannot_be_measured_is_said(tmp_path):
 def test_the_verb_prints_the_table_and_where_it_lies(tmp_path, capsys):
     quick = ["bench.images=1", "bench.rounds=1", "bench.megabytes=0.01"]
     assert main(["bench", str(tiny.write(tmp_path)), *quick]) == 0
-    shown = capsys.readouterr().out
+    shown, said = capsys.readouterr()
+    parts = ["loading teacher tiny", "decoding 1 images", "the teacher", *(f"codec {name}," for name in CODECS)]
+    told = [line for line in said.splitlines() if "bench: " in line]
+    assert len(told) == len(parts) and all(part in line for part, line in zip(parts, told, strict=True))
     assert "| fp16: write a shard |" in shown and shown.endswith(f"{tmp_path}/run/bench.json\n")

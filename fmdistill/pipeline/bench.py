@@ -21,6 +21,7 @@ from fmdistill.cache.teacher import Teacher
 from fmdistill.files import write_whole
 from fmdistill.images import DecodeError, Encoded, decode
 from fmdistill.images import build as build_images
+from fmdistill.logs import log
 from fmdistill.pipeline.rehearsal import alone, device_name
 from fmdistill.pipeline.rivals import Rival, Row, drawn, in_precision, rates, rival
 from fmdistill.pipeline.shard_speed import CPU, of_codec, of_shards
@@ -69,13 +70,18 @@ def run(recipe: Recipe, settings: Settings) -> dict[str, Any]:
     disk = next(folder for folder in (root, *root.parents) if folder.is_dir())
     with tempfile.TemporaryDirectory(prefix=".fmdistill-bench-", dir=disk.parent if disk == root else disk) as folder:
         chosen = drawn(recipe.teacher, Path(folder)) if settings.weights == "random" else recipe.teacher
+        log.info("bench: loading teacher %s", chosen["name"])
         model = teacher.build(chosen)
         few = _prepared(_handful(recipe, settings.images), model)
         plain = rival(chosen, model)
-        rows = [*_decoding(few, model, plain, settings), *_teaching(recipe, few, model, plain, settings)]
+        log.info("bench: decoding %d images, %d rounds of each part", len(few.pictures), settings.rounds)
+        rows = _decoding(few, model, plain, settings)
+        log.info("bench: the teacher%s", f", beside {plain.name}" if plain else "")
+        rows += _teaching(recipe, few, model, plain, settings)
         outputs = {name: value.numpy() for name, value in model(few.pixels, few.sizes).items()}
         valid = model.preprocess.valid(few.sizes).numpy()
         for name in CODECS:
+            log.info("bench: codec %s, and its shards in %s", name, folder)
             rows += of_codec(name, outputs, settings.rounds)
             rows += of_shards(name, outputs, valid, Path(folder), settings.megabytes, settings.rounds)
     found = {
