@@ -152,10 +152,12 @@ def test_failures_are_told_and_numbers_that_cannot_be_are_not(shard, tmp_path):
 
 def test_what_is_asked_wrongly_is_said(shard, tmp_path):
     (tmp_path / "head.json").write_text("{}")
+    first = json.loads(shard.with_suffix(".json").read_text())["samples"][0]["key"]
     for path, given, said in (
-        (shard, ["key=nobody"], "no such image"),
-        (shard, ["output=logits"], "this cache has none"),
-        (shard, ["temperature=0"], "expected a number above 0"),
+        (shard, ["key=nobody"], f"^key=nobody: none of the 8 images in .*tar. The first is '{first}'$"),
+        (shard, [f"key={first}x"], f"^key={first}x: none of .*tar. Did you mean '{first}'\\?$"),
+        (shard, ["output=logits"], "^output=logits: this cache has none"),
+        (shard, ["temperature=0"], "^temperature=0: expected a number above 0"),
         (shard, ["temprature=1"], "Did you mean 'temperature'"),
         (tmp_path / "nothing", [], "no such shard"),
         (tmp_path / "head.json", [], "belongs to the whole cache"),

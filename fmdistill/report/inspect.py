@@ -38,6 +38,10 @@ class Settings:
     relative: bool = False  # the temperature in standard deviations of the similarities
     out: str | None = None  # null = SHARD.KEY.weights.png, here
 
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise UserError(f"temperature={self.temperature:g}: expected a number above 0")
+
 
 def run(path: str, overrides: list[str]) -> Iterator[str]:
     """Yield lines about the shard at `path`: its tar, its sidecar, or CACHE/NAME; of maps, write SRW's weights as PNG.
@@ -142,10 +146,12 @@ def _weights(reader: ShardReader, teacher: Mapping[str, Any], settings: Settings
         return
     output = settings.output or ("embedding" if "embedding" in reader.shapes else next(iter(reader.shapes)))
     if output not in reader.shapes:
-        raise UserError(f"inspect.output={output}: this cache has none.{suggest(output, reader.shapes)}")
+        raise UserError(f"output={output}: this cache has none.{suggest(output, reader.shapes)}")
     key = settings.key or reader.keys[0]
     if key not in reader.keys:
-        raise UserError(f"inspect.key={key}: no such image in {reader.path}.{suggest(key, reader.keys[:50])}")
+        close = suggest(key, reader.keys).partition(" Known: ")[0]  # a shard holds thousands
+        way_out = close or f" The first is '{reader.keys[0]}'"
+        raise UserError(f"key={key}: none of the {len(reader.keys)} images in {reader.path}.{way_out}")
     srw = SRW(temperature=settings.temperature, relative=settings.relative)
     how = f"SRW at temperature {settings.temperature:g}{' (relative)' if settings.relative else ''}, {output}"
     if stacked(reader.shapes[output]):
