@@ -159,3 +159,19 @@ def test_a_source_lists_the_keys_that_it_reads_and_fetches(job):
         for image in read:
             assert images.source.fetch(shard.name, image.key) == image
             assert image.data == stored.get(image.key, image.data[:300])  # 300 bytes are left of the broken one
+
+
+def test_two_caches_of_a_folder_with_what_is_no_image_are_equal_byte_for_byte(tmp_path):
+    (tmp_path / "images").mkdir()
+    for number in range(8):
+        (tmp_path / f"images/{number}.jpg").write_bytes(picture(number, "a.jpg"))
+    (tmp_path / "images/no.jpg").write_bytes(b"no image")  # PIL's message names an object by its address
+    found = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        own = (f"images.root={tmp_path / 'images'}", "images.validation=0.3", "cache.max_failed=0.2")
+        cache.run(tiny.load(tmp_path / name, "images.name=folder", *own))
+        found.append({p.name: p.read_bytes() for p in (tmp_path / name / "cache").iterdir() if p.name != "recipe.yaml"})
+    assert found[0] == found[1]
+    failed = [one for name, data in found[0].items() if ".json" in name for one in json.loads(data).get("failed", [])]
+    assert [one["key"] for one in failed] == ["no.jpg"] and "0x" not in failed[0]["problem"]

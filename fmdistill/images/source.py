@@ -1,6 +1,7 @@
 """What a source of images is: named shards of encoded images, read in order or fetched by key."""
 
 import io
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -12,6 +13,7 @@ import simplejpeg
 
 SPLITS = ("train", "validation")
 SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff")  # of image files, in any case
+ADDRESS = re.compile(r"<[^<>]* at 0x[0-9a-fA-F]+>")  # of an object in a library's message, another in each process
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ def decode(data: bytes) -> np.ndarray:
         with PIL.Image.open(io.BytesIO(data)) as image:
             return np.array(image.convert("RGB"))
     except Exception as error:  # PIL raises a dozen types for a broken file, struct.error and SyntaxError among them
-        raise DecodeError(f"{type(error).__name__}: {error}") from error
+        told = ADDRESS.sub("these bytes", str(error))  # a sidecar keeps it, and the same images make the same sidecar
+        raise DecodeError(f"{type(error).__name__}: {told}") from error
 
 
 def _plain_jpeg(data: bytes) -> np.ndarray | None:
