@@ -1,6 +1,7 @@
 """A recipe is one typed, frozen value: YAML, `extends`, `key=value` overrides, and nothing that executes."""
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,16 @@ class Cache:
     similarity: bool = False  # keep each map's SRW similarities too, so that training need not compute them
     max_failed: float = 0.01  # largest fraction of images that may fail to decode or give a non-finite output
     executor: Component = field(default_factory=lambda: {"name": "local"}, compare=False)  # who runs the teacher
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot keep a cache, before a teacher is loaded."""
+        kind, url, place = self.root.partition("://")
+        if not self.root or url and (not place.strip("/") or kind in ("s3", "gs") and place.startswith("/")):
+            raise UserError(f"cache.root='{self.root}': expected a folder, or a URL such as s3://bucket/caches/mine")
+        if not 0 <= self.max_failed <= 1:
+            raise UserError(f"cache.max_failed={self.max_failed}: expected a fraction of the images, from 0 to 1")
+        if not 0 < self.local_gb < math.inf:
+            raise UserError(f"cache.local_gb={self.local_gb}: expected gigabytes, a finite number above 0")
 
 
 @dataclass(frozen=True)

@@ -66,12 +66,17 @@ def test_the_executor_is_one_override_and_no_part_of_what_a_cache_is(tmp_path):
         (["cache.executor.name=ray", "cache.executor.actors=many"], "cache.executor.actors='many'"),
         (["cache.executor.name=ray", "cache.executor.actors=0"], "actors=0"),
         (["cache.executor.name=ray", "cache.executor.num_cpus=0"], "num_cpus=0"),
+        (["cache.executor.name=ray", "cache.executor.address=foo"], "cache.executor.address=foo: no Ray cluster there"),
+        (["teacher.batch=0"], "teacher.batch=0: expected 1 or more"),
+        (["teacher.workers=-1"], "teacher.workers=-1: expected 0 or more"),
         (["cache.executor.name=accelerate"], "no launcher started this process; start it as `accelerate launch -m"),
     ],
 )
 def test_what_cannot_run_is_refused_before_a_teacher_is_loaded(tmp_path, monkeypatch, overrides, message):
     for name in ("RANK", "ACCELERATE_MIXED_PRECISION"):
         monkeypatch.delenv(name, raising=False)
+    if "address=foo" in str(overrides):
+        pytest.importorskip("ray")
     settings = load(tmp_path, *overrides)
     with pytest.raises(UserError) as caught:
         pipeline.check(settings)
@@ -89,6 +94,14 @@ def test_ray_inside_a_launcher_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="each would start actors"):
         cache.run(load(tmp_path, "cache.executor.name=ray"))
+
+
+@pytest.mark.parametrize(("rank", "world"), [("a", "4"), ("0", "many"), ("", "1"), ("0", "0")])
+def test_a_launcher_s_variables_that_are_no_numbers_are_named(monkeypatch, rank, world):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world)
+    with pytest.raises(UserError, match=f"RANK={rank}, WORLD_SIZE={world} in the environment: .*unset both"):
+        teacher_pass.processes()
 
 
 @pytest.mark.parametrize("name", ["local", "accelerate"])

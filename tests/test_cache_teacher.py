@@ -16,7 +16,7 @@ from fmdistill.backbones.mini import sam_mini_student
 from fmdistill.cache.compute import has_bf16, own_device, state_hash
 from fmdistill.cache.manifest import claim
 from fmdistill.cache.sam_teacher import SamTeacher, sam_mini, sam_vit_b
-from fmdistill.cache.teacher import asked
+from fmdistill.cache.teacher import asked, check
 from fmdistill.export import half
 from fmdistill.images.photos import photograph
 from fmdistill.registry import UserError
@@ -216,3 +216,13 @@ def test_a_cache_of_the_other_path_is_refused_with_the_settings_that_go_on_with_
     asked_fast, asked_exact = (asked({"name": "sam_vit_b", "exact": exact}) for exact in (False, "true"))
     assert asked_fast == {"name": "sam_vit_b", "path": "fast"}
     assert asked_exact == {"name": "sam_vit_b", "path": "segment_anything", "dtype": "fp32"}
+
+
+@pytest.mark.parametrize("name", ["sam_vit_h", "sam_mini", "open_clip", "clip_mini", "classifier"])
+def test_a_batch_or_workers_that_cannot_work_are_named_for_every_family(name):
+    given = {"name": name, **({"network": {"name": "x"}, "weights": "x"} if name == "classifier" else {})}
+    check({**given, "batch": "1", "workers": "0"})
+    with pytest.raises(UserError, match=r"teacher\.batch=0: expected 1 or more"):
+        check({**given, "batch": "0"})
+    with pytest.raises(UserError, match=r"teacher\.workers=-2: expected 0 or more"):
+        check({**given, "workers": "-2"})

@@ -134,12 +134,26 @@ def test_a_missing_setting_and_a_missing_file(tmp_path):
         (["train.steps=[1"], r"train.steps='\[1': not a YAML value"),
         (["train.clip=true"], "train.clip=True: expected float"),
         (["seed="], "seed=None: expected int"),
+        (["cache.root="], "cache.root='': expected a folder"),
+        (["cache.root=s3://"], "cache.root='s3://': expected a folder, or a URL such as s3://bucket/"),
+        (["cache.root=s3:///caches"], "cache.root='s3:///caches': expected"),
+        (["cache.max_failed=-0.1"], "cache.max_failed=-0.1: expected a fraction .* 0 to 1"),
+        (["cache.max_failed=5"], "cache.max_failed=5.0: expected"),
+        (["cache.max_failed=.nan"], "cache.max_failed=nan: expected"),
+        (["cache.local_gb=0"], "cache.local_gb=0.0: expected gigabytes"),
+        (["cache.local_gb=.inf"], "cache.local_gb=inf: expected"),
     ],
 )
 def test_a_wrong_override_gives_one_line(base, overrides, says):
     with pytest.raises(UserError, match=says) as error:
         load(base, overrides)
     assert "\n" not in str(error.value)
+
+
+def test_the_ends_of_a_range_and_every_kind_of_root_are_taken(base):
+    for root in ("caches/a", "/", "s3://bucket", "gs://bucket/a", "file:///data/caches", "memory://a"):
+        assert load(base, [f"cache.root={root}", "cache.max_failed=0"]).cache == recipe.Cache(root, max_failed=0)
+    assert load(base, ["cache.root=a", "cache.max_failed=1", "cache.local_gb=0.001"]).cache.local_gb == 0.001
 
 
 def test_an_override_keeps_what_follows_the_first_equals_sign():

@@ -62,6 +62,10 @@ def check(settings: Mapping[str, Any], trim: bool = False, similarity: bool = Fa
     if trim and maps:
         refuse_trim(f"teacher.name={settings['name']}")
     bound = bind({key: value for key, value in settings.items() if key != "live"}, TEACHERS, "teacher")
+    for name, least in (("batch", 1), ("workers", 0)):
+        value = bound.keywords.get(name)
+        if isinstance(value, int) and value < least:
+            raise UserError(f"teacher.{name}={value}: expected {least} or more")
     if similarity and maps and not bound.keywords.get(maps):
         refuse_similarity(f"teacher.name={settings['name']}", f"ask for one by teacher.{maps}, or leave it out")
     return bound

@@ -61,7 +61,7 @@ def _cluster(address: str) -> Iterator[None]:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster that lives as long as this process is no news
     try:
         ray.init(address=address, logging_level=logging.WARNING, **own)
-    except ConnectionError as error:
+    except (ConnectionError, ValueError) as error:  # the latter for what is no address
         raise UserError(
             f"cache.executor.address={address}: no Ray cluster there ({' '.join(str(error).split())}); start one with "
             "`ray start --head`, or use this machine alone with cache.executor.address=local"
