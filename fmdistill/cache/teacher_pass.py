@@ -179,11 +179,14 @@ class Pass:
 
     def _check_failures(self, writer: ShardWriter) -> None:
         # Early on a single bad image is a large share, so the share is taken of at least a hundred images.
-        if self.failed > self.max_failed * max(self.seen, min(self.expected, 100)):
+        of = max(self.seen, min(self.expected, 100))
+        if self.failed > self.max_failed * of:
+            enough = min(1.0, math.ceil(200 * self.failed / of) / 100)  # twice the share so far
             raise UserError(
                 f"{writer.shard.name}: {self.failed} of {self.seen} images gave no output, more than "
                 f"cache.max_failed={self.max_failed:g}; the last: '{writer.failed[-1]['key']}' "
-                f"({writer.failed[-1]['problem']}). Repair or remove them, or allow more of them"
+                f"({writer.failed[-1]['problem']}). Repair or remove them, or allow more of them, such as "
+                f"cache.max_failed={enough:g}"
             )
 
 
@@ -193,7 +196,17 @@ def _finite(outputs: dict[str, Tensor]) -> Tensor:
 
 def processes() -> tuple[int, int]:
     """Return this process's rank and how many torchrun or `accelerate launch` started; (0, 1) where neither did."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    try:
+        found = int(rank), int(world)
+    except ValueError:
+        found = 0, 0
+    if found[1] < 1:
+        raise UserError(
+            f"RANK={rank}, WORLD_SIZE={world} in the environment: expected this process's number and how many there "
+            "are, as a launcher sets them; unset both to run one process"
+        )
+    return found
 
 
 def ours_first(shards: Sequence[Shard], rank: int, world: int) -> list[Shard]:
