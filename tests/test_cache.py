@@ -1,6 +1,7 @@
 """The cache: whole or absent, only what is missing, nothing silently wrong."""
 
 import json
+import sys
 import tarfile
 from types import SimpleNamespace
 
@@ -188,6 +189,28 @@ def test_a_non_finite_output_is_set_aside_and_a_wholly_bad_first_batch_stops(tmp
     assert "non-finite" in failed["problem"]
     with pytest.raises(UserError, match="every output of the first batch is non-finite"):
         cache.run(tiny.load(tmp_path, "teacher.name=test_cache:all_bad", f"cache.root={tmp_path}/other"))
+
+
+def test_verify_names_every_damaged_shard_at_once(tmp_path, monkeypatch):
+    recipe = tiny.load(tmp_path)
+    cache.run(recipe)
+    for name in ("train-000", "train-002", "validation-000"):
+        path = tmp_path / f"cache/{name}.tar"
+        damaged = bytearray(path.read_bytes())
+        damaged[1200 if name == "train-002" else 10] ^= 1
+        path.write_bytes(damaged)
+    first, second, third = (
+        r"train-000\.tar: bytes outside its members are damaged \(checksum\)",
+        r"train-002\.tar: the embedding of '[^']*' is damaged \(checksum\)",
+        r"validation-000\.tar: bytes outside",
+    )
+    again = r"; delete these files and run `fmdistill cache` again$"
+    with pytest.raises(UserError, match=f"{first}; .*{second}; .*{third}.*{again}") as error:
+        cache.verify(recipe)
+    assert "train-001" not in str(error.value)
+    monkeypatch.setattr(sys.modules["fmdistill.cache.verify"], "NAMED", 1)  # its package has a function of its name
+    with pytest.raises(UserError, match=f"{first}; and 2 more{again}"):
+        cache.verify(recipe)
 
 
 def test_a_flipped_byte_is_found_at_the_first_read_and_by_verify(tmp_path):

@@ -156,6 +156,17 @@ def test_what_cannot_be_reached_or_is_damaged_is_one_line(tmp_path):
     tar.write_bytes(tar.read_bytes()[:-1] + b"x")
     with pytest.raises(UserError, match=f"{tar.name}: differs from its sidecar"):
         values(far(tmp_path, "two"))
+    other = next((tmp_path / "bucket").glob("train-001-*.tar"))
+    other.write_bytes(b"x" + other.read_bytes()[1:])
+    each = [f"file://{tmp_path}/bucket/{one.name}: differs from its sidecar \\(sha256\\)" for one in (tar, other)]
+    with pytest.raises(UserError, match=f"^{each[0]}; {each[1]}; delete these files and run `fmdistill cache` again$"):
+        verify_files(cache.open_cache(far(tmp_path, "three")))
+    copy = next((tmp_path / "one").glob("*/train-002-*.tar"))
+    copy.write_bytes(b"x" + copy.read_bytes()[1:])
+    with pytest.raises(
+        UserError, match=f"^{copy}: .*\\(a copy of file://{tmp_path}/bucket/{copy.name}\\); delete it and"
+    ):
+        verify_files(cache.open_cache(recipe))
     assert behind(tmp_path) is None
 
 

@@ -73,7 +73,7 @@ def start(recipe: Recipe, images: Images | None = None) -> Pass:
 
 
 def verify(recipe: Recipe, samples: int = 64) -> dict[str, float]:
-    """Check every checksum, then recompute a sample; return the errors. UserError at the first damage."""
+    """Check every checksum, then recompute a sample; return the errors. UserError naming what is damaged."""
     cache = open_cache(recipe)
     shards = verify_files(cache)
     model = load_teacher(recipe)

@@ -33,6 +33,10 @@ ONCE = (MANIFEST, "head.json", "head.safetensors", "recipe.yaml")
 SENT = re.compile(r"(.+)-[0-9a-f]{16}\.(json|tar)")
 
 
+class DamagedError(UserError):
+    """A tar behind the URL differs from its sidecar; what to do about it follows the message's last semicolon."""
+
+
 @dataclass(frozen=True)
 class Bucket:
     """The cache at `url`, whose folder here keeps tars of up to `limit` bytes."""
@@ -127,7 +131,7 @@ class Bucket:
             try:
                 self._remote.get(name, temporary)
                 if file_hash(temporary) != sha256:
-                    raise UserError(
+                    raise DamagedError(
                         f"{self.url}/{name}: differs from its sidecar (sha256); delete it there and run "
                         f"`fmdistill cache` again"
                     )

@@ -8,26 +8,43 @@ from isal.isal_zlib import crc32  # zlib's, nine times as fast
 
 from fmdistill.backbones.heads import Head
 from fmdistill.cache import sidecar
+from fmdistill.cache.bucket import DamagedError
 from fmdistill.cache.compute import state_hash
 from fmdistill.cache.dataset import CachedImages
-from fmdistill.cache.reader import Cache
+from fmdistill.cache.reader import Cache, ShardReader
 from fmdistill.cache.teacher import Teacher
 from fmdistill.files import file_hash
 from fmdistill.logs import progress
 from fmdistill.registry import UserError
 
+NAMED = 20  # damaged shards at most, before the others are counted
 # Largest difference that arithmetic explains, relative to the largest value: another batch size or device.
 ARITHMETIC = {"fp32": 1e-4, "bf16": 4e-2}
 
 
 def verify_files(cache: Cache) -> int:
-    """Return how many shards were read whole. UserError naming the first whose bytes differ from its sidecar."""
+    """Return how many shards were read whole. UserError naming each whose bytes differ from its sidecar."""
     readers = [reader for split in cache.shards.values() for reader in split]
-    for reader in progress(readers, "verifying", unit="shard"):
-        fields, tar = sidecar.read(reader.path.with_suffix(".json")), reader.present()
-        if fields is None or fields["identity"] != cache.identity or file_hash(tar) != fields["sha256"]:
-            raise UserError(f"{tar}: {damage(tar, fields)}; delete it and run `fmdistill cache` again")
+    found = [
+        one for reader in progress(readers, "verifying", unit="shard") if (one := _damaged(reader, cache.identity))
+    ]
+    if found:
+        more = [f"and {len(found) - NAMED} more"] if len(found) > NAMED else []
+        which = "it" if len(found) == 1 else "these files"
+        raise UserError(f"{'; '.join(found[:NAMED] + more)}; delete {which} and run `fmdistill cache` again")
     return len(readers)
+
+
+def _damaged(reader: ShardReader, identity: str) -> str:
+    """Return which file is damaged and how, "" where the shard is whole."""
+    fields = sidecar.read(reader.path.with_suffix(".json"))
+    try:
+        tar = reader.present()
+    except DamagedError as error:
+        return str(error).rpartition("; ")[0]
+    if fields is not None and fields["identity"] == identity and file_hash(tar) == fields["sha256"]:
+        return ""
+    return f"{tar}: {damage(tar, fields)}" + (f" (a copy of {reader.address})" if reader.there else "")
 
 
 def holds_head(root: Path, head: Head) -> bool:
