@@ -114,6 +114,48 @@ def test_uniform_weights_reproduce_the_plain_mean():
     assert statistics["a/effective_sample_size"] == 1
 
 
+class Given:
+    """A weighting of one's own: what `make` makes of the distance."""
+
+    def __init__(self, make: str) -> None:
+        self.make = make
+
+    def __call__(self, distance: torch.Tensor, seen: Seen) -> torch.Tensor:
+        return eval(self.make, {"distance": distance, "valid": seen.valid, "torch": torch})
+
+
+def weighed(make: str) -> Objective:
+    weighting = {"name": "test_distill_objective:Given", "make": make}
+    return Objective({"map": {"distance": {"name": "mse"}, "weighting": weighting, "padding": "exclude"}})
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        ("torch.ones(2)", r"gave \(2,\); expected weights of the distance's shape \(2, 16\)"),
+        ("torch.ones(2, 1)", r"gave \(2, 1\); expected .* \(2, 16\)"),
+        ("1.0", "gave float; expected .*"),
+        ("distance * torch.inf", "gave weights that are not finite"),
+    ],
+)
+def test_a_weighting_that_gives_no_weights_is_named(make, says):
+    with pytest.raises(UserError, match=rf"^objective\.map\.weighting=test_distill_objective:Given: {says}") as error:
+        weighed(make)(seen())
+    assert "\n" not in str(error.value)
+
+
+def test_a_weighting_of_one_s_own_is_told_once_that_its_mean_is_not_one(caplog):
+    odd = weighed("2.0 * valid")
+    for _ in range(3):
+        odd(seen())
+    weighed("valid.float()")(seen())
+    Objective({"map": {"distance": {"name": "mse"}, "weighting": {"name": "srw"}, "padding": "exclude"}})(seen())
+    (warning,) = caplog.messages
+    assert warning.startswith(
+        "objective.map.weighting=test_distill_objective:Given: the mean weight of the first batch is 2,"
+    )
+
+
 def test_reduce_is_per_image_then_over_the_batch():
     valid = torch.tensor([[True, True, True, False], [True, False, False, False]])
     values = torch.tensor([[1.0, 2.0, 3.0, 0.0], [8.0, 0.0, 0.0, 0.0]])

@@ -13,6 +13,7 @@ from fmdistill.distill.distances import DISTANCES
 from fmdistill.distill.rectifiers import RECTIFIERS, Priors
 from fmdistill.distill.seen import Seen, teacher_name
 from fmdistill.distill.weightings import WEIGHTINGS, Learned
+from fmdistill.logs import log
 from fmdistill.registry import UserError, bind, complete, typed
 
 Shape = tuple[int, ...]
@@ -50,6 +51,7 @@ class Term(nn.Module):
         self.rectify = rectify and complete(rectify, known, f"{where}.rectify", why)
         self.distance = complete(distance, known, f"{where}.distance", why)
         self.weighting = complete(weighting, known, f"{where}.weighting", why)
+        self.named, self.looked = f"{where}.weighting={settings.weighting['name']}", False
 
     def forward(self, seen: Seen) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the term's scalar loss and its statistics: effective sample size and largest weight."""
@@ -76,7 +78,33 @@ class Term(nn.Module):
                     f"of the teacher's grid"
                 )
             seen = dataclasses.replace(seen, valid=torch.ones_like(distance, dtype=torch.bool))
-        return distance, self.weighting(distance.detach(), seen), seen
+        weight = self.weighting(distance.detach(), seen)
+        self._check(weight, distance, seen.valid)
+        return distance, weight, seen
+
+    def _check(self, weight: Tensor, distance: Tensor, valid: Tensor | None) -> None:
+        """Refuse weights of another shape; look at their values once, since that makes a GPU wait."""
+        if getattr(weight, "shape", None) != distance.shape:
+            found = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+            raise UserError(
+                f"{self.named}: gave {found}; expected weights of the distance's shape {(*distance.shape,)}"
+            )
+        if self.looked:
+            return
+        self.looked = True
+        if bool(distance.isfinite().all()) and not bool(weight.isfinite().all()):
+            raise UserError(
+                f"{self.named}: gave weights that are not finite for distances that are; is 0 divided by 0?"
+            )
+        count = weight.numel() if valid is None or weight.dim() == 1 else int(valid.sum())
+        mean = float(weight.sum()) / max(count, 1)
+        if self.settings.weighting["name"] not in WEIGHTINGS and abs(mean - 1) > 1e-3:  # ours say where it is another
+            log.warning(
+                "%s: the mean weight of the first batch is %.4g, not one, so a comparison with another weighting "
+                "compares learning rates too; divide by the mean, unless this is meant",
+                self.named,
+                mean,
+            )
 
     def _scale(self, epoch: float | None) -> float:
         if epoch is None or epoch >= self.settings.warmup:
