@@ -1,5 +1,6 @@
 import os
 import pickle
+import re
 import warnings
 from pathlib import Path
 
@@ -165,6 +166,15 @@ def test_an_official_name_with_other_bytes_is_refused(tmp_path):
     torch.save({"a": torch.zeros(1)}, path)
     text = message("vit_b", path)
     assert "sha256" in text and "ec2df6273261" in text and str(path) in text
+
+
+def test_what_is_no_checkpoint_is_told_with_its_size(tmp_path):
+    path = tmp_path / "page.pth"
+    path.write_bytes(b"error: no such file at this address")
+    says = r"not a readable checkpoint of plain tensors \(\w+Error: .*; the file has 35 bytes\); nothing in it was run"
+    assert re.search(says, message("vit_b", path))
+    path.write_bytes(b"")
+    assert re.search(r"\(EOFError.*; the file has 0 bytes\)", message("vit_b", path))
 
 
 class Bomb:

@@ -149,9 +149,10 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
             warnings.simplefilter("ignore")  # about the pickle's protocol; the error below says what matters
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, unpickling, EOF and runtime errors, by what is wrong with the file
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+        reason = f"{type(error).__name__}: {' '.join(str(error).split()).partition('. ')[0][:160]}".removesuffix(": ")
         raise UserError(
-            f"teacher.weights={path}: not a readable checkpoint of plain tensors ({reason}); nothing in it was run"
+            f"teacher.weights={path}: not a readable checkpoint of plain tensors ({reason}; the file has "
+            f"{path.stat().st_size} bytes); nothing in it was run"
         ) from error
     if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"teacher.weights={path}: holds no state dict (names to tensors); save `model.state_dict()`")
