@@ -189,6 +189,18 @@ def test_check_names_the_file_and_what_is_wrong(tmp_path):
         assert str(path) in str(caught.value)
 
 
+def test_check_takes_settings_for_each_recipe(tmp_path, capsys):
+    load(tmp_path)
+    recipe, protocol = str(tmp_path / "tiny.yaml"), str(tmp_path / "grid.yaml")
+    assert main(["check", recipe, "train.steps=3", protocol, "optimizer.lr=1e-4"]) == 0
+    assert capsys.readouterr().out == f"{recipe}: ok\n{protocol}: ok\n"
+    assert main(["check", recipe, "train.stpes=3"]) == 2
+    error = capsys.readouterr().err
+    assert recipe in error and "Did you mean 'steps'" in error
+    assert main(["check", protocol, "train.steps=3"]) == 2
+    assert "train.steps=3: a recipe's setting, and only protocols" in capsys.readouterr().err
+
+
 def test_the_clip_demo_judges_both_runs_and_their_teacher(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     small = ["images.train=16", "images.validation=12", "train.steps=2", "train.batch_size=8", "train.workers=0"]

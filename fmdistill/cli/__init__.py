@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     verb("report", "write one HTML page about runs", ("out", "the page's folder", None),
          ("runs", "runs' folders, and trust=true where one names code outside fmdistill", "+"))  # fmt: skip
     verb("check", "bind every component without touching data, of all that ships if nothing is named",
-         ("paths", "recipes and protocols", "*"))  # fmt: skip
+         ("paths", "recipes and protocols, and settings of each recipe as key=value", "*"))  # fmt: skip
     verb("demo", "run the main job on the embedded default", ("overrides", "sam or clip; settings as key=value", "*"))
     return top
 
@@ -227,7 +227,8 @@ def _trust(settings: list[str]) -> bool:
 def _check(paths: list[str]) -> None:
     from fmdistill import pipeline
 
-    for name in pipeline.check_files(paths):
+    overrides = [one for one in paths if "=" in one]
+    for name in pipeline.check_files([one for one in paths if "=" not in one], overrides):
         print(f"{name}: ok")
 
 

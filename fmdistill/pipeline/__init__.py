@@ -48,17 +48,20 @@ def check(settings: Recipe) -> None:
         evaluate.check(evaluate.load(protocol), settings)
 
 
-def check_files(paths: Iterable[str]) -> list[str]:
-    """Check recipes and protocols by path, or all that ship; return their names."""
-    names = list(paths) or shipped()
+def check_files(paths: Iterable[str], overrides: Sequence[str] = ()) -> list[str]:
+    """Check recipes, each with `overrides`, and protocols by path, or all that ship; return their names."""
+    names, recipes = list(paths) or shipped(), 0
     for name in names:
         try:
             if RECIPE_KEYS & recipe.read_yaml(recipe.locate(name)).keys():
-                check(recipe.load(name))
+                check(recipe.load(name, overrides))
+                recipes += 1
             else:
                 evaluate.load(name)
         except UserError as error:
             raise UserError(str(error) if str(error).startswith(name) else f"{name}: {error}") from None
+    if overrides and not recipes:
+        raise UserError(f"check: {overrides[0]}: a recipe's setting, and only protocols are given; name a recipe too")
     return names
 
 
