@@ -30,7 +30,7 @@ class Disk:
     tars: Mapping[str, int]  # by that codec's label, were it another; validation's is always exact
     sidecars: int
     beside: int  # manifest and the teacher's head
-    held: Sequence[tuple[str, float, float]]  # split, images and the tar's bytes of each shard, most images first
+    held: Sequence[tuple[str, float, float]]  # split, images and tar's bytes of each shard, largest first
     missing_shards: int
     missing: int  # bytes of the shards that are not there yet, with the recipe's codec
     free: int
@@ -101,7 +101,9 @@ def estimate_disk(
         tars=by_codec,
         sidecars=round(sidecars(shards)),
         beside=sum(p.stat().st_size for p in small.root.iterdir() if p.stem in ("manifest", "head")),
-        held=sorted(((s.split, by_name[s.name], chosen([s], s.split)) for s in shards), key=lambda one: -one[1]),
+        held=sorted(
+            ((s.split, by_name[s.name], chosen([s], s.split)) for s in shards), key=lambda one: one[1:], reverse=True
+        ),
         missing_shards=len(missing),
         missing=round(left),
         free=free,
