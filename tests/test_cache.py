@@ -1,6 +1,8 @@
 """The cache: whole or absent, only what is missing, nothing silently wrong."""
 
 import json
+import os
+import subprocess
 import sys
 import tarfile
 from types import SimpleNamespace
@@ -12,7 +14,7 @@ import torch
 import webdataset
 from segment_anything import SamPredictor
 
-from fmdistill import cache
+from fmdistill import cache, files
 from fmdistill.backbones.mini import sam_mini_student
 from fmdistill.cache.dataset import CachedImages
 from fmdistill.export import half
@@ -377,3 +379,16 @@ def test_images_that_are_added_to_or_taken_from_a_folder_are_cached_anew(tmp_pat
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*-*")}
     cache.run(recipe)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*-*")} == before
+
+
+def test_what_a_dead_process_left_goes_with_the_next_run_also_where_nothing_is_missing(tmp_path):
+    recipe = tiny.load(tmp_path)
+    cache.run(recipe)
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    own = files.temporary_name(tmp_path / "cache/train-000.tar")
+    left = own.with_name(own.name.replace(f".{os.getpid()}.", f".{dead.pid}."))
+    own.write_bytes(b"a living one's")
+    left.write_bytes(b"x")
+    cache.run(recipe)
+    assert own.exists() and not left.exists()

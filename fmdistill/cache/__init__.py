@@ -47,6 +47,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
         return found
     plan = functools.partial(_plan, root, images, shards)
     executors.check(settings.executor)(images=images, start=functools.partial(start, recipe), plan=plan)
+    sweep(root)  # also of an actor that died in this very run, and where nothing was missing
     return manifest.read(root)
 
 
