@@ -21,7 +21,8 @@ def far(folder: Path, machine: str, **changes) -> Recipe:
     """Return the toy recipe with its cache in folder/bucket, behind a URL, seen from a machine of its own."""
     recipe = tiny.load(folder)
     assert recipe.cache is not None
-    settings = replace(recipe.cache, root=f"file://{folder}/bucket", local=str(folder / machine), **changes)
+    there = {"root": f"file://{folder}/bucket", "local": str(folder / machine), **changes}
+    settings = replace(recipe.cache, **there)
     return replace(recipe, cache=settings, out=str(folder / machine / "run"))
 
 

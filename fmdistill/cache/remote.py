@@ -13,6 +13,9 @@ import fsspec.core
 
 from fmdistill.registry import UserError
 
+# Stores of objects have no folders; to make one would make the bucket, of a mistyped name too.
+OBJECTS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss")
+
 
 @dataclass(frozen=True)
 class Remote:
@@ -49,7 +52,8 @@ class Remote:
     def put(self, path: Path, name: str) -> None:
         """Send the file at `path`, over what may be there."""
         with self._failing(name):
-            self._system.makedirs(self._at(""), exist_ok=True)
+            if self.url.partition("://")[0] not in OBJECTS:
+                self._system.makedirs(self._at(""), exist_ok=True)
             self._system.put_file(str(path), self._at(name))
 
     def get(self, name: str, path: Path) -> None:
