@@ -1,17 +1,21 @@
-"""A cache in S3, as moto's server answers for it: what s3fs does differently from a folder."""
+"""A cache in S3, as moto's server answers for it: what s3fs does differently from a folder.
+
+Skipped where they are not installed: pip install s3fs 'moto[s3]' flask flask-cors. They pin each other's versions so
+tightly that the environment of every test would pay for it.
+"""
 
 import re
 
-import boto3
 import pytest
-import s3fs
-from moto.server import ThreadedMotoServer
 from test_cache_bucket import far, values
 
 from fmdistill import cache, distill
 from fmdistill.cache.bucket import local
 from fmdistill.registry import UserError
 
+boto3 = pytest.importorskip("boto3")
+s3fs = pytest.importorskip("s3fs")
+ThreadedMotoServer = pytest.importorskip("moto.server").ThreadedMotoServer
 KEY = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1"}
 
 
