@@ -14,7 +14,7 @@ import pytest
 import tiny
 import torch
 
-from fmdistill.cli import VERBS, main, parser
+from fmdistill.cli import VERBS, failures, main, parser
 
 TESTS = Path(__file__).parent
 PROTOCOL = "name: grid_miou\ngrids: [2]\nimages: 3\n"
@@ -182,6 +182,13 @@ def test_ctrl_c_and_a_preemption_stop_with_one_line_that_says_how_to_go_on(done,
     _, shown = process.communicate(timeout=30)
     assert process.returncode == code and "Traceback" not in shown, shown
     assert shown.splitlines()[-1] == "fmdistill: stopped; the same command continues where it stopped"
+
+
+def test_what_a_signal_stopped_is_known_by_its_status():
+    killed = "DataLoader worker (pid 7) is killed by signal: {}. "
+    assert failures.stopped(KeyboardInterrupt()) == 130 and failures.stopped(KeyboardInterrupt(signal.SIGTERM)) == 143
+    assert failures.stopped(RuntimeError(killed.format("Terminated"))) == 143
+    assert failures.stopped(RuntimeError(killed.format("Killed"))) is None and failures.stopped(OSError()) is None
 
 
 def test_a_preempted_bench_leaves_no_file(tmp_path):

@@ -87,17 +87,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb = arguments.pop("verb")
     if threading.current_thread() is threading.main_thread():  # Python interrupts the main thread only
         signal.signal(signal.SIGTERM, _terminated)
+        failures.tell_once()
     try:
         VERBS[verb](**arguments)
         return 0
-    except (UserError, OSError, RuntimeError) as error:
-        known = failures.machine(error, verb) if isinstance(error, RuntimeError) else failures.line(error)
-        if known is None or os.environ.get("FMDISTILL_TRACEBACK"):
-            raise
-        code, line = 2, f"error: {known}"
-    except KeyboardInterrupt as stop:
-        sys.unraisablehook = lambda _: None  # of a loader, whose processes the same signal has stopped
-        code, line = 143 if stop.args else 130, "stopped; the same command continues where it stopped"
+    except (KeyboardInterrupt, UserError, OSError, RuntimeError) as error:
+        if stopped := failures.stopped(error):
+            code, line = stopped, "stopped; the same command continues where it stopped"
+        else:
+            known = failures.machine(error, verb) if isinstance(error, RuntimeError) else failures.line(error)
+            if known is None or os.environ.get("FMDISTILL_TRACEBACK"):
+                raise
+            code, line = 2, f"error: {known}"
     # Printed when the exception is gone and with it the progress bars, whose last state would follow it.
     print(f"fmdistill: {line}", file=sys.stderr)
     return code

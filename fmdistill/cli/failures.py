@@ -2,6 +2,8 @@
 
 import errno
 import re
+import signal
+import sys
 
 # What takes less memory, by the stage that ran out of it.
 SMALLER = {
@@ -19,7 +21,23 @@ STAGES = {
 }
 
 
-def line(error: Exception) -> str:
+def stopped(error: BaseException) -> int | None:
+    """Return the exit status of a run that a signal stopped, None where it is an error that stopped it."""
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + (error.args[0] if error.args else signal.SIGINT)
+    # A scheduler's signal goes to all processes of a job, and that a loader's is gone may be noticed first.
+    terminated = isinstance(error, RuntimeError) and "killed by signal: Terminated" in str(error)
+    return 128 + signal.SIGTERM if terminated else None
+
+
+def tell_once() -> None:
+    """Let no traceback tell again, from where an exception can only be ignored, that a signal stopped the run."""
+    report = sys.unraisablehook
+    if report.__module__ != __name__:
+        sys.unraisablehook = lambda found: None if found.exc_value and stopped(found.exc_value) else report(found)
+
+
+def line(error: BaseException) -> str:
     """Return the error's message in one line, with the way out of a full disk and of a name that is taken."""
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -185,22 +185,24 @@ def _changed(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 @contextmanager
 def _interrupted_after() -> Iterator[None]:
-    """Let Ctrl-C wait for the block's end: half-started, the loader cannot be cleaned up without a traceback.
+    """Let Ctrl-C and SIGTERM wait for the block's end: half-started, a loader cannot be cleaned up without a traceback.
 
-    The workers that start in the block keep ignoring it: it is the training process's, which stops them. A signal mask
-    would not do, since any other thread of this process may take the signal.
+    The workers that start in the block keep ignoring Ctrl-C: it is the training process's, which stops them. A signal
+    mask would not do, since any other thread of this process may take the signal.
     """
     if threading.current_thread() is not threading.main_thread():  # Python interrupts the main thread only
         yield
         return
     caught: list[int] = []
-    handler = signal.signal(signal.SIGINT, lambda number, frame: caught.append(number))
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = [signal.signal(number, lambda number, frame: caught.append(number)) for number in numbers]
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
+        for number, handler in zip(numbers, handlers, strict=True):
+            signal.signal(number, handler)
     if caught:
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(caught[0])
 
 
 def _quiet(worker: int) -> None:
