@@ -53,7 +53,7 @@ class Train:
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # autocast; auto = bf16 on a GPU, fp32 on a CPU
     clip: float | None = None  # largest gradient norm
     window: int = 8  # shards whose samples are shuffled together
-    workers: int = 2  # image-loading processes per training process
+    workers: int = 2  # image-loading processes per training process, and threads that read the cached outputs
     image_memory: float = 0.0  # GB of prepared images that each of them keeps, so that a later epoch need not decode
     device: str = "auto"
     log_every: int = 10  # steps

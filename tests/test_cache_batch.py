@@ -65,9 +65,14 @@ def test_a_buffer_is_lent_once_until_no_array_and_no_tensor_sees_it():
     other[:] = 0
     assert view.tolist() == [7, 7, 7]
     del view
-    assert not pickle.loads(pickle.dumps(pool))._free  # what a loader's worker gets
     again = pool.empty(24)
     assert again.ctypes.data == address and len(again) == 24
+
+
+def test_a_pool_goes_to_another_process_without_its_memory():
+    pool = BufferPool()
+    assert len(pool.empty(1 << 20)) == 1 << 20  # and is returned at once
+    assert len(pickle.dumps(pool)) < 1000
 
 
 def test_batches_that_are_kept_stay_what_they_are(tmp_path):

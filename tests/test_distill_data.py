@@ -51,6 +51,13 @@ def test_ctrl_c_while_the_loader_starts_waits_until_it_can_be_cleaned_up(listeni
         interrupt()
 
 
+def test_a_handler_of_another_library_s_c_code_is_left_alone(monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(signal, "getsignal", lambda number: None)  # as Python tells of one
+    with data._interrupted_after():
+        assert signal.signal(signal.SIGTERM, before) == before
+
+
 def test_a_loader_can_start_in_a_thread_that_is_not_the_main_one():
     found = []
     thread = threading.Thread(target=lambda: found.extend(data.batches(Numbers(), places(), 0)))

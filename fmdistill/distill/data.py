@@ -194,7 +194,8 @@ def _interrupted_after() -> Iterator[None]:
         yield
         return
     caught: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    # not those that another library's C code handles, which Python could not give back
+    numbers = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not None]
     handlers = [signal.signal(number, lambda number, frame: caught.append(number)) for number in numbers]
     try:
         yield
