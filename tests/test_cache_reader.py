@@ -17,7 +17,7 @@ from fmdistill import cache, distill
 from fmdistill import recipe as recipes
 from fmdistill.cache import reader
 from fmdistill.cache.dataset import CachedImages, StoredImages, decoded
-from fmdistill.distill.data import batches
+from fmdistill.distill.loader import batches
 from fmdistill.registry import UserError
 
 

@@ -15,7 +15,7 @@ from fmdistill import cache, distill, pipeline
 from fmdistill.cache import similarity
 from fmdistill.cache.dataset import CachedImages, StoredImages, decoded
 from fmdistill.cache.footprint import tar_bytes
-from fmdistill.distill.data import batches
+from fmdistill.distill.loader import batches
 from fmdistill.distill.rectifiers.rewrite import rewrite
 from fmdistill.distill.seen import Seen
 from fmdistill.distill.weightings.srw import SRW

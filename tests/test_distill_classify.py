@@ -9,7 +9,8 @@ import toy_digits
 
 from fmdistill import cache, distill, pipeline, recipe
 from fmdistill.distill import provider, tasks
-from fmdistill.distill.data import batches, every
+from fmdistill.distill.data import every
+from fmdistill.distill.loader import batches
 from fmdistill.distill.plain import Augment
 from fmdistill.registry import UserError
 

@@ -12,7 +12,7 @@ from test_images_tar import pack
 from fmdistill import cache
 from fmdistill.cache.dataset import CachedImages
 from fmdistill.cache.order import Batches, epoch_order
-from fmdistill.distill import data
+from fmdistill.distill import loader
 from fmdistill.recipe import Recipe
 
 COUNTS = (7, 1, 12, 3, 9, 5, 4)  # 41 images
@@ -44,7 +44,7 @@ def read(recipe: Recipe, rank: int, world: int, start: int, workers: int, pipe) 
     """Send the keys of each batch of this process from step `start` on."""
     images = CachedImages(cache.open_cache(recipe), "train")
     plan = Batches(images.counts, BATCH, SEED, WINDOW, rank, world)
-    pipe.send([b["keys"] for b in data.batches(images, plan.between(start, EPOCHS * STEPS), workers)])
+    pipe.send([b["keys"] for b in loader.batches(images, plan.between(start, EPOCHS * STEPS), workers)])
 
 
 def together(recipe: Recipe, world: int, start: int, workers: int) -> list[list[list[str]]]:

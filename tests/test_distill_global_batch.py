@@ -12,7 +12,7 @@ from torch import nn
 
 from fmdistill.backbones.clip import ClipPreprocess
 from fmdistill.distill.checkpoint import save_state
-from fmdistill.distill.data import batches
+from fmdistill.distill.loader import batches
 from fmdistill.distill.objective import Objective
 from fmdistill.distill.seen import Seen
 from fmdistill.distill.tasks import Distill, vectors

@@ -12,7 +12,7 @@ from torch import nn
 from fmdistill import cache, distill
 from fmdistill.backbones.clip import ClipPreprocess
 from fmdistill.distill import tasks
-from fmdistill.distill.data import batches
+from fmdistill.distill.loader import batches
 from fmdistill.distill.objective import Objective
 from fmdistill.distill.student import load_student
 from fmdistill.registry import UserError

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from fmdistill import cache, cli, distill, recipe
 from fmdistill.distill import tasks, weigh
-from fmdistill.distill.data import batches, every
+from fmdistill.distill.data import every
+from fmdistill.distill.loader import batches
 from fmdistill.registry import UserError
 
 PAD = "objective.pad={output: block2, distance: {name: pad, base: fitnet}, weighting: {name: uniform}}"

@@ -14,7 +14,8 @@ import torch
 
 from fmdistill import cache, distill
 from fmdistill.cache.dataset import CachedImages
-from fmdistill.distill.data import batches, every
+from fmdistill.distill.data import every
+from fmdistill.distill.loader import batches
 from fmdistill.distill.student import load_student
 from fmdistill.images import build
 from fmdistill.recipe import Recipe

@@ -12,7 +12,7 @@ from torchvision.datasets import CIFAR100
 
 from fmdistill import distill, evaluate, pipeline, recipe, report
 from fmdistill.distill import tasks
-from fmdistill.distill.data import batches
+from fmdistill.distill.loader import batches
 from fmdistill.images.cifar100 import FILES
 from fmdistill.recipe import locate
 from fmdistill.report import rows

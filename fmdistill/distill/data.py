@@ -1,26 +1,16 @@
-"""Data: what a task trains on, item by item, and the loader that follows the order and nothing else."""
+"""Data: what a task trains on, item by item."""
 
-import signal
-import sys
-import threading
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import tee
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from fmdistill.images import Encoded, Images, Shard
 from fmdistill.images.kept import Kept
-from fmdistill.registry import UserError
 
-AHEAD = 2  # batches that each worker has ready, as PyTorch's loader has
 Place = tuple[int, int, int]  # (epoch, shard, index)
 
 
@@ -103,60 +93,6 @@ class SplitImages:
         return name, self.images.source.fetch(name, self.keys[shard][index])
 
 
-class _Items(Dataset):
-    def __init__(self, data: Data) -> None:
-        self.data = data
-
-    def __getitems__(self, places: list[Place]) -> dict[str, Any] | UserError:
-        try:
-            return _stack([self.data.item(*place) for place in places])
-        except UserError as error:  # returned, since a worker would wrap it in a traceback
-            return error
-
-
-def batches(data: Data, places: Iterable[list[Place]], workers: int) -> Iterator[dict[str, Any]]:
-    """Yield one collated batch for each list of places, in their order, whatever the number of workers."""
-    sampler: Any
-    sampler, again = tee(places)
-    loader = DataLoader(
-        _Items(data),
-        batch_sampler=sampler,
-        num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
-        collate_fn=_as_it_is,
-        worker_init_fn=_quiet,
-    )
-    with _interrupted_after():
-        loaded = iter(loader)
-    with closing(_together(data, again, workers)) as beside:
-        for batch in loaded:
-            if isinstance(batch, UserError):
-                raise batch
-            yield {**batch, **next(beside)}
-
-
-def _together(data: Data, places: Iterator[list[Place]], threads: int) -> Generator[dict[str, Any]]:
-    """Yield what data gives for whole batches, read as far ahead as the loader's workers are."""
-    if not isinstance(data, Together):
-        yield from ({} for _ in places)
-    elif not threads:
-        yield from (_pinned(data.together(chosen)) for chosen in places)
-    else:
-        gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
-        # a thread begins with the first GPU, on which to pin memory would cost every process a context
-        own = {} if gpu is None else {"initializer": torch.cuda.set_device, "initargs": (gpu,)}
-        pool, waiting = ThreadPoolExecutor(threads, **own), deque()
-        try:
-            for chosen in places:
-                waiting.append(pool.submit(lambda chosen: _pinned(data.together(chosen)), chosen))
-                if len(waiting) > AHEAD * threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # a download may take minutes
-
-
 def every(data: Data, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[list[Place]]:
     """Yield places such that all processes together see every sample exactly once, in order."""
     places = [(0, shard, index) for shard, count in enumerate(data.counts) for index in range(count)]
@@ -167,57 +103,13 @@ def every(data: Data, batch_size: int, rank: int = 0, world: int = 1) -> Iterato
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """Return the batch with its tensors on `device`."""
-    return _changed(batch, lambda tensor: tensor.to(device, non_blocking=True))
+    return changed(batch, lambda tensor: tensor.to(device, non_blocking=True))
 
 
-def _pinned(batch: Any) -> Any:
-    """Return the batch as the loader gives its part: in memory that a GPU copies from by itself, where there is one."""
-    return _changed(batch, Tensor.pin_memory) if torch.cuda.is_available() else batch
-
-
-def _changed(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def changed(batch: Any, change: Callable[[Tensor], Any]) -> Any:
+    """Return the batch with each of its tensors as `change` returns it."""
     if isinstance(batch, Tensor):
         return change(batch)
     if isinstance(batch, dict):
-        return {key: _changed(value, change) for key, value in batch.items()}
+        return {key: changed(value, change) for key, value in batch.items()}
     return batch
-
-
-@contextmanager
-def _interrupted_after() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM wait for the block's end: half-started, a loader cannot be cleaned up without a traceback.
-
-    The workers that start in the block keep ignoring Ctrl-C: it is the training process's, which stops them. A signal
-    mask would not do, since any other thread of this process may take the signal.
-    """
-    if threading.current_thread() is not threading.main_thread():  # Python interrupts the main thread only
-        yield
-        return
-    caught: list[int] = []
-    # not those that another library's C code handles, which Python could not give back
-    numbers = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not None]
-    handlers = [signal.signal(number, lambda number, frame: caught.append(number)) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, handler in zip(numbers, handlers, strict=True):
-            signal.signal(number, handler)
-    if caught:
-        signal.raise_signal(caught[0])
-
-
-def _quiet(worker: int) -> None:
-    """Say nothing when the training process goes away in the middle of a batch."""
-    report = sys.excepthook
-    gone = (EOFError, ConnectionError)
-    sys.excepthook = lambda kind, error, trace: None if issubclass(kind, gone) else report(kind, error, trace)
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
-def _stack(values: list[Any]) -> Any:
-    if isinstance(values[0], dict):
-        return {key: _stack([value[key] for value in values]) for key in values[0]}
-    return torch.stack(values) if isinstance(values[0], torch.Tensor) else values

@@ -2,9 +2,10 @@
 
 import itertools
 import math
+import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object
 from torch import Tensor, nn
 
+from fmdistill import stop
 from fmdistill.backbones.device import pick_device
 from fmdistill.cache.order import Batches
 from fmdistill.distill import checkpoint
-from fmdistill.distill.data import Data, batches, every, to_device
+from fmdistill.distill.data import Data, every, to_device
+from fmdistill.distill.loader import batches
 from fmdistill.distill.optim import OPTIMIZERS, SCHEDULES
-from fmdistill.logs import JsonLines, progress
+from fmdistill.logs import JsonLines, progress, read_json_lines
 from fmdistill.recipe import Recipe, Train
 from fmdistill.registry import UserError, bind
 
@@ -61,6 +64,18 @@ class Engine:
         bf16 = wanted == "bf16" or (wanted == "auto" and kind == "cuda")
         return torch.autocast(kind, dtype=torch.bfloat16, enabled=bf16)
 
+    def any(self, flag: bool) -> bool:
+        """Return whether `flag` is true in any of the processes; all of them have to ask."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        flags = torch.tensor(float(flag), device=self.accelerator.device)
+        return float(self.accelerator.reduce(flags, "sum")) > 0  # type: ignore[arg-type]
+
+    def check_stop(self) -> None:
+        """Raise Stopped if a stop was requested of any of the processes, so that they leave at the same step."""
+        if self.any(stop.requested() is not None):
+            raise stop.Stopped(stop.requested() or signal.SIGTERM)
+
     def mean(self, values: dict[str, Tensor]) -> dict[str, float]:
         """Return the values' means over the processes."""
         names = sorted(values)
@@ -94,19 +109,22 @@ def fit(
     task.to(accelerator.device).train()
     start = checkpoint.resume(run, task, optimizer, plan.identity)
     model, optimizer = accelerator.prepare(task, optimizer)
-    rows = JsonLines(run / "metrics.jsonl")
-    if accelerator.is_main_process:
-        rows.truncate_after(start)
-    parts = batches(data, plan.between(start, steps), settings.workers)
-    clock = time.monotonic()
-    with progress(total=steps, initial=start, description=f"training {run.name}", unit="step") as bar:
+    disk = _Disk(run, task, optimizer, plan.identity, accelerator.is_main_process, start)
+    disk.begin()
+    validates, saves = (_due(every, steps) for every in (settings.validate_every, settings.checkpoint_every))
+    if start and validates(start) and not engine.any(disk.validated()):  # stopped between step and validation
+        disk.write(start, validate(model))
+    parts, clock = batches(data, plan.between(start, steps), settings.workers), time.monotonic()
+    with progress(total=steps, initial=start, description=f"training {run.name}", unit="step") as bar, closing(parts):
         for step in range(start, steps):
+            with disk.saving_if_stopped(step):
+                engine.check_stop()
             torch.manual_seed(hash((recipe.seed, step, accelerator.process_index)) % 2**63)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * schedule(step, steps)
-            losses = _backward(
-                model, step_batches(parts, engine, shared, complete), engine, step, (step + 1) / plan.steps_per_epoch
-            )
+            micro_batches = step_batches(parts, engine, shared, complete)
+            with disk.saving_if_stopped(step if settings.accumulate == 1 else None):  # else half a step may be done
+                losses = _backward(model, micro_batches, engine, step, (step + 1) / plan.steps_per_epoch)
             norm = float(accelerator.clip_grad_norm_(model.parameters(), settings.clip or math.inf))  # type: ignore[arg-type]
             _check_gradient(task, losses, norm, step)
             optimizer.step()
@@ -115,18 +133,68 @@ def fit(
             done = step + 1
             if done % settings.log_every == 0 or done in (1, steps):
                 row = engine.mean({**losses, "grad_norm": torch.tensor(norm, device=accelerator.device)})
-                rate = optimizer.param_groups[0]["lr"]
-                speed = (done - start) * settings.batch_size / (time.monotonic() - clock)
                 bar.set_postfix(loss=f"{row['loss']:.4g}")
-                if accelerator.is_main_process:
-                    rows.write({"step": done, **row, "learning_rate": rate, "images_per_second": round(speed, 2)})
-            if done % settings.validate_every == 0 or done == steps:
-                found = validate(model)
-                if accelerator.is_main_process and found:
-                    rows.write({"step": done, **found})
-            if (done % settings.checkpoint_every == 0 or done == steps) and accelerator.is_main_process:
-                checkpoint.save(run, done, task, optimizer, plan.identity)
+                speed = (done - start) * settings.batch_size / (time.monotonic() - clock)
+                rate = optimizer.param_groups[0]["lr"]
+                disk.write(done, {**row, "learning_rate": rate, "images_per_second": round(speed, 2)})
+            if validates(done):
+                with disk.saving_if_stopped(done):
+                    disk.write(done, validate(model))
+            if saves(done):
+                disk.save(done)
     return steps
+
+
+@dataclass
+class _Disk:
+    """What a run has on disk: the rows of its log, and checkpoints. Only the first process writes."""
+
+    run: Path
+    task: nn.Module
+    optimizer: torch.optim.Optimizer
+    order: str
+    writes: bool
+    saved: int  # step of the newest checkpoint
+
+    @property
+    def rows(self) -> JsonLines:
+        """The log."""
+        return JsonLines(self.run / "metrics.jsonl")
+
+    def begin(self) -> None:
+        """Drop what was logged after the newest checkpoint: those steps are done again."""
+        if self.writes:
+            self.rows.truncate_after(self.saved)
+
+    def write(self, step: int, row: Mapping[str, float]) -> None:
+        """Log a row, unless it is empty."""
+        if self.writes and row:
+            self.rows.write({"step": step, **row})
+
+    def validated(self) -> bool:
+        """Return whether the losses of validation are logged for the newest checkpoint's step."""
+        logged = read_json_lines(self.rows.path)
+        return any(name.startswith("validation/") for row in logged if row.get("step") == self.saved for name in row)
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint, unless that step has one."""
+        if self.writes and step > self.saved:
+            checkpoint.save(self.run, step, self.task, self.optimizer, self.order)
+            self.saved = step
+
+    @contextmanager
+    def saving_if_stopped(self, step: int | None) -> Iterator[None]:
+        """Save the checkpoint of `step` if a stop ends the block; with None nothing is saved."""
+        try:
+            yield
+        except stop.Stopped:
+            if step is not None:
+                self.save(step)
+            raise
+
+
+def _due(every: int, steps: int) -> Callable[[int], bool]:
+    return lambda step: step % every == 0 or step == steps
 
 
 def total_steps(settings: Train, plan: Batches) -> int:
@@ -146,7 +214,9 @@ def validator(data: Data, engine: Engine, complete: Complete | None = None) -> V
         module = accelerator.unwrap_model(model).eval()
         for buffer in module.buffers():  # BatchNorm's statistics are each process's own; the first one's are saved
             broadcast(buffer)
-        for batch in batches(data, places, engine.settings.workers):
+        loaded = batches(data, places, engine.settings.workers)
+        # Of several processes none may leave alone: the others would wait for it in the reductions below.
+        for batch in stop.between(loaded) if accelerator.num_processes == 1 else loaded:
             size = len(batch["keys"])
             batch = to_device(batch, accelerator.device)
             with engine.autocast():
@@ -197,17 +267,17 @@ def step_batches(
 ) -> Iterator[dict]:
     """Yield the micro-batches of one optimizer step on the device, each with what the step shares as "whole"."""
     device = engine.accelerator.device
-    step: Iterable[dict] = itertools.islice(parts, engine.settings.accumulate)
+    step: Iterable[dict] = (to_device(batch, device) for batch in itertools.islice(parts, engine.settings.accumulate))
     if complete is not None:
-        step = map(complete, (to_device(batch, device) for batch in step))
+        step = map(complete, step)
     whole: dict[str, Tensor] = {}
     if shared is not None:
         step = list(step)
         named = [shared(batch) for batch in step]
         own = {name: torch.cat([one[name] for one in named]) for name in sorted(named[0])}
-        whole = {name: engine.accelerator.gather(value.to(device)) for name, value in own.items()}  # type: ignore[misc]
+        whole = {name: engine.accelerator.gather(value) for name, value in own.items()}  # type: ignore[misc]
     for batch in step:
-        yield {**to_device(batch, device), "whole": whole}
+        yield {**batch, "whole": whole}
 
 
 def _check_loss(loss: Tensor, batch: dict, step: int) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fmdistill.distill.data import batches, every
+from fmdistill.distill.data import every
 from fmdistill.distill.distances.pad import PAD
+from fmdistill.distill.loader import batches
 from fmdistill.distill.student import load_student
 from fmdistill.distill.tasks import Job, open_task
 from fmdistill.distill.weightings.ipwd import standardised_cross_entropy

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from fmdistill.backbones.preprocess import Preprocess
 from fmdistill.cache.compute import computing
 from fmdistill.cache.dataset import CachedImages
-from fmdistill.distill.data import batches, every, to_device
+from fmdistill.distill.data import every, to_device
+from fmdistill.distill.loader import batches
 from fmdistill.evaluate.subjects import forward
 from fmdistill.images import DecodeError, Encoded, Images, Shard, decode
 from fmdistill.logs import progress

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from fmdistill.backbones.class_preprocess import ClassPreprocess
 from fmdistill.backbones.device import pick_device
 from fmdistill.distill import provider as providers
-from fmdistill.distill.data import batches, every, to_device
+from fmdistill.distill.data import every, to_device
+from fmdistill.distill.loader import batches
 from fmdistill.distill.provider import Provider
 from fmdistill.evaluate import rarity
 from fmdistill.evaluate.zeroshot import TOP, measure

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from fmdistill.cache.dataset import CachedImages
-from fmdistill.distill.data import batches, every
+from fmdistill.distill.data import every
+from fmdistill.distill.loader import batches
 from fmdistill.report.examples import open_runs, term_weights
 from fmdistill.report.rows import Run
 
