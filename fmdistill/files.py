@@ -10,6 +10,7 @@ import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -34,6 +35,16 @@ def write_first(path: Path, content: bytes | str) -> None:
         publish(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_folder(folder: str | Path, what: str) -> None:
+    """Raise an OSError that names `folder` unless `what` can be written into it; it need not exist yet."""
+    folder = Path(folder)
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
+    if not nearest.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, f"{what} cannot be written: this is no folder", str(nearest))
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, f"{what} cannot be written into this folder", str(nearest))
 
 
 def publish(temporary: Path, path: Path) -> bool:
@@ -74,6 +85,25 @@ def being_written(path: Path) -> bool:
     return any(
         own not in one.name and not _abandoned(one) for one in path.parent.glob(f".{glob.escape(path.name)}.*.tmp")
     )
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process, by its host and number."""
+
+    host: str
+    number: int
+
+    @classmethod
+    def own(cls) -> "Process":
+        """Return the running one."""
+        return cls(_host(), os.getpid())
+
+    def wait(self, seconds: float) -> None:
+        """Wait until the process is gone, for at most so long; one of another host is not waited for."""
+        until = time.monotonic() + seconds
+        while self.host == _host() and _alive(self.number) and time.monotonic() < until:
+            time.sleep(0.01)
 
 
 @contextmanager

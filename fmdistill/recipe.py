@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import os
+import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +17,7 @@ from fmdistill.registry import UserError, typed
 
 SAVED = "recipe.yaml"  # the name of a resolved recipe in a run or cache; a file of this name is not trusted
 Component = dict  # {"name": ..., argument: value, ...}; typed when it is bound to its class
+FREE = {"free": True}  # marks a field that moves no weight, so that it may change between a run and its resumption
 
 
 @dataclass(frozen=True)
@@ -24,12 +27,16 @@ class Cache:
     root: str
     # of training shards, validation is always exact fp32; auto = int8 for a teacher of maps, fp16 for one of vectors
     codec: Literal["auto", "fp32", "fp16", "bf16", "int8", "int4"] = "auto"
-    local: str = ""  # where tars of a root that is a URL are kept on this machine; "" = below ~/.cache/fmdistill
-    local_gb: float = 50.0  # at most so many GB of them, the longest unused go first; a training window should fit
+    # where tars of a root that is a URL are kept on this machine; "" = below ~/.cache/fmdistill
+    local: str = field(default="", metadata=FREE)
+    # at most so many GB of them, the longest unused go first; a training window should fit
+    local_gb: float = field(default=50.0, metadata=FREE)
     trim: bool = False  # keep of each training map only the valid tokens, for objectives that exclude padding
     similarity: bool = False  # keep each map's SRW similarities too, so that training need not compute them
-    max_failed: float = 0.01  # largest fraction of images that may fail to decode or give a non-finite output
-    executor: Component = field(default_factory=lambda: {"name": "local"}, compare=False)  # who runs the teacher
+    # largest fraction of images that may fail to decode or give a non-finite output
+    max_failed: float = field(default=0.01, metadata=FREE)
+    # who runs the teacher
+    executor: Component = field(default_factory=lambda: {"name": "local"}, compare=False, metadata=FREE)
 
     def __post_init__(self) -> None:
         """Refuse what cannot keep a cache, before a teacher is loaded."""
@@ -53,12 +60,16 @@ class Train:
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # autocast; auto = bf16 on a GPU, fp32 on a CPU
     clip: float | None = None  # largest gradient norm
     window: int = 8  # shards whose samples are shuffled together
-    workers: int = 2  # image-loading processes per training process, and threads that read the cached outputs
-    image_memory: float = 0.0  # GB of prepared images that each of them keeps, so that a later epoch need not decode
-    device: str = "auto"
-    log_every: int = 10  # steps
-    validate_every: int = 500  # steps
-    checkpoint_every: int = 500  # steps
+    workers: int = field(
+        default=2, metadata=FREE
+    )  # image-loading processes per training process, and threads that read the cached outputs
+    image_memory: float = field(
+        default=0.0, metadata=FREE
+    )  # GB of prepared images that each of them keeps, so that a later epoch need not decode
+    device: str = field(default="auto", metadata=FREE)
+    log_every: int = field(default=10, metadata=FREE)  # steps
+    validate_every: int = field(default=500, metadata=FREE)  # steps
+    checkpoint_every: int = field(default=500, metadata=FREE)  # steps
 
     def __post_init__(self) -> None:
         """Refuse what cannot train, before anything is cached."""
@@ -81,19 +92,19 @@ class Train:
 class Recipe:
     """One experiment: what to cache, train and judge."""
 
-    out: str  # the run's directory
+    out: str = field(metadata=FREE)  # the run's directory
     images: Component
     student: Component
     task: Component
     optimizer: Component
     schedule: Component
     train: Train
-    title: str = ""
+    title: str = field(default="", metadata=FREE)
     seed: int = 0
     teacher: Component | None = None
     cache: Cache | None = None
     objective: dict[str, dict] = field(default_factory=dict)
-    protocols: list[str] = field(default_factory=list)
+    protocols: list[str] = field(default_factory=list, metadata=FREE)
 
     def __post_init__(self) -> None:
         """Refuse a seed that no generator takes."""
@@ -103,7 +114,7 @@ class Recipe:
 
 def locate(path: str | Path) -> Path:
     """Return the recipe or protocol file `path`, looked up in the working folder first, then in the package."""
-    package = Path(__file__).parent
+    path, package = Path(path).expanduser(), Path(__file__).parent
     for base in (Path.cwd(), package, package.parent):
         if (base / path).is_file():
             return base / path
@@ -113,20 +124,17 @@ def locate(path: str | Path) -> Path:
 def load(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Return the recipe at `path` with `key=value` overrides applied; every field is typed and known.
 
-    One that a run or cache saved may not name code unless `trust=true` is given.
+    One that a run or cache saved, or that extends such a recipe, may not name code unless `trust=true` is given. A
+    path may begin with ~.
     """
     file, given = locate(path), parse_overrides(overrides)
     trust = str(given.pop("trust", "false")).lower() == "true"
-    settings = _read(file)
-    foreign = [name for name in _names(settings) if ":" in name]
-    if file.name == SAVED and foreign and not trust:
-        raise UserError(f"{path}: names code outside fmdistill ({', '.join(foreign)}); add trust=true to import it")
-    return freeze(merge(settings, given), str(path))
+    return freeze(merge(_read(file, trust), given), str(path))
 
 
 def load_saved(folder: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Return the resolved recipe saved in a run or cache; it may not name code unless `trust=true` is given."""
-    path = Path(folder) / SAVED
+    path = Path(folder).expanduser() / SAVED
     if not path.is_file():
         raise UserError(f"{folder}: not a run, it holds no {SAVED}; `fmdistill distill RECIPE out={folder}` makes one")
     return load(path, overrides)
@@ -141,10 +149,25 @@ def freeze(settings: Mapping[str, Any], where: str) -> Recipe:
 
 
 def save(recipe: Recipe, folder: str | Path) -> None:
-    """Write the resolved recipe to `folder`/recipe.yaml."""
+    """Write the resolved recipe to `folder`/recipe.yaml, unless it is there already."""
     path, text = Path(folder) / SAVED, to_yaml(recipe)
+    if path.is_file() and path.read_text() == text:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, text)  # several training processes save it at once
+
+
+def free_settings(kind: type = Recipe, where: str = "") -> set[str]:
+    """Return the settings that may change between a run and its resumption, such as "train.workers"."""
+    found: set[str] = set()
+    for one in dataclasses.fields(kind):
+        name = f"{where}.{one.name}" if where else one.name
+        if one.metadata.get("free"):
+            found.add(name)
+        for nested in (Cache, Train):
+            if nested in (one.type, *typing.get_args(one.type)):
+                found |= free_settings(nested, name)
+    return found
 
 
 def to_yaml(recipe: Recipe) -> str:
@@ -165,7 +188,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not YAML: {_line(error)}") from error
     if not isinstance(loaded, dict):
         raise UserError(f"{path}: a mapping of settings is expected")
-    return {str(k): v for k, v in loaded.items()}
+    return {str(k): _at_home(v) for k, v in loaded.items()}
 
 
 def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
@@ -183,7 +206,7 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
                 raise UserError(f"'{override}': {parent} is given a value elsewhere on the command line")
         if isinstance(place.get(last), dict):
             raise UserError(f"'{override}': settings below {last} are given elsewhere on the command line")
-        place[last] = text
+        place[last] = _at_home(text)
     return nested
 
 
@@ -214,14 +237,28 @@ def _renamed(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     return "name" in new and new["name"] != old.get("name")
 
 
-def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
+def _read(path: Path, trust: bool, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     settings = read_yaml(path)
+    foreign = [name for name in _names(settings) if ":" in name]
+    saved = any(one.name == SAVED for one in (*below, path))  # who saved it may have chosen what it extends
+    if saved and foreign and not trust:
+        raise UserError(f"{path}: names code outside fmdistill ({', '.join(foreign)}); add trust=true to import it")
     parent = settings.pop("extends", None)
     if parent is None:
         return settings
     if path in below:
         raise UserError(f"{path}: extends itself, by way of {' and '.join(map(str, below))}; take one `extends` out")
-    return merge(_read(locate(str(parent)), (*below, path)), settings)
+    return merge(_read(locate(str(parent)), trust, (*below, path)), settings)
+
+
+def _at_home(value: Any) -> Any:
+    """Return the value, each of its texts that begins with ~ as a path of the user's home folder."""
+    if isinstance(value, Mapping):
+        return {key: _at_home(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_at_home(inner) for inner in value]
+    is_path = isinstance(value, str) and value.startswith("~") and (value == "~" or "/" in value)
+    return os.path.expanduser(value) if is_path else value
 
 
 def _names(settings: Any) -> list[str]:

@@ -57,10 +57,14 @@ def check() -> None:
 
 
 def between(items: Iterable[T]) -> Iterator[T]:
-    """Yield the items; raise Stopped instead of the next one if a stop was requested."""
-    for item in items:
-        check()
-        yield item
+    """Yield the items; raise Stopped instead of the next one if a stop was requested. What gives them is closed."""
+    try:
+        for item in items:
+            check()
+            yield item
+    finally:
+        if hasattr(items, "close"):  # a generator or a progress bar, which else would last as long as the traceback
+            items.close()  # type: ignore[attr-defined]
 
 
 def ignore() -> None:

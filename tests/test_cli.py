@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 
+from fmdistill import stop
 from fmdistill.cli import VERBS, failures, main, parser
 
 TESTS = Path(__file__).parent
@@ -184,11 +185,13 @@ def test_ctrl_c_and_a_preemption_stop_with_one_line_that_says_how_to_go_on(done,
     assert shown.splitlines()[-1] == "fmdistill: stopped; the same command continues where it stopped"
 
 
-def test_what_a_signal_stopped_is_known_by_its_status():
-    killed = "DataLoader worker (pid 7) is killed by signal: {}. "
-    assert failures.stopped(KeyboardInterrupt()) == 130 and failures.stopped(KeyboardInterrupt(signal.SIGTERM)) == 143
-    assert failures.stopped(RuntimeError(killed.format("Terminated"))) == 143
-    assert failures.stopped(RuntimeError(killed.format("Killed"))) is None and failures.stopped(OSError()) is None
+def test_what_a_signal_stopped_is_known_by_its_number(monkeypatch):
+    assert failures.stopped(KeyboardInterrupt()) == signal.SIGINT
+    assert failures.stopped(stop.Stopped(signal.SIGTERM)) == signal.SIGTERM
+    peer = RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:40000")
+    assert failures.stopped(peer) is None and failures.stopped(OSError()) is None
+    monkeypatch.setattr(stop._request, "number", signal.SIGTERM)
+    assert failures.stopped(peer) == signal.SIGTERM and failures.stopped(RuntimeError("other")) is None
 
 
 def test_a_preempted_bench_leaves_no_file(tmp_path):

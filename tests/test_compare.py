@@ -29,7 +29,7 @@ def recipes(tmp_path_factory):
 def test_a_comparison_caches_once_pairs_its_seeds_and_continues(recipes, caplog, monkeypatch, capsys):
     folder, both = recipes
     trained, judged = [], []
-    run, judge = distill.run, evaluate.run
+    run, judge = distill.run, evaluate._call
 
     def counted(settings, *args):
         if len(trained) == 3:
@@ -38,7 +38,7 @@ def test_a_comparison_caches_once_pairs_its_seeds_and_continues(recipes, caplog,
         return run(settings, *args)
 
     monkeypatch.setattr(pipeline.distill, "run", counted)
-    monkeypatch.setattr(pipeline.evaluate, "run", lambda *args: judged.append(args[1]) or judge(*args))
+    monkeypatch.setattr(evaluate, "_call", lambda *args: judged.append(args[3].parent.parent) or judge(*args))
     with caplog.at_level(logging.INFO, logger="fmdistill"):
         with pytest.raises(KeyboardInterrupt):
             pipeline.compare(both, 2, QUICK)
@@ -65,12 +65,16 @@ def test_a_comparison_caches_once_pairs_its_seeds_and_continues(recipes, caplog,
     assert all("seed: 1" in text for text in starts.values())
 
 
-def test_the_accuracy_of_parts_is_that_of_their_rows(recipes):
+def test_the_accuracy_of_parts_is_that_of_their_rows(recipes, monkeypatch):
     folder, both = recipes
     out = pipeline.compare(both, 1, QUICK).parent / "plain/seed-0"
     kept = json.loads((out / "evaluation/top1.json").read_text())
     metrics, rows = kept["metrics"], [row for row in kept["rows"] if row["student"] == "student"]
-    assert len(rows) == 60 and evaluate.kept(folder / "top1.yaml", out)
+    assert len(rows) == 60
+    judged: list[object] = []
+    call = evaluate._call
+    monkeypatch.setattr(evaluate, "_call", lambda *args: judged.append(args) or call(*args))
+    assert evaluate.run(folder / "top1.yaml", out) == metrics and not judged
     assert metrics["student/top1"] == pytest.approx(sum(r["label"] == r["prediction"] for r in rows) / 60)
     assert metrics["teacher/top1"] > 0.5
     quarters = [metrics[f"student/q{n}/top1"] for n in range(1, 5)]
@@ -78,7 +82,8 @@ def test_the_accuracy_of_parts_is_that_of_their_rows(recipes):
     # Of 120 training digits, 12 classes' counts are 11 to 13: many is above 12, few below 11, and nothing else is left.
     assert {name.split("/")[1] for name in metrics if name.count("/") == 2} >= {"q1", "q4", "medium"}
     (folder / "top1.yaml").write_text(toy_digits.TOP1.replace("quartiles: true", "quartiles: false"))
-    assert not evaluate.kept(folder / "top1.yaml", out)
+    evaluate.run(folder / "top1.yaml", out)
+    assert len(judged) == 1  # by another protocol
     (folder / "top1.yaml").write_text(toy_digits.TOP1)
 
 

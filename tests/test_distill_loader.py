@@ -222,7 +222,7 @@ print(read(loader.batches(Numbers(size=400_000), places(40), 2)))
 @pytest.mark.skipif(os.geteuid() != 0 or not Path("/proc/self/ns/mnt").exists(), reason="mounts, so it needs root")
 @pytest.mark.parametrize("size", ["64m", "256k"])
 def test_a_container_s_shared_memory_loads_every_batch(size):
-    mounted = f"mount -t tmpfs -o size={size} tmpfs /dev/shm && exec {sys.executable} -c \"$SCRIPT\""
+    mounted = f'mount -t tmpfs -o size={size} tmpfs /dev/shm && exec {sys.executable} -c "$SCRIPT"'
     environment = {**os.environ, "PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}
     environment["SCRIPT"] = SMALL.format(tests=str(TESTS))
     done = subprocess.run(["unshare", "-m", "sh", "-c", mounted], env=environment, capture_output=True, timeout=120)

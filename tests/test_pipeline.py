@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from fmdistill import cache, distill, evaluate, pipeline
+from fmdistill.cache import teacher, unchanged
 from fmdistill.cli import main
+from fmdistill.evaluate import teacher_score
 from fmdistill.evaluate.subjects import mean_embedding
 from fmdistill.registry import UserError
 
@@ -157,18 +159,35 @@ def test_the_floor_of_another_image_is_never_the_image_itself(ran):
 
 def test_of_several_processes_only_the_first_evaluates(ran, monkeypatch, capsys):
     folder, metrics = ran
-    kept = folder / "run/evaluation/grid.json"
-    before = kept.stat().st_mtime_ns
+    result = folder / "run/evaluation/grid.json"
     for rank, expected in (("1", {}), ("0", {f"{folder}/grid.yaml": metrics})):
+        result.unlink(missing_ok=True)
         monkeypatch.setenv("RANK", rank)
         assert pipeline.is_main() == (rank == "0")
         assert pipeline.run(load(folder, "train.steps=60")) == expected
-        assert (kept.stat().st_mtime_ns == before) == (rank == "1")
-        assert (main(["run", str(folder / "tiny.yaml"), "train.steps=60"]), bool(capsys.readouterr().out)) == (
-            0,
-            rank == "0",
-        )
-        before = kept.stat().st_mtime_ns
+        assert result.exists() == (rank == "0")
+        assert main(["run", str(folder / "tiny.yaml"), "train.steps=60"]) == 0
+        assert bool(capsys.readouterr().out) == (rank == "0")
+
+
+def everything(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """Every file and folder with its times: a file that was written and removed again changes its folder's."""
+    return {
+        str(path): (path.stat().st_mtime_ns, path.stat().st_ctime_ns, path.stat().st_ino)
+        for path in [folder, *folder.rglob("*")]
+    }
+
+
+def test_a_second_run_writes_nothing_loads_no_teacher_and_judges_nothing(ran, monkeypatch):
+    folder, metrics = ran
+    monkeypatch.setitem(teacher.TEACHERS, "tiny:teacher", tiny.teacher)  # as one whose code is the package's own
+    unchanged.note({"name": "tiny:teacher"}, folder / "cache")
+    first = pipeline.run(load(folder, "train.steps=60"))
+    before = everything(folder / "run") | everything(folder / "cache")
+    for module, name in ((teacher, "build"), (evaluate, "_call"), (teacher_score.sa1b, "judge_teacher")):
+        monkeypatch.setattr(module, name, lambda *arguments, **named: pytest.fail("made again"))
+    assert pipeline.run(load(folder, "train.steps=60")) == first == {f"{folder}/grid.yaml": metrics}
+    assert everything(folder / "run") | everything(folder / "cache") == before
 
 
 def test_check_names_the_file_and_what_is_wrong(tmp_path):

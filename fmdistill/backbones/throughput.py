@@ -10,6 +10,8 @@ from segment_anything import SamPredictor
 from segment_anything.modeling import ImageEncoderViT, Sam
 from torch.utils.flop_counter import FlopCounterMode
 
+from fmdistill import stop
+
 SIDE = {
     "cuda": 8192,
     "cpu": 1536,
@@ -66,7 +68,7 @@ def take_turns(
     clock = time.process_time if alone else time.perf_counter
     least = dict.fromkeys(works, float("inf"))
     for _ in range(rounds):
-        for name, work in works.items():
+        for name, work in stop.between(works.items()):
             _wait(device)
             start = clock()
             work()

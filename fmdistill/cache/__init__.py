@@ -1,6 +1,7 @@
 """The cache stage: images -> teacher -> shards. `run` does only what is missing."""
 
 import functools
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -10,7 +11,7 @@ from typing import Any
 
 from fmdistill import recipe as recipes
 from fmdistill.backbones.heads import load_head
-from fmdistill.cache import executors, manifest, sidecar, similarity, teacher
+from fmdistill.cache import executors, manifest, sidecar, similarity, teacher, unchanged
 from fmdistill.cache.bucket import behind, local
 from fmdistill.cache.codec import CODECS, EXACT, SIMILARITY, by_split, chosen, stacked
 from fmdistill.cache.executors.processes import Plan
@@ -42,12 +43,15 @@ def run(recipe: Recipe) -> dict[str, Any]:
     root = local(settings)
     images = build_images(recipe.images)
     shards = images.shards()  # first, so that missing images are noticed before a teacher is loaded
-    if found := _complete_without_teacher(recipe, images, shards):
-        log.info("%s: all %d shards are cached already; the teacher's file is gone, and not needed", root, len(shards))
-        return found
+    if finished := _finished(recipe, images, shards):
+        log.info("%s: all %d shards are cached", root, len(shards))
+        return finished
     plan = functools.partial(_plan, root, images, shards)
-    executors.check(settings.executor)(images=images, start=functools.partial(start, recipe), plan=plan)
-    sweep(root)  # also of an actor that died in this very run, and where nothing was missing
+    executor = executors.check(settings.executor)
+    try:
+        executor(images=images, start=functools.partial(start, recipe), plan=plan)
+    finally:
+        sweep(root)  # also of an actor that died in this very run
     return manifest.read(root)
 
 
@@ -65,7 +69,9 @@ def start(recipe: Recipe, images: Images | None = None) -> Pass:
         sweep(root)
         if not holds_head(root, head := model.head()):
             head.save(root)
-        recipes.save(recipe, root)
+        if os.access(root, os.W_OK):  # a cache may be lent for reading only
+            recipes.save(recipe, root)
+        unchanged.note(recipe.teacher or {}, root)
         if there:
             there.share()
             manifest.claim(root, found)
@@ -152,23 +158,31 @@ def _plan(root: Path, images: Images, shards: list[Shard]) -> Plan:
     return Plan(missing, sum(expected.values()), f"caching {found['teacher']['name']}")
 
 
-def _complete_without_teacher(recipe: Recipe, images: Images, shards: list[Shard]) -> dict[str, Any] | None:
-    """Return the manifest where the teacher's file is gone and nothing is left for it to do."""
+def _finished(recipe: Recipe, images: Images, shards: list[Shard]) -> dict[str, Any] | None:
+    """Return the manifest if no shard is missing and the teacher is known to be the cache's; nothing is loaded.
+
+    It is known by its settings and files, or cannot be asked, its file being gone.
+    """
     settings, root = recipe.teacher or {}, local(_settings(recipe))
     weights = teacher.weights_path(settings)
-    if weights is None or weights.exists() or not (root / manifest.NAME).exists():
+    gone = weights is not None and not weights.exists()
+    if not (root / manifest.NAME).exists() or not (gone or unchanged.is_noted(settings, root)):
         return None
     found = manifest.read(root)
-    asked = {
+    wanted = {
         "teacher": {**found["teacher"], **teacher.asked(settings)},
         "outputs": similarity.outputs(found["outputs"], _settings(recipe).similarity),
     }
-    manifest.claim(root, {**found, **asked, **_chosen(recipe, images, found["outputs"])})
+    manifest.claim(root, {**found, **wanted, **_chosen(recipe, images, found["outputs"])})
     try:
         load_head(found["family"], root)
     except UserError:
         return None
-    return None if _missing(root, shards, found) else found
+    if _missing(root, shards, found):
+        return None
+    if gone:
+        log.info("%s: the teacher's file is gone, and not needed", root)
+    return found
 
 
 def _check_space(root: Path, found: Mapping[str, Any], expected: dict[str, int]) -> None:

@@ -4,17 +4,21 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NotYet
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TypeVar
 
+from fmdistill import stop
 from fmdistill.images import Encoded
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 AHEAD = 2  # batches at least, where memory bears them
 ENCODED = 1_000_000  # bytes of a stored photograph
 MEMORY = 2_000_000_000  # bytes that wait for the teacher, as stored or decoded
+POLL = 1.0  # seconds between looks at whether a stop was requested
 LARGE = 0.1  # share of the time that the teacher waits, from which on something is worth changing
 
 
@@ -33,22 +37,34 @@ def prefetched(
     """
     numbered = enumerate(images)
     waiting: deque[Future[list[Future[T]]]] = deque()
-    with ThreadPoolExecutor(workers) as pool, ThreadPoolExecutor(1) as reader:
+    pool, reader = ThreadPoolExecutor(workers), ThreadPoolExecutor(1)
 
-        def read() -> list[Future[T]]:
-            return [pool.submit(prepare, index, image) for index, image in islice(numbered, batch)]
+    def read() -> list[Future[T]]:
+        return [pool.submit(prepare, index, image) for index, image in islice(numbered, batch)]
 
+    try:
+        while True:
+            while len(waiting) <= ahead:
+                waiting.append(reader.submit(read))
+            decoding = _awaited(waiting.popleft())
+            if not decoding:
+                return
+            yield [_awaited(future) for future in decoding]
+    finally:
+        wait = stop.requested() is None  # who stops does not wait for a storage that does not answer
+        reader.shutdown(wait=wait, cancel_futures=True)  # first, since it gives the pool its work
+        pool.shutdown(wait=wait, cancel_futures=True)
+
+
+def _awaited(future: Future[U]) -> U:
+    """Return the future's result; Stopped if a stop was requested before it came."""
+    while True:
         try:
-            while True:
-                while len(waiting) <= ahead:
-                    waiting.append(reader.submit(read))
-                decoding = waiting.popleft().result()
-                if not decoding:
-                    return
-                yield [future.result() for future in decoding]
-        finally:
-            reader.shutdown(cancel_futures=True)  # first, since it gives the pool its work
-            pool.shutdown(cancel_futures=True)
+            return future.result(POLL)
+        except NotYet:
+            if future.done():  # meanwhile, or the work itself raised this very error
+                return future.result()
+        stop.check()
 
 
 @dataclass

@@ -45,6 +45,8 @@ TEACHERS = {
     "clip_mini": clip_teacher.clip_mini,
     "classifier": class_teacher.classifier,
 }
+FAMILIES = {name: "sam" for name in sam_teacher.NAMES} | {name: "clip" for name in ("open_clip", "clip_mini")}
+FAMILIES |= {"classifier": "classifier"}
 UNPADDED = {"open_clip": "tokens", "clip_mini": "tokens", "classifier": "maps"}  # and the setting that asks for maps
 
 
@@ -69,6 +71,11 @@ def check(settings: Mapping[str, Any], trim: bool = False, similarity: bool = Fa
     if similarity and maps and not bound.keywords.get(maps):
         refuse_similarity(f"teacher.name={settings['name']}", f"ask for one by teacher.{maps}, or leave it out")
     return bound
+
+
+def family(settings: Mapping[str, Any] | None) -> str | None:
+    """Return the family of the teacher that a recipe names; None if there is none, or it is another package's."""
+    return FAMILIES.get((settings or {}).get("name", ""))
 
 
 def pads(preprocess: Preprocess) -> bool:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fmdistill import stop
 from fmdistill.cache import sidecar
 from fmdistill.cache.bucket import behind
 from fmdistill.cache.codec import Codec
@@ -55,7 +56,7 @@ class Pass:
         Those that another one seems to be writing come last: it may be slow, or dead.
         """
         others: list[Shard] = []
-        for shard in chain(shards, others):  # which grows while the shards are gone through
+        for shard in stop.between(chain(shards, others)):  # the latter grows while the shards are gone through
             if there := behind(self.root):
                 there.look(shard.name)
             finished = sidecar.finished(self.root, shard, self.identity, self.codecs[shard.split])
@@ -112,7 +113,7 @@ class Pass:
         waiting: deque[Future[None]] = deque()
         with ThreadPoolExecutor(1) as thread:
             try:
-                for batch in self._batches(writer.shard):
+                for batch in stop.between(self._batches(writer.shard)):
                     good = [item for item in batch if item.pixels is not None]
                     sizes_B2 = torch.tensor([item.resized for item in good])
                     pixels = [item.pixels for item in good if item.pixels is not None]

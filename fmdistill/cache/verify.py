@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from isal.isal_zlib import crc32  # zlib's, nine times as fast
 
+from fmdistill import stop
 from fmdistill.backbones.heads import Head
 from fmdistill.cache import sidecar
 from fmdistill.cache.bucket import DamagedError
@@ -25,9 +26,8 @@ ARITHMETIC = {"fp32": 1e-4, "bf16": 4e-2}
 def verify_files(cache: Cache) -> int:
     """Return how many shards were read whole. UserError naming each whose bytes differ from its sidecar."""
     readers = [reader for split in cache.shards.values() for reader in split]
-    found = [
-        one for reader in progress(readers, "verifying", unit="shard") if (one := _damaged(reader, cache.identity))
-    ]
+    shown = progress(readers, "verifying", unit="shard")
+    found = [damaged for reader in stop.between(shown) if (damaged := _damaged(reader, cache.identity))]
     if found:
         more = [f"and {len(found) - NAMED} more"] if len(found) > NAMED else []
         which = "it" if len(found) == 1 else "these files"
@@ -66,7 +66,7 @@ def verify_values(cache: Cache, teacher: Teacher, samples: int, seed: int = 0) -
         data = CachedImages(cache, split)
         places = [(s, i) for s, shard in enumerate(data.shards) for i in range(len(shard.samples))]
         chosen = np.random.default_rng(seed).permutation(len(places))[: -(-samples // 2)]
-        for number in progress(sorted(chosen), f"recomputing {split}", unit="image"):
+        for number in stop.between(progress(sorted(chosen), f"recomputing {split}", unit="image")):
             shard, index = places[number]
             item = data.item(0, shard, index)
             fresh = teacher(item["pixels"][None], item["sizes"][None])

@@ -2,11 +2,10 @@
 
 import argparse
 import os
-import signal
 import sys
-import threading
 from collections.abc import Sequence
 
+from fmdistill import stop
 from fmdistill.cli import failures
 
 EPILOG = """A recipe is looked up in the working folder first, then in the package. A setting is changed as key=value,
@@ -72,28 +71,21 @@ def _parsed(argv: Sequence[str] | None) -> dict:
     return vars(known)
 
 
-def _terminated(number: int, frame: object) -> None:
-    """Stop as by Ctrl-C, so that a job that a cluster preempts leaves no temporary file."""
-    raise KeyboardInterrupt(number)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb. Return 0, or 2 after one line that says what is wrong and what to do; 130 and 143 when stopped."""
+    stop.listen()
     arguments = _parsed(argv)
     from fmdistill import logs
     from fmdistill.registry import UserError
 
     logs.setup()
     verb = arguments.pop("verb")
-    if threading.current_thread() is threading.main_thread():  # Python interrupts the main thread only
-        signal.signal(signal.SIGTERM, _terminated)
-        failures.tell_once()
     try:
         VERBS[verb](**arguments)
         return 0
     except (KeyboardInterrupt, UserError, OSError, RuntimeError) as error:
-        if stopped := failures.stopped(error):
-            code, line = stopped, "stopped; the same command continues where it stopped"
+        if (number := failures.stopped(error)) is not None:
+            code, line = 128 + number, "stopped; the same command continues where it stopped"
         else:
             known = failures.machine(error, verb) if isinstance(error, RuntimeError) else failures.line(error)
             if known is None or os.environ.get("FMDISTILL_TRACEBACK"):
@@ -144,7 +136,7 @@ def _cache(recipe: str, overrides: list[str]) -> None:
     from fmdistill.recipe import load
 
     settings = load(recipe, overrides)
-    pipeline.check(settings)
+    pipeline.check_caching(settings)
     cache.run(settings)
 
 
@@ -168,7 +160,7 @@ def _distill(recipe: str, overrides: list[str]) -> None:
     from fmdistill.recipe import load
 
     settings = load(recipe, overrides)
-    pipeline.check(settings)
+    pipeline.check_before(settings)
     print(distill.run(settings))
 
 

@@ -3,7 +3,8 @@
 import errno
 import re
 import signal
-import sys
+
+from fmdistill import stop
 
 # What takes less memory, by the stage that ran out of it.
 SMALLER = {
@@ -22,19 +23,11 @@ STAGES = {
 
 
 def stopped(error: BaseException) -> int | None:
-    """Return the exit status of a run that a signal stopped, None where it is an error that stopped it."""
+    """Return the number of the signal that ended the run, None if an error did."""
     if isinstance(error, KeyboardInterrupt):
-        return 128 + (error.args[0] if error.args else signal.SIGINT)
-    # A scheduler's signal goes to all processes of a job, and that a loader's is gone may be noticed first.
-    terminated = isinstance(error, RuntimeError) and "killed by signal: Terminated" in str(error)
-    return 128 + signal.SIGTERM if terminated else None
-
-
-def tell_once() -> None:
-    """Let no traceback tell again, from where an exception can only be ignored, that a signal stopped the run."""
-    report = sys.unraisablehook
-    if report.__module__ != __name__:
-        sys.unraisablehook = lambda found: None if found.exc_value and stopped(found.exc_value) else report(found)
+        return getattr(error, "number", signal.SIGINT)
+    # Of several processes that train together, one that a stop finds in a reduction is left by the others.
+    return stop.requested() if isinstance(error, RuntimeError) and "closed by peer" in str(error) else None
 
 
 def line(error: BaseException) -> str:

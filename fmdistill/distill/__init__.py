@@ -1,7 +1,9 @@
 """The distil stage: shards -> student -> checkpoint. `run` resumes exactly where a killed run stopped."""
 
 import dataclasses
+import os
 import re
+from itertools import accumulate
 from pathlib import Path
 
 from fmdistill import recipe as recipes
@@ -15,11 +17,8 @@ from fmdistill.registry import UserError
 
 __all__ = ["check_run", "load_student", "run"]
 
-# What may differ between a run and its resumption: nothing that moves a weight. The images may have moved, since every
-# image's hash is checked; the teacher is in the cache.
-FREE = {"title", "protocols", "out"}
-FREE |= {f"train.{key}" for key in ("workers", "image_memory", "log_every", "validate_every", "checkpoint_every")}
-FREE |= {f"teacher.{key}" for key in ("weights", "device", "batch", "workers")}
+# Beside the fields that the recipe marks: settings of a component, whose values the cache holds, or every image's hash.
+FREE = {f"teacher.{key}" for key in ("weights", "device", "batch", "workers")}
 
 
 def run(recipe: Recipe, resume: bool = True) -> Path:
@@ -41,24 +40,35 @@ def run(recipe: Recipe, resume: bool = True) -> Path:
 
 
 def _claim(recipe: Recipe, out: Path, resume: bool) -> None:
-    if not (out / recipes.SAVED).is_file():
-        recipes.save(recipe, out)
-        return
-    if not resume:
-        raise UserError(f"{out}: holds a run already; choose another out=FOLDER, or delete it")
-    check_run(recipe, out)
-    recipes.save(recipe, out)  # where its images lie now
+    """Make `out` this recipe's run. What was never trained, having no checkpoint, belongs to nobody."""
+    if _is_trained(out):
+        if not resume:
+            raise UserError(f"{out}: holds a run already; choose another out=FOLDER, or delete it")
+        check_run(recipe, out)
+    if not (out / WEIGHTS).is_file() or os.access(out, os.W_OK):  # a finished run may be lent for reading only
+        recipes.save(recipe, out)  # with the place where its images are now
+
+
+def _is_trained(out: Path) -> bool:
+    return (out / recipes.SAVED).is_file() and ((out / WEIGHTS).is_file() or checkpoint.exists(out))
 
 
 def check_run(recipe: Recipe, out: Path) -> None:
     """Raise a UserError unless the run in `out` is of this recipe, in all that moves a weight."""
     old, new = _flat(recipes.load_saved(out, ["trust=true"])), _flat(recipe)
-    free = FREE - {"teacher.weights"} if teacher.is_live(recipe.teacher) else FREE  # no cache stands for it
-    held = [k for k in sorted({*old, *new}) if k not in free and not re.match(r"images\..*root$", k)]
+    free = FREE | recipes.free_settings()
+    if teacher.is_live(recipe.teacher):  # no cache stands for it
+        free -= {"teacher.weights"}
+    held = [key for key in sorted({*old, *new}) if not _is_free(key, free)]
     changed = [k for k in held if str(old.get(k)) != str(new.get(k))]
     if changed:
         shown = "; ".join(f"{k} is {old.get(k)!r} there and {new.get(k)!r} here" for k in changed[:3])
         raise UserError(f"{out}: holds a run of another recipe: {shown}. Choose another out=FOLDER, or delete it")
+
+
+def _is_free(key: str, free: set[str]) -> bool:
+    parents = accumulate(key.split("."), lambda above, name: f"{above}.{name}")
+    return any(parent in free for parent in parents) or bool(re.match(r"images\..*root$", key))
 
 
 def _flat(recipe: Recipe) -> dict[str, object]:

@@ -61,6 +61,11 @@ def resume(run: Path, task: nn.Module, optimizer: torch.optim.Optimizer, order: 
     return step
 
 
+def exists(run: Path) -> bool:
+    """Return whether the run has a checkpoint."""
+    return bool(_steps(run))
+
+
 def newest(run: Path) -> Path:
     """Return the newest checkpoint's folder. UserError where there is none."""
     found = _steps(run)

@@ -56,7 +56,8 @@ def build(recipe: Recipe, own: Preprocess | None = None, augment: Augment | None
                 "so that it sees what the student sees, or leave the augmentation out"
             )
         return _cached(recipe)
-    model = teacher.build(recipe.teacher)
+    with torch.random.fork_rng(devices=[]):  # so that one seed gives the student that a cached teacher's run gives
+        model = teacher.build(recipe.teacher)
     shapes = {f"{model.family}.{name}": shape for name, shape in model.outputs.items()}
 
     def complete(batch: dict) -> dict:

@@ -54,10 +54,15 @@ def check(settings: Mapping[str, Any]) -> None:
 def load_student(run: str | Path, trust: bool = False) -> nn.Module:
     """Return the student of a finished run, in eval mode on the CPU."""
     recipe = recipes.load_saved(run, ["trust=true"] if trust else [])
+    return _filled(recipe.student, weights_of(run), "train the run anew")
+
+
+def weights_of(run: str | Path) -> Path:
+    """Return the file that holds the weights of a finished run's student."""
     path = Path(run) / WEIGHTS
     if not path.is_file():
         raise UserError(f"{run}: not finished, it has no {WEIGHTS}; `fmdistill distill {run}/recipe.yaml` resumes it")
-    return _filled(recipe.student, path, "train the run anew")
+    return path
 
 
 def load_checkpoint(settings: Mapping[str, Any], path: Path) -> nn.Module:

@@ -44,13 +44,7 @@ class Engine:
             torch.cuda.set_device(device)
         # Autocast is the recipe's, whatever `accelerate config` was told on this machine.
         self.accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
-        share = self.accelerator.num_processes * self.settings.accumulate
-        if self.settings.batch_size % share:
-            raise UserError(
-                f"train.batch_size={self.settings.batch_size}: not divisible by "
-                f"{self.accelerator.num_processes} processes x train.accumulate={self.settings.accumulate}; "
-                f"it counts the images of one optimizer step"
-            )
+        check_share(self.settings, self.accelerator.num_processes)
 
     @property
     def micro_batch(self) -> int:
@@ -197,6 +191,23 @@ def _due(every: int, steps: int) -> Callable[[int], bool]:
     return lambda step: step % every == 0 or step == steps
 
 
+def check_share(settings: Train, processes: int) -> None:
+    """Raise a UserError unless the optimizer step's images can be shared evenly by processes and accumulation."""
+    if settings.batch_size % (processes * settings.accumulate):
+        raise UserError(
+            f"train.batch_size={settings.batch_size}: not divisible by "
+            f"{processes} processes x train.accumulate={settings.accumulate}; "
+            f"it counts the images of one optimizer step"
+        )
+
+
+def too_few_images(batch_size: int, count: int) -> UserError:
+    """Return the error that there are only `count` training images."""
+    return UserError(
+        f"train.batch_size={batch_size}: there are only {count} training images; make it smaller, or give more images"
+    )
+
+
 def total_steps(settings: Train, plan: Batches) -> int:
     """Return the optimizer steps that `train.steps` or `train.epochs` ask for, at least one."""
     return settings.steps or max(1, round((settings.epochs or 0) * plan.steps_per_epoch))
@@ -237,10 +248,7 @@ def validator(data: Data, engine: Engine, complete: Complete | None = None) -> V
 def _plan(data: Data, recipe: Recipe, engine: Engine) -> Batches:
     settings, accelerator = recipe.train, engine.accelerator
     if sum(data.counts) < settings.batch_size:
-        raise UserError(
-            f"train.batch_size={settings.batch_size}: there are only {sum(data.counts)} training images; "
-            f"make it smaller, or give more images"
-        )
+        raise too_few_images(settings.batch_size, sum(data.counts))
     place = {"rank": accelerator.process_index, "world": accelerator.num_processes}
     counts = tuple(data.counts)
     return Batches(counts, settings.batch_size, recipe.seed, settings.window, accumulate=settings.accumulate, **place)

@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fmdistill import stop
 from fmdistill.distill.data import every
 from fmdistill.distill.distances.pad import PAD
 from fmdistill.distill.loader import batches
 from fmdistill.distill.student import load_student
 from fmdistill.distill.tasks import Job, open_task
 from fmdistill.distill.weightings.ipwd import standardised_cross_entropy
-from fmdistill.files import write_whole
+from fmdistill.files import check_folder, write_whole
 from fmdistill.logs import log, progress
 from fmdistill.registry import UserError
 
@@ -27,6 +28,7 @@ def by_pad(run: str | Path, out: str | Path, trust: bool = False) -> Path:
 
     "Weights from PAD" of the PAD paper (Zhang et al., ECCV 2020, Table 1): a trained PAD's variances, kept fixed.
     """
+    check_folder(Path(out).parent, "the weights")
     job, task = open_task(run, trust)
     found = [(term.distance, term.settings) for _, term in task.objective.items() if isinstance(term.distance, PAD)]
     if len(found) != 1:
@@ -46,6 +48,7 @@ def by_propensity(run: str | Path, label_run: str | Path, out: str | Path, trust
     H is the cross-entropy against the label: H_kd of `run`'s student, which was distilled, H_cls of `label_run`'s,
     which learned from labels alone. The other direction is had by exchanging the two.
     """
+    check_folder(Path(out).parent, "the weights")
     job, task = open_task(run, trust)
     other = load_student(label_run, trust)
 
@@ -63,7 +66,7 @@ def by_propensity(run: str | Path, label_run: str | Path, out: str | Path, trust
 def _write(job: Job, weigh: Callable[[dict], Tensor], out: str | Path) -> Path:
     listed: dict[str, float] = {}
     places = list(every(job.train, BATCH))
-    for batch in progress(batches(job.train, places, 0), "weighing", total=len(places)):
+    for batch in stop.between(progress(batches(job.train, places, 0), "weighing", total=len(places))):
         batch = batch if job.complete is None else job.complete(batch)
         listed |= dict(zip(batch["keys"], weigh(batch).tolist(), strict=True))
     path = Path(out)

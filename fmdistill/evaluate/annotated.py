@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fmdistill import stop
 from fmdistill.backbones.preprocess import Preprocess
 from fmdistill.cache.compute import computing
 from fmdistill.cache.dataset import CachedImages
@@ -77,6 +78,14 @@ class Annotated:
         return {}
 
 
+def first_image(images: Images, protocol: str) -> Encoded:
+    """Return the first validation image; UserError that names the `protocol` if there is none."""
+    for shard in images.shards():
+        for encoded in images.read(shard) if shard.split == "validation" else ():
+            return encoded
+    raise UserError(f"{protocol}: there are no validation images; name some by the protocol's or the recipe's `images`")
+
+
 @dataclass(frozen=True)
 class Embedded:
     """What a protocol compares, image by image: float32 (N, D) embeddings by subject, on the CPU, not normalised."""
@@ -109,7 +118,7 @@ def embed(
     places = list(islice((place for (place,) in every(data, 1)), total))
     groups = [places[start : start + batch] for start in range(0, total, batch)]
     with progress(total=total, description=title, unit="image") as bar:
-        for items in batches(data, groups, workers):
+        for items in stop.between(batches(data, groups, workers)):
             for name, values in found.items():
                 values += items[name]
             if data.cached:

@@ -7,24 +7,27 @@ h x w resized pixels (before padding to SAM's square input).
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fmdistill import stop
 from fmdistill.backbones.device import pick_device
 from fmdistill.backbones.fast_decoder import Decode, image_decoder
 from fmdistill.backbones.promptable import PromptHead
 from fmdistill.evaluate import tails
+from fmdistill.evaluate.kept import Partial
 from fmdistill.evaluate.masks import Bits, iou, join, pack, to_rle
 from fmdistill.registry import UserError
 
 Select = Literal["single", "best_predicted", "paired", "oracle"]
 Resolution = Literal["original", "low"]
 Size = tuple[int, int]
+Advance = Callable[[int], object]
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,12 @@ class Case:
     students: Mapping[str, Tensor]
     original: Size
     resized: Size
+    shard: str = ""
+
+    @property
+    def image(self) -> str:
+        """What tells the image from those of other shards, whose keys may be the same."""
+        return f"{self.shard}/{self.key}"
 
 
 def grid_points(k: int, original: Size) -> np.ndarray:
@@ -89,20 +98,26 @@ def compare(
     resized: Size,
     grid: int,
     protocol: GridMiou = GridMiou(),
+    advance: Advance = lambda prompts: None,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Return, per point, each student's IoU, float64 (grid * grid,), and whether each bucket holds it, bool."""
+    """Return, per point, each student's IoU, float64 (grid * grid,), and whether each bucket holds it, bool.
+
+    `advance` is told the number of prompts as they are done.
+    """
     scores: dict[str, list[np.ndarray]] = {name: [] for name in students}
     buckets: dict[str, list[np.ndarray]] = defaultdict(list)
     pixels = _pixels(head, grid, original, resized, protocol)
     with torch.inference_mode():
         ask_teacher = image_decoder(head, teacher)
         ask = {name: image_decoder(head, embedding) for name, embedding in students.items()}
-        for points, xy in zip(_prompts(head, grid, original, resized, protocol.points_per_batch), pixels, strict=True):
+        prompts = _prompts(head, grid, original, resized, protocol.points_per_batch)
+        for points, xy in stop.between(zip(prompts, pixels, strict=True)):
             masks = masks_at(teacher_side(protocol), head, ask_teacher, points, original, resized)
             wanted = _bits(tails.watched(masks, xy, protocol.by_size, protocol.by_edge, buckets))
             for name, decode in ask.items():
                 given = _bits(masks_at(protocol, head, decode, points, original, resized))
                 scores[name].append(_score(wanted, given, len(points)))
+            advance(len(points))
     return _joined(scores), _joined(buckets)
 
 
@@ -156,39 +171,64 @@ def choose(logits_PMhw: Tensor, predicted_PM: Tensor, select: Select) -> Tensor:
     return logits_PMhw[torch.arange(len(best_P), device=best_P.device), best_P].unsqueeze(1)
 
 
-def run(protocol: GridMiou, head: PromptHead, cases: Iterable[Case]) -> tuple[dict[str, float], dict]:
+def run(
+    protocol: GridMiou,
+    head: PromptHead,
+    cases: Iterable[Case],
+    partial: Partial | None = None,
+    advance: Advance = lambda prompts: None,
+) -> tuple[dict[str, float], dict]:
     """Return metrics {"STUDENT/16x16/miou": ..., "STUDENT/16x16/GROUP/miou": ..., "STUDENT/feature/cosine": ...}
     and details {"rows": one per image and student, "masks": RLE of the first grid if the protocol writes them}.
 
     `miou` is the mean over all points of all images, `miou_per_image` the mean of the images' means. A bucket that
     holds any point adds "STUDENT/16x16/BUCKET/miou", the mean over its points of all images, and ".../points", their
-    number. The feature figures are means over an image's valid tokens, then over images.
+    number. The feature figures are means over an image's valid tokens, then over images. `partial` stores the result
+    of each image; `cases` are then those that it lacks.
     """
     device = pick_device(protocol.device, "device")
     head = head.to(device).eval()
+    results = list(partial.done.values()) if partial is not None else []
+    left = None if protocol.images is None else max(0, protocol.images - len(results))
+    for case in stop.between(itertools.islice(cases, left)):
+        result = _judge(protocol, head, case, device, advance)
+        if partial is not None:
+            partial.add(case.image, result)
+        results.append(result)
+    if not results:
+        raise UserError("grid_miou: no images to evaluate; the cache's validation split is empty or images=0")
+    rows = [row for result in results for row in result["rows"]]
+    masks = [entry for result in results for entry in result["masks"]]
     points: dict[str, list[np.ndarray]] = defaultdict(list)
     tail: dict[str, list[np.ndarray]] = defaultdict(list)
-    rows, masks = [], []
-    for case in itertools.islice(cases, protocol.images):
-        teacher = case.teacher.to(device)
-        students = {name: embedding.to(device) for name, embedding in case.students.items()}
-        row: dict[str, dict] = {name: {"key": case.key, "group": case.group, "student": name} for name in students}
-        for name, embedding in students.items():
-            row[name].update(_features(head, teacher, embedding, case.resized))
-        for k in protocol.grids:
-            found, buckets = compare(head, teacher, students, case.original, case.resized, k, protocol)
-            for name, values in found.items():
-                row[name][f"{k}x{k}/miou"] = float(values.mean())
-                points[f"{name}/{k}x{k}"].append(values)
-                points[f"{name}/{k}x{k}/{case.group}"].append(values)
-                for bucket, members_P in buckets.items():
-                    tail[f"{name}/{k}x{k}/{bucket}"].append(values[members_P])
-        rows += row.values()
-        if protocol.write_masks:
-            masks += _rles(protocol, head, case, {"teacher": teacher, **students})
-    if not rows:
-        raise UserError("grid_miou: no images to evaluate; the cache's validation split is empty or images=0")
+    for result in results:
+        for grid, scores in result["iou"].items():
+            for name, values in scores.items():
+                iou_P = np.array(values)
+                points[f"{name}/{grid}"].append(iou_P)
+                points[f"{name}/{grid}/{result['group']}"].append(iou_P)
+                for bucket, members in result["buckets"][grid].items():
+                    tail[f"{name}/{grid}/{bucket}"].append(iou_P[np.array(members, dtype=bool)])
     return _metrics(rows, points, tail), {"rows": rows, "masks": masks} if protocol.write_masks else {"rows": rows}
+
+
+def _judge(protocol: GridMiou, head: PromptHead, case: Case, device: torch.device, advance: Advance) -> dict[str, Any]:
+    """Return one image's result, ready for JSON: its rows, each point's IoU by grid and student, and its buckets."""
+    teacher = case.teacher.to(device)
+    students = {name: embedding.to(device) for name, embedding in case.students.items()}
+    row: dict[str, dict] = {name: {"key": case.key, "group": case.group, "student": name} for name in students}
+    result: dict[str, Any] = {"group": case.group, "iou": {}, "buckets": {}, "masks": []}
+    for name, embedding in students.items():
+        row[name].update(_features(head, teacher, embedding, case.resized))
+    for k in protocol.grids:
+        scores, buckets = compare(head, teacher, students, case.original, case.resized, k, protocol, advance)
+        for name, values in scores.items():
+            row[name][f"{k}x{k}/miou"] = float(values.mean())
+        result["iou"][f"{k}x{k}"] = {name: values.tolist() for name, values in scores.items()}
+        result["buckets"][f"{k}x{k}"] = {name: members.tolist() for name, members in buckets.items()}
+    if protocol.write_masks:
+        result["masks"] = _rles(protocol, head, case, {"teacher": teacher, **students})
+    return {"rows": list(row.values()), **result}
 
 
 def _metrics(rows: list[dict], points: Mapping[str, list], tail: Mapping[str, list]) -> dict[str, float]:

@@ -54,6 +54,17 @@ class Retrieval:
             image_sources.check(self.images)
 
 
+def check_images(protocol: Retrieval, recipe: Recipe) -> None:
+    """Raise a UserError if the first image has no caption's column."""
+    images = image_sources.build(recipe.images if protocol.images is None else protocol.images)
+    encoded = annotated.first_image(images, "retrieval")
+    if annotated.CAPTION not in encoded.extra:
+        raise UserError(
+            f"retrieval: image '{encoded.key}' has no caption; it needs KEY.txt beside each image, as img2dataset's "
+            f"tars have"
+        )
+
+
 def judge(protocol: Retrieval, recipe: Recipe, models: Mapping[str, nn.Module]) -> Judged:
     """Score students, named apart, and from a cache the teacher, on captioned images.
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fmdistill import stop
 from fmdistill.backbones.device import pick_device
 from fmdistill.backbones.fast_decoder import image_decoder
 from fmdistill.backbones.promptable import PromptHead
@@ -123,7 +124,7 @@ def run(protocol: Sa1b, head: PromptHead, cases: Iterable[Sa1bCase]) -> tuple[di
     head = head.to(device).eval()
     rows: list[dict] = []
     skipped: list[str] = []
-    for case in islice(cases, protocol.images):
+    for case in stop.between(islice(cases, protocol.images)):
         points, truth = [], []
         for place, annotation in _annotations(case, protocol.annotations, skipped):
             try:

@@ -14,6 +14,7 @@ from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as F
 
+from fmdistill import stop
 from fmdistill.backbones.device import pick_device
 from fmdistill.backbones.promptable import PromptHead
 from fmdistill.evaluate.masks import iou, pack
@@ -98,7 +99,7 @@ def run(protocol: SceneMiou, head: PromptHead, cases: Iterable[SceneCase]) -> tu
     device = pick_device(protocol.device, "device")
     head = head.to(device).eval()
     rows = []
-    for case in itertools.islice(cases, protocol.images):
+    for case in stop.between(itertools.islice(cases, protocol.images)):
         found = scene_rows(head, case.embedding.to(device), case.labels, case.resized, protocol.points_per_batch)
         rows += [{"key": case.key} | row for row in found]
     if not rows:

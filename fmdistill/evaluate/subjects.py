@@ -1,6 +1,6 @@
 """What an evaluator looks at: cases made from a recipe's cache and images, and a student."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -9,15 +9,16 @@ from torch import Tensor, nn
 from fmdistill.backbones.device import pick_device
 from fmdistill.backbones.mini import MiniSam
 from fmdistill.backbones.preprocess import Preprocess
-from fmdistill.cache import Cache, open_cache
+from fmdistill.cache import Cache, open_cache, teacher
 from fmdistill.cache.dataset import CachedImages
 from fmdistill.distill import student as students
 from fmdistill.distill.labelled import COLUMN
 from fmdistill.evaluate import grid_miou, scene_miou
+from fmdistill.evaluate.kept import Partial
 from fmdistill.images import build as build_images
 from fmdistill.images import decode
 from fmdistill.images.scenes import decode_labels
-from fmdistill.logs import progress
+from fmdistill.logs import log, progress
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError
 
@@ -26,8 +27,13 @@ Judged = tuple[dict[str, float], dict]
 MEAN_OF = 512  # training images whose mean embedding is a floor
 
 
-def judge_grid(protocol: grid_miou.GridMiou, recipe: Recipe, models: Mapping[str, nn.Module]) -> Judged:
-    """Score students, named apart, against their teacher on the validation images of the recipe's cache."""
+def judge_grid(
+    protocol: grid_miou.GridMiou, recipe: Recipe, models: Mapping[str, nn.Module], partial: Partial | None = None
+) -> Judged:
+    """Score students, named apart, against their teacher on the validation images of the recipe's cache.
+
+    Images whose result `partial` has are not looked at again.
+    """
     check_grid(protocol, recipe)
     cache = open_cache(recipe)
     if cache.family != "sam":
@@ -38,14 +44,27 @@ def judge_grid(protocol: grid_miou.GridMiou, recipe: Recipe, models: Mapping[str
     device = pick_device(protocol.device, "device")
     models = {name: model.to(device) for name, model in models.items()}
     total = sum(len(shard.samples) for shard in cache.shards["validation"])
-    cases = grid_cases(cache, recipe, models, protocol)
-    shown = progress(cases, "grid_miou", total=min(total, protocol.images or total), unit="image")
-    return grid_miou.run(protocol, cache.head(), shown)
+    done = partial.done if partial is not None else {}
+    each, images = sum(k * k for k in protocol.grids), min(total, protocol.images or total)
+    if done:
+        log.info("grid_miou: %d of %d images were judged before the last stop", len(done), images)
+    shown = {"description": f"grid_miou, {images} images", "total": images * each, "initial": len(done) * each}
+    with progress(**shown, unit="prompt") as bar:
+        cases = grid_cases(cache, recipe, models, protocol, done)
+        return grid_miou.run(protocol, cache.head(), cases, partial, bar.update)
 
 
 def check_grid(protocol: grid_miou.GridMiou, recipe: Recipe) -> None:
-    """Raise a UserError for floors from a trimmed cache: the mean embedding needs every token of training images."""
-    if protocol.floors and recipe.cache is not None and recipe.cache.trim:
+    """Raise a UserError for a teacher that makes no masks, and for floors from a trimmed cache.
+
+    The mean embedding needs every token of training images.
+    """
+    if recipe.cache is None or teacher.family(recipe.teacher) not in ("sam", None):
+        raise UserError(
+            f"grid_miou: judges a run that was distilled from SAM by its cache; this recipe's teacher is "
+            f"{(recipe.teacher or {}).get('name', 'none')}{', not cached' if recipe.cache is None else ''}"
+        )
+    if protocol.floors and recipe.cache.trim:
         raise UserError(
             "floors=true: the mean embedding needs the padded tokens of the training images, and a cache with "
             "cache.trim=true keeps none; set cache.trim=false, or judge by a protocol with floors=false, such as "
@@ -53,10 +72,24 @@ def check_grid(protocol: grid_miou.GridMiou, recipe: Recipe) -> None:
         )
 
 
+def check_scenes(protocol: scene_miou.SceneMiou, recipe: Recipe) -> None:
+    """Raise a UserError for a student that makes no masks."""
+    name = recipe.student.get("name")
+    if name in students.STUDENTS and name != "sam_mini":
+        raise UserError(f"scene_miou judges a promptable model; student.name={name} makes no masks")
+
+
 def grid_cases(
-    cache: Cache, recipe: Recipe, students_by_name: Mapping[str, nn.Module], protocol: grid_miou.GridMiou
+    cache: Cache,
+    recipe: Recipe,
+    students_by_name: Mapping[str, nn.Module],
+    protocol: grid_miou.GridMiou,
+    done: Collection[str] = (),
 ) -> Iterator[grid_miou.Case]:
-    """Yield one case per validation image, every group in turn, with the protocol's floors among the students."""
+    """Yield one case per validation image, every group in turn, with the protocol's floors among the students.
+
+    Images that are `done`, by `Case.image`, are left out.
+    """
     data = CachedImages(cache, "validation")
     models = dict(students_by_name)
     constant: dict[str, Tensor] = {}
@@ -68,22 +101,26 @@ def grid_cases(
     places = _in_turn(data)
     others = _others(data, places)
     for shard, index in places:
+        reader = data.shards[shard]
+        if f"{reader.name}/{reader.samples[index]['key']}" in done:
+            continue
         item = data.item(0, shard, index)
         embeddings = {name: embed(model, cache.preprocess, item) for name, model in models.items()} | constant
         if protocol.floors:
             other, place = others[shard, index]
             embeddings["another image"] = torch.from_numpy(data.shards[other].read(place)["embedding"])
-        teacher = item["outputs"][f"{cache.family}.embedding"]
+        wanted = item["outputs"][f"{cache.family}.embedding"]
         for name, embedding in embeddings.items():
-            if embedding.shape != teacher.shape:
+            if embedding.shape != wanted.shape:
                 raise UserError(
                     f"student.name={recipe.student['name']}: {name} gives an embedding of {tuple(embedding.shape)}, "
-                    f"the cache holds {tuple(teacher.shape)}; judge it by the cache that it learned from"
+                    f"the cache holds {tuple(wanted.shape)}; judge it by the cache that it learned from"
                 )
         yield grid_miou.Case(
             key=item["keys"],
-            group=data.shards[shard].group,
-            teacher=teacher,
+            group=reader.group,
+            shard=reader.name,
+            teacher=wanted,
             students=embeddings,
             original=(int(item["originals"][0]), int(item["originals"][1])),
             resized=(int(item["sizes"][0]), int(item["sizes"][1])),

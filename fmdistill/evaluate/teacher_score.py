@@ -1,10 +1,15 @@
 """Score a cached teacher before a student is trained on it, by what its family can be scored on."""
 
-from collections.abc import Callable, Iterable
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from fmdistill.cache import open_cache
-from fmdistill.evaluate import clip_teacher, sa1b
+from fmdistill.evaluate import clip_teacher, kept, sa1b
+from fmdistill.files import write_whole
 from fmdistill.logs import log
 from fmdistill.recipe import Recipe
 
@@ -13,14 +18,34 @@ JUDGES: dict[str, Callable[[Recipe, Iterable[Any]], dict[str, float] | None]] = 
     "clip": clip_teacher.judge_teacher,
 }
 
+NAME = "teacher_score.json"  # in a cache
 
-def judge_teacher(recipe: Recipe, protocols: Iterable[Any] = ()) -> dict[str, float] | None:
-    """Log how the recipe's cached teacher scores on its validation images; None where there is nothing to score by.
 
-    `protocols` are the settings of the recipe's own, which may name what the images lack.
+def judge_teacher(recipe: Recipe, protocols: Sequence[Any] = ()) -> dict[str, float] | None:
+    """Log how the recipe's cached teacher scores on its validation images; None if there is nothing to score by.
+
+    `protocols` are the settings of the recipe's own, which may name what the images lack. The score is stored beside
+    the cache's manifest, and not made again while cache, images and protocols are the same.
     """
-    family = open_cache(recipe).family
-    if family not in JUDGES:
-        log.info("family '%s': its teacher is not scored before training", family)
+    cache = open_cache(recipe)
+    if cache.family not in JUDGES:
+        log.info("family '%s': its teacher is not scored before training", cache.family)
         return None
-    return JUDGES[family](recipe, protocols) or None
+    path = cache.root / NAME
+    described = [[type(one).__name__, dataclasses.asdict(one)] for one in protocols]
+    state = {**kept.state({}, recipe, {}), "protocol": json.loads(json.dumps(described))}
+    if (stored := _stored(path, state)) is not None:
+        log.info("%s: the teacher was scored already", path)
+        return stored or None
+    found = JUDGES[cache.family](recipe, protocols) or {}
+    if os.access(cache.root, os.W_OK):  # a cache may be lent for reading only
+        write_whole(path, json.dumps({"metrics": found, "of": state}, indent=1))
+    return found or None
+
+
+def _stored(path: Path, state: Mapping[str, Any]) -> dict[str, float] | None:
+    try:
+        found = json.loads(path.read_text())
+        return found["metrics"] if found["of"] == state else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

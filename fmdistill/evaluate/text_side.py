@@ -9,8 +9,9 @@ from torch import nn
 
 from fmdistill.backbones.clip import TextHead
 from fmdistill.backbones.clip_mini import MiniClip
-from fmdistill.cache import Cache, open_cache
+from fmdistill.cache import Cache, open_cache, teacher
 from fmdistill.cache.dataset import CachedImages
+from fmdistill.distill.student import STUDENTS
 from fmdistill.evaluate.annotated import Annotated
 from fmdistill.images import build as build_images
 from fmdistill.recipe import Recipe
@@ -24,6 +25,21 @@ class TextSide:
     head: TextHead
     data: Annotated
     folder: Path | None
+
+
+def check(protocol: Any, recipe: Recipe) -> None:
+    """Raise a UserError for a recipe whose run will have no text tower: neither its teacher's nor its own."""
+    name = recipe.student.get("name")
+    if recipe.cache is None and name in STUDENTS and name != "clip_mini":
+        raise UserError(
+            f"student.name={name}: has no text tower, and its recipe no cache with a teacher's; "
+            f"{type(protocol).__name__.lower()} judges a run that was distilled from CLIP"
+        )
+    if recipe.cache is not None and teacher.family(recipe.teacher) not in ("clip", None):
+        raise UserError(
+            f"teacher.name={(recipe.teacher or {}).get('name')}: has no text tower; {type(protocol).__name__.lower()} "
+            f"judges a run that was distilled from CLIP"
+        )
 
 
 def of_run(

@@ -11,14 +11,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fmdistill import stop
 from fmdistill.backbones.class_preprocess import ClassPreprocess
+from fmdistill.backbones.classifiers import CLASSIFIERS
 from fmdistill.backbones.device import pick_device
 from fmdistill.distill import provider as providers
 from fmdistill.distill.data import every, to_device
 from fmdistill.distill.loader import batches
 from fmdistill.distill.provider import Provider
+from fmdistill.distill.student import STUDENTS
 from fmdistill.evaluate import rarity
+from fmdistill.evaluate.annotated import first_image
 from fmdistill.evaluate.zeroshot import TOP, measure
+from fmdistill.images import build as build_images
 from fmdistill.logs import progress
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError
@@ -56,6 +61,20 @@ class Top1:
             raise UserError(f"batch={self.batch}, workers={self.workers}: expected at least 1, and at least 0")
         if not 0 < self.few <= self.many:
             raise UserError(f"few={self.few}, many={self.many}: expected 0 < few <= many training images")
+
+
+def check(protocol: Top1, recipe: Recipe) -> None:
+    """Raise a UserError for a student that tells no classes apart."""
+    name = recipe.student.get("name")
+    if name in STUDENTS and name not in CLASSIFIERS:
+        raise UserError(f"top1: judges classifiers, and student.name={name} tells no classes apart")
+
+
+def check_images(protocol: Top1, recipe: Recipe) -> None:
+    """Raise a UserError if the first validation image has no label."""
+    encoded = first_image(build_images(recipe.images), "top1")
+    if encoded.label is None:
+        raise UserError(f"top1: image '{encoded.key}' has no label; use a source that has them")
 
 
 def judge(protocol: Top1, recipe: Recipe, models: Mapping[str, nn.Module]) -> Judged:
@@ -130,7 +149,8 @@ def _read(
 @torch.no_grad()
 def _batches(protocol: Top1, provider: Provider, device: torch.device) -> Iterator[dict]:
     places = list(every(provider.validation, protocol.batch))
-    for batch in progress(batches(provider.validation, places, protocol.workers), "top1", total=len(places)):
+    loaded = batches(provider.validation, places, protocol.workers)
+    for batch in stop.between(progress(loaded, "top1", total=len(places))):
         batch = to_device(batch, device)
         yield batch if provider.complete is None else provider.complete(batch)
 

@@ -59,6 +59,15 @@ class Zeroshot:
         templates(self.templates)
 
 
+def check_images(protocol: Zeroshot, recipe: Recipe) -> None:
+    """Raise a UserError for class folders that do not fit the names, and for a first image without a label."""
+    images = image_sources.build(recipe.images if protocol.images is None else protocol.images)
+    encoded = annotated.first_image(images, "zeroshot")
+    names = class_names(protocol.classnames)
+    check_classes(images, protocol.classnames, len(names))
+    _check_label(encoded.key, encoded.label, len(names))
+
+
 def judge(protocol: Zeroshot, recipe: Recipe, models: Mapping[str, nn.Module]) -> Judged:
     """Score students, named apart, and from a cache the teacher, on labelled images.
 
@@ -134,11 +143,15 @@ def measure(best_NT: np.ndarray, labels_N: np.ndarray, classes: int) -> dict[str
 def _labels(found: annotated.Embedded, classes: int) -> np.ndarray:
     labels: Sequence[int | None] = found.labels
     for key, label in zip(found.keys, labels, strict=True):
-        if label is None:
-            raise UserError(
-                f"image '{key}': has no label; zeroshot needs class folders (source image_classes), or a tar with "
-                f"KEY.cls beside each image"
-            )
-        if label >= classes:
-            raise UserError(f"image '{key}': label {label}, but there are {classes} class names, for labels from 0")
+        _check_label(key, label, classes)
     return np.array(labels, dtype=np.int64)
+
+
+def _check_label(key: str, label: int | None, classes: int) -> None:
+    if label is None:
+        raise UserError(
+            f"image '{key}': has no label; zeroshot needs class folders (source image_classes), or a tar with "
+            f"KEY.cls beside each image"
+        )
+    if label >= classes:
+        raise UserError(f"image '{key}': label {label}, but there are {classes} class names, for labels from 0")

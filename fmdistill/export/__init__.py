@@ -14,15 +14,21 @@ from fmdistill.cache import manifest
 from fmdistill.cache.bucket import local
 from fmdistill.distill.student import load_student
 from fmdistill.export import half, mobilesam, openclip
+from fmdistill.files import check_folder
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError, resolve
 
 
 def run(run_dir: str | Path, format: str, out: str | Path, trust: bool = False) -> Path:
     """Write the student of `run_dir` as `format` to `out`."""
-    write = resolve(format, FORMATS, "export format")
+    write, out = resolve(format, FORMATS, "export format"), Path(out).expanduser()
+    check_folder(out.parent, "the export")
+    if format in FILES and out.is_dir():
+        raise UserError(f"{out}: a folder, and {format} is one file; name it, such as {out / FILES[format]}")
+    if format == "openclip":
+        openclip.check_place(out)
     recipe = recipes.load_saved(run_dir, ["trust=true"] if trust else [])
-    return write(recipe, load_student(run_dir, trust), Path(out))
+    return write(recipe, load_student(run_dir, trust), out)
 
 
 def _mobilesam(recipe: Recipe, student: nn.Module, out: Path) -> Path:
@@ -56,3 +62,4 @@ FORMATS: dict[str, Callable[[Recipe, nn.Module, Path], Path]] = {
     "openclip": _openclip,
     "half": _half,
 }
+FILES = {"mobilesam": "mobile_sam.pt", "half": "student.safetensors"}  # formats that are one file, and a name for it

@@ -40,7 +40,7 @@ def export_whole(student: MiniClip, out: Path) -> Path:
 
 
 def _write(state: Mapping[str, Tensor], described: dict[str, Any], tokenizer: Any, out: Path) -> Path:
-    _check_place(out)
+    check_place(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(out)
     temporary.mkdir()
@@ -107,7 +107,8 @@ def _checked(student: nn.Module, head: TextHead, preprocess: ClipPreprocess) -> 
     return student
 
 
-def _check_place(out: Path) -> None:
+def check_place(out: Path) -> None:
+    """Raise a UserError if something else than an earlier export is at `out`."""
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / CONFIG).is_file())):
         raise UserError(f"{out}: is there already and no export of open_clip's; choose another name for the folder")
 

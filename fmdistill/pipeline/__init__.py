@@ -7,13 +7,15 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from fmdistill import cache, distill, evaluate, images, recipe, report
+from fmdistill import cache, distill, evaluate, images, recipe, report, stop
 from fmdistill.cache import executors, teacher
+from fmdistill.cache.teacher_pass import processes
 from fmdistill.distill import objective, student
 from fmdistill.distill.optim import OPTIMIZERS, SCHEDULES
 from fmdistill.distill.tasks import TASKS
+from fmdistill.distill.train import check_share, too_few_images
 from fmdistill.evaluate import teacher_score
-from fmdistill.files import write_whole
+from fmdistill.files import check_folder, write_whole
 from fmdistill.logs import log
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError, bind
@@ -43,14 +45,41 @@ def check(settings: Recipe) -> None:
     student.check(settings.student)
     bind(settings.task, TASKS, "task", context=("recipe",))
     bind(settings.optimizer, OPTIMIZERS, "optimizer", context=("model",))
-    bind(settings.schedule, SCHEDULES, "schedule")()
+    schedule = bind(settings.schedule, SCHEDULES, "schedule")()
+    check_share(settings.train, processes=1)
+    if settings.train.steps is not None:
+        schedule(0, settings.train.steps)  # refuses more steps than it is made for
     for protocol in settings.protocols:
         evaluate.check(evaluate.load(protocol), settings)
 
 
+def check_before(settings: Recipe) -> None:
+    """Check a recipe as `check` does, and all that its images, their labels and its folder tell before work begins."""
+    check(settings)
+    check_share(settings.train, processes()[1])
+    check_folder(settings.out, "the run")
+    listed, wanted = images.build(settings.images), settings.train.batch_size
+    count = 0
+    for shard in (shard for shard in listed.shards() if shard.split == "train" and count < wanted):
+        count += listed.source.count(shard.name) if shard.take is None else shard.take
+    if count < wanted:
+        raise too_few_images(wanted, count)
+    for protocol in settings.protocols:
+        evaluate.check_images(evaluate.load(protocol), settings)
+
+
+def check_caching(settings: Recipe) -> None:
+    """Check a recipe as `check` does; what would stop its training only, which may be meant, is logged."""
+    check(settings)
+    try:
+        check_before(settings)
+    except (UserError, OSError) as error:
+        log.warning("caching goes on, but training by this recipe would be refused: %s", error)
+
+
 def check_files(paths: Iterable[str], overrides: Sequence[str] = ()) -> list[str]:
     """Check recipes, each with `overrides`, and protocols by path, or all that ship; return their names."""
-    names, recipes = list(paths) or shipped(), 0
+    names, recipes = [name for path in paths for name in _files_of(path)] or shipped(), 0
     for name in names:
         try:
             if RECIPE_KEYS & recipe.read_yaml(recipe.locate(name)).keys():
@@ -65,6 +94,17 @@ def check_files(paths: Iterable[str], overrides: Sequence[str] = ()) -> list[str
     return names
 
 
+def _files_of(path: str) -> list[str]:
+    """Return the file at `path`; of a folder its recipe if it is a run or a cache, else all YAML files below it."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        return [path]
+    found = [folder / recipe.SAVED] if (folder / recipe.SAVED).is_file() else sorted(folder.rglob("*.yaml"))
+    if not found:
+        raise UserError(f"{path}: a folder without a recipe or protocol (*.yaml)")
+    return list(map(str, found))
+
+
 def shipped() -> list[str]:
     """Return the recipes and protocols that come with the package."""
     package = Path(__file__).parent.parent
@@ -76,16 +116,16 @@ def shipped() -> list[str]:
 def run(settings: Recipe) -> dict[str, dict[str, float]]:
     """Cache, score the teacher on what its images carry, distil and evaluate; return the metrics by protocol.
 
-    Of several training processes only the first evaluates; the others return {}.
+    What is done already is left as it is. Of several training processes only the first evaluates; the others return {}.
     """
-    check(settings)
+    check_before(settings)
     if settings.teacher is not None and not teacher.is_live(settings.teacher):
         cache.run(settings)
         _score_teacher(settings)
     out = distill.run(settings)
     if not is_main():
         return {}
-    return {protocol: evaluate.run(protocol, out, TRUSTED) for protocol in settings.protocols}
+    return {protocol: evaluate.run(protocol, out, TRUSTED) for protocol in stop.between(settings.protocols)}
 
 
 def _score_teacher(settings: Recipe) -> None:
@@ -103,7 +143,7 @@ def evaluate_recipe(settings: Recipe) -> dict[str, dict[str, float]]:
     if not settings.protocols:
         raise UserError("this recipe names no protocols; give one: fmdistill evaluate PROTOCOL RUN")
     distill.check_run(settings, Path(settings.out))
-    return {protocol: evaluate.run(protocol, settings.out, TRUSTED) for protocol in settings.protocols}
+    return {protocol: evaluate.run(protocol, settings.out, TRUSTED) for protocol in stop.between(settings.protocols)}
 
 
 def compare(paths: Sequence[str], seeds: int, overrides: Sequence[str] = ()) -> Path:
@@ -112,28 +152,30 @@ def compare(paths: Sequence[str], seeds: int, overrides: Sequence[str] = ()) -> 
     The first recipe is the baseline. The run of a recipe with out=FOLDER and seed S lies in FOLDER/seed-S; what is
     there and finished is left as it is, so an interrupted comparison continues. The recipes share their caches.
     """
+    if processes()[1] > 1:
+        raise UserError("compare: runs one training after the other in one process; start it without a launcher")
     if seeds < 1 or len(set(paths)) < 2:
         raise UserError(f"compare: {len(set(paths))} recipes over {seeds} seeds; give two recipes and one seed or more")
     planned = {path: [_seeded(path, seed, overrides) for seed in range(seeds)] for path in dict.fromkeys(paths)}
     names = _method_names(planned)
     first = [several[0] for several in planned.values()]
     for settings in first:
-        check(settings)
+        check_before(settings)
+    table = Path(os.path.commonpath([one.out for one in first])) / "comparison.md"
+    check_folder(table.parent, "the comparison")
     if any(one.protocols != first[0].protocols for one in first) or not first[0].protocols:
         raise UserError("compare: the recipes name different protocols, or none; what is compared is judged alike")
     for settings in {str((one.cache, one.teacher, one.images)): one for one in first}.values():
         if settings.teacher is not None and not teacher.is_live(settings.teacher):
             cache.run(settings)
     for seed in range(seeds):
-        for path, several in planned.items():
+        for path, several in stop.between(planned.items()):
             log.info("%s, seed %d", names[path], seed)
             out = distill.run(several[seed])
-            for protocol in several[seed].protocols:
-                if not evaluate.kept(protocol, out):
-                    evaluate.run(protocol, out, TRUSTED)
+            for protocol in stop.between(several[seed].protocols):
+                evaluate.run(protocol, out, TRUSTED)
     found = {names[path]: rows.read_runs([one.out for one in several]) for path, several in planned.items()}
     lines = {Path(one).stem: paired.compare(found, Path(one).stem) for one in first[0].protocols}
-    table = Path(os.path.commonpath([one.out for one in first])) / "comparison.md"
     table.parent.mkdir(parents=True, exist_ok=True)
     write_whole(table, "\n\n".join(paired.text(some) for some in lines.values()) + "\n")
     plain = {name: [dataclasses.asdict(line) for line in some] for name, some in lines.items()}
@@ -162,14 +204,15 @@ def demo(kind: str = "sam", overrides: Sequence[str] = ()) -> Path:
     started = time.monotonic()
     loaded = [recipe.load(path, overrides) for path in DEMO[kind]]
     for settings in loaded:
-        check(settings)
+        check_before(settings)
+    check_folder(f"report/demo_{kind}", "the report")
     cache.run(loaded[0])
     _score_teacher(loaded[0])
-    for settings in loaded:
+    for settings in stop.between(loaded):
         log.info("%s", settings.title)
         distill.run(settings)
     runs = [settings.out for settings in loaded]
-    for protocol in loaded[0].protocols:
+    for protocol in stop.between(loaded[0].protocols):
         evaluate.run_together(protocol, runs, trust=True)
     page = report.run(runs, f"report/demo_{kind}", trust=True)
     print(report.text(runs))

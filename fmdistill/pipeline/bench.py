@@ -18,7 +18,7 @@ from fmdistill.cache.bucket import place
 from fmdistill.cache.codec import CODECS
 from fmdistill.cache.compute import full_precision, own_dtype
 from fmdistill.cache.teacher import Teacher
-from fmdistill.files import write_whole
+from fmdistill.files import check_folder, write_whole
 from fmdistill.images import DecodeError, Encoded, decode
 from fmdistill.images import build as build_images
 from fmdistill.logs import log
@@ -66,6 +66,7 @@ def run(recipe: Recipe, settings: Settings) -> dict[str, Any]:
     alone("bench")
     if recipe.teacher is None or recipe.cache is None or teacher.is_live(recipe.teacher):
         raise UserError("bench: measures a teacher and its cache; this recipe has none, or a live one: set both")
+    check_folder(recipe.out, "bench.json")
     root = place(recipe.cache).absolute()
     disk = next(folder for folder in (root, *root.parents) if folder.is_dir())
     with tempfile.TemporaryDirectory(prefix=".fmdistill-bench-", dir=disk.parent if disk == root else disk) as folder:

@@ -13,7 +13,7 @@ from fmdistill.cache.codec import EXACT, by_split, named
 from fmdistill.cache.footprint import COUNTED, Disk, count, estimate_disk
 from fmdistill.cache.order import Batches
 from fmdistill.cache.teacher import Teacher
-from fmdistill.distill.train import total_steps
+from fmdistill.distill.train import too_few_images, total_steps
 from fmdistill.images import Images, Shard
 from fmdistill.images import build as build_images
 from fmdistill.images.source import SPLITS
@@ -89,10 +89,7 @@ def run(recipe: Recipe, settings: Settings) -> Plan:
     totals = {split: round(sum(by_name[s.name] for s in shards if s.split == split)) for split in SPLITS}
     train = recipe.train
     if totals["train"] < train.batch_size:
-        raise UserError(
-            f"train.batch_size={train.batch_size}: there are only {totals['train']} training images; "
-            f"make it smaller, or give more images"
-        )
+        raise too_few_images(train.batch_size, totals["train"])
     cached = recipe.teacher is not None and not teacher.is_live(recipe.teacher)
     model = cache.load_teacher(recipe) if cached else None
     missing = _missing(recipe, images, shards, model) if model else []

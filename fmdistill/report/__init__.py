@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from fmdistill.files import write_whole
+from fmdistill.files import check_folder, write_whole
 from fmdistill.logs import log
 from fmdistill.registry import UserError
 from fmdistill.report import examples, page, plots, ranked, rows, tables
@@ -59,9 +59,10 @@ def run(runs: list[str], out: str, trust: bool = False) -> Path:
 
     Pictures need the runs' students; those that name code outside fmdistill are imported only with `trust`.
     """
+    check_folder(out, "the report")
     found = rows.read_runs(runs)
     parts = [_heads(found), *_tables(found), *_curves(found), *_pictures(found, trust)]
-    path = Path(out) / "index.html"
+    path = Path(out).expanduser() / "index.html"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, page.page("Distillation report", parts))
     return path

@@ -74,11 +74,11 @@ def run(path: str, overrides: list[str]) -> Iterator[str]:
 
 
 def _base(path: str) -> Path:
-    base = Path(path)
+    base = Path(path).expanduser()
     base = base.with_suffix("") if base.suffix in (".tar", ".json") else base
     if not any(base.with_name(base.name + end).is_file() for end in (".tar", ".json")):
         raise UserError(f"{path}: no such shard; give CACHE/NAME.tar, such as one that `ls CACHE` lists")
-    if base.name in ("manifest", "head"):
+    if base.name in ("manifest", "head", "teacher", "teacher_score"):
         raise UserError(f"{path}: belongs to the whole cache; give one of its shards, CACHE/NAME.tar")
     return base
 

@@ -3,8 +3,10 @@
 import logging
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
+from fmdistill import stop
 from fmdistill.cache.executors.processes import Plan
 from fmdistill.cache.teacher_pass import Pass, processes
 from fmdistill.images import Images
@@ -60,13 +62,20 @@ def _cluster(address: str) -> Iterator[None]:
     if own:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster that lives as long as this process is no news
     try:
-        ray.init(address=address, logging_level=logging.WARNING, **own)
+        with ThreadPoolExecutor(1) as thread:  # in the main thread Ray would take SIGTERM for itself, and exit by it
+            logging.getLogger("ray._private.worker").addFilter(_no_word_of_sigterm)
+            thread.submit(ray.init, address=address, logging_level=logging.WARNING, **own).result()
     except (ConnectionError, ValueError) as error:  # the latter for what is no address
         raise UserError(
             f"cache.executor.address={address}: no Ray cluster there ({' '.join(str(error).split())}); start one with "
             "`ray start --head`, or use this machine alone with cache.executor.address=local"
         ) from None
     try:
+        stop.check()
         yield
     finally:
         ray.shutdown()
+
+
+def _no_word_of_sigterm(record: logging.LogRecord) -> bool:
+    return "SIGTERM handler is not set" not in record.getMessage()

@@ -17,8 +17,10 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
+from fmdistill import stop
 from fmdistill.cache.executors.processes import Plan
 from fmdistill.cache.teacher_pass import Pass
+from fmdistill.files import Process
 from fmdistill.images import Shard
 from fmdistill.logs import log, progress
 from fmdistill.registry import UserError
@@ -36,9 +38,10 @@ class Caching:
         if os.path.isdir(folder):  # the driver's, so that a recipe's relative paths mean the same
             os.chdir(folder)
 
-    def load(self) -> None:
-        """Load the teacher; UserError where it is not the one that the cache's manifest names."""
+    def load(self) -> Process:
+        """Load the teacher and return this process; UserError if it is not the one that the cache's manifest names."""
         self.work = self.start()
+        return Process.own()
 
     def write(self, shard: Shard, expected: int) -> Iterator[int]:
         """Write one shard; yield the images of each batch as it is encoded."""
@@ -81,6 +84,7 @@ class Driver:
     problem: BaseException | None = None
     lost: Counter[str] = field(default_factory=Counter)  # actors, by what they did
     changed: Condition = field(default_factory=Condition)
+    processes: list[Process] = field(default_factory=list)  # of the actors, dead ones too
 
     def run(self, plan: Callable[[], Plan]) -> None:
         """Write all that `plan` says is missing, once an actor has loaded the teacher; it needs the manifest."""
@@ -96,12 +100,13 @@ class Driver:
                 while not self.over:
                     while len(threads) < min(self._wanted(), self.left):
                         threads.append(self._thread())
-                    with self.changed:
-                        self.changed.wait_for(lambda: self.over, WAIT)
-            except BaseException as error:  # Ctrl-C above all
-                self._stop(error)
+                    self._wait(WAIT)
+            except BaseException as error:  # a stop above all
+                self._fail(error)
             for thread in threads:
                 thread.join()
+            for process in self.processes:  # so that what a killed actor leaves can be removed
+                process.wait(POLL)
         if self.problem is not None:
             raise self.problem
         _look(plan)
@@ -110,6 +115,13 @@ class Driver:
     def over(self) -> bool:
         """Whether all shards are finished, or one cannot be."""
         return self.left == 0 or self.problem is not None
+
+    def _wait(self, seconds: float) -> None:
+        """Wait until the work is over, but no longer than `seconds`; Stopped if a stop was requested."""
+        until = time.monotonic() + seconds
+        with self.changed:
+            while not self.changed.wait_for(lambda: self.over, POLL) and time.monotonic() < until:
+                stop.check()
 
     def _wanted(self) -> int:
         if self.actors is not None:
@@ -129,7 +141,7 @@ class Driver:
                     ray.kill(actor)  # it may be out of reach only
                     actor = None
         except BaseException as error:
-            self._stop(error)
+            self._fail(error)
         finally:
             if actor:
                 ray.kill(actor)
@@ -143,7 +155,7 @@ class Driver:
             loaded = actor.load.remote()
             try:
                 if self._comes(loaded, f"an actor with {self.num_gpus:g} GPUs and {self.num_cpus:g} CPUs"):
-                    ray.get(loaded)
+                    self.processes.append(ray.get(loaded))
                     self.lost.pop(loading, None)
                     return actor
                 ray.kill(actor)
@@ -152,6 +164,7 @@ class Driver:
             except RayError as error:
                 ray.kill(actor)
                 self._lose(loading, LOADING, error)
+            stop.check()
         return None
 
     def _write(self, actor: Any, shard: Shard) -> bool:
@@ -179,7 +192,7 @@ class Driver:
         """Wait for `ref`; return whether it came before the work was over."""
         began, told = time.monotonic(), not who
         while not ray.wait([ref], timeout=POLL)[0]:
-            if self.over:
+            if self.over or stop.requested() is not None:
                 return False
             if not told and time.monotonic() - began > WAIT:
                 told = True
@@ -208,7 +221,7 @@ class Driver:
                 )
         log.warning("%s: the actor died, another one takes over: %s", work, reason)
 
-    def _stop(self, error: BaseException) -> None:
+    def _fail(self, error: BaseException) -> None:
         with self.changed:
             self.problem = self.problem or error
             self.changed.notify_all()

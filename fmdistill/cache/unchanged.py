@@ -1,0 +1,68 @@
+"""Whether a cache's teacher is still the one that it was made with, told without opening the teacher's weights.
+
+Hashing a checkpoint of gigabytes takes longer than looking whether a shard is missing. When a teacher was loaded and
+its fingerprint is that of the manifest, its settings and the size and time of its files are written beside the
+manifest; while these are the same, so is the teacher. No part of the cache's identity: a copy of the cache elsewhere
+loads the teacher once more.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from fmdistill.backbones import clip_mini, mini
+from fmdistill.backbones.clip_weights import LOCAL
+from fmdistill.cache.teacher import TEACHERS
+from fmdistill.files import write_whole
+
+NAME = "teacher.json"
+PACKAGED = {"sam_mini": mini.PACKAGED, "clip_mini": clip_mini.PACKAGED}
+NO_VALUES = ("device", "batch", "workers")  # settings that change none, beside what the fingerprint is compared by
+
+
+def note(settings: Mapping[str, Any], root: Path) -> None:
+    """Write down at `root`, if it can be written, that the teacher of these settings was loaded and is the cache's."""
+    described = _described(settings)
+    if described is not None and described != _read(root) and os.access(root, os.W_OK):
+        write_whole(root / NAME, json.dumps(described, indent=1))
+
+
+def is_noted(settings: Mapping[str, Any], root: Path) -> bool:
+    """Return whether these settings are of the teacher that `note` wrote down; a file that is gone is not another."""
+    described, noted = _described(settings), _read(root)
+    if described is None or noted is None or described["settings"] != noted.get("settings"):
+        return False
+    files = noted.get("files")
+    return isinstance(files, dict) and all(files.get(path) == stat for path, stat in described["files"].items())
+
+
+def _described(settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return JSON of the settings and the files that they name; None for a teacher of another package's code."""
+    if settings["name"] not in TEACHERS:
+        return None
+    kept = {key: value for key, value in settings.items() if key not in NO_VALUES}
+    files = {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in _files(kept)}
+    return json.loads(json.dumps({"settings": kept, "files": files}))
+
+
+def _files(settings: Mapping[str, Any]) -> Iterator[Path]:
+    """Yield the files that settings name, those of a folder too."""
+    packaged = PACKAGED.get(settings["name"])
+    if packaged is not None and settings.get("weights", "packaged") == "packaged":
+        yield from (path for path in [packaged] if path.is_file())
+    for value in settings.values():
+        path = Path(value.removeprefix(LOCAL)).absolute() if isinstance(value, str) and value else None
+        if path is not None and path.is_file():
+            yield path
+        elif path is not None and path.is_dir():
+            yield from sorted(child for child in path.iterdir() if child.is_file())
+
+
+def _read(root: Path) -> dict[str, Any] | None:
+    try:
+        noted = json.loads((root / NAME).read_text())
+    except (OSError, ValueError):
+        return None
+    return noted if isinstance(noted, dict) else None
