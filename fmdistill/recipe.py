@@ -257,7 +257,7 @@ def _at_home(value: Any) -> Any:
         return {key: _at_home(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [_at_home(inner) for inner in value]
-    is_path = isinstance(value, str) and value.startswith("~") and (value == "~" or "/" in value)
+    is_path = isinstance(value, str) and value.startswith("~") and "/" in value  # ~ alone is YAML's null
     return os.path.expanduser(value) if is_path else value
 
 

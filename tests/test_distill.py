@@ -1,6 +1,7 @@
 """The loop: exact resume, one order for any number of processes, and errors instead of silence."""
 
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -14,8 +15,8 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from fmdistill import cache, distill
-from fmdistill.distill import checkpoint
+from fmdistill import cache, distill, stop
+from fmdistill.distill import checkpoint, train
 from fmdistill.distill.student import load_student
 from fmdistill.registry import UserError
 
@@ -70,13 +71,13 @@ class Killed(Exception):
 def test_a_run_stopped_anywhere_resumes_to_the_same_weights_and_log(cached, monkeypatch):
     whole = distill.run(tiny.load(cached, f"out={cached}/whole"))
     original = torch.optim.AdamW.step
-    for stop in (1, 4, 5, 11):
-        recipe = tiny.load(cached, f"out={cached}/stopped{stop}")
+    for end in (1, 4, 5, 11):
+        recipe = tiny.load(cached, f"out={cached}/stopped{end}")
         calls = []
 
-        def step(self, *args, calls=calls, stop=stop, **kwargs):
+        def step(self, *args, calls=calls, end=end, **kwargs):
             calls.append(1)
-            if len(calls) == stop + 1:
+            if len(calls) == end + 1:
                 raise Killed
             return original(self, *args, **kwargs)
 
@@ -142,6 +143,82 @@ def test_a_run_of_another_recipe_in_the_same_folder_is_refused(cached):
     with pytest.raises(UserError, match="holds a run already"):
         distill.run(tiny.load(cached), resume=False)
     assert distill.run(tiny.load(cached, "train.log_every=5")).name == "run"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("train.batch_size=100", "train.batch_size=4"),
+        ("optimizer.lr=1e30", "optimizer.lr=0.001"),
+        ("student.name=tinyvit_sam_mini", "student.name=tiny:Student"),
+    ],
+)
+def test_an_error_s_advice_can_be_followed_in_the_same_folder(cached, wrong, right):
+    with pytest.raises(UserError):
+        distill.run(tiny.load(cached, wrong))
+    run = distill.run(tiny.load(cached, right))  # nothing was trained, so the folder is still nobody's
+    assert same(weights(run), weights(distill.run(tiny.load(cached, right, f"out={cached}/fresh"))))
+    assert rows(run) == rows(cached / "fresh")
+
+
+def test_a_run_belongs_to_whoever_has_its_first_checkpoint(cached):
+    with pytest.raises(Stop):
+        stopped(cached, 5)
+    for other in ("optimizer.lr=0.1", "train.batch_size=4", "cache.codec=int8"):
+        with pytest.raises(UserError, match="holds a run of another recipe"):
+            distill.run(tiny.load(cached, other))
+    free = ["cache.max_failed=0.5", "cache.executor.name=accelerate", "train.workers=1", "title=x"]
+    run = distill.run(tiny.load(cached, *free))
+    assert same(weights(run), weights(distill.run(tiny.load(cached, f"out={cached}/whole"))))
+
+
+Stop = stop.Stopped
+
+
+def stopped(folder: Path, step: int, during: str = "step", *overrides: str) -> None:
+    """Run the toy recipe with a stop that is requested in the `during` of optimizer step `step`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stop._request, "number", None)
+        count = itertools.count(1)
+
+        def request(call):
+            def counted(*arguments, **named):
+                if next(count) == step:
+                    stop._request.number = signal.SIGTERM
+                return call(*arguments, **named)
+
+            return counted
+
+        where = {"step": (train, "_check_gradient"), "validation": (train, "every")}[during]
+        patch.setattr(*where, request(getattr(*where)))
+        try:
+            distill.run(tiny.load(folder, *overrides))
+        finally:
+            stop._request.number = None
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 6, 12])
+def test_a_requested_stop_saves_the_step_that_was_done_and_the_run_goes_on_from_it(cached, step):
+    whole = distill.run(tiny.load(cached, f"out={cached}/whole"))
+    if step == 12:  # the last one is followed by nothing that looks at a stop but its validation
+        with pytest.raises(Stop):
+            stopped(cached, step)
+    else:
+        with pytest.raises(Stop) as error:
+            stopped(cached, step)
+        assert error.value.number == signal.SIGTERM
+    assert checkpoint.newest(cached / "run").name == f"step-{step:08d}"
+    run = distill.run(tiny.load(cached))
+    assert same(weights(run), weights(whole)) and rows(run) == rows(whole)
+
+
+def test_a_validation_that_a_stop_cut_off_is_made_up_for(cached):
+    whole = distill.run(tiny.load(cached, f"out={cached}/whole"))
+    for place in (1, 2):  # after steps 6 and 12
+        with pytest.raises(Stop):
+            stopped(cached, place if place == 1 else 2, "validation")
+    run = distill.run(tiny.load(cached))
+    assert same(weights(run), weights(whole)) and rows(run) == rows(whole)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 
-from fmdistill import cache, distill, evaluate, recipe, report
+from fmdistill import cache, distill, evaluate, recipe, report, stop
+from fmdistill.evaluate import grid_miou
 from fmdistill.registry import UserError
 from fmdistill.report import rows
 
@@ -38,6 +40,72 @@ def test_a_real_evaluation_stands_beside_the_paper_s_table(ran):
     assert len(sections) == 2
     for text in sections:
         assert "ACCV 2024" in text and "MobileSAM + SRW 73.33" in " ".join(text.split())
+
+
+def test_an_interrupted_evaluation_goes_on_with_the_images_that_are_left(ran, monkeypatch):
+    (ran / "all.yaml").write_text("name: grid_miou\ngrids: [3, 4]\nfloors: true\nby_size: true\nwrite_masks: true\n")
+    whole = evaluate.run(ran / "all.yaml", ran / "run", ["trust=true"])
+    path = ran / "run/evaluation/all.json"
+    expected = [json.loads(one.read_text()) for one in (path, path.with_suffix(".masks.json"))]
+    judge, judged = grid_miou._judge, []
+
+    def interrupted(protocol, head, case, *rest):
+        judged.append(case.image)
+        if len(judged) in (3, 6):
+            raise stop.Stopped(15)
+        return judge(protocol, head, case, *rest)
+
+    monkeypatch.setattr(grid_miou, "_judge", interrupted)
+    path.unlink()
+    for done in (2, 4):
+        with pytest.raises(stop.Stopped):
+            evaluate.run(ran / "all.yaml", ran / "run", ["trust=true"])
+        assert not path.exists()
+        left = path.with_suffix(".partial.jsonl").read_text()
+        assert len(left.splitlines()) == 1 + done
+        path.with_suffix(".partial.jsonl").write_text(left + '{"image": "half wri')  # as a killed process leaves it
+    assert evaluate.run(ran / "all.yaml", ran / "run", ["trust=true"]) == whole
+    assert [json.loads(one.read_text()) for one in (path, path.with_suffix(".masks.json"))] == expected
+    assert len(judged) == 8 + 2 and not path.with_suffix(".partial.jsonl").exists()
+
+
+def test_what_an_interrupted_evaluation_of_another_protocol_left_is_not_used(ran, monkeypatch):
+    (ran / "cut.yaml").write_text("name: grid_miou\ngrids: [2]\n")
+    monkeypatch.setattr(grid_miou.stop, "check", Later(2))
+    with pytest.raises(stop.Stopped):
+        evaluate.run(ran / "cut.yaml", ran / "run", ["trust=true"])
+    monkeypatch.undo()
+    (ran / "cut.yaml").write_text("name: grid_miou\ngrids: [3]\n")
+    found = evaluate.run(ran / "cut.yaml", ran / "run", ["trust=true"])
+    assert {name.split("/")[1] for name in found if name.endswith("miou")} == {"3x3"}
+
+
+class Later:
+    """A check that finds a stop at its last call of so many."""
+
+    def __init__(self, calls: int) -> None:
+        self.calls = calls
+
+    def __call__(self) -> None:
+        self.calls -= 1
+        if self.calls < 0:
+            raise stop.Stopped(15)
+
+
+def test_a_result_is_made_anew_if_the_weights_or_the_protocol_changed(ran, monkeypatch):
+    calls, call = [], evaluate._call
+    monkeypatch.setattr(evaluate, "_call", lambda *given: calls.append(1) or call(*given))
+    (ran / "again.yaml").write_text("name: grid_miou\ngrids: [2]\n")
+    first = evaluate.run(ran / "again.yaml", ran / "run", ["trust=true"])
+    assert evaluate.run(ran / "again.yaml", ran / "run", ["trust=true"]) == first and len(calls) == 1
+    student = ran / "run/student.safetensors"
+    kept = student.read_bytes()
+    state = {name: value + 0.5 for name, value in load_file(student).items()}
+    save_file(state, student)
+    assert evaluate.run(ran / "again.yaml", ran / "run", ["trust=true"]) != first and len(calls) == 2
+    student.write_bytes(kept)
+    assert evaluate.run(ran / "again.yaml", ran / "run", ["trust=true"]) == first and len(calls) == 3
+    assert evaluate.run(ran / "again.yaml", ran / "run", ["trust=true", "grids=[3]"]) != first and len(calls) == 4
 
 
 @pytest.mark.parametrize("setting", ["images.limit=4", "images.validation=4", "student.name=test_evaluate:Wide"])

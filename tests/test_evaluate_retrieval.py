@@ -108,7 +108,7 @@ def test_the_teacher_s_captions_and_labels_are_scored_before_training(ran, caplo
 
 def test_a_run_scores_its_teacher_before_it_trains(ran, monkeypatch):
     seen = []
-    monkeypatch.setattr(pipeline, "check", lambda settings: None)
+    monkeypatch.setattr(pipeline, "check_before", lambda settings: None)
     monkeypatch.setattr(pipeline.teacher_score, "judge_teacher", lambda *given: seen.append("teacher"))
     monkeypatch.setattr(pipeline.distill, "run", lambda settings: seen.append("train"))
     pipeline.run(clip_run.load(ran, *tars(ran)))

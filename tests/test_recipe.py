@@ -195,6 +195,35 @@ def test_a_saved_recipe_may_not_name_code_through_its_parent(base, tmp_path):
         load_saved(tmp_path / "run")
 
 
+def test_a_recipe_that_extends_a_saved_one_may_not_name_its_code_without_permission(base, tmp_path):
+    save(load(base, ["student.name=os:system"]), tmp_path / "run")
+    (tmp_path / "mine.yaml").write_text(f"extends: {tmp_path}/run/recipe.yaml\nseed: 4\n")
+    with pytest.raises(UserError, match=r"run/recipe.yaml: names code outside fmdistill \(os:system\)"):
+        load(tmp_path / "mine.yaml")
+    assert load(tmp_path / "mine.yaml", ["trust=true"]).seed == 4
+    (tmp_path / "own.yaml").write_text("extends: mine.yaml\n".replace("mine", f"{tmp_path}/mine"))
+    with pytest.raises(UserError, match="names code"):
+        load(tmp_path / "own.yaml")
+
+
+def test_a_path_may_begin_with_the_home_folder(base, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(f"extends: ~/{base.name}\nout: ~/run\nprotocols: [~/a.yaml, b.yaml]\n")
+    made = load("~/mine.yaml", ["cache.root=~/cache", "images.root=~/data", "train.clip=~"])
+    assert (made.out, made.protocols) == (f"{tmp_path}/run", [f"{tmp_path}/a.yaml", "b.yaml"])
+    assert made.cache.root == f"{tmp_path}/cache" and made.images["root"] == f"{tmp_path}/data"
+    assert made.train.clip is None
+    assert load(base, ["title=~approximately", "cache.root=a~/b"]).title == "~approximately"
+
+
+def test_what_moves_no_weight_is_marked_at_its_field():
+    free = recipe.free_settings()
+    assert {"out", "title", "protocols", "cache.executor", "cache.local", "cache.local_gb", "cache.max_failed"} <= free
+    assert {"train.workers", "train.device", "train.checkpoint_every"} <= free
+    assert not {"seed", "train", "cache", "cache.codec", "train.batch_size", "train.precision", "train.clip"} & free
+
+
 def test_a_folder_that_is_no_run(tmp_path):
     with pytest.raises(UserError, match="not a run"):
         load_saved(tmp_path)

@@ -165,12 +165,12 @@ def _finished(recipe: Recipe, images: Images, shards: list[Shard]) -> dict[str, 
     """
     settings, root = recipe.teacher or {}, local(_settings(recipe))
     weights = teacher.weights_path(settings)
-    gone = weights is not None and not weights.exists()
-    if not (root / manifest.NAME).exists() or not (gone or unchanged.is_noted(settings, root)):
+    gone, noted = weights is not None and not weights.exists(), unchanged.is_noted(settings, root)
+    if not (root / manifest.NAME).exists() or not (gone or noted):
         return None
     found = manifest.read(root)
     wanted = {
-        "teacher": {**found["teacher"], **teacher.asked(settings)},
+        "teacher": {**found["teacher"], **({} if noted else teacher.asked(settings))},
         "outputs": similarity.outputs(found["outputs"], _settings(recipe).similarity),
     }
     manifest.claim(root, {**found, **wanted, **_chosen(recipe, images, found["outputs"])})

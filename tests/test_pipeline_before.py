@@ -1,0 +1,122 @@
+"""What can be refused before anything is spent is refused then: no teacher is built, no image is cached."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import toy_digits
+
+from fmdistill import cache, export, pipeline, recipe, report
+from fmdistill.cache import teacher
+from fmdistill.cli import main
+from fmdistill.distill import tasks
+from fmdistill.registry import UserError
+
+
+@pytest.fixture(autouse=True)
+def no_teacher(monkeypatch):
+    monkeypatch.setattr(teacher, "build", lambda settings: pytest.fail("a teacher is built"))
+
+
+def line(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
+    """What the command line refuses, in one line."""
+    assert main([str(one) for one in argv]) == 2
+    shown = capsys.readouterr().err.splitlines()
+    assert shown[-1].startswith("fmdistill: error: ") and len([x for x in shown if "error:" in x]) == 1
+    return shown[-1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("train.batch_size=100", r"train\.batch_size=100: there are only 24 training images"),
+        ("train.accumulate=3", r"train\.batch_size=8: not divisible by 1 processes x train\.accumulate=3"),
+        ("schedule.horizon=5", r"schedule\.horizon=5: the run has 12 steps"),
+        ("protocols=[eval/clip_retrieval.yaml]", "image 'chelsea-0000' has no caption"),
+        ("protocols=[eval/clip_retrieval.yaml] teacher.name=sam_mini", "sam_mini: has no text tower"),
+        ("protocols=[eval/imagenet_top1.yaml] student.name=tinyvit_sam_mini", "tells no classes apart"),
+    ],
+)
+def test_a_run_that_cannot_train_or_be_judged_is_refused(tmp_path, capsys, settings, message):
+    assert re.search(message, line(capsys, "run", tiny.write(tmp_path), *settings.split()))
+    assert not (tmp_path / "cache").exists() and not (tmp_path / "run").exists()
+
+
+def test_a_batch_that_several_processes_cannot_share_is_refused(tmp_path, capsys, monkeypatch):
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "3",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "x",
+        "MASTER_PORT": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    assert "not divisible by 3 processes" in line(capsys, "run", tiny.write(tmp_path))
+
+
+def test_a_place_that_cannot_be_written_is_refused(tmp_path, capsys):
+    path, file = tiny.write(tmp_path), tmp_path / "file"
+    file.touch()
+    for argv in (
+        ("run", path, f"out={file}/run"),
+        ("distill", path, f"out={file}/run"),
+        ("compare", path, tmp_path / "other.yaml", f"out={file}/run"),
+        ("bench", path, f"out={file}/run"),
+    ):
+        (tmp_path / "other.yaml").write_text(f"extends: {path}\nseed: 1\n")
+        assert "file" in line(capsys, *argv)
+    with pytest.raises(OSError, match="the report cannot be written"):
+        report.run([str(tmp_path / "none")], str(file))
+    with pytest.raises(OSError, match="the export cannot be written"):
+        export.run(tmp_path / "none", "half", file / "student.safetensors")
+    with pytest.raises(UserError, match=r"a folder, and mobilesam is one file; name it, such as .*/mobile_sam\.pt"):
+        export.run(tmp_path / "none", "mobilesam", tmp_path)
+
+
+def test_compare_refuses_several_processes_and_a_table_that_cannot_be_written(tmp_path, monkeypatch):
+    first = tiny.write(tmp_path)
+    (tmp_path / "other.yaml").write_text(f"extends: {first}\nout: {tmp_path}/file/other\n")
+    (tmp_path / "file").touch()
+    both = [str(first), str(tmp_path / "other.yaml")]
+    with pytest.raises(OSError, match="cannot be written"):
+        pipeline.compare(both, 2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="compare: .*without a launcher"):
+        pipeline.compare(both, 2)
+
+
+def test_a_recipe_that_only_caches_is_cached_with_a_warning_about_its_training(tmp_path, capsys, monkeypatch):
+    monkeypatch.undo()
+    assert main(["cache", str(tiny.write(tmp_path)), "images.limit=2"]) == 0
+    shown = capsys.readouterr().err
+    assert "training by this recipe would be refused: train.batch_size=8: there are only 2" in shown
+    assert len(list((tmp_path / "cache").glob("*.tar"))) == 2
+
+
+def test_check_takes_a_folder_of_recipes_and_a_run(tmp_path, capsys):
+    path = tiny.write(tmp_path)
+    assert pipeline.check_files([str(tmp_path)]) == [str(path)]
+    recipe.save(recipe.load(path, ["student.name=tinyvit_sam_mini", "teacher.name=sam_mini"]), tmp_path / "run")
+    assert pipeline.check_files([str(tmp_path / "run")]) == [f"{tmp_path}/run/recipe.yaml"]
+    (tmp_path / "empty").mkdir()
+    assert "a folder without a recipe" in line(capsys, "check", tmp_path / "empty")
+
+
+def test_one_seed_gives_the_same_student_by_a_live_teacher_and_by_its_cache(tmp_path, monkeypatch):
+    monkeypatch.undo()
+    settings = toy_digits.trained(tmp_path)
+    cache.run(settings)
+    live = recipe.load(tmp_path / "student.yaml", ["teacher.live=true", "cache=null"])
+    first, second = (tasks.build(one).task.state_dict() for one in (settings, live))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_home_folder_in_a_setting_is_no_folder_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert main(["cache", str(tiny.write(tmp_path)), "cache.root=~/mine", "images.limit=2"]) == 0
+    assert (tmp_path / "mine/manifest.json").is_file() and not Path("~").exists() and "~" not in os.listdir()
