@@ -16,7 +16,8 @@ RUN python3 -m venv .venv
 RUN .venv/bin/pip install .
 
 # Images, caches and runs are mounted at /data. The user above has number 1001 (Ubuntu's image takes 1000), so take your
-# own, which may write to your folder; training's image-loading processes need more than Docker's 64 MB of /dev/shm:
+# own, which may write to your folder. With Docker's 64 MB of /dev/shm, threads load the images instead of processes;
+# --ipc=host, or --shm-size=8g, gives them more:
 #   docker run --gpus all --ipc=host --user "$(id -u):$(id -g)" -e HOME=/tmp -v "$PWD:/data" fmdistill run RECIPE
 ENV PATH=/opt/fmdistill/.venv/bin:$PATH
 WORKDIR /data

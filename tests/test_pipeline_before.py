@@ -35,6 +35,7 @@ def line(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
         ("train.batch_size=100", r"train\.batch_size=100: there are only 24 training images"),
         ("train.accumulate=3", r"train\.batch_size=8: not divisible by 1 processes x train\.accumulate=3"),
         ("schedule.horizon=5", r"schedule\.horizon=5: the run has 12 steps"),
+        ("schedule.horizon=5 train.epochs=2", r"schedule\.horizon=5: the run has 6 steps"),
         ("protocols=[eval/clip_retrieval.yaml]", "image 'chelsea-0000' has no caption"),
         ("protocols=[eval/clip_retrieval.yaml] teacher.name=sam_mini", "sam_mini: has no text tower"),
         ("protocols=[eval/imagenet_top1.yaml] student.name=tinyvit_sam_mini", "tells no classes apart"),

@@ -10,6 +10,8 @@ from fmdistill.cli import failures
 
 EPILOG = """A recipe is looked up in the working folder first, then in the package. A setting is changed as key=value,
 such as train.steps=1000; changing a component's name (teacher.name=sam_mini) drops its other settings.
+Ctrl-C and SIGTERM stop between two steps, and the same command continues. In a container, docker run --ipc=host gives
+the processes that load images the shared memory that they need; else threads load them.
 FMDISTILL_TRACEBACK=1 in the environment shows where an error came from."""
 
 

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from fmdistill import cache, distill, evaluate, images, recipe, report, stop
 from fmdistill.cache import executors, teacher
+from fmdistill.cache.order import Batches
 from fmdistill.cache.teacher_pass import processes
 from fmdistill.distill import objective, student
 from fmdistill.distill.optim import OPTIMIZERS, SCHEDULES
 from fmdistill.distill.tasks import TASKS
-from fmdistill.distill.train import check_share, too_few_images
+from fmdistill.distill.train import check_share, too_few_images, total_steps
 from fmdistill.evaluate import teacher_score
 from fmdistill.files import check_folder, write_whole
 from fmdistill.logs import log
@@ -58,14 +59,24 @@ def check_before(settings: Recipe) -> None:
     check(settings)
     check_share(settings.train, processes()[1])
     check_folder(settings.out, "the run")
-    listed, wanted = images.build(settings.images), settings.train.batch_size
-    count = 0
-    for shard in (shard for shard in listed.shards() if shard.split == "train" and count < wanted):
-        count += listed.source.count(shard.name) if shard.take is None else shard.take
-    if count < wanted:
-        raise too_few_images(wanted, count)
+    _check_amount(settings)
     for protocol in settings.protocols:
         evaluate.check_images(evaluate.load(protocol), settings)
+
+
+def _check_amount(settings: Recipe) -> None:
+    """Raise a UserError if the training images do not fill a batch, or are more epochs' steps than the schedule has."""
+    listed, train = images.build(settings.images), settings.train
+    horizon = train.epochs is not None and settings.schedule.get("horizon") is not None
+    count = 0
+    for shard in listed.shards():
+        if shard.split == "train" and (horizon or count < train.batch_size):  # a tar's images are counted by reading it
+            count += listed.source.count(shard.name) if shard.take is None else shard.take
+    if count < train.batch_size:
+        raise too_few_images(train.batch_size, count)
+    if horizon:
+        steps = total_steps(train, Batches((count,), train.batch_size, settings.seed, train.window))
+        bind(settings.schedule, SCHEDULES, "schedule")()(0, steps)
 
 
 def check_caching(settings: Recipe) -> None:
