@@ -12,7 +12,7 @@ import torch
 from fmdistill.backbones.sam import SamPreprocess
 from fmdistill.distill.data import Prepared, SplitImages
 from fmdistill.distill.promptable import sample_prompts
-from fmdistill.images import Encoded, decode
+from fmdistill.images import Encoded
 from fmdistill.registry import UserError
 
 COLUMN = "labels.png"
@@ -33,7 +33,7 @@ class LabelledImages(SplitImages):
             raise UserError(
                 f"{name}: image '{encoded.key}' has no {COLUMN}; task promptable needs exact masks, as `scenes` has"
             )
-        pixels, (h, w) = self.preprocess.prepare(decode(encoded.data))
+        pixels, (h, w) = self.preprocess.prepare(self.images.decode(encoded, name))
         with PIL.Image.open(io.BytesIO(encoded.extra[COLUMN])) as picture:
             objects = np.asarray(picture.resize((w, h), PIL.Image.Resampling.NEAREST))
         return Prepared(encoded.key, pixels, (h, w), objects, pixels.nbytes + objects.nbytes)

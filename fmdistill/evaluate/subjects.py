@@ -15,7 +15,6 @@ from fmdistill.distill import student as students
 from fmdistill.distill.labelled import COLUMN
 from fmdistill.evaluate import grid_miou, scene_miou
 from fmdistill.images import build as build_images
-from fmdistill.images import decode
 from fmdistill.images.scenes import decode_labels
 from fmdistill.logs import progress
 from fmdistill.recipe import Recipe
@@ -140,7 +139,7 @@ def judge_scenes(protocol: scene_miou.SceneMiou, recipe: Recipe, models: Mapping
                         f"{shard.name}: image '{encoded.key}' has no {COLUMN}; scene_miou needs exact masks"
                     )
                 labels: np.ndarray = decode_labels(encoded.extra[COLUMN])
-                pixels, size = student.preprocess.prepare(decode(encoded.data))
+                pixels, size = student.preprocess.prepare(images.decode(encoded, shard.name))
                 item = {"pixels": pixels, "sizes": torch.tensor(size)}
                 yield scene_miou.SceneCase(encoded.key, embed(student, student.preprocess, item), labels, size)
 
