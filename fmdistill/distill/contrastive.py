@@ -76,8 +76,8 @@ class CaptionedImages(SplitImages):
         texts = captions(name, encoded)
         if not texts:
             raise UserError(
-                f"{name}: image '{encoded.key}' has no caption (column {encoded.caption_column}); task contrastive "
-                f"needs one for each"
+                f"{name}: image '{encoded.key}' has no caption; task contrastive needs one for each, such as KEY.txt "
+                f"in a tar"
             )
         pixels, size = self.preprocess.prepare(self.images.decode(encoded, name))
         return Prepared(encoded.key, pixels, size, texts, pixels.nbytes)

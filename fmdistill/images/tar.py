@@ -134,7 +134,7 @@ class Tar:
                 name = place.shard
                 if name in known:
                     before, other = known[name]
-                    if other.path == place.path:
+                    if posixpath.normpath(other.path) == posixpath.normpath(place.path):
                         raise UserError(f"images.{split}: {place} is the same tar in images.{before}; list it once")
                     raise UserError(
                         f"images.{split}: {place} has the same name as {other}, and one lies outside of "
@@ -199,7 +199,7 @@ def _above(one: "Place", other: "Place") -> str:
 
 def _shard(path: str, root: str | None) -> str:
     """Return a tar's path below `root` as a file name, without ".tar"; its own name if it lies elsewhere."""
-    base = (root or "").rstrip("/") + "/"
+    path, base = posixpath.normpath(path), posixpath.normpath(root or "").rstrip("/") + "/"
     if root is None or not path.startswith(base) or "/" not in path[len(base) :]:
         return posixpath.basename(path)[: -len(".tar")]
     return path[len(base) : -len(".tar")].replace("%", "%25").replace("/", "%2F")
