@@ -5,8 +5,8 @@ from pathlib import Path
 
 import fsspec
 import pytest
-import webdataset
 from torch.utils.data import DataLoader, Dataset
+from webdataset.compat import WebDataset
 
 from fmdistill.images import build, captions
 from fmdistill.images import tar as tar_source
@@ -50,7 +50,7 @@ def test_sa1b_where_image_and_json_lie_apart(tmp_path):
 
 def by_webdataset(path: Path) -> dict[str, dict[str, bytes]]:
     """Return what webdataset itself makes of a tar: {key: {column: bytes}}."""
-    samples = webdataset.WebDataset(str(path), shardshuffle=False)
+    samples = WebDataset(str(path), shardshuffle=False)
     return {sample["__key__"]: {k: v for k, v in sample.items() if not k.startswith("__")} for sample in samples}
 
 

@@ -88,7 +88,7 @@ def score(found: annotated.Embedded, head: TextHead) -> Judged:
             f"tars have"
         )
     if empty:
-        log.info("retrieval: %d of %d images have an empty caption and are left out", empty, len(found.captions))
+        log.info("retrieval: %d of %d images have no caption and are left out", empty, len(found.captions))
     carried = [[*dict.fromkeys(found.captions[place])] for place in kept]
     captions = list(dict.fromkeys(caption for own in carried for caption in own))
     numbers = {caption: number for number, caption in enumerate(captions)}
