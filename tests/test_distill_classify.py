@@ -11,7 +11,6 @@ from fmdistill import cache, distill, pipeline, recipe
 from fmdistill.distill import provider, tasks
 from fmdistill.distill.data import batches, every
 from fmdistill.distill.plain import Augment
-from fmdistill.distill.seen import Seen
 from fmdistill.registry import UserError
 
 LIVE = ["teacher.live=true", "cache=null"]
@@ -157,9 +156,3 @@ def test_a_live_run_resumes_like_any_other(made):
     with pytest.raises(UserError, match="holds a run of another recipe: teacher.weights"):
         distill.run(load(folder, *LIVE, "task.crop=1", f"out={folder}/live", "train.checkpoint_every=4",
                          f"teacher.weights={folder}/other"))  # fmt: skip
-
-
-def test_a_label_beyond_the_student_s_classes_is_named():
-    seen = Seen({"student.logits": torch.zeros(3, 10)}, label=torch.tensor([0, 10, 9]), keys=["a", "b", "c"])
-    with pytest.raises(UserError, match="term: image 'b' has the label 10, and the student tells 10 classes apart"):
-        seen.labels("term")

@@ -57,6 +57,8 @@ class Pass:
         Those that another one seems to be writing come last: it may be slow, or dead.
         """
         others: list[Shard] = []
+        before = self.seen
+        self.conversions.clear()
         for shard in chain(shards, others):  # which grows while the shards are gone through
             if there := behind(self.root):
                 there.look(shard.name)
@@ -67,7 +69,7 @@ class Pass:
                 self.write(shard, bar)
             else:
                 bar.update(len(finished.fields["samples"]) + len(finished.fields["failed"]))
-        if converted := summary(self.conversions, self.seen):
+        if converted := summary(self.conversions, self.seen - before):
             log.info("%s", converted)
         if self.seen:
             log.info("%s", advice(self.waiting.share, self._workers, os.cpu_count() or 1))

@@ -134,7 +134,8 @@ def _plain_jpeg(data: bytes, decoding: Decoding) -> np.ndarray | None:
 
 
 def _jpeg_orientation(data: bytes, decoding: Decoding) -> int:
-    if b"Exif\0\0" not in data and b"tiff:Orientation" not in data:  # most: then PIL need not read the header
+    header = _jpeg_header(data)
+    if b"Exif\0\0" not in header and b"tiff:Orientation" not in header:  # most: then PIL need not read it
         return UNTURNED
     _silence()
     try:
@@ -142,6 +143,14 @@ def _jpeg_orientation(data: bytes, decoding: Decoding) -> int:
             return _orientation(image)
     except Exception:  # the pixels are whole, so an odd header only loses its orientation
         return UNTURNED
+
+
+def _jpeg_header(data: bytes) -> bytes:
+    """Return what lies before the pixels, or all of it if its segments do not follow each other as usual."""
+    place = 2
+    while data[place : place + 1] == b"\xff" and data[place + 1 : place + 2] != b"\xda":
+        place += 2 + max(2, int.from_bytes(data[place + 2 : place + 4], "big"))
+    return data[:place] if data[place : place + 2] == b"\xff\xda" else data
 
 
 def _silence() -> None:
