@@ -3,6 +3,7 @@
 Letters: H, W height and width.
 """
 
+import ctypes
 import io
 import logging
 import re
@@ -157,6 +158,17 @@ def _silence() -> None:
     """Keep PIL's warnings off the terminal: for all threads, since `warnings.catch_warnings` works for one alone."""
     if _PIL_IS_SILENT not in warnings.filters:  # again after a block of catch_warnings has put back older filters
         warnings.filterwarnings("ignore", module=_PIL_IS_SILENT[3].pattern)
+
+
+def _silence_libtiff() -> None:
+    """Keep libtiff's own lines off the terminal, of which PIL leaves the errors on; it raises for them too."""
+    try:
+        ctypes.CDLL(PIL.Image.core.__file__).TIFFSetErrorHandler(None)
+    except (AttributeError, OSError):  # a Pillow that is built without libtiff, or hides it
+        pass
+
+
+_silence_libtiff()
 
 
 def _open(data: bytes, decoding: Decoding) -> PIL.ImageFile.ImageFile:
