@@ -9,6 +9,8 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
+import PIL.Image
 import pytest
 import tiny
 
@@ -16,6 +18,7 @@ from fmdistill import cache
 from fmdistill.cache.teacher_pass import BEHIND, Pass, ours_first
 from fmdistill.cache.writer import ShardWriter
 from fmdistill.images import Shard
+from fmdistill.registry import UserError
 
 TESTS = Path(__file__).parent
 SHARDS, SIZE = 80, ("images.train=480", "images.validation=160")
@@ -54,6 +57,39 @@ def test_the_teacher_works_on_while_outputs_are_written_but_not_far_ahead(tmp_pa
     assert overtaken.is_set() and threading.main_thread() not in threads
     assert 0 < ahead[0] == BEHIND
     assert sidecar_keys(tmp_path / "cache/train-000.json") == sorted(sidecar_keys(tmp_path / "cache/train-000.json"))
+
+
+def test_what_decoding_converts_is_counted_in_one_line_and_its_orientation_is_part_of_the_cache(tmp_path, caplog):
+    root = tmp_path / "images"
+    root.mkdir()
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    for number in range(6):
+        colours = np.random.default_rng(number).integers(0, 256, (40, 64, 3), dtype=np.uint8)
+        PIL.Image.fromarray(colours).save(root / f"{number}.png")
+        PIL.Image.fromarray(colours[..., 0].astype(np.uint16) * 257).save(root / f"{number}-deep.png")
+    PIL.Image.fromarray(colours).save(root / "turned.jpg", exif=exif)
+    settings = ["images.name=folder", f"images.root={root}", "images.validation=0.3"]
+    caplog.set_level("INFO")
+    cache.run(tiny.load(tmp_path, *settings))
+    lines = [record.getMessage() for record in caplog.records if "scaled" in record.getMessage()]
+    assert lines == ["of 13 images: 6 scaled from 16 bits a channel to 8, 1 turned as the EXIF orientation says"]
+    stored = [s for path in (tmp_path / "cache").glob("*-*.json") for s in json.loads(path.read_text())["samples"]]
+    assert {s["key"]: s["original"] for s in stored}["turned.jpg"] == [64, 40]
+
+    other = tiny.load(tmp_path, *settings, "images.orientation=ignore")
+    for use in (cache.run, lambda recipe: cache.open_cache(recipe).shards):
+        with pytest.raises(
+            UserError, match="images.decoding.orientation .*apply.*Go on with it by images.orientation=apply"
+        ):
+            use(other)
+    cache.verify(tiny.load(tmp_path, *settings))
+
+
+def test_plain_images_are_counted_nowhere(tmp_path, caplog):
+    caplog.set_level("INFO")
+    cache.run(tiny.load(tmp_path))
+    assert not [record for record in caplog.records if record.getMessage().startswith("of ")]
 
 
 def sidecar_keys(path: Path) -> list[int]:

@@ -153,6 +153,11 @@ def test_one_of_several_captions_is_drawn_from_seed_epoch_and_key():
     assert drawn != [tuple(item(text, epoch, seed=1)["tokens"].tolist()) for epoch in range(20)]
 
 
+def test_a_caption_that_is_not_utf8_is_named_with_its_shard_key_and_column():
+    with pytest.raises(UserError, match="one: image 'key', column txt: not UTF-8 .*Latin-1"):
+        item("caf\xe9".encode("latin-1"))
+
+
 @pytest.mark.parametrize("text", [None, b"", b" \n "])
 def test_an_image_without_a_caption_is_named(text):
     with pytest.raises(UserError, match="image 'key' has no caption"):

@@ -1,6 +1,9 @@
+import io
+import tarfile
 import time
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from nondegenerate import randomize, tiny_sam
@@ -12,8 +15,9 @@ from fmdistill.backbones.sam import SamPreprocess
 from fmdistill.distill import promptable
 from fmdistill.distill.labelled import LabelledImages
 from fmdistill.distill.promptable import Promptable, SameObject, coverage, mask_losses, mixed_prompts, sample_prompts
-from fmdistill.images import Images
+from fmdistill.images import Images, build
 from fmdistill.images.scenes import Scenes
+from fmdistill.registry import UserError
 
 SIDE = 64
 
@@ -276,3 +280,24 @@ def test_drawing_prompts_does_not_starve_training():
         sample_prompts(labels, rng, 6)
         seconds.append(time.perf_counter() - start)
     assert min(seconds) < 3e-3
+
+
+def test_masks_of_an_image_that_its_exif_turns_are_refused_or_taken_as_stored(tmp_path):
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, image, tagged in (
+            ("0.png", PIL.Image.new("RGB", (64, 40), "red"), {"exif": exif}),
+            ("0.labels.png", PIL.Image.new("L", (64, 40), 1), {}),
+        ):
+            buffer = io.BytesIO()
+            image.save(buffer, "PNG", **tagged)
+            info = tarfile.TarInfo(name)
+            info.size = buffer.tell()
+            tar.addfile(info, io.BytesIO(buffer.getvalue()))
+    settings = {"name": "tar", "root": str(tmp_path), "train": ["a.tar"]}
+    data = LabelledImages(build(settings), "train", SamPreprocess(64, 16), 5, 0)
+    with pytest.raises(UserError, match="a: image '0' is 40 x 64, its labels.png 64 x 40; .*images.orientation=ignore"):
+        data.item(0, 0, 0)
+    stored = LabelledImages(build({**settings, "orientation": "ignore"}), "train", SamPreprocess(64, 16), 5, 0)
+    assert stored.item(0, 0, 0)["sizes"].tolist() == [40, 64]

@@ -18,7 +18,8 @@ from fmdistill.registry import UserError
 CAPTIONS: list[str | None] = [
     f"a {noun} {place}" for noun in ("fox", "owl", "tram") for place in ("here", "there", "away")
 ]
-CAPTIONS += ["a fox here", "a  fox\nhere", "", " \n", None]  # the first three are one caption, the last three none
+# one caption in other white space, one of three lines with two captions of which one is another image's, and none
+CAPTIONS += ["a fox here", "a  fox  here\r\n", "a owl away\n\na red cat\na owl  away", "", " \n", None]
 
 
 @pytest.fixture(scope="module")
@@ -39,49 +40,74 @@ def tars(folder: Path) -> list[str]:
     return [*names, "images.train=[train.tar]", "images.validation=[held.tar]"]
 
 
+def own_captions(caption: str | None) -> list[str]:
+    return [" ".join(line.split()) for line in (caption or "").splitlines() if line.strip()]
+
+
 def test_recalls_are_those_of_a_plain_loop(ran, caplog):
     caplog.set_level("INFO")
     metrics = evaluate.run("eval/clip_retrieval.yaml", ran / "run", ["trust=true", "workers=0", "batch=4"])
-    assert "3 of 14 images have an empty caption and are left out" in caplog.text
+    assert "3 of 15 images have no caption and are left out" in caplog.text
     kept = json.loads((ran / "run/evaluation/clip_retrieval.json").read_text())
-    assert (kept["empty"], kept["captions"]) == (3, 9)
+    assert (kept["empty"], kept["captions"]) == (3, 10)
 
     opened = cache.open_cache(clip_run.load(ran, *tars(ran)))
     data = CachedImages(opened, "validation")
-    items = [data.item(0, 0, index) for index in range(14)]
-    texts = [" ".join((caption or "").split()) for caption in CAPTIONS]
-    names = list(dict.fromkeys(text for text in texts if text))
+    items = [data.item(0, 0, index) for index in range(15)]
+    texts = [own_captions(caption) for caption in CAPTIONS]
+    names = list(dict.fromkeys(text for own in texts for text in own))
     by_key = {item["keys"]: item for item in items}
-    order = [by_key[f"{number:05d}"] for number in range(14)]
-    chosen = [number for number, text in enumerate(texts) if text]
+    order = [by_key[f"{number:05d}"] for number in range(15)]
+    chosen = [number for number, own in enumerate(texts) if own]
     text = torch.nn.functional.normalize(opened.head().encode_text(names), dim=-1)
     image = torch.stack([order[number]["outputs"]["clip.embedding"] for number in chosen])
     cosine = (torch.nn.functional.normalize(image, dim=-1) @ text.T).numpy()
-    own = [names.index(texts[number]) for number in chosen]
-    for k in (1, 5):
-        by_image = [own[i] in np.argsort(-cosine[i])[:k] for i in range(11)]
-        by_text = [any(own[i] == u for i in np.argsort(-cosine[:, u])[:k]) for u in range(9)]
+    own = [{names.index(text) for text in texts[number]} for number in chosen]
+    assert sorted(map(len, own)) == [1] * 11 + [2]
+    for k in (1, 5, 10):
+        by_image = [bool(own[i] & set(np.argsort(-cosine[i])[:k])) for i in range(12)]
+        by_text = [any(u in own[i] for i in np.argsort(-cosine[:, u])[:k]) for u in range(10)]
         assert metrics[f"teacher/text_retrieval@{k}"] == pytest.approx(np.mean(by_image))
         assert metrics[f"teacher/image_retrieval@{k}"] == pytest.approx(np.mean(by_text))
-    assert "student/image_retrieval@10" in metrics and "student/text_retrieval@10" not in metrics  # of 11, of 9
     rows = [row for row in kept["rows"] if row["student"] == "teacher"]
     assert [row["key"] for row in rows] == [f"{number:05d}" for number in chosen]
+    assert [set(row["captions"]) for row in rows] == [set(texts[number]) for number in chosen]
     assert np.mean([row["text_rank"] <= 1 for row in rows]) == pytest.approx(metrics["teacher/text_retrieval@1"])
 
 
-def test_perfect_embeddings_find_everything_and_equal_ones_nothing():
-    own = torch.tensor([0, 1, 2, 0])
+def pairs(own: list[list[int]]) -> torch.Tensor:
+    return torch.tensor([(image, caption) for image, captions in enumerate(own) for caption in captions])
+
+
+def test_perfect_embeddings_find_everything_and_equal_or_undefined_ones_nothing():
+    own = pairs([[0], [1], [2], [0]])
     text = torch.eye(3)
-    image_ranks, text_ranks = retrieval.ranks(text[own], text, own)
+    image_ranks, text_ranks = retrieval.ranks(text[own[:, 1]], text, own)
     assert image_ranks.tolist() == [1, 1, 1] and text_ranks.tolist() == [1, 1, 1, 1]
-    image_ranks, text_ranks = retrieval.ranks(torch.ones(4, 3), text, own)
-    assert image_ranks.tolist() == [3, 4, 4] and text_ranks.tolist() == [3, 3, 3, 3]
+    for image in (torch.ones(4, 3), torch.full((4, 3), torch.nan)):
+        image_ranks, text_ranks = retrieval.ranks(image, text, own)
+        assert image_ranks.tolist() == [3, 4, 4] and text_ranks.tolist() == [3, 3, 3, 3]
+
+
+def test_of_several_captions_the_best_counts_and_the_others_do_not_stand_in_its_way():
+    own = [[0, 1], [1, 2, 3], [4], [0, 4]]
+    generator = torch.Generator().manual_seed(0)
+    image, text = torch.randn(4, 6, generator=generator), torch.randn(5, 6, generator=generator)
+    cosine = (image @ text.T).numpy()
+    image_ranks, text_ranks = retrieval.ranks(image, text, pairs(own))
+    for n in range(4):
+        best = max(cosine[n, u] for u in own[n])
+        assert text_ranks[n] == 1 + sum(cosine[n, u] >= best for u in range(5) if u not in own[n])
+    for u in range(5):
+        best = max(cosine[n, u] for n in range(4) if u in own[n])
+        assert image_ranks[u] == 1 + sum(cosine[n, u] >= best for n in range(4) if u not in own[n])
+    assert sorted(text_ranks)[-1] > 1 and sorted(image_ranks)[-1] > 1
 
 
 def test_many_images_are_compared_in_pieces(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     image, text = torch.randn(23, 5, generator=generator), torch.randn(9, 5, generator=generator)
-    own = torch.arange(23) % 9
+    own = pairs([[number % 9, (number + number % 3) % 9] for number in range(23)])
     whole = retrieval.ranks(image, text, own)
     monkeypatch.setattr(retrieval, "CHUNK", 4)
     assert all(np.array_equal(a, b) for a, b in zip(whole, retrieval.ranks(image, text, own), strict=True))
@@ -100,10 +126,10 @@ def test_the_teacher_s_captions_and_labels_are_scored_before_training(ran, caplo
     others = evaluate.load("eval/imagenet_zeroshot.yaml").settings  # names of class folders, not of this tar
     found = teacher_score.judge_teacher(clip_run.load(ran, *tars(ran)), [others])
     assert found is not None and {"text_retrieval@1", "image_retrieval@1"} <= found.keys() and "top1" not in found
-    assert "(recall@1, 11 images, 9 captions)" in caplog.text
+    assert "(recall@1, 12 images, 10 captions)" in caplog.text
     named = Zeroshot(classnames=str(ran / "names.txt"), templates=["a {}"], device="cpu")
     found = teacher_score.judge_teacher(clip_run.load(ran, *tars(ran)), [others, named])
-    assert found is not None and {"text_retrieval@1", "top1"} <= found.keys() and "(14 images" in caplog.text
+    assert found is not None and {"text_retrieval@1", "top1"} <= found.keys() and "(15 images" in caplog.text
 
 
 def test_a_run_scores_its_teacher_before_it_trains(ran, monkeypatch):

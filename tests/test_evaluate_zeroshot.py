@@ -189,6 +189,19 @@ def test_imagenet_s_folders_must_be_its_wnids(tmp_path):
         text_classifier.check_classes(images, "imagenet", 1000)
 
 
+def test_folders_that_are_numbers_fit_the_names_if_each_has_one(tmp_path):
+    from fmdistill.images import build
+
+    for number in (0, 2, 10, 999):
+        (tmp_path / "val" / str(number)).mkdir(parents=True)
+    images = build({"name": "image_classes", "root": str(tmp_path / "val")})
+    text_classifier.check_classes(images, "imagenet", 1000)  # as ImageNetV2's, some may be missing
+    with pytest.raises(
+        UserError, match="class folder '10' is a label, but classnames=names.txt has 10 names, .* 0 to 9"
+    ):
+        text_classifier.check_classes(images, "names.txt", 10)
+
+
 def test_templates_are_open_clip_s_and_clip_benchmark_s_files_work(tmp_path):
     ours = text_classifier.templates("openai")
     assert [t.format("x") for t in ours] == [t("x") for t in open_clip.OPENAI_IMAGENET_TEMPLATES] and len(ours) == 80

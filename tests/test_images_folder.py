@@ -2,9 +2,12 @@ import logging
 import os
 from pathlib import Path
 
+import PIL.Image
 import pytest
 
-from fmdistill.images.folder import Folder
+from fmdistill.images import decode
+from fmdistill.images.folder import Folder, by_suffix
+from fmdistill.images.picture import SUFFIXES
 from fmdistill.registry import UserError
 
 
@@ -94,6 +97,44 @@ def test_suffixes_in_any_case_and_nothing_hidden(tmp_path):
     (tmp_path / ".thumbs" / "t.jpg").write_bytes(b"")
     keys = contents(Folder(str(tmp_path), validation=0))["train-all"]
     assert keys == ["a.JPG", "b.Jpeg", "c.webp", "d.TIFF", "e.bmp", "f.tif", "g.png", "h.v1.jpg"]
+
+
+def test_what_can_be_decoded_is_taken_and_the_rest_is_counted_by_suffix_in_one_line(tmp_path, caplog):
+    image = PIL.Image.new("RGB", (8, 6), "red")
+    kinds = {"a.gif": "GIF", "b.jfif": "JPEG", "c.JPE": "JPEG", "d.ppm": "PPM", "e": "JPEG", "f": "PNG", "g.pgm": "PPM"}
+    if "avif" in SUFFIXES:
+        kinds["h.avif"] = "AVIF"
+    for name, kind in kinds.items():
+        image.save(tmp_path / name, kind)
+    (tmp_path / "linked").symlink_to("e")  # is the image e, once
+    for name in ("x.heic", "y.HEIC", "z.heic", "x.json", "notes", "x.jpg.part", "broken link"):
+        (tmp_path / name).write_bytes(b"no image")
+    os.mkfifo(tmp_path / "pipe")
+    with caplog.at_level("WARNING"):
+        folder = Folder(str(tmp_path), validation=0)
+        images = list(folder.read("train-all"))
+        Folder(str(tmp_path), validation=0).shards()  # says nothing a second time
+    assert [image.key for image in images] == sorted(kinds)
+    assert all(decode(image.data).shape == (6, 8, 3) for image in images)
+    (record,) = caplog.records
+    assert ": left out 3 without a suffix, 3 .heic, 1 .json, 1 .part; images are jpg," in record.getMessage()
+
+
+def test_files_that_are_known_to_lie_beside_images_are_counted_without_a_warning(tmp_path, caplog):
+    fill(tmp_path, 2)
+    for name in ("a.txt", "a.json", "b.json"):
+        (tmp_path / name).write_bytes(b"{}")
+    with caplog.at_level("INFO"):
+        Folder(str(tmp_path), validation=0).shards()
+    assert [(r.levelname, r.getMessage().partition(": ")[2].partition(";")[0]) for r in caplog.records] == [
+        ("INFO", "left out 2 .json, 1 .txt")
+    ]
+
+
+def test_of_many_suffixes_the_most_frequent_are_named():
+    counts = {f"s{number}": 20 - number for number in range(11)}
+    text = by_suffix(counts)
+    assert text.startswith("20 .s0, 19 .s1, ") and text.endswith("13 .s7, 33 of 3 other suffixes")
 
 
 def test_loops_and_second_ways_to_a_file_give_each_image_one_key(tmp_path, caplog):

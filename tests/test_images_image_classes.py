@@ -47,6 +47,53 @@ def test_two_roots_are_two_splits_with_one_list_of_classes(tmp_path):
     assert ImageClasses(str(tmp_path / "train")).identity() != alone.identity()
 
 
+def test_folders_that_are_numbers_mean_their_numbers(tmp_path):
+    for number in range(12):
+        for root, name in (("numbered", str(number)), ("padded", f"{number:02d}"), ("gaps", str(7 * number))):
+            fill(tmp_path / root, **{name: 2})
+    numbered, padded, gaps = (ImageClasses(str(tmp_path / root)) for root in ("numbered", "padded", "gaps"))
+    assert numbered.numbered and numbered.classes == [str(number) for number in range(12)]
+    for source, step in ((numbered, 1), (padded, 1), (gaps, 7)):
+        found = labels(source, "validation")
+        assert len(found) == 24 and all(label == int(key.partition("/")[0]) for key, label in found.items())
+        assert max(filter(None, found.values())) == 11 * step
+    assert numbered.identity() == padded.identity()
+    fill(tmp_path / "numbered", **{"12": 1})  # moves no other label
+    assert ImageClasses(str(tmp_path / "numbered")).identity() == numbered.identity()
+
+
+def test_of_two_roots_with_numbers_the_second_may_lack_some(tmp_path):
+    fill(tmp_path / "train", **{str(number): 1 for number in range(11)})
+    fill(tmp_path / "val", **{"02": 1, "10": 1})
+    source = ImageClasses(str(tmp_path / "train"), str(tmp_path / "val"))
+    assert labels(source, "validation") == {"02/0.v1.JPEG": 2, "10/0.v1.JPEG": 10}
+    assert sorted(filter(None, labels(source, "train").values())) == list(range(1, 11))
+    fill(tmp_path / "val", **{"11": 1})
+    with pytest.raises(UserError, match="validation_root=.*class folder '11' is a label that no folder of images.root"):
+        ImageClasses(str(tmp_path / "train"), str(tmp_path / "val")).shards()
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (["0", "1", "01"], "class folders '01' and '1' are the same label"),
+        (["0", "-1", "2"], "class folder '-1' is a number, so a label"),
+        (["20190101", "3"], "class folder '20190101' is a number, so a label, and labels are 0 to 999999"),
+        (["0", "1", "2", "10", "thumbnails"], "4 class folders are numbers and 'thumbnails' is none"),
+    ],
+)
+def test_numbers_that_cannot_be_labels_are_refused_with_the_first(tmp_path, names, says):
+    fill(tmp_path, **dict.fromkeys(names, 1))
+    with pytest.raises(UserError, match=f"images.root=.*: {says}") as error:
+        ImageClasses(str(tmp_path)).shards()
+    assert "\n" not in str(error.value)
+
+
+def test_numbers_with_one_count_of_digits_beside_names_are_sorted_as_text(tmp_path):
+    fill(tmp_path, **{"00": 1, "07": 1, "10": 1, "other": 1})
+    assert ImageClasses(str(tmp_path)).labels == {"00": 0, "07": 1, "10": 2, "other": 3}
+
+
 def test_a_limit_and_the_registry(tmp_path):
     fill(tmp_path, a=5, b=5)
     images = build({"name": "image_classes", "root": str(tmp_path), "limit": "4"})

@@ -71,14 +71,16 @@ def folder_of(root: Path) -> tuple[Recipe, dict[str, bytes]]:
 def tars_of(root: Path) -> tuple[Recipe, dict[str, bytes]]:
     """Return a recipe on three tars, the first as SA-1B's are, and the bytes that each key must stand for."""
     sa1b = [f"./sa_{number}.jpg" for number in (223750, 223751, 9, 10, 100)]
-    odd = [name for name in ODD if name not in ("a.jpeg", "a.jpg")]  # a key has no suffix, and a tar one image a key
-    stored, broken = {}, "held out/broken.v1"
-    for number, (tar, names) in enumerate({"sa_000020": sa1b, "odd": odd, "held.out-1": [f"{broken}.jpg"]}.items()):
+    same = ("a.v2.jpg", "a.jpeg", "a.jpg")  # a key ends at the first dot, and a tar has one image a key
+    odd = [name for name in ODD if name not in same]
+    stored, broken = {}, "held out/broken"
+    for number, (tar, names) in enumerate({"sa_000020": sa1b, "odd": odd, "held.out-1": [f"{broken}.v1.jpg"]}.items()):
         columns = []
         with tarfile.open(root / f"{tar}.tar", "w", format=tarfile.PAX_FORMAT) as file:
             plain = [f"held out/{i}.v1.jpg" for i in range(5)] if tar == "held.out-1" else []
             for place, name in enumerate([*names, *plain]):
-                key = name.removeprefix("./").rpartition(".")[0]
+                folder, slash, base = name.removeprefix("./").rpartition("/")
+                key = folder + slash + base.partition(".")[0]
                 data = picture(100 * number + place, name)
                 if key == broken:
                     data = data[:300]

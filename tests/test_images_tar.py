@@ -6,7 +6,9 @@ from pathlib import Path
 import fsspec
 import pytest
 from torch.utils.data import DataLoader, Dataset
+from webdataset.compat import WebDataset
 
+from fmdistill.images import build, captions
 from fmdistill.images import tar as tar_source
 from fmdistill.images.tar import Tar
 from fmdistill.registry import UserError
@@ -46,14 +48,212 @@ def test_sa1b_where_image_and_json_lie_apart(tmp_path):
         tar.fetch("sa_000020", "sa_3")
 
 
-def test_keys_end_at_the_last_dot(tmp_path):
-    members = {"d.1/a.v1.jpg": b"1", "d.1/a.v2.JPG": b"2", "d.1/a.v1.json": b"j1", "d.1/a.v2.meta.JSON": b"j2"}
-    found = read(one(tmp_path, members))
-    assert found == {"d.1/a.v1": (b"1", {"json": b"j1"}), "d.1/a.v2": (b"2", {"meta.json": b"j2"})}
+def by_webdataset(path: Path) -> dict[str, dict[str, bytes]]:
+    """Return what webdataset itself makes of a tar: {key: {column: bytes}}."""
+    samples = WebDataset(str(path), shardshuffle=False)
+    return {sample["__key__"]: {k: v for k, v in sample.items() if not k.startswith("__")} for sample in samples}
+
+
+def test_samples_are_those_of_webdataset(tmp_path):
+    members = {}
+    for key in ("0001", "d.1/a", "d.1/b c", "d/.e/x", "\u00fc", "%2E"):
+        members |= {f"{key}.input.JPG": b"<%d>" % len(members), f"{key}.Meta.json": b"{}", f"{key}.outputs.txt": b"cat"}
+    tar = one(tmp_path, members)
+    assert read(tar) == {
+        key: (columns.pop("input.jpg"), columns) for key, columns in by_webdataset(tmp_path / "a.tar").items()
+    }
+    assert len(read(tar)) == 6
+
+
+def test_columns_with_dots_are_the_image_the_label_and_the_caption_if_nothing_else_can_be(tmp_path):
+    members = {f"s{i}.{name}": data for i in range(3) for name, data in
+               (("input.jpg", b"x"), ("outputs.txt", b"a\nb"), ("cls", b"%d" % i))}  # fmt: skip
+    tar = one(tmp_path, members)
+    assert [(image.key, image.data, image.label) for image in tar.read("a")] == [
+        ("s0", b"x", 0),
+        ("s1", b"x", 1),
+        ("s2", b"x", 2),
+    ]
+    assert [captions("a", image) for image in tar.read("a")] == [["a", "b"]] * 3
+
+
+def test_a_column_without_a_dot_is_the_image_before_those_with_one(tmp_path):
+    tar = one(tmp_path, {"a.seg.png": b"s", "a.labels.png": b"l", "a.png": b"p", "a.x.txt": b"x", "a.txt": b"t"})
+    (image,) = tar.read("a")
+    assert image.data == b"p" and set(image.extra) == {"seg.png", "labels.png", "x.txt", "txt"}
+    assert captions("a", image) == ["t"]
+
+
+@pytest.mark.parametrize("names", [("a.jpg", "a.png"), ("a.v1.jpg", "a.v2.jpg")])
+def test_two_columns_that_may_be_the_image_are_refused_until_one_is_named(tmp_path, names):
+    members = {name: name.encode() for name in names}
+    tar = one(tmp_path, members)
+    chosen = names[1].partition(".")[2]
+    for use in (tar.count, lambda shard: list(tar.read(shard))):
+        with pytest.raises(UserError, match=r"a\.tar: the sample 'a' has several .*images.columns=.image: ") as error:
+            use("a")
+        assert "\n" not in str(error.value) and chosen in str(error.value)
+    (image,) = build({**SETTINGS, "root": str(tmp_path), "columns": {"image": chosen}}).source.read("a")
+    assert image.data == names[1].encode()
+
+
+SETTINGS = {"name": "tar", "train": ["a.tar"]}
+
+
+def test_named_columns_are_taken_and_what_lacks_them_is_counted(tmp_path, caplog):
+    members = {}
+    for i in range(4):
+        members |= {
+            f"{i}.left.jpg": b"l%d" % i,
+            f"{i}.right.jpg": b"r%d" % i,
+            f"{i}.kind.cls": b"%d" % i,
+            f"{i}.cls": b"9",
+        }
+        members |= {f"{i}.en.txt": b"cat", f"{i}.de.txt": b"Katze"}
+    del members["2.right.jpg"], members["3.de.txt"], members["1.kind.cls"]
+    one(tmp_path, members)
+    columns = "{image: right.jpg, label: kind.cls, caption: de.txt}"
+    tar = build({**SETTINGS, "root": str(tmp_path), "columns": columns}).source
+    with caplog.at_level("WARNING"):
+        images = list(tar.read("a"))
+    assert [(image.key, image.data, image.label) for image in images] == [
+        ("0", b"r0", 0),
+        ("1", b"r1", None),
+        ("3", b"r3", 3),
+    ]
+    assert [captions("a", image) for image in images] == [["Katze"], ["Katze"], []]
+    assert [record.getMessage().partition(".tar: ")[2] for record in caplog.records] == [
+        "1 samples have no column right.jpg and are left out (1 .cls, 1 .de.txt, 1 .en.txt, 1 .kind.cls, 1 .left.jpg), "
+        "'2' first",
+        "1 images have no column kind.cls for the label, '1' first",
+        "1 images have no column de.txt for the caption, '3' first",
+    ]
+    assert tar.identity() != Tar(str(tmp_path)).identity()
+
+
+def test_a_caption_that_may_be_one_of_two_columns_is_counted_and_not_taken(tmp_path, caplog):
+    tar = one(tmp_path, {"0.jpg": b"x", "0.en.txt": b"cat", "0.de.txt": b"Katze", "1.jpg": b"x", "1.txt": b"dog"})
+    with caplog.at_level("WARNING"):
+        images = list(tar.read("a"))
+    assert [captions("a", image) for image in images] == [[], ["dog"]]
+    assert "1 images have several columns that may be the caption, and none is taken: '0' first" in caplog.text
+
+
+def test_a_named_column_that_no_sample_has_is_refused_with_those_there_are(tmp_path):
+    one(tmp_path, {"0.input.jpg": b"x", "1.input.jpg": b"x"})
+    tar = build({**SETTINGS, "root": str(tmp_path), "columns": {"image": "inputs.jpg"}}).source
+    with pytest.raises(UserError, match=r"a\.tar: holds no images \(inputs.jpg\); its columns are 2 \.input\.jpg"):
+        list(tar.read("a"))
+
+
+@pytest.mark.parametrize(
+    ("columns", "says"),
+    [
+        ({"imag": "jpg"}, "images.columns.imag: no such setting.*Did you mean 'image'"),
+        ({"image": ".jpg"}, "images.columns.image='.jpg': expected what follows the first dot"),
+        ({"caption": "TXT"}, "images.columns.caption='TXT': .*lower case"),
+        ({"label": 3}, "images.columns.label=3: expected"),
+    ],
+)
+def test_wrong_columns_are_named(columns, says):
+    with pytest.raises(UserError, match=says):
+        build({**SETTINGS, "root": "x", "columns": columns})
+
+
+@pytest.mark.parametrize("word", [b"cat", b"", b"-1", b"1.5", b"3 4", "\u0664".encode(), b"9" * 19])
+def test_a_label_that_is_no_number_is_named_with_its_tar_and_key(tmp_path, word):
+    tar = one(tmp_path, {"0.jpg": b"x", "0.cls": b"\xef\xbb\xbf7\r\n", "1.jpg": b"y", "1.cls": word})
+    assert tar.fetch("a", "0").label == 7
+    with pytest.raises(UserError, match=r"a\.tar: '1\.cls' holds '.*', and a label is a whole number from 0") as error:
+        list(tar.read("a"))
+    assert "\n" not in str(error.value) and (word.isascii() and word.decode() in str(error.value) or word[0] > 127)
+    without = build({**SETTINGS, "root": str(tmp_path), "columns": "{label: null}"}).source
+    assert [image.label for image in without.read("a")] == [None, None]
+
+
+def test_a_caption_in_another_encoding_is_named_with_its_tar_key_and_column(tmp_path):
+    tar = one(
+        tmp_path,
+        {"0.jpg": b"x", "0.txt": "caf\xe9".encode("latin-1"), "1.jpg": b"x", "1.txt": b"\xef\xbb\xbfa  b\r\n\r\nc"},
+    )
+    assert captions("a", tar.fetch("a", "1")) == ["a b", "c"]
+    with pytest.raises(UserError, match="a: image '0', column txt: not UTF-8 .*Latin-1"):
+        captions("a", tar.fetch("a", "0"))
+
+
+def linked(members: list[tuple[str, bytes | tuple[bytes, str]]]) -> bytes:
+    """Return a tar of files, and of links given as (type, target)."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            if isinstance(data, tuple):
+                info.type, info.linkname = data
+                tar.addfile(info)
+            else:
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+HARD, SOFT = tarfile.LNKTYPE, tarfile.SYMTYPE
+
+
+def test_links_are_read_as_unpacking_the_tar_would(tmp_path, caplog):
+    data = linked([
+        ("./d/a.jpg", b"one"), ("./d/hard.jpg", (HARD, "./d/a.jpg")), ("./d/soft.jpg", (SOFT, "a.jpg")),
+        ("./e/up.jpg", (SOFT, "../d/soft.jpg")), ("./e/ahead.jpg", (SOFT, "late.jpg")), ("./e/late.jpg", b"two"),
+        ("./d/a.jpg", b"three"), ("./d/again.jpg", (HARD, "d/a.jpg")), ("./e/late.txt", b"text"),
+        ("./e/ahead.txt", (SOFT, "late.txt")), ("loop.jpg", (SOFT, "pool.jpg")), ("pool.jpg", (SOFT, "loop.jpg")),
+        ("gone.jpg", (SOFT, "nowhere.jpg")), ("away.jpg", (SOFT, "/etc/passwd")), ("lost.jpg", (HARD, "x/y.jpg")),
+    ])  # fmt: skip
+    tar = one(tmp_path, data)
+    with caplog.at_level("WARNING"):
+        found = read(tar)
+    unpacked = tmp_path / "unpacked"
+    with tarfile.open(tmp_path / "a.tar") as file:  # by tarfile itself
+        for member in file:
+            if not member.name.startswith(("loop", "pool", "gone", "away", "lost")):
+                (unpacked / member.name).unlink(missing_ok=True)
+                file.extract(member, unpacked, filter="data")
+    expected = {str(p.relative_to(unpacked).with_suffix("")): p.read_bytes() for p in unpacked.rglob("*.jpg")}
+    assert {key: data for key, (data, _) in found.items()} == expected
+    assert expected["d/hard"] == b"one" and expected["d/soft"] == expected["d/again"] == b"three"
+    assert found["e/ahead"] == (b"two", {"txt": b"text"}) and len(found) == 7
+    assert "5 links lead to nothing in the tar and are left out, 'away.jpg' (to '/etc/passwd') first" in caplog.text
+    assert tar.fetch("a", "e/up").data == b"three"
+
+
+def test_of_a_member_that_occurs_twice_the_last_counts(tmp_path):
+    found = read(
+        one(tmp_path, [("a.jpg", b"1"), ("a.json", b"2"), ("./a.jpg", b"3"), ("a.json", b"4"), ("b.jpg", b"5")])
+    )
+    assert found == {"a": (b"3", {"json": b"4"}), "b": (b"5", {})}
+
+
+def test_members_that_belong_to_no_sample_are_counted(tmp_path, caplog):
+    members = {"a.jpg": b"1", "b.heic": b"2", "c.heic": b"3", "c.json": b"4", "README": b"5", ".hidden.jpg": b"6"}
+    with caplog.at_level("WARNING"):
+        assert list(read(one(tmp_path, members))) == ["a"]
+    assert "2 samples have no image and are left out (2 .heic, 1 .json), 'b' first" in caplog.text
+    assert "1 members have no suffix and belong to no sample, 'README' first" in caplog.text
+
+
+def test_tars_of_one_name_in_several_folders_are_shards_of_their_own(tmp_path):
+    for place, data in (("x", b"1"), ("y", b"2"), ("y/z%", b"3"), (".", b"4")):
+        (tmp_path / place).mkdir(exist_ok=True)
+        one(tmp_path / place, {"0.jpg": data})
+    tar = Tar(str(tmp_path), train=["*/a.tar", str(tmp_path / "y/z%/a.tar")], validation="a.tar")
+    assert tar.shards() == {"train": ["x%2Fa", "y%2Fa", "y%2Fz%25%2Fa"], "validation": ["a"]}
+    assert [read(tar, name)["0"][0] for names in tar.shards().values() for name in names] == [b"1", b"2", b"3", b"4"]
+    assert Tar(str(tmp_path), train="y/a.tar").shards()["train"] == ["y%2Fa"]  # whatever else is listed
+    assert Tar(train=[str(tmp_path / "y/a.tar")]).shards()["train"] == ["a"]  # which lies below no root
+    with pytest.raises(UserError, match=rf"x/a.tar, and one lies outside .* such as images.root={tmp_path}"):
+        Tar(train=[str(tmp_path / "x/a.tar"), str(tmp_path / "y/a.tar")]).shards()
 
 
 def test_img2dataset_and_webdataset_columns_and_labels(tmp_path):
-    members = {"0.txt": b"a cat", "0.webp": b"w", "0.cls": b"7\n", "1.png": b"p", "1.cls": b"cat", "alone.json": b"{}"}
+    members = {"0.txt": b"a cat", "0.webp": b"w", "0.cls": b"7\n", "1.png": b"p", "alone.json": b"{}"}
     images = list(one(tmp_path, members).read("a"))
     assert [(i.key, i.data, i.label) for i in images] == [("0", b"w", 7), ("1", b"p", None)]
     assert images[0].extra == {"txt": b"a cat", "cls": b"7\n"}
@@ -73,18 +273,10 @@ def test_what_is_not_a_file_of_the_set_is_left_out(tmp_path):
     assert list(read(one(tmp_path, buffer.getvalue()))) == ["../up", "/root", "long" * 60, "\u00fc"]
 
 
-@pytest.mark.parametrize(
-    ("members", "says"),
-    [
-        ([("a.jpg", b"1"), ("a.png", b"2")], "two images of the key 'a'"),
-        ([("a.jpg", b"1"), ("./a.jpg", b"2")], "two images of the key 'a'"),
-        ([("a.jpg", b"1"), ("a.json", b"2"), ("a.json", b"3")], "two columns 'json' of the key 'a'"),
-    ],
-)
-def test_two_members_for_one_place_are_refused(tmp_path, members, says):
-    tar = one(tmp_path, members)
+def test_two_members_for_one_column_are_refused(tmp_path):
+    tar = one(tmp_path, [("a.jpg", b"1"), ("a.JPG", b"2")])
     for use in (tar.count, lambda shard: list(tar.read(shard))):
-        with pytest.raises(UserError, match=rf"a\.tar: holds {says}"):
+        with pytest.raises(UserError, match=r"a\.tar: holds two columns 'jpg' of the key 'a' \('a.jpg' and 'a.JPG'\)"):
             use("a")
 
 
@@ -152,7 +344,7 @@ def test_lists_with_braces_globs_and_one_text(tmp_path):
         ({"train": ["b.tar"]}, "images.train: .*b.tar: no such tar"),
         ({"train": ["a.tar"], "validation": ["c*.tar"]}, r"images.validation: .*c\*.tar: no such tar"),
         ({"train": ["a.tar"], "validation": ["a.tar"]}, "images.validation: .*a.tar is the same tar in images.train"),
-        ({"train": ["a.tar", "sub/a.tar"]}, "images.train: .*sub/a.tar is a tar of the same name as .*a.tar"),
+        ({"train": ["a.tar", "./a.tar"]}, "images.train: .*a.tar is the same tar in images.train"),
         ({"train": ["a.tar.gz"]}, "expected a name that ends in .tar"),
         ({"train": ["{a.tar"]}, "images.train: '{a.tar'"),
         ({"train": "[a.tar"}, "no such tar|ends in .tar"),

@@ -13,7 +13,7 @@ from fmdistill import recipe
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(fmdistill.__file__).parent
 README = (ROOT / "README.md").read_text()
-CLUSTER = (ROOT / "docs/cluster.md").read_text()
+CLUSTER, IMAGES = ((ROOT / f"docs/{name}.md").read_text() for name in ("cluster", "images"))
 RECIPES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "recipes").rglob("*.yaml"))
 PROTOCOLS = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "eval").glob("*.yaml"))
 
@@ -67,7 +67,7 @@ def test_commands_are_found():
     assert commands(text) == [["demo"], ["run", "a.yaml", "k=v"]]
 
 
-@pytest.mark.parametrize("arguments", commands(README) + commands(CLUSTER), ids=" ".join)
+@pytest.mark.parametrize("arguments", commands(README) + commands(CLUSTER) + commands(IMAGES), ids=" ".join)
 def test_commands_parse(arguments):
     from fmdistill import cli
 
@@ -78,6 +78,16 @@ def test_commands_parse(arguments):
             assert len(list(ROOT.glob(name))) > 1
         elif name.endswith(".yaml") and name.startswith(("recipes/", "eval/")):
             assert recipe.locate(name)
+
+
+def test_the_images_page_s_commands_bind_and_it_lists_every_suffix():
+    from fmdistill import images
+    from fmdistill.images.picture import FORMATS
+
+    assert len(commands(IMAGES)) > 3
+    for arguments in commands(IMAGES):
+        images.check(recipe.load(arguments[1], arguments[2:]).images)
+    assert all(f"`{suffix}`" in IMAGES for suffixes in FORMATS.values() for suffix in suffixes)
 
 
 def test_the_cluster_page_s_executors_bind():

@@ -136,7 +136,7 @@ def _chosen(recipe: Recipe, images: Images, outputs: Mapping[str, Sequence[int]]
     settings = _settings(recipe)
     codec = CODECS[chosen(settings.codec, outputs)]
     codecs = {"train": replace(codec, trim=settings.trim).label, "validation": EXACT}
-    return {"codec": codecs, "images": images.source.identity()}
+    return {"codec": codecs, "images": images.identity()}
 
 
 def _missing(root: Path, shards: Sequence[Shard], found: Mapping[str, Any]) -> list[Shard]:

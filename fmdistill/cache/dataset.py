@@ -11,7 +11,7 @@ from torch import Tensor
 from fmdistill.cache import batch
 from fmdistill.cache.reader import Cache, ShardReader
 from fmdistill.cache.writer import image_hash
-from fmdistill.images import DecodeError, Encoded, decode
+from fmdistill.images import DecodeError, Encoded
 from fmdistill.images.kept import Kept
 from fmdistill.registry import UserError
 
@@ -62,7 +62,7 @@ class CachedImages:
 
     def _prepare(self, shard: int, index: int) -> tuple[Tensor, tuple[int, int]]:
         try:
-            return self.cache.preprocess.prepare(decode(self.encoded(shard, index).data))
+            return self.cache.preprocess.prepare(self.cache.images.picture(self.encoded(shard, index)).pixels)
         except DecodeError as error:
             reader = self.shards[shard]
             key = reader.samples[index]["key"]

@@ -9,6 +9,7 @@ from typing import Any
 from fmdistill.backbones.sam import RESIZE
 from fmdistill.cache.codec import SIMILARITY, known, named
 from fmdistill.files import write_first
+from fmdistill.images import Decoding
 from fmdistill.images.source import SPLITS
 from fmdistill.registry import UserError
 
@@ -22,6 +23,8 @@ SETTINGS = {
     ("teacher.preprocess.resize", RESIZE[False]): "teacher.exact=false",
     ("teacher.dtype", "fp32"): "teacher.dtype=fp32",
     ("teacher.dtype", "bf16"): "teacher.dtype=bf16",
+    ("images.decoding.orientation", "apply"): "images.orientation=apply",
+    ("images.decoding.orientation", "ignore"): "images.orientation=ignore",
 }
 
 
@@ -74,6 +77,18 @@ def read(root: Path) -> dict[str, Any]:
             found = _short(manifest.get(name))
             raise UserError(f"{path}: damaged, its '{name}' is {found}; delete the file to have it written anew")
     return manifest
+
+
+def check_decoding(root: Path, manifest: Mapping[str, Any], decoding: Decoding) -> None:
+    """Raise a UserError if the teacher saw the images decoded by other rules than a student would."""
+    stored = manifest["images"].get("decoding")
+    differences = list(_differences(stored, decoding.identity(), "images.decoding"))
+    if differences:
+        where, was, now = differences[0]
+        raise UserError(
+            f"{root}: the teacher saw the images with {where} {_short(was)}, here it is {_short(now)}. "
+            f"{_way_out(differences)}"
+        )
 
 
 def identity_hash(manifest: Mapping[str, Any]) -> str:

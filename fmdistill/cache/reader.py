@@ -151,6 +151,7 @@ class Cache:
     @cached_property
     def shards(self) -> dict[str, list[ShardReader]]:
         """The planned shards by split, in the order of their names. UserError where one is missing."""
+        manifest.check_decoding(self.root, self.manifest, self.images.decoding)
         found: dict[str, list[ShardReader]] = {"train": [], "validation": []}
         missing, codecs = [], by_split(self.manifest["codec"])
         for shard in sorted(self.images.shards(), key=lambda s: s.name):

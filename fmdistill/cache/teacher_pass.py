@@ -7,7 +7,7 @@ import math
 import os
 import random
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -26,7 +26,8 @@ from fmdistill.cache.prefetch import LARGE, Waiting, advice, depth, prefetched
 from fmdistill.cache.teacher import Teacher
 from fmdistill.cache.writer import Prepared, ShardWriter, image_hash
 from fmdistill.files import being_written
-from fmdistill.images import DecodeError, Encoded, Images, Shard, decode
+from fmdistill.images import DecodeError, Encoded, Images, Shard
+from fmdistill.images.picture import summary
 from fmdistill.logs import log
 from fmdistill.registry import UserError
 
@@ -47,6 +48,7 @@ class Pass:
     expected: int  # images of all processes, for the time left
     seen: int = 0
     failed: int = 0
+    conversions: Counter[str] = field(default_factory=Counter)  # images by what decoding did to them
     marks: list[tuple[float, int]] = field(default_factory=list)  # seconds and images seen after the first batches
     waiting: Waiting = field(default_factory=Waiting)
 
@@ -56,6 +58,8 @@ class Pass:
         Those that another one seems to be writing come last: it may be slow, or dead.
         """
         others: list[Shard] = []
+        before = self.seen
+        self.conversions.clear()
         for shard in stop.between(chain(shards, others)):  # the latter grows while the shards are gone through
             if there := behind(self.root):
                 there.look(shard.name)
@@ -66,6 +70,8 @@ class Pass:
                 self.write(shard, bar)
             else:
                 bar.update(len(finished.fields["samples"]) + len(finished.fields["failed"]))
+        if converted := summary(self.conversions, self.seen - before):
+            log.info("%s", converted)
         if self.seen:
             log.info("%s", advice(self.waiting.share, self._workers, os.cpu_count() or 1))
 
@@ -100,12 +106,13 @@ class Pass:
     def _prepare(self, index: int, image: Encoded) -> Prepared:
         item = Prepared(index, image.key, image_hash(image.data), image.label)
         try:
-            picture = decode(image.data)
+            picture = self.images.picture(image)
         except DecodeError as error:
             item.problem = f"cannot be decoded: {error}"
             return item
-        item.original = (picture.shape[0], picture.shape[1])
-        item.pixels, item.resized = self.teacher.preprocess.prepare(picture)
+        height, width = picture.pixels.shape[:2]
+        item.original, item.conversions = (height, width), picture.conversions
+        item.pixels, item.resized = self.teacher.preprocess.prepare(picture.pixels)
         return item
 
     def _teach(self, writer: ShardWriter, bar: tqdm) -> None:
@@ -137,6 +144,7 @@ class Pass:
         bar: tqdm,
     ) -> None:
         for item in batch:
+            self.conversions.update(item.conversions)
             if item.pixels is None:
                 self._fail(writer, item, item.problem)
         if good:

@@ -47,6 +47,7 @@ class Prepared:
     original: tuple[int, int] = (0, 0)
     resized: tuple[int, int] = (0, 0)
     pixels: Tensor | None = None
+    conversions: tuple[str, ...] = ()
     problem: str = ""
 
 

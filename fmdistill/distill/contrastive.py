@@ -16,10 +16,9 @@ from torch.nn import functional as F
 from fmdistill.backbones.clip import ClipPreprocess
 from fmdistill.backbones.clip_mini import MiniClip, tokenize
 from fmdistill.distill.data import Prepared, SplitImages
-from fmdistill.images import Encoded, decode
+from fmdistill.images import Encoded, captions
 from fmdistill.registry import UserError
 
-COLUMN = "txt"
 LARGEST_SCALE = 100.0
 
 
@@ -66,7 +65,7 @@ def same(tokens_BL: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class CaptionedImages(SplitImages):
-    """One split of a source whose images carry captions in the column `txt`, one a line."""
+    """One split of a source whose images carry captions, one a line of their column."""
 
     preprocess: ClipPreprocess
     token_ids: Tensor  # on the CPU: what the student has rows for
@@ -74,22 +73,19 @@ class CaptionedImages(SplitImages):
 
     def prepare(self, name: str, encoded: Encoded) -> Prepared:
         """Return the image with its captions beside it."""
-        captions = _captions(name, encoded)
-        pixels, size = self.preprocess.prepare(decode(encoded.data))
-        return Prepared(encoded.key, pixels, size, captions, pixels.nbytes)
+        texts = captions(name, encoded)
+        if not texts:
+            raise UserError(
+                f"{name}: image '{encoded.key}' has no caption; task contrastive needs one for each, such as KEY.txt "
+                f"in a tar"
+            )
+        pixels, size = self.preprocess.prepare(self.images.decode(encoded, name))
+        return Prepared(encoded.key, pixels, size, texts, pixels.nbytes)
 
     def item(self, epoch: int, shard: int, index: int) -> dict[str, Any]:
         """Return pixels, size, and the tokens (L,) of a caption drawn from (seed, epoch, key)."""
-        key, pixels, size, captions, _ = self.prepared(shard, index)
+        key, pixels, size, texts, _ = self.prepared(shard, index)
         rng = np.random.default_rng([self.seed, epoch, zlib.crc32(key.encode())])
-        text = captions[rng.integers(len(captions))]
+        text = texts[rng.integers(len(texts))]
         tokens = tokenize([text], self.token_ids)[0]
         return {"pixels": pixels, "sizes": torch.tensor(size), "tokens": tokens, "keys": key}
-
-
-def _captions(shard: str, encoded: Encoded) -> list[str]:
-    text = encoded.extra.get(COLUMN, b"").decode(errors="replace")
-    captions = [line.strip() for line in text.splitlines() if line.strip()]
-    if not captions:
-        raise UserError(f"{shard}: image '{encoded.key}' has no caption; task contrastive needs a {COLUMN} for each")
-    return captions

@@ -12,10 +12,19 @@ import torch
 from fmdistill.backbones.sam import SamPreprocess
 from fmdistill.distill.data import Prepared, SplitImages
 from fmdistill.distill.promptable import sample_prompts
-from fmdistill.images import Encoded, decode
+from fmdistill.images import Encoded
 from fmdistill.registry import UserError
 
 COLUMN = "labels.png"
+
+
+def check_size(shard: str, key: str, size: tuple[int, int], image: np.ndarray) -> None:
+    """Raise a UserError if masks of `size` (H, W) do not fit an image (H, W, 3), turned by its EXIF orientation."""
+    if size != image.shape[:2]:
+        raise UserError(
+            f"{shard}: image '{key}' is {image.shape[1]} x {image.shape[0]}, its {COLUMN} {size[1]} x {size[0]}; if "
+            f"the masks are of the pixels as stored, set images.orientation=ignore"
+        )
 
 
 @dataclass(frozen=True)
@@ -33,8 +42,10 @@ class LabelledImages(SplitImages):
             raise UserError(
                 f"{name}: image '{encoded.key}' has no {COLUMN}; task promptable needs exact masks, as `scenes` has"
             )
-        pixels, (h, w) = self.preprocess.prepare(decode(encoded.data))
+        image = self.images.decode(encoded, name)
+        pixels, (h, w) = self.preprocess.prepare(image)
         with PIL.Image.open(io.BytesIO(encoded.extra[COLUMN])) as picture:
+            check_size(name, encoded.key, (picture.height, picture.width), image)
             objects = np.asarray(picture.resize((w, h), PIL.Image.Resampling.NEAREST))
         return Prepared(encoded.key, pixels, (h, w), objects, pixels.nbytes + objects.nbytes)
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from fmdistill.backbones.preprocess import Preprocess
 from fmdistill.cache.dataset import NO_LABEL
 from fmdistill.distill.data import Prepared, SplitImages
-from fmdistill.images import Encoded, decode
+from fmdistill.images import Encoded
 from fmdistill.registry import UserError
 
 
@@ -86,15 +86,15 @@ class PlainImages(SplitImages):
 
     def prepare(self, name: str, encoded: Encoded) -> Prepared:
         """Return the image with its label beside it."""
-        pixels, size = self.preprocess.prepare(decode(encoded.data))
+        pixels, size = self.preprocess.prepare(self.images.decode(encoded, name))
         return Prepared(encoded.key, pixels, size, encoded.label, pixels.nbytes)
 
     def item(self, epoch: int, shard: int, index: int) -> dict[str, Any]:
         """Return pixels uint8 (3, S, S), size (h, w), label (-1: none) and key."""
         if self.augment.resized_crop:
-            encoded = self.encoded(shard, index)[1]
+            name, encoded = self.encoded(shard, index)
             side, rng = self.preprocess.image_size, self._rng(epoch, encoded.key)
-            pixels = self.augment(_resized_crop(decode(encoded.data), side, rng), rng)
+            pixels = self.augment(_resized_crop(self.images.decode(encoded, name), side, rng), rng)
             key, size, label = encoded.key, (side, side), encoded.label
         else:
             key, pixels, size, label, _ = self.prepared(shard, index)

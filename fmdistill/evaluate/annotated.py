@@ -19,11 +19,10 @@ from fmdistill.cache.dataset import CachedImages
 from fmdistill.distill.data import every, to_device
 from fmdistill.distill.loader import batches
 from fmdistill.evaluate.subjects import forward
-from fmdistill.images import DecodeError, Encoded, Images, Shard, decode
+from fmdistill.images import DecodeError, Encoded, Images, Shard, captions
 from fmdistill.logs import progress
 from fmdistill.registry import UserError
 
-CAPTION = "txt"  # the column of a caption in img2dataset's and webdataset's tars
 TEACHER = "teacher"  # the subject whose embeddings come from the cache
 DType = Literal["fp32", "bf16"]
 
@@ -35,7 +34,8 @@ class Annotated:
     images: Images
     preprocess: Preprocess
     cached: CachedImages | None = None
-    pixels: bool = True  # False where only the teacher's embeddings are asked for
+    pixels: bool = True  # False if only the teacher's embeddings are asked for
+    captioned: bool = False  # whether captions are asked for
 
     @cached_property
     def shards(self) -> list[Shard]:
@@ -50,15 +50,15 @@ class Annotated:
         return tuple(self.images.source.count(s.name) if s.take is None else s.take for s in self.shards)
 
     def item(self, epoch: int, shard: int, index: int) -> dict[str, Any]:
-        """Return key, label or None, caption ("" for none), and where asked for pixels, sizes and the embedding."""
+        """Return key, label or None, and as asked for a list of captions, pixels, sizes and the embedding."""
         encoded = self.cached.encoded(shard, index) if self.cached is not None else self._fetch(shard, index)
-        caption = " ".join(encoded.extra.get(CAPTION, b"").decode("utf-8", errors="replace").split())
-        item: dict[str, Any] = {"keys": encoded.key, "labels": encoded.label, "captions": caption}
+        texts = captions(self._name(shard), encoded) if self.captioned else []
+        item: dict[str, Any] = {"keys": encoded.key, "labels": encoded.label, "captions": texts}
         if self.cached is not None:
             item[TEACHER] = torch.from_numpy(self.cached.shards[shard].read(index)["embedding"])
         if self.pixels:
             try:
-                pixels, size = self.preprocess.prepare(decode(encoded.data))
+                pixels, size = self.preprocess.prepare(self.images.picture(encoded).pixels)
             except DecodeError as error:
                 raise UserError(
                     f"image '{encoded.key}': cannot be decoded ({error}); a score over fewer images is another score, "
@@ -66,6 +66,9 @@ class Annotated:
                 ) from None
             item |= {"pixels": pixels, "sizes": torch.tensor(size)}
         return item
+
+    def _name(self, shard: int) -> str:
+        return self.shards[shard].name if self.cached is None else self.cached.shards[shard].name
 
     def _fetch(self, shard: int, index: int) -> Encoded:
         name = self.shards[shard].name
@@ -92,7 +95,7 @@ class Embedded:
 
     keys: list[str]
     labels: list[int | None]
-    captions: list[str]
+    captions: list[list[str]]
     embeddings: dict[str, Tensor]
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from fmdistill.cache import Cache, open_cache
 from fmdistill.cache.dataset import CachedImages
 from fmdistill.evaluate import retrieval, zeroshot
-from fmdistill.evaluate.annotated import CAPTION, TEACHER
+from fmdistill.evaluate.annotated import TEACHER
 from fmdistill.evaluate.retrieval import Retrieval
 from fmdistill.evaluate.zeroshot import Zeroshot
 from fmdistill.logs import log
@@ -23,7 +23,7 @@ CAUSES = (
 def judge_teacher(recipe: Recipe, protocols: Iterable[object] = ()) -> dict[str, float]:
     """Log how the recipe's cached teacher scores on its validation images' captions and labels; {} without any.
 
-    Captions are the source's column `txt`. Labels need class names: those of the first Zeroshot among `protocols` that
+    Labels need class names: those of the first Zeroshot among `protocols` that
     judges these images, or others of the same kind of source. The first 2000 images count, by their cached embeddings.
     """
     cache = open_cache(recipe)
@@ -36,9 +36,8 @@ def judge_teacher(recipe: Recipe, protocols: Iterable[object] = ()) -> dict[str,
         found |= _by_names(cache, named)
     if not captioned and not (labelled and named):
         log.info(
-            "%s: the teacher is not scored: its validation images have no captions (column %s)%s",
+            "%s: the teacher is not scored: its validation images have no captions%s",
             cache.root,
-            CAPTION,
             ", and no zeroshot protocol names their classes" if labelled else " and no labels",
         )
     return found
@@ -54,7 +53,7 @@ def _carries(data: CachedImages) -> tuple[bool, bool]:
     for number, shard in enumerate(data.shards):
         if shard.samples and shard.group not in first:
             encoded = data.encoded(number, 0)
-            first[shard.group] = (CAPTION in encoded.extra, encoded.label is not None)
+            first[shard.group] = (encoded.caption_column in encoded.extra, encoded.label is not None)
     return any(caption for caption, _ in first.values()), bool(first) and all(label for _, label in first.values())
 
 

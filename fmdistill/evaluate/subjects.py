@@ -12,11 +12,10 @@ from fmdistill.backbones.preprocess import Preprocess
 from fmdistill.cache import Cache, open_cache, teacher
 from fmdistill.cache.dataset import CachedImages
 from fmdistill.distill import student as students
-from fmdistill.distill.labelled import COLUMN
+from fmdistill.distill.labelled import COLUMN, check_size
 from fmdistill.evaluate import grid_miou, scene_miou
 from fmdistill.evaluate.kept import Partial
 from fmdistill.images import build as build_images
-from fmdistill.images import decode
 from fmdistill.images.scenes import decode_labels
 from fmdistill.logs import log, progress
 from fmdistill.recipe import Recipe
@@ -177,7 +176,9 @@ def judge_scenes(protocol: scene_miou.SceneMiou, recipe: Recipe, models: Mapping
                         f"{shard.name}: image '{encoded.key}' has no {COLUMN}; scene_miou needs exact masks"
                     )
                 labels: np.ndarray = decode_labels(encoded.extra[COLUMN])
-                pixels, size = student.preprocess.prepare(decode(encoded.data))
+                image = images.decode(encoded, shard.name)
+                check_size(shard.name, encoded.key, (labels.shape[0], labels.shape[1]), image)
+                pixels, size = student.preprocess.prepare(image)
                 item = {"pixels": pixels, "sizes": torch.tensor(size)}
                 yield scene_miou.SceneCase(encoded.key, embed(student, student.preprocess, item), labels, size)
 

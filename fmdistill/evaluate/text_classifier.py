@@ -57,10 +57,18 @@ def templates(given: str | Sequence[str]) -> list[str]:
 
 
 def check_classes(images: Images, classnames: str, count: int) -> None:
-    """Raise a UserError where class folders do not fit the class names; ImageNet's must be its sorted wnids."""
+    """Raise a UserError if class folders do not fit the class names; ImageNet's must be its sorted wnids or numbers."""
     if not isinstance(images.source, ImageClasses):
         return
     folders, root = images.source.classes, images.source.root
+    if images.source.numbered:  # of which some may be missing
+        beyond = next((name for name in folders if images.source.labels[name] >= count), None)
+        if beyond is not None:
+            raise UserError(
+                f"images.root={root}: class folder '{beyond}' is a label, but classnames={classnames} has {count} "
+                f"names, for labels 0 to {count - 1}; number the folders from 0, or give a name for each"
+            )
+        return
     if len(folders) != count:
         raise UserError(
             f"images.root={root}: {len(folders)} class folders, but classnames={classnames} has {count} names; "

@@ -1,9 +1,11 @@
 """Images: where they come from, in shards. `build` makes the source that a recipe names."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import islice
 from typing import Any
+
+import numpy as np
 
 from fmdistill.images.captioned import Captioned
 from fmdistill.images.cifar100 import Cifar100
@@ -12,13 +14,15 @@ from fmdistill.images.folder import Folder
 from fmdistill.images.image_classes import ImageClasses
 from fmdistill.images.mix import Mix
 from fmdistill.images.photos import Photos
+from fmdistill.images.picture import DecodeError, Decoding, Picture, decode
+from fmdistill.images.picture import read as read_picture
 from fmdistill.images.scenes import Scenes
-from fmdistill.images.source import SPLITS, DecodeError, Encoded, Source, decode, escape, unescape
+from fmdistill.images.source import SPLITS, Encoded, Source, captions, escape, unescape
 from fmdistill.images.tar import Tar
-from fmdistill.registry import UserError, bind, convert
+from fmdistill.registry import UserError, bind, convert, typed
 
-__all__ = ["SOURCES", "DecodeError", "Encoded", "Images", "Shard", "Source"]
-__all__ += ["build", "check", "decode", "escape", "unescape"]
+__all__ = ["SOURCES", "DecodeError", "Decoding", "Encoded", "Images", "Picture", "Shard", "Source"]
+__all__ += ["build", "captions", "check", "decode", "escape", "unescape"]
 
 SOURCES = {
     "folder": Folder,
@@ -52,10 +56,14 @@ class Shard:
 
 @dataclass(frozen=True)
 class Images:
-    """A source, cut to `limit` images per split; a mix's limit is shared evenly among its sources."""
+    """A source, cut to `limit` images per split, and how its images are decoded.
+
+    A mix's limit is shared evenly among its sources.
+    """
 
     source: Source
     limit: int | None = None
+    decoding: Decoding = Decoding()
 
     def shards(self) -> list[Shard]:
         """Return the shards in their order, training first; those in which the limit falls are cut."""
@@ -71,6 +79,23 @@ class Images:
     def read(self, shard: Shard) -> Iterator[Encoded]:
         """Yield the shard's images in order."""
         yield from islice(self.source.read(shard.name), shard.take)
+
+    def picture(self, encoded: Encoded) -> Picture:
+        """Decode one of the images; DecodeError if that is not possible."""
+        return read_picture(encoded.data, self.decoding)
+
+    def decode(self, encoded: Encoded, shard: str) -> np.ndarray:
+        """Return the pixels of an image that has to be there, uint8 (H, W, 3) RGB; UserError that names it if not."""
+        try:
+            return self.picture(encoded).pixels
+        except DecodeError as error:
+            raise UserError(
+                f"{shard}: image '{encoded.key}' cannot be decoded: {error}; repair the file or take it out"
+            ) from None
+
+    def identity(self) -> dict:
+        """Return what determines keys, labels and pixels."""
+        return {**self.source.identity(), "decoding": self.decoding.identity()}
 
     def _keys(self, shard: str) -> Sequence[str] | None:
         listed = getattr(self.source, "listed", None)  # only some have it
@@ -102,19 +127,23 @@ def _shares(held: Mapping[str, int], limit: int) -> dict[str, int]:
 
 def check(settings: Mapping[str, Any]) -> None:
     """Bind the source's settings, and those of a mix's sources, without touching data."""
-    source, _ = _bind(settings)
+    source, _, _ = _bind(settings)
     source()  # a source looks for its data when it lists, not when it is made
 
 
 def build(settings: Mapping[str, Any]) -> Images:
-    """Return the images that a recipe's `images` names; `limit` works with every source."""
-    source, limit = _bind(settings)
-    return Images(source(), limit)
+    """Return the images that a recipe's `images` names; `limit`, `orientation` and `max_pixels` fit every source."""
+    source, limit, decoding = _bind(settings)
+    return Images(source(), limit, decoding)
 
 
-def _bind(settings: Mapping[str, Any]) -> tuple[Any, int | None]:
+def _bind(settings: Mapping[str, Any]) -> tuple[Any, int | None, Decoding]:
     limit = convert(settings.get("limit"), int | None, "images.limit")
     if limit is not None and limit < 1:
         raise UserError(f"images.limit={limit}: expected at least 1, or null for no limit")
-    rest = {key: value for key, value in settings.items() if key != "limit"}
-    return bind(rest, SOURCES, "images"), limit
+    names = [each.name for each in fields(Decoding)]
+    decoding = Decoding(**typed(Decoding, {name: settings[name] for name in names if name in settings}, "images"))
+    if decoding.max_pixels < 1:
+        raise UserError(f"images.max_pixels={decoding.max_pixels}: expected at least 1")
+    rest = {key: value for key, value in settings.items() if key not in ("limit", *names)}
+    return bind(rest, SOURCES, "images"), limit, decoding

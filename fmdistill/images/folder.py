@@ -1,23 +1,30 @@
 """A folder of images, nested as it may be, in shards that an added file hardly disturbs."""
 
+import functools
 import logging
 import os
-from collections import deque
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 
-from fmdistill.images.source import SUFFIXES, Encoded
+from fmdistill.images.picture import HEAD, SUFFIXES, is_image
+from fmdistill.images.source import Encoded
 from fmdistill.registry import UserError
 
 log = logging.getLogger(__name__)
+
+BESIDE = ("json", "txt", "csv", "tsv", "xml", "yaml", "yml", "md", "html", "npy", "npz", "cls", "pdf", "log", "py")
+SHOWN = 8  # suffixes that a line about what is left out names
 
 
 @dataclass(frozen=True)
 class Folder:
     """Images under `root`; a key is the path below it, with its suffix. Names that begin with a dot are left out.
+
+    A file is an image by its suffix, or without one by its first bytes; what else lies there is counted by suffix.
 
     A stable hash of the key decides the split and the shard, so a file keeps its split for ever, and an added file
     touches one shard, or splits one (extendible hashing: Fagin et al., 1979). `validation` is the fraction held
@@ -129,30 +136,47 @@ def _buckets(split: str, prefix: str, hashed: list[tuple[str, str]], size: int) 
 def _find(root: Path, where: str) -> list[str]:
     if not root.is_dir():
         raise UserError(f"{where}={root}: no such folder; give one that holds images ({', '.join(SUFFIXES)})")
-    paths, linked, visited = _walk(root)
+    paths, linked, visited, left_out = _walk(root)
     seen: set[str] = set()
     broken = 0
     for path in sorted(linked):
         target = os.path.realpath(path)
         if not os.path.isfile(target):
             broken += 1
-        elif target not in seen and not (os.path.dirname(target) in visited and _is_image(os.path.basename(target))):
+        elif target not in seen and not (os.path.dirname(target) in visited and _is_image(target)):
             seen.add(target)
             paths.append(path)
     if broken:
         log.warning("%s=%s: %d links to images lead nowhere and are left out", where, root, broken)
+    if left_out:
+        level = logging.INFO if set(left_out) <= set(BESIDE) else logging.WARNING
+        _log_once(level, f"{where}={root}: left out {by_suffix(left_out)}; images are {', '.join(SUFFIXES)}")
     if not paths:
         raise UserError(f"{where}={root}: holds no images; accepted are {', '.join(SUFFIXES)}, nested as they may be")
     return [Path(os.path.relpath(path, root)).as_posix() for path in paths]
 
 
-def _walk(root: Path) -> tuple[list[str], list[str], set[str]]:
-    """Return the image files, the links to files with an image's name, and the real paths of all folders walked.
+@functools.cache
+def _log_once(level: int, text: str) -> None:
+    log.log(level, "%s", text)  # a command lists its images several times
+
+
+def by_suffix(counts: Mapping[str, int]) -> str:
+    """Return how many files there are of each suffix, such as "3 .heic, 1 without a suffix"; "" is for the latter."""
+    listed = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    shown = [f"{count} {f'.{suffix}' if suffix else 'without a suffix'}" for suffix, count in listed[:SHOWN]]
+    rest = sum(count for _, count in listed[SHOWN:])
+    return ", ".join([*shown, *([f"{rest} of {len(listed) - SHOWN} other suffixes"] if rest else [])])
+
+
+def _walk(root: Path) -> tuple[list[str], list[str], set[str], Counter[str]]:
+    """Return the image files, the links to files that may be images, the real paths of all folders walked, and the
+    files left out by suffix.
 
     A folder is walked once, by its real path before any link to it: a loop of links ends, and no image gets two
     keys, of which one might train and the other validate.
     """
-    paths, linked, visited = [], [], set()
+    paths, linked, visited, left_out = [], [], set(), Counter()
     folders, links = deque([str(root)]), deque()
     while folders or links:
         folder = folders.popleft() if folders else links.popleft()
@@ -169,10 +193,28 @@ def _walk(root: Path) -> tuple[list[str], list[str], set[str]]:
                 continue
             if os.path.isdir(entry.path):
                 (links if entry.is_symlink() else folders).append(entry.path)
-            elif _is_image(entry.name):
+            elif _is_image(entry.path):
                 (linked if entry.is_symlink() else paths).append(entry.path)
-    return paths, linked, visited
+            else:
+                left_out[_suffix(entry.name)] += 1
+    return paths, linked, visited, left_out
 
 
-def _is_image(name: str) -> bool:
-    return not name.startswith(".") and os.path.splitext(name)[1][1:].lower() in SUFFIXES
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1][1:].lower()
+
+
+def _is_image(path: str) -> bool:
+    """Return whether the file's suffix is an image's or, without a suffix, its first bytes are."""
+    name = os.path.basename(path)
+    if name.startswith("."):
+        return False
+    if suffix := _suffix(name):
+        return suffix in SUFFIXES
+    if not os.path.isfile(path):  # a pipe would wait for a writer
+        return False
+    try:
+        with open(path, "rb") as file:
+            return is_image(file.read(HEAD))
+    except OSError:
+        return False

@@ -1,29 +1,28 @@
 """What a source of images is: named shards of encoded images, read in order or fetched by key."""
 
-import io
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 from urllib.parse import quote, unquote
 
-import numpy as np
-import PIL.Image
-import simplejpeg
+from fmdistill.text import decode_text
 
 SPLITS = ("train", "validation")
-SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff")  # of image files, in any case
-ADDRESS = re.compile(r"<[^<>]* at 0x[0-9a-fA-F]+>")  # of an object in a library's message, another in each process
+CAPTION = "txt"  # the column of captions in img2dataset's and webdataset's tars
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One image as it is stored; `extra` holds its other columns by suffix, such as {"json": b"..."}."""
+    """One image as it is stored; `extra` holds its other columns by name, such as {"json": b"..."}.
+
+    `caption_column` is the one of them that holds the captions.
+    """
 
     key: str
     data: bytes
     label: int | None = None
     extra: Mapping[str, bytes] = field(default_factory=dict)
+    caption_column: str | None = CAPTION
 
 
 class Source(Protocol):
@@ -57,40 +56,16 @@ class Source(Protocol):
         ...
 
 
-class DecodeError(ValueError):
-    """An image's bytes cannot be decoded; the message says why."""
+def captions(shard: str, encoded: Encoded) -> list[str]:
+    """Return the image's captions, one a line of its column; [] if it has none.
 
-
-def decode(data: bytes) -> np.ndarray:
-    """Return the image as PIL's uint8 (H, W, 3) RGB; an EXIF orientation is not applied (SA-1B has none).
-
-    DecodeError where the bytes are no whole image.
+    Runs of white space become one space, and blank lines are dropped. UserError if the column is not UTF-8.
     """
-    if (pixels := _plain_jpeg(data)) is not None:
-        return pixels
-    try:
-        with PIL.Image.open(io.BytesIO(data)) as image:
-            return np.array(image.convert("RGB"))
-    except Exception as error:  # PIL raises a dozen types for a broken file, struct.error and SyntaxError among them
-        told = ADDRESS.sub("these bytes", str(error))  # a sidecar keeps it, and the same images make the same sidecar
-        raise DecodeError(f"{type(error).__name__}: {told}") from error
-
-
-def _plain_jpeg(data: bytes) -> np.ndarray | None:
-    """Return a sound JPEG's pixels, PIL's own in two thirds of the time; None for what is left to PIL.
-
-    That is CMYK, of which simplejpeg makes other colours, whatever makes libjpeg warn, and sizes that PIL warns of.
-    """
-    if not data.startswith(b"\xff\xd8\xff"):  # as PIL knows a JPEG
-        return None
-    try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-        limit = PIL.Image.MAX_IMAGE_PIXELS
-        if colours not in ("YCbCr", "Gray", "RGB") or (limit is not None and int(height) * int(width) > limit):
-            return None
-        return simplejpeg.decode_jpeg(data)
-    except ValueError:
-        return None
+    column = encoded.caption_column
+    if column is None or column not in encoded.extra:
+        return []
+    text = decode_text(encoded.extra[column], f"{shard}: image '{encoded.key}', column {column}")
+    return [caption for line in text.split("\n") if (caption := " ".join(line.split()))]
 
 
 def escape(key: str) -> str:

@@ -19,7 +19,7 @@ from fmdistill.cache.codec import CODECS
 from fmdistill.cache.compute import full_precision, own_dtype
 from fmdistill.cache.teacher import Teacher
 from fmdistill.files import check_folder, write_whole
-from fmdistill.images import DecodeError, Encoded, decode
+from fmdistill.images import DecodeError, Encoded, Images
 from fmdistill.images import build as build_images
 from fmdistill.logs import log
 from fmdistill.pipeline.rehearsal import alone, device_name
@@ -73,10 +73,11 @@ def run(recipe: Recipe, settings: Settings) -> dict[str, Any]:
         chosen = drawn(recipe.teacher, Path(folder)) if settings.weights == "random" else recipe.teacher
         log.info("bench: loading teacher %s", chosen["name"])
         model = teacher.build(chosen)
-        few = _prepared(_handful(recipe, settings.images), model)
+        images = build_images(recipe.images)
+        few = _prepared(_handful(images, settings.images), model)
         plain = rival(chosen, model)
         log.info("bench: decoding %d images, %d rounds of each part", len(few.pictures), settings.rounds)
-        rows = _decoding(few, model, plain, settings)
+        rows = _decoding(images, few, model, plain, settings)
         log.info("bench: the teacher%s", f", beside {plain.name}" if plain else "")
         rows += _teaching(recipe, few, model, plain, settings)
         outputs = {name: value.numpy() for name, value in model(few.pixels, few.sizes).items()}
@@ -119,13 +120,13 @@ def _device(settings: Any) -> torch.device:
     return pick_device(str(settings.get("device", "auto")), "teacher.device")
 
 
-def _handful(recipe: Recipe, count: int) -> list[tuple[Encoded, Image.Image]]:
+def _handful(images: Images, count: int) -> list[tuple[Encoded, Image.Image]]:
     """Return the first training images that can be decoded."""
-    images, found = build_images(recipe.images), []
+    found = []
     stored = chain.from_iterable(images.read(shard) for shard in images.shards() if shard.split == "train")
     for encoded in islice(stored, 2 * count):
         try:
-            found.append((encoded, Image.fromarray(decode(encoded.data))))
+            found.append((encoded, Image.fromarray(images.picture(encoded).pixels)))
         except DecodeError:
             continue
         if len(found) == count:
@@ -140,8 +141,8 @@ def _prepared(found: list[tuple[Encoded, Image.Image]], model: Teacher) -> Handf
     return Handful([one for one, _ in found], [two for _, two in found], torch.stack(pixels), torch.tensor(sizes))
 
 
-def _decoding(few: Handful, model: Teacher, plain: Rival | None, settings: Settings) -> list[Row]:
-    works = {"ours": lambda: [model.preprocess.prepare(decode(one.data)) for one in few.encoded]}
+def _decoding(images: Images, few: Handful, model: Teacher, plain: Rival | None, settings: Settings) -> list[Row]:
+    works = {"ours": lambda: [model.preprocess.prepare(images.picture(each).pixels) for each in few.encoded]}
     if plain:
         works["plain"] = lambda: [plain.pixels(one.data) for one in few.encoded]
     found = rates(works, CPU, settings.rounds, len(few.encoded))

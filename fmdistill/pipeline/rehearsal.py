@@ -19,7 +19,7 @@ from fmdistill.cache.teacher_pass import Pass, processes
 from fmdistill.distill import tasks
 from fmdistill.distill.data import Data, Place, Together
 from fmdistill.distill.train import Engine, fit
-from fmdistill.images import DecodeError, Encoded, decode
+from fmdistill.images import DecodeError, Encoded, Images
 from fmdistill.images import build as build_images
 from fmdistill.logs import progress
 from fmdistill.recipe import Recipe, merge, parse_overrides
@@ -96,12 +96,14 @@ def on_handful(recipe: Recipe, count: int, folder: Path) -> Recipe:
 def _decodable(images: Mapping[str, Any]) -> bool:
     """Return whether each shard that the limit cuts holds an image that can be decoded."""
     made = build_images(images)
-    return all(any(map(_decodes, made.read(shard))) for shard in made.shards() if shard.take is not None)
+    return all(
+        any(_decodes(made, image) for image in made.read(shard)) for shard in made.shards() if shard.take is not None
+    )
 
 
-def _decodes(image: Encoded) -> bool:
+def _decodes(images: Images, image: Encoded) -> bool:
     try:
-        decode(image.data)
+        images.picture(image)
     except DecodeError:
         return False
     return True
