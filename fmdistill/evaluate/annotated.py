@@ -84,8 +84,8 @@ class Annotated:
 def first_image(images: Images, protocol: str) -> Encoded:
     """Return the first validation image; UserError that names the `protocol` if there is none."""
     for shard in images.shards():
-        for encoded in images.read(shard) if shard.split == "validation" else ():
-            return encoded
+        if shard.split == "validation" and (keys := images.source.keys(shard.name)):
+            return images.source.fetch(shard.name, keys[0])
     raise UserError(f"{protocol}: there are no validation images; name some by the protocol's or the recipe's `images`")
 
 

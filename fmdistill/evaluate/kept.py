@@ -33,7 +33,7 @@ def state(protocol: Mapping[str, Any], recipe: Recipe, weights: Mapping[str, Pat
         "protocol": json.loads(json.dumps(protocol)),
         "files": {text: file_hash(path) for part in parts for text, path in _files(part)},
         "weights": {name: file_hash(path) for name, path in weights.items()},
-        "images": _digest([listed.source.identity(), shards]),
+        "images": _digest([listed.identity(), shards]),
         "cache": file_hash(described) if described is not None and described.is_file() else None,
     }
 

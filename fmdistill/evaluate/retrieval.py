@@ -60,7 +60,7 @@ def check_images(protocol: Retrieval, recipe: Recipe) -> None:
     """Raise a UserError if the first image has no caption's column."""
     images = image_sources.build(recipe.images if protocol.images is None else protocol.images)
     encoded = annotated.first_image(images, "retrieval")
-    if annotated.CAPTION not in encoded.extra:
+    if encoded.caption_column not in encoded.extra:
         raise UserError(
             f"retrieval: image '{encoded.key}' has no caption; it needs KEY.txt beside each image, as img2dataset's "
             f"tars have"
