@@ -160,7 +160,7 @@ def _complete_without_teacher(recipe: Recipe, images: Images, shards: list[Shard
         return None
     found = manifest.read(root)
     asked = {
-        "teacher": {**found["teacher"], **teacher.asked(settings)},
+        "teacher": {**found["teacher"], **teacher.asked(settings, found["teacher"])},
         "outputs": similarity.outputs(found["outputs"], _settings(recipe).similarity),
     }
     manifest.claim(root, {**found, **asked, **_chosen(recipe, images, found["outputs"])})
