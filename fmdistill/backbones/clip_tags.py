@@ -37,11 +37,11 @@ class ClipSettings:
     tokenizer: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse numbers that no image could be normalised with."""
-        if self.mean is not None and not all(map(math.isfinite, self.mean)):
-            raise UserError(f"teacher.mean={list(self.mean)}: expected three numbers, of pixels from 0 to 1")
+        """Refuse numbers by which no image is normalised, such as a mean of pixels from 0 to 255."""
+        if self.mean is not None and not all(0 <= value <= 1 for value in self.mean):
+            raise UserError(f"teacher.mean={list(self.mean)}: expected three numbers from 0 to 1, as of such pixels")
         if self.std is not None and not all(0 < value < math.inf for value in self.std):
-            raise UserError(f"teacher.std={list(self.std)}: expected three numbers above 0, of pixels from 0 to 1")
+            raise UserError(f"teacher.std={list(self.std)}: expected three numbers above 0, as of pixels from 0 to 1")
         if self.context_length is not None and self.context_length < 1:
             raise UserError(f"teacher.context_length={self.context_length}: expected 1 or more")
 
@@ -110,7 +110,7 @@ def _stated(
         shown = "; ".join(f"{key} is {_by_value(key, by_tag)}" for key in differing)
         raise UserError(
             f"teacher.pretrained={file}: a file does not tell how {name} is used, and its tags differ: {shown}. "
-            f"Give teacher.as_tag=TAG, the tag whose training the file had, or {_settings(differing)}"
+            f"Give teacher.as_tag=TAG, the tag whose training the file has had, or {_settings(differing)}"
         )
     tags = f"only tag ({next(iter(by_tag))}) has" if len(by_tag) == 1 else f"{len(by_tag)} tags all have"
     return values, f"as {name}'s {tags} it"
@@ -145,4 +145,4 @@ def _shown(values: Mapping[str, Any]) -> str:
 def _text(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    return f"[{', '.join(f'{v:g}' for v in value)}]" if isinstance(value, tuple | list) else str(value)
+    return str(list(value)) if isinstance(value, tuple | list) else str(value)
