@@ -185,30 +185,36 @@ def _load(built: Any, path: Path, pretrained: str, model: str) -> None:
 
 
 def _fit(built: Any, state: dict[str, Tensor], where: str, model: str) -> None:
-    """Load `state` as open_clip's load_checkpoint does, but say it if positions are resized."""
-    state = convert_state_dict(built, state)
-    if "positional_embedding" in state and not hasattr(built, "positional_embedding"):
-        state = convert_to_custom_text_state_dict(state)
+    """Load `state` as open_clip's load_checkpoint does, but ask about another context and tell resized positions."""
+    with _quiet():
+        state = convert_state_dict(built, state)
+        if "positional_embedding" in state and not hasattr(built, "positional_embedding"):
+            state = convert_to_custom_text_state_dict(state)
     own = built.state_dict()
     for name in ("logit_scale", "logit_bias"):  # one number in some files, a vector of one in others
         if name in state and name in own:
             state[name] = state[name].reshape(own[name].shape)
     if "logit_bias" in own and "logit_bias" not in state:
         state["logit_bias"] = torch.zeros_like(own["logit_bias"])
-    for name in state.keys() & own.keys():
-        if not name.endswith("positional_embedding") or state[name].shape[:-1] == own[name].shape[:-1]:
-            continue
-        if not name.startswith("visual."):
+    for name in ("positional_embedding", "text.positional_embedding"):
+        if name in state and name in own and len(state[name]) != len(own[name]):
             tokens = built.context_length + len(state[name]) - len(own[name])
             raise UserError(
                 f"{where}: its text tower reads {tokens} tokens, {model} {built.context_length}; "
                 f"give teacher.context_length={tokens}"
             )
-        _log.warning(
-            "%s: its %d image positions are resized to %s's %d", where, len(state[name]), model, len(own[name])
-        )
-    resize_pos_embed(state, built)
+    positions = len(state.get("visual.positional_embedding", ()))
+    with _quiet():
+        resize_pos_embed(state, built)
     built.load_state_dict(state)
+    if positions != len(state.get("visual.positional_embedding", ())):
+        _log.warning(
+            "%s: its %d image positions are resized to the %d of %s",
+            where,
+            positions,
+            len(state["visual.positional_embedding"]),
+            model,
+        )
 
 
 def is_openai(path: Path) -> bool:

@@ -172,9 +172,9 @@ def asked(settings: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, A
     if given.as_tag is not None and not model.startswith(LOCAL):
         values = {**of_tag(_kind(model), given.as_tag, get_model_config(_kind(model)) or {}), **values}
     told |= {key: values[key] for key in ("quick_gelu", "context_length", "tokenizer") if key in values}
-    if stored.get("preprocess"):
-        kept = ClipPreprocess.from_json(stored["preprocess"])
-        told["preprocess"] = replace(kept, **{key: values[key] for key in PREPROCESSING if key in values}).to_json()
+    preprocessing = {key: values[key] for key in PREPROCESSING if key in values}
+    if preprocessing and "preprocess" in stored:
+        told["preprocess"] = replace(ClipPreprocess.from_json(stored["preprocess"]), **preprocessing).to_json()
     return told
 
 
