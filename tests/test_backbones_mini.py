@@ -74,7 +74,10 @@ def test_a_checkout_without_weights_warns_in_one_line(monkeypatch, tmp_path, cap
 
 def test_missing_and_foreign_weights_are_one_clear_line(tmp_path):
     (tmp_path / "junk.safetensors").write_bytes(b"junk")
-    for path, words in [("absent.safetensors", "no such file"), (tmp_path / "junk.safetensors", "not a sam_mini")]:
+    for path, words in [
+        ("absent.safetensors", "no such file"),
+        (tmp_path / "junk.safetensors", "sam_mini weights .*not a readable"),
+    ]:
         with pytest.raises(UserError, match=words) as caught:
             build_sam_mini(path)
         assert "\n" not in str(caught.value)

@@ -153,7 +153,7 @@ def test_pretrained_errors_are_one_line(tmp_path, monkeypatch):
         "dist_in22k_ft_in1k": "could not download",
         str(tmp_path / "absent.pth"): "no such file",
         str(other): "does not fit tiny_vit_5m_224 at 1024 px",
-        str(bomb): "not a plain state dict",
+        str(bomb): "not a readable checkpoint of plain tensors",
     }.items():
         with pytest.raises(UserError, match=says) as error:
             load_pretrained(student, pretrained)

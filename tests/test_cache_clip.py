@@ -187,6 +187,11 @@ def test_a_finished_cache_needs_the_weights_no_more(tmp_path, caplog, monkeypatc
     assert "the teacher's file is gone, and not needed" in caplog.text
     with pytest.raises(UserError, match="teacher.tokens is False there and True here"):
         cache.run(clips.load(tmp_path, *settings, "teacher.tokens=true"))
+    if how == "file":
+        with pytest.raises(
+            UserError, match=r"teacher.preprocess.mean is \[0.5, 0.4, 0.3\] there and \[0.1, 0.1, 0.1\]"
+        ):
+            cache.run(clips.load(tmp_path, *settings, "teacher.mean=[0.1,0.1,0.1]"))
     (tmp_path / "cache/00000.json").unlink()  # there is work for the teacher
     with pytest.raises(UserError, match="neither a file nor a tag" if how == "file" else "open_clip_config"):
         cache.run(clips.load(tmp_path, *settings))

@@ -43,7 +43,7 @@ def test_a_file_that_changed_since_is_opened(made):
     path = made / "mini.safetensors"
     path.write_bytes(b"\0" * path.stat().st_size)
     os.utime(path, ns=(0, 0))
-    with pytest.raises(UserError, match="not a sam_mini checkpoint"):
+    with pytest.raises(UserError, match="mini.safetensors"):
         again(made)
 
 

@@ -422,6 +422,22 @@ def test_what_a_file_of_weights_lacks_is_said(tmp_path, content, says):
         weighting("by_key", weights="weights.json")(*vectors())
 
 
+def test_a_file_of_weights_has_its_encoding_named_and_may_have_a_byte_order_mark(tmp_path):
+    distance, seen = vectors()
+    content = json.dumps(
+        {key: place + 1.0 for place, key in enumerate(seen.keys)} | {"caf\xe9": 1.0}, ensure_ascii=False
+    )
+    own = torch.arange(1.0, len(seen.keys) + 1)
+    path = tmp_path / "weights.json"
+    path.write_bytes(content.encode("utf-8-sig"))
+    torch.testing.assert_close(weighting("by_key", weights=str(path))(distance, seen), own / own.mean())
+    for encoding, says in (("latin-1", "Latin-1"), ("utf-16", "UTF-16")):
+        path.write_bytes(content.encode(encoding))
+        with pytest.raises(UserError, match=f"^weighting.weights={path}: not UTF-8 .*{says}") as error:
+            weighting("by_key", weights=str(path))
+        assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("name", BY_DISTANCE)
 def test_weights_by_distance_know_no_global_batch_and_nothing_within_a_vector(name):
     with pytest.raises(

@@ -172,6 +172,30 @@ def test_what_cannot_be_judged_is_one_clear_line(ran, overrides, says):
     assert "\n" not in str(error.value)
 
 
+NAMES = ["owl", "chat sauvage", "caf\xe9"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_names_and_templates_are_read_with_a_byte_order_mark_and_any_line_end(tmp_path, encoding, end):
+    (tmp_path / "names.txt").write_bytes(end.join(NAMES).encode(encoding))
+    (tmp_path / "prompts.txt").write_bytes((end.join(f"{{c}}, {name}" for name in NAMES) + end).encode(encoding))
+    assert text_classifier.class_names(str(tmp_path / "names.txt")) == NAMES
+    assert text_classifier.templates(str(tmp_path / "prompts.txt")) == [f"{{}}, {name}" for name in NAMES]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "says"), [("latin-1", "Latin-1 or another 8-bit"), ("utf-16", "UTF-16"), ("utf-32", "UTF-32")]
+)
+def test_names_and_templates_in_another_encoding_are_one_line_that_names_file_and_encoding(tmp_path, encoding, says):
+    path = tmp_path / "names.txt"
+    path.write_bytes("\n".join(f"{{}} {name}" for name in NAMES).encode(encoding))
+    for read, setting in ((text_classifier.class_names, "classnames"), (text_classifier.templates, "templates")):
+        with pytest.raises(UserError, match=f"^{setting}={path}: not UTF-8 .*{says}") as error:
+            read(str(path))
+        assert "\n" not in str(error.value)
+
+
 def test_imagenet_s_folders_must_be_its_wnids(tmp_path):
     from timm.data.imagenet_info import ImageNetInfo
 

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = Path(fmdistill.__file__).parent
 README = (ROOT / "README.md").read_text()
 CLUSTER, IMAGES = ((ROOT / f"docs/{name}.md").read_text() for name in ("cluster", "images"))
+PAGES = [README, *(path.read_text() for path in sorted((ROOT / "docs").rglob("*.md")))]
 RECIPES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "recipes").rglob("*.yaml"))
 PROTOCOLS = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "eval").glob("*.yaml"))
 
@@ -67,7 +68,7 @@ def test_commands_are_found():
     assert commands(text) == [["demo"], ["run", "a.yaml", "k=v"]]
 
 
-@pytest.mark.parametrize("arguments", commands(README) + commands(CLUSTER) + commands(IMAGES), ids=" ".join)
+@pytest.mark.parametrize("arguments", [command for page in PAGES for command in commands(page)], ids=" ".join)
 def test_commands_parse(arguments):
     from fmdistill import cli
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
+from fmdistill.backbones.clip_tags import INTERPOLATIONS, RESIZE_MODES
 from fmdistill.backbones.clip_weights import build_clip, load_clip
 from fmdistill.backbones.pixels import Picture, all_valid, as_image, standardise
 from fmdistill.files import write_whole
@@ -28,8 +29,7 @@ from fmdistill.registry import UserError, suggest
 
 __all__ = ["ClipPreprocess", "TextHead", "build_clip", "load_clip"]
 
-INTERPOLATIONS = {"bicubic": InterpolationMode.BICUBIC, "bilinear": InterpolationMode.BILINEAR}
-RESIZE_MODES = ("shortest", "squash")
+_FILTERS = {"bicubic": InterpolationMode.BICUBIC, "bilinear": InterpolationMode.BILINEAR}
 _NO_TOWER = {"image_size": 32, "patch_size": 32, "width": 64, "layers": 1}  # replaced as soon as it is built
 
 
@@ -55,7 +55,7 @@ class ClipPreprocess:
 
     def prepare(self, image: Picture) -> tuple[Tensor, tuple[int, int]]:
         """Return uint8 pixels (3, S, S) in RGB and (S, S); every pixel is real."""
-        size, how = self.image_size, INTERPOLATIONS[self.interpolation]
+        size, how = self.image_size, _FILTERS[self.interpolation]
         # Lists ask for both sides; torchvision resizes the shortest where it is given one number.
         resized: Any = TF.resize(as_image(image), [size, size] if self.resize_mode == "squash" else [size], how)  # type: ignore[arg-type]
         cropped: Any = TF.center_crop(resized, [size, size])

@@ -12,10 +12,9 @@ import torch
 from open_clip import SimpleTokenizer
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.model import CLIP
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fmdistill.backbones.checkpoints import read_state
 from fmdistill.backbones.clip import ClipPreprocess, TextHead
 from fmdistill.images.captioned import words
 from fmdistill.registry import UserError
@@ -126,11 +125,12 @@ def _config(rows: int) -> dict:
 def _load(path: Path) -> MiniClip:
     if not path.is_file():
         raise UserError(f"clip_mini weights {path}: no such file; use 'packaged', 'none', a safetensors file or a run")
+    state = read_state(path, f"clip_mini weights {path}")
     try:
-        state = {name: t.float() if t.is_floating_point() else t for name, t in load_file(path).items()}
+        state = {name: t.float() if t.is_floating_point() else t for name, t in state.items()}
         model = MiniClip(state.get("token_ids", torch.zeros(1)))
         model.load_state_dict(state)
-    except (SafetensorError, RuntimeError) as error:
+    except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"clip_mini weights {path}: not a clip_mini checkpoint ({reason})") from error
     return model

@@ -3,17 +3,29 @@
 import logging
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
+from open_clip.convert import convert_state_dict
+from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed
 from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
-from open_clip.transform import merge_preprocess_dict
 from torch import Tensor, nn
 
+from fmdistill.backbones.checkpoints import read_state
+from fmdistill.backbones.clip_tags import (
+    NOTHING_SET,
+    OPENAI,
+    PREPROCESSING,
+    STATED,
+    ClipSettings,
+    of_file,
+    of_tag,
+    of_text,
+)
 from fmdistill.files import file_hash
 from fmdistill.registry import UserError, suggest
 
@@ -22,42 +34,53 @@ LOCAL = "local-dir:"
 _log = logging.getLogger(__name__)
 
 
-def build_clip(model: str, pretrained: str = "none") -> nn.Module:
+def build_clip(model: str, pretrained: str = "none", settings: ClipSettings = NOTHING_SET) -> nn.Module:
     """Return an open_clip model in eval mode, float32, on the CPU.
 
     `model` is a name that open_clip knows or "local-dir:FOLDER" (which brings its weights); `pretrained` is one of the
-    name's tags, a checkpoint file, or "none": untrained, the same every time. A tag brings QuickGELU where its weights
-    need it, as OpenAI's own files do; for another checkpoint name the "-quickgelu" model. UserError where a name is
-    unknown or a file is missing, damaged, not plain tensors, or another model's.
+    name's tags, a checkpoint file, or "none": untrained, the same every time. What a file does not tell comes from
+    `settings`, else from what all tags of the name agree on. UserError if they disagree, a name is unknown, or a file
+    is missing, damaged, not plain tensors, or another model's.
     """
-    return load_clip(model, pretrained)[0]
+    return load_clip(model, pretrained, settings)[0]
 
 
-def load_clip(model: str, pretrained: str = "none") -> tuple[nn.Module, dict[str, Any]]:
+def load_clip(
+    model: str, pretrained: str = "none", settings: ClipSettings = NOTHING_SET
+) -> tuple[nn.Module, dict[str, Any]]:
     """Return `build_clip`'s model, and what describes it: {"model_cfg", "preprocess_cfg", "tokenizer"}."""
     if model.startswith(LOCAL):
         if pretrained not in ("", "none"):
             raise UserError(f"teacher.pretrained={pretrained}: {model} brings its own weights; set it to none")
+        if given := list(settings.given()):
+            raise UserError(f"teacher.{given[0]}: {model} states it in its open_clip_config.json; leave it out")
         return _from_folder(model)
-    name, quick_gelu, preprocessing, path = _resolve(model, pretrained)
+    name = _known(model)
     config: Any = open_clip.get_model_config(name)
-    if quick_gelu:
-        config["quick_gelu"] = True
     _supported(config, model)
+    _set_text(config, settings)
+    path, preprocessing, quick_gelu = _resolve(name, pretrained, config, settings)
     if path is None:
         _log.warning("%s is untrained: teacher.pretrained=none", model)
+    off: dict[str, Any] = {"quick_gelu": False} if config.get("quick_gelu") and not quick_gelu else {}
+    config |= {"quick_gelu": True} if quick_gelu else off
     with torch.random.fork_rng(devices=[]), _quiet():
         torch.manual_seed(0)
         built = open_clip.create_model(
-            name, force_quick_gelu=quick_gelu, force_preprocess_cfg=preprocessing, pretrained_text=False
+            name,
+            force_quick_gelu=quick_gelu,
+            force_preprocess_cfg=preprocessing,
+            force_context_length=settings.context_length,
+            pretrained_text=False,
+            **off,  # nothing else in open_clip turns off what a model's name turns on
         )
     if path is not None:
-        _load(built, path, f"teacher.pretrained={pretrained}: not a checkpoint of {model}")
+        _load(built, path, pretrained, model)
     return built.eval(), _described(built, config)
 
 
-def _resolve(model: str, pretrained: str) -> tuple[str, bool, dict[str, Any], Path | None]:
-    """Return open_clip's name, whether the weights need QuickGELU, their preprocessing, and their file."""
+def _known(model: str) -> str:
+    """Return open_clip's own spelling of a model's name."""
     name, known = model.replace("/", "-"), open_clip.list_models()
     if name not in known:
         close = suggest(name, known).partition(" Known: ")[0]  # open_clip knows more than a hundred
@@ -65,24 +88,52 @@ def _resolve(model: str, pretrained: str) -> tuple[str, bool, dict[str, Any], Pa
             f"teacher.model={model}: open_clip {open_clip.__version__} knows no such model.{close} "
             f"`python -c 'import open_clip; print(open_clip.list_models())'` lists them; a folder is local-dir:FOLDER"
         )
-    if pretrained in ("", "none"):
-        return name, False, {}, None
+    return name
+
+
+def _set_text(config: dict[str, Any], settings: ClipSettings) -> None:
+    text_cfg = config["text_cfg"]
+    if settings.context_length is not None:
+        text_cfg["context_length"] = settings.context_length
+    if settings.tokenizer is not None and settings.tokenizer != of_text(config)["tokenizer"]:
+        text_cfg["hf_tokenizer_name"] = None if settings.tokenizer == "simple" else settings.tokenizer
+        for key in ("tokenizer_kwargs", "tokenizer_mode"):  # of the other tokenizer
+            text_cfg.pop(key, None)
+
+
+def _resolve(
+    name: str, pretrained: str, config: Mapping[str, Any], settings: ClipSettings
+) -> tuple[Path | None, dict[str, Any], bool]:
+    """Return the weights' file, None for an untrained model, its preprocessing, and whether it needs QuickGELU."""
     tag = get_pretrained_cfg(name, pretrained)
-    if tag:
-        try:
-            path = Path(download_pretrained(tag))
-        except Exception as error:  # the hub's client raises classes of whichever transport it was built on
-            raise UserError(
-                f"teacher.pretrained={pretrained}: open_clip could not download it ({type(error).__name__}); "
-                f"without network give the path of its checkpoint file"
-            ) from error
-        return name, bool(tag.get("quick_gelu")), merge_preprocess_dict({}, tag), path
-    if not Path(pretrained).is_file():
+    if pretrained in ("", "none"):
+        path, stated = None, of_tag(name, settings.as_tag, config) if settings.as_tag else {}
+    elif tag:
+        if settings.as_tag is not None:
+            raise UserError(f"teacher.as_tag={settings.as_tag}: teacher.pretrained={pretrained} is a tag; leave it out")
+        path, stated = _downloaded(tag, pretrained), of_tag(name, pretrained, config)
+    elif Path(pretrained).is_file():
+        path = Path(pretrained)
+        stated, line = of_file(name, pretrained, config, settings, path.suffix == ".pt" and is_openai(path))
+        _log.info("%s", line)
+    else:
         raise UserError(
-            f"teacher.pretrained={pretrained}: neither a file nor a tag of {model}."
+            f"teacher.pretrained={pretrained}: neither a file nor a tag of {name}."
             f"{suggest(pretrained, ['none', *list_pretrained_tags_by_model(name)])}"
         )
-    return name, Path(pretrained).suffix == ".pt" and _is_openai(Path(pretrained)), {}, Path(pretrained)
+    values = {**stated, **{key: value for key, value in settings.given().items() if key in STATED}}
+    preprocessing = {key: values[key] for key in PREPROCESSING if key in values}
+    return path, preprocessing, bool(values.get("quick_gelu", config.get("quick_gelu")))
+
+
+def _downloaded(tag: dict[str, Any], pretrained: str) -> Path:
+    try:
+        return Path(download_pretrained(tag))
+    except Exception as error:  # the hub's client raises classes of whichever transport it was built on
+        raise UserError(
+            f"teacher.pretrained={pretrained}: open_clip could not download it ({type(error).__name__}); without "
+            f"network give its checkpoint file: teacher.pretrained=FILE teacher.as_tag={pretrained}"
+        ) from error
 
 
 def _from_folder(model: str) -> tuple[nn.Module, dict[str, Any]]:
@@ -116,25 +167,64 @@ def _quiet() -> Iterator[None]:
         root.removeHandler(silent)
 
 
-def _load(built: Any, path: Path, problem: str) -> None:
+def _load(built: Any, path: Path, pretrained: str, model: str) -> None:
+    where = f"teacher.pretrained={pretrained}"
+    is_file = str(path) == pretrained
     try:
-        with _quiet():
-            if _is_openai(path):
-                built.load_state_dict(_openai_state(path))
-            else:
+        if is_openai(path):
+            built.load_state_dict(_openai_state(path))
+        elif is_file and path.suffix not in (".npz", ".npy"):
+            _fit(built, read_state(path, where), where, model)
+        else:  # what open_clip publishes, and big_vision's arrays, which it reads without unpickling
+            with _quiet():
                 open_clip.load_checkpoint(built, str(path), weights_only=True)
+    except UserError:
+        raise
     except Exception as error:  # of safetensors, pickle, zip and torch, by what is wrong with the file
-        raise UserError(f"{problem} ({_reason(error)}); nothing in it was run") from error
+        raise UserError(f"{where}: not a checkpoint of {model} ({_reason(error)}); nothing in it was run") from error
 
 
-def _is_openai(path: Path) -> bool:
+def _fit(built: Any, state: dict[str, Tensor], where: str, model: str) -> None:
+    """Load `state` as open_clip's load_checkpoint does, but ask about another context and tell resized positions."""
+    with _quiet():
+        state = convert_state_dict(built, state)
+        if "positional_embedding" in state and not hasattr(built, "positional_embedding"):
+            state = convert_to_custom_text_state_dict(state)
+    own = built.state_dict()
+    for name in ("logit_scale", "logit_bias"):  # one number in some files, a vector of one in others
+        if name in state and name in own:
+            state[name] = state[name].reshape(own[name].shape)
+    if "logit_bias" in own and "logit_bias" not in state:
+        state["logit_bias"] = torch.zeros_like(own["logit_bias"])
+    for name in ("positional_embedding", "text.positional_embedding"):
+        if name in state and name in own and len(state[name]) != len(own[name]):
+            tokens = built.context_length + len(state[name]) - len(own[name])
+            raise UserError(
+                f"{where}: its text tower reads {tokens} tokens, {model} {built.context_length}; "
+                f"give teacher.context_length={tokens}"
+            )
+    positions = len(state.get("visual.positional_embedding", ()))
+    with _quiet():
+        resize_pos_embed(state, built)
+    built.load_state_dict(state)
+    if positions != len(state.get("visual.positional_embedding", ())):
+        _log.warning(
+            "%s: its %d image positions are resized to the %d of %s",
+            where,
+            positions,
+            len(state["visual.positional_embedding"]),
+            model,
+        )
+
+
+def is_openai(path: Path) -> bool:
     """Return whether `path` is a TorchScript archive that OpenAI published: by its hash, which its URL holds."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
         if not any(name.endswith("/constants.pkl") for name in archive.namelist()):
             return False
-    tags = (get_pretrained_cfg(name, "openai") for name in open_clip.list_models())
+    tags = (get_pretrained_cfg(name, OPENAI) for name in open_clip.list_models())
     return file_hash(path) in {tag["url"].split("/")[-2] for tag in tags if tag and tag.get("url")}
 
 
@@ -153,7 +243,7 @@ def _supported(config: dict[str, Any], model: str) -> None:
 
 
 def _described(built: Any, config: dict[str, Any]) -> dict[str, Any]:
-    tokenizer = config["text_cfg"].get("hf_tokenizer_name") or "simple"
+    tokenizer = of_text(config)["tokenizer"]
     return {"model_cfg": config, "preprocess_cfg": dict(built.visual.preprocess_cfg), "tokenizer": tokenizer}
 
 

@@ -5,11 +5,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from segment_anything.modeling import ImageEncoderViT, Sam
 from torch import Tensor, nn
 
+from fmdistill.backbones.checkpoints import read_state
 from fmdistill.backbones.promptable import PromptHead
 from fmdistill.backbones.sam import PIXEL_MEAN, PIXEL_STD, SamPreprocess
 from fmdistill.registry import UserError
@@ -104,9 +103,9 @@ def build_sam_mini(weights: str | Path = "packaged") -> Sam:
 def _load(model: MiniSam, path: Path) -> None:
     if not path.is_file():
         raise UserError(f"sam_mini weights {path}: no such file; use 'packaged', 'none' or a safetensors file")
+    state = read_state(path, f"sam_mini weights {path}", model.state_dict().keys())
     try:
-        state = {name: tensor.float() for name, tensor in load_file(path).items()}
-        model.load_state_dict(state)
-    except (SafetensorError, RuntimeError) as error:
+        model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+    except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"sam_mini weights {path}: not a sam_mini checkpoint ({reason})") from error

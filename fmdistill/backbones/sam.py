@@ -2,7 +2,6 @@
 
 # Legend: B images, S the padded square's side, g = S / stride tokens a side; sizes are (h, w) of the resized image.
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from segment_anything.modeling import Sam
 from torch import Tensor
 from torch.nn import functional as F
 
+from fmdistill.backbones.checkpoints import read_state
 from fmdistill.backbones.pixels import Picture, as_image
 from fmdistill.files import file_hash
 from fmdistill.registry import UserError, suggest
@@ -137,26 +137,14 @@ def build_sam(kind: Literal["vit_b", "vit_l", "vit_h"], weights: str | Path | No
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """Return the state dict in a .pth file; nothing in the file is executed."""
+    """Return the state dict in a file; one with the name of a file of Meta's must have its sha256."""
     expected = SHA256.get(path.name)
     if expected and (found := file_hash(path)) != expected:
         raise UserError(
             f"teacher.weights={path}: sha256 is {found[:12]}..., Meta's file has {expected[:12]}...: "
             f"damaged or incomplete; download {PUBLISHED}{path.name} again (or rename your own weights)"
         )
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the pickle's protocol; the error below says what matters
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, unpickling, EOF and runtime errors, by what is wrong with the file
-        reason = f"{type(error).__name__}: {' '.join(str(error).split()).partition('. ')[0][:160]}".removesuffix(": ")
-        raise UserError(
-            f"teacher.weights={path}: not a readable checkpoint of plain tensors ({reason}; the file has "
-            f"{path.stat().st_size} bytes); nothing in it was run"
-        ) from error
-    if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise UserError(f"teacher.weights={path}: holds no state dict (names to tensors); save `model.state_dict()`")
-    return dict(state)
+    return read_state(path, f"teacher.weights={path}")
 
 
 def _existing(kind: str, weights: str | Path | None) -> Path:

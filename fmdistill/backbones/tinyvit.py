@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import timm
-import torch
-from safetensors.torch import load_file
 from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 
+from fmdistill.backbones.checkpoints import read_state
 from fmdistill.backbones.mobilesam_names import timm_names
 from fmdistill.registry import UserError, suggest
 
@@ -59,7 +58,8 @@ def tinyvit_sam(size: Literal["5m", "11m", "21m"] = "5m", pretrained: str = "non
     """Return the full-size student: 1024 px, 256 channels on a 64x64 grid.
 
     `pretrained` is "none", a timm tag such as "dist_in22k_ft_in1k" (downloaded once by timm), or the path of a
-    .safetensors, .pth or .pt state: timm's trunk, Microsoft's TinyViT, a MobileSAM checkpoint or a student of ours.
+    .safetensors, .pth, .pt or .bin state: timm's trunk, Microsoft's TinyViT, a MobileSAM checkpoint or a student that
+    fmdistill trained.
     """
     student = TinyViTSAM(f"tiny_vit_{size}_224")
     load_pretrained(student, pretrained)
@@ -100,7 +100,7 @@ def load_pretrained(student: OnTinyViT, pretrained: str) -> None:
     """Fill the trunk of `student`, and what follows it where the source has that too, from a timm tag or a file."""
     if pretrained == "none":
         return
-    is_path = Path(pretrained).suffix in (".safetensors", ".pth", ".pt") or "/" in pretrained
+    is_path = Path(pretrained).suffix in (".safetensors", ".pth", ".pt", ".bin") or "/" in pretrained
     state = _read(Path(pretrained)) if is_path else _download(student.variant, pretrained)
     _load(student, _student_names(state, student.state_dict().keys()), pretrained)
 
@@ -109,7 +109,7 @@ def _download(variant: str, tag: str) -> dict[str, Tensor]:
     known = [name.partition(".")[2] for name in timm.list_pretrained(f"{variant}.*")]
     if tag not in known:
         raise UserError(
-            f"student.pretrained={tag}: neither a file (.safetensors, .pth, .pt) nor a timm tag of {variant}."
+            f"student.pretrained={tag}: neither a file (.safetensors, .pth, .pt, .bin) nor a timm tag of {variant}."
             f"{suggest(tag, ['none', *known])}"
         )
     try:
@@ -124,16 +124,7 @@ def _download(variant: str, tag: str) -> dict[str, Tensor]:
 def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"student.pretrained={path}: no such file; give a timm tag, a state dict or `none`")
-    try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except Exception as error:  # each format raises its own classes; weights_only refuses anything that executes
-        raise UserError(
-            f"student.pretrained={path}: not a plain state dict ({type(error).__name__}); save tensors alone"
-        ) from error
-    state = state.get("model", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise UserError(f"student.pretrained={path}: holds no mapping of names to tensors")
-    return state
+    return read_state(path, f"student.pretrained={path}")
 
 
 def _student_names(state: dict[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:

@@ -48,8 +48,8 @@ def tinyvit_clip(
     """Return a full-size student; `embed_dim` and `image_size` are its teacher's, as is its input normalisation.
 
     `pretrained` is "none", a timm tag such as "dist_in22k_ft_in1k" (downloaded once by timm), or the path of a
-    .safetensors, .pth or .pt state: timm's trunk, Microsoft's TinyViT (its last norm starts fresh), an open_clip model
-    with such a tower, or a student of ours.
+    .safetensors, .pth, .pt or .bin state: timm's trunk, Microsoft's TinyViT (its last norm starts fresh), an open_clip
+    model with such a tower, or a student that fmdistill trained.
     """
     student = TinyViTCLIP(f"tiny_vit_{size}_224", embed_dim, image_size)
     load_pretrained(student, pretrained)

@@ -170,7 +170,7 @@ def _finished(recipe: Recipe, images: Images, shards: list[Shard]) -> dict[str, 
         return None
     found = manifest.read(root)
     wanted = {
-        "teacher": {**found["teacher"], **({} if noted else teacher.asked(settings))},
+        "teacher": {**found["teacher"], **({} if noted else teacher.asked(settings, found["teacher"]))},
         "outputs": similarity.outputs(found["outputs"], _settings(recipe).similarity),
     }
     manifest.claim(root, {**found, **wanted, **_chosen(recipe, images, found["outputs"])})

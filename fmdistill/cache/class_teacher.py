@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
+from fmdistill.backbones.checkpoints import read_state
 from fmdistill.backbones.class_preprocess import ClassPreprocess
 from fmdistill.backbones.classifiers import CLASSIFIERS, Classifier
 from fmdistill.backbones.linear_head import LinearHead
@@ -92,9 +91,10 @@ def classifier(
             f"teacher.weights={weights}: no such run or file; train the teacher first with its own recipe, or give the "
             f"safetensors file of a {network['name']}"
         )
+    state = read_state(path, f"teacher.weights={weights}", model.state_dict().keys())
     try:
-        model.load_state_dict(load_file(path))
-    except (SafetensorError, RuntimeError) as error:
+        model.load_state_dict(state)
+    except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"teacher.weights={weights}: does not hold this {network['name']} ({reason})") from None
     preprocess = ClassPreprocess.of(model.image_size, statistics)

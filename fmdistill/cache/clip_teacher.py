@@ -3,18 +3,21 @@
 # Legend: B images, D the embedding's width, C the tokens' width, g tokens a side, N = g * g.
 
 from collections.abc import Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from open_clip import get_model_config
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from fmdistill.backbones.clip import ClipPreprocess, TextHead, load_clip
 from fmdistill.backbones.clip_mini import CONFIG, build_clip_mini
+from fmdistill.backbones.clip_tags import PREPROCESSING, ClipSettings, Interpolation, ResizeMode, of_tag, of_text
 from fmdistill.backbones.clip_weights import LOCAL
 from fmdistill.cache.compute import DType, Precision, computing, own_device, own_dtype, state_hash
-from fmdistill.registry import UserError
+from fmdistill.registry import UserError, convert, typed
 
 DEFAULT = "ViT-B-32"
 
@@ -80,6 +83,8 @@ class ClipTeacher:
             "weights": state_hash(self.model.state_dict()),
             "preprocess": self.preprocess.to_json(),
             "quick_gelu": bool(self.config["model_cfg"].get("quick_gelu", False)),
+            "context_length": of_text(self.config["model_cfg"])["context_length"],
+            "tokenizer": self.config["tokenizer"],
             "tokens": self.tokens,
             "normalized": False,
             "dtype": self.dtype,
@@ -94,6 +99,14 @@ class ClipTeacher:
 def open_clip(
     model: str = DEFAULT,
     pretrained: str | None = None,
+    as_tag: str | None = None,
+    mean: tuple[float, float, float] | None = None,
+    std: tuple[float, float, float] | None = None,
+    interpolation: Interpolation | None = None,
+    resize_mode: ResizeMode | None = None,
+    quick_gelu: bool | None = None,
+    context_length: int | None = None,
+    tokenizer: str | None = None,
     tokens: bool = False,
     device: str = "auto",
     dtype: DType = "auto",
@@ -102,8 +115,8 @@ def open_clip(
 ) -> ClipTeacher:
     """Any CLIP of open_clip: `model` a name or local-dir:FOLDER, `pretrained` a tag, a checkpoint file or none.
 
-    OpenAI's weights need QuickGELU, which their tag and their own .pt files bring; a copy of them in another file needs
-    the name of a "-quickgelu" model.
+    A tag states preprocessing and activation, as do OpenAI's own .pt files and a folder. For another file they are
+    `as_tag`'s or what all tags of `model` agree on; each of `ClipSettings` replaces one value.
     """
     local = model.startswith(LOCAL)
     if pretrained is None and not local:
@@ -111,7 +124,8 @@ def open_clip(
             "teacher.pretrained: not set; give one of open_clip's tags such as openai, a checkpoint file, "
             "or none for an untrained model"
         )
-    made, config = load_clip(model, pretrained or "none")
+    unstated = ClipSettings(as_tag, mean, std, interpolation, resize_mode, quick_gelu, context_length, tokenizer)
+    made, config = load_clip(model, pretrained or "none", unstated)
     settings: dict[str, Any] = {"device": device, "dtype": dtype, "batch": batch, "workers": workers}
     return ClipTeacher(made, config, name="open_clip", kind=_kind(model), tokens=tokens, **settings)
 
@@ -138,10 +152,30 @@ def weights_path(settings: Mapping[str, Any]) -> Path | None:
     return Path(pretrained) if is_path else None
 
 
-def asked(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the part of the fingerprint that `open_clip`'s settings tell without the weights."""
-    tokens = str(settings.get("tokens", False)).lower() in ("true", "yes", "on", "1")
-    return {"model": _kind(str(settings.get("model", DEFAULT))), "tokens": tokens}
+def clip_settings(settings: Mapping[str, Any]) -> ClipSettings:
+    """Return those of a recipe's teacher settings that state what a checkpoint's tensors do not tell."""
+    names = [field.name for field in fields(ClipSettings)]
+    return ClipSettings(**typed(ClipSettings, {name: settings[name] for name in names if name in settings}, "teacher"))
+
+
+def asked(settings: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the part of the fingerprint that `open_clip`'s settings tell without the weights.
+
+    `stored` is a fingerprint with the preprocessing's values that the settings do not tell.
+    """
+    model, given = str(settings.get("model", DEFAULT)), clip_settings(settings)
+    told: dict[str, Any] = {
+        "model": _kind(model),
+        "tokens": convert(settings.get("tokens", False), bool, "teacher.tokens"),
+    }
+    values = given.given()
+    if given.as_tag is not None and not model.startswith(LOCAL):
+        values = {**of_tag(_kind(model), given.as_tag, get_model_config(_kind(model)) or {}), **values}
+    told |= {key: values[key] for key in ("quick_gelu", "context_length", "tokenizer") if key in values}
+    preprocessing = {key: values[key] for key in PREPROCESSING if key in values}
+    if preprocessing and "preprocess" in stored:
+        told["preprocess"] = replace(ClipPreprocess.from_json(stored["preprocess"]), **preprocessing).to_json()
+    return told
 
 
 def _kind(model: str) -> str:

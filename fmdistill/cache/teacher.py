@@ -114,11 +114,14 @@ def weights_path(settings: Mapping[str, Any]) -> Path | None:
     return Path(weights) if isinstance(weights, str) and weights not in ("", "none", "packaged") else None
 
 
-def asked(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the part of the fingerprint that `settings` tell without the weights."""
+def asked(settings: Mapping[str, Any], stored: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the part of the fingerprint that `settings` tell without the weights.
+
+    `stored` is a cache's fingerprint, for what they tell only in part.
+    """
     found = {"name": settings["name"]}
     if settings.get("dtype", "auto") != "auto":
         found["dtype"] = settings["dtype"]
     if settings["name"] == "open_clip":
-        return {**found, **clip_teacher.asked(settings)}
+        return {**found, **clip_teacher.asked(settings, stored or {})}
     return {**found, **(sam_teacher.asked(settings) if settings["name"] in sam_teacher.NAMES else {})}

@@ -5,11 +5,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from fmdistill import recipe as recipes
+from fmdistill.backbones.checkpoints import read_state
 from fmdistill.backbones.classifiers import CLASSIFIERS
 from fmdistill.backbones.clip_mini import clip_mini_student
 from fmdistill.backbones.mini import sam_mini_student
@@ -93,9 +92,10 @@ def _filled(settings: Mapping[str, Any], path: Path, way_out: str) -> nn.Module:
 
 
 def _fill(student: nn.Module, path: Path, where: str, way_out: str) -> None:
+    state = read_state(path, where, student.state_dict().keys())
     try:
-        student.load_state_dict(load_file(path))
-    except (SafetensorError, RuntimeError) as error:
+        student.load_state_dict(state)
+    except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{where}: does not hold this student ({reason}); {way_out}") from None
 

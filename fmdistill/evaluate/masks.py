@@ -5,6 +5,7 @@ Letters: P masks, H x W pixels, N words of 64 pixels.
 
 import numpy as np
 import torch
+from scipy import ndimage
 from torch import Tensor
 
 Bits = np.ndarray | Tensor  # uint64 (P, N) on a CPU, bool (P, H*W) on a GPU
@@ -34,6 +35,14 @@ def iou(a: Bits, b: Bits) -> np.ndarray:
         both = np.bitwise_count(a & b).sum(1, dtype=np.int64)
         either = np.bitwise_count(a | b).sum(1, dtype=np.int64)
     return np.where(either == 0, 1.0, both / np.maximum(either, 1))
+
+
+def innermost(mask_HW: np.ndarray) -> tuple[int, int]:
+    """Return (x, y) of the pixel furthest from a bool mask's edge; the border is an edge, and the mask not empty."""
+    (box,) = ndimage.find_objects(mask_HW.astype(np.uint8))
+    inside = np.asarray(ndimage.distance_transform_edt(np.pad(mask_HW[box], 1)))
+    y, x = np.unravel_index(np.argmax(inside), inside.shape)
+    return int(x) - 1 + box[1].start, int(y) - 1 + box[0].start
 
 
 def to_rle(mask_HW: np.ndarray) -> dict:

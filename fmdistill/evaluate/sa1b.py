@@ -20,7 +20,8 @@ from fmdistill.backbones.fast_decoder import image_decoder
 from fmdistill.backbones.promptable import PromptHead
 from fmdistill.cache import open_cache
 from fmdistill.cache.dataset import CachedImages
-from fmdistill.evaluate.masks import iou, pack
+from fmdistill.evaluate.masks import innermost, iou, pack
+from fmdistill.evaluate.segmentation import Size, decode_segmentation
 from fmdistill.logs import log, progress
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError
@@ -28,15 +29,16 @@ from fmdistill.registry import UserError
 COLUMN = "json"  # an image's annotations beside it in SA-1B's tars
 LOW = 0.3  # picked mIoU below which a warning names likely causes
 BAD = (ValueError, TypeError, LookupError, OverflowError, RecursionError)  # what malformed JSON or RLE raises here
-Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Sa1b:
     """How to judge: each annotation's first point, masks 1 to 3 with logits > 0, IoU at the original resolution.
 
-    `best` is the best of the three masks, `picked` the one with the top predicted IoU. The first `annotations` of
-    each of the first `images` validation images count.
+    An annotation without `point_coords`, which only SA-1B's have, is prompted at the pixel of its mask furthest from
+    the mask's edge. Masks may be in any of COCO's forms: RLE, compressed or with listed counts, and polygons. `best`
+    is the best of the three masks, `picked` the one with the top predicted IoU. The first `annotations` of each of the
+    first `images` validation images count.
     """
 
     images: int = 32
@@ -128,47 +130,18 @@ def run(protocol: Sa1b, head: PromptHead, cases: Iterable[Sa1bCase]) -> tuple[di
         points, truth = [], []
         for place, annotation in _annotations(case, protocol.annotations, skipped):
             try:
-                found = _point(annotation, case.original), decode_rle(annotation["segmentation"], case.original)
+                mask_HW = decode_segmentation(annotation["segmentation"], case.original)
+                point = _point(annotation, mask_HW)
             except BAD as error:
                 skipped.append(f"{place}: {_say(error)}")
                 continue
-            points.append(found[0])
-            truth.append(found[1])
+            points.append(point)
+            truth.append(mask_HW)
         if points:
             rows += _scores(head, case, np.array(points), truth)
     metrics = {f"{m}/miou": float(np.mean([row[m] for row in rows])) for m in ("picked", "best") if rows}
     metrics["annotations"], metrics["images"] = float(len(rows)), float(len({row["key"] for row in rows}))
     return metrics | {"skipped": float(len(skipped))}, {"rows": rows, "skipped": skipped}
-
-
-def decode_rle(rle: Mapping[str, Any], original: Size) -> np.ndarray:
-    """Return the bool (H, W) mask of COCO's compressed RLE; ValueError where it does not fill `original` exactly.
-
-    pycocotools reads past the end of a cut text and trusts the size that it states, so a stranger's RLE is decoded
-    here. Source: maskApi.c rleFrString: 5 bits a character, lowest first, runs from the fourth on less the one two
-    before.
-    """
-    counts, size = rle["counts"], rle["size"]
-    if list(size) != list(original):
-        raise ValueError(f"a mask of size {str(size)[:40]} on an image of {list(original)}")
-    if not isinstance(counts, str):
-        raise ValueError(f"counts are {type(counts).__name__}, expected a compressed RLE's text")
-    runs: list[int] = []
-    value = bits = 0
-    for character in counts:
-        code = ord(character) - 48
-        if not 0 <= code < 64 or bits > 30:
-            raise ValueError(f"character {character!r} at the wrong place of an RLE")
-        value |= (code & 31) << bits
-        bits += 5
-        if not code & 32:
-            value -= (code & 16) << (bits - 4)  # the sign
-            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-            value = bits = 0
-    total = original[0] * original[1]
-    if bits or min(runs, default=0) < 0 or sum(runs) != total:
-        raise ValueError(f"an RLE that does not fill the image's {total} pixels")
-    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(original[1], original[0]).T
 
 
 def _is_annotation(extra: Mapping[str, bytes]) -> bool:
@@ -193,10 +166,15 @@ def _annotations(case: Sa1bCase, limit: int, skipped: list[str]) -> Iterator[tup
         yield f"'{case.key}', annotation {number}", annotation
 
 
-def _point(annotation: Mapping[str, Any], original: Size) -> tuple[float, float]:
+def _point(annotation: Mapping[str, Any], mask_HW: np.ndarray) -> tuple[float, float]:
+    if annotation.get("point_coords") is None:
+        if not mask_HW.any():
+            raise ValueError("its mask is empty, so it has no point")
+        return innermost(mask_HW)
     x, y = (float(v) for v in annotation["point_coords"][0])
-    if not (math.isfinite(x) and math.isfinite(y) and 0 <= x <= original[1] and 0 <= y <= original[0]):
-        raise ValueError(f"its point ({x:g}, {y:g}) lies outside the image of {list(original)}")
+    height, width = mask_HW.shape
+    if not (math.isfinite(x) and math.isfinite(y) and 0 <= x <= width and 0 <= y <= height):
+        raise ValueError(f"its point ({x:g}, {y:g}) lies outside the image of {[height, width]}")
     return x, y
 
 

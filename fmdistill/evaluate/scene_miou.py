@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from fmdistill import stop
 from fmdistill.backbones.device import pick_device
 from fmdistill.backbones.promptable import PromptHead
-from fmdistill.evaluate.masks import iou, pack
+from fmdistill.evaluate.masks import innermost, iou, pack
 from fmdistill.registry import UserError
 
 Size = tuple[int, int]
@@ -65,11 +65,9 @@ def object_points(labels_HW: np.ndarray) -> dict[int, tuple[int, int]]:
     """Return {object id: (x, y)}: its visible pixel furthest from its edge; the image's border is an edge."""
     points = {}
     for index, box in enumerate(ndimage.find_objects(np.maximum(labels_HW, 0)), start=1):
-        if box is None:
-            continue
-        inside = np.asarray(ndimage.distance_transform_edt(np.pad(labels_HW[box] == index, 1)))
-        y, x = np.unravel_index(np.argmax(inside), inside.shape)
-        points[index] = (int(x) - 1 + box[1].start, int(y) - 1 + box[0].start)
+        if box is not None:
+            x, y = innermost(labels_HW[box] == index)
+            points[index] = (x + box[1].start, y + box[0].start)
     return points
 
 

@@ -25,6 +25,7 @@ from fmdistill.images import Images
 from fmdistill.images.image_classes import ImageClasses
 from fmdistill.logs import log
 from fmdistill.registry import UserError
+from fmdistill.text import read_text
 
 IMAGENET = "imagenet"  # open_clip's 1000 class names, in the order of the sorted wnids
 TEMPLATES = {"openai": open_clip.OPENAI_IMAGENET_TEMPLATES, "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES}
@@ -133,7 +134,7 @@ def _lines(path: str, where: str, known: str) -> list[str]:
         raise UserError(
             f"{where}={path}: no such file here or in the package; give {known}, or a text file of one a line"
         ) from None
-    lines = [line.strip() for line in file.read_text().rstrip().split("\n")]
+    lines = [line.strip() for line in read_text(file, where).rstrip().split("\n")]
     if lines == [""]:
         raise UserError(f"{where}={path}: the file is empty; write one a line")
     return lines

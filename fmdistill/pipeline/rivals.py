@@ -21,7 +21,7 @@ from fmdistill.backbones.clip_mini import CONFIG, build_clip_mini
 from fmdistill.backbones.mini import build_sam_mini
 from fmdistill.backbones.sam import build_sam
 from fmdistill.backbones.throughput import flops, take_turns
-from fmdistill.cache.clip_teacher import DEFAULT, ClipTeacher
+from fmdistill.cache.clip_teacher import DEFAULT, ClipTeacher, clip_settings
 from fmdistill.cache.compute import computing
 from fmdistill.cache.sam_teacher import SamTeacher
 from fmdistill.cache.teacher import Teacher
@@ -89,7 +89,8 @@ def rival(settings: Mapping[str, Any], teacher: Teacher) -> Rival | None:
     if isinstance(teacher, ClipTeacher) and name == "clip_mini":
         return _open_clip(build_clip_mini(weights), CONFIG, teacher)
     if isinstance(teacher, ClipTeacher) and name == "open_clip":
-        made, config = load_clip(str(settings.get("model", DEFAULT)), str(settings.get("pretrained") or "none"))
+        pretrained = str(settings.get("pretrained") or "none")
+        made, config = load_clip(str(settings.get("model", DEFAULT)), pretrained, clip_settings(settings))
         return _open_clip(made, config, teacher)
     return None
 

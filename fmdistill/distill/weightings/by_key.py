@@ -11,6 +11,7 @@ from torch import Tensor
 from fmdistill.distill.seen import Seen
 from fmdistill.distill.weightings.groups import mean_one_in_batch
 from fmdistill.registry import UserError
+from fmdistill.text import read_text
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,10 @@ class ByKey:
 
 def _read(path: Path) -> dict[str, float]:
     try:
-        listed = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        listed = json.loads(read_text(path, "weighting.weights"))
+    except UserError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"weighting.weights={path}: no JSON file to read: {error}; write {{key: weight}} there"
         ) from error
