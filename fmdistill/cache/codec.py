@@ -12,12 +12,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from fmdistill.registry import UserError, suggest
+
+if TYPE_CHECKING:  # loading torch takes seconds, and whether a cache is finished is known without it
+    from torch import Tensor
 
 Shape = tuple[int, ...]
 SIMILARITY = "_similarity"  # ends the name of what `cache.similarity` keeps beside a map
@@ -56,7 +58,7 @@ class Codec(ABC):
         """Return float32 `array` in its layout. OverflowError where a value leaves the codec's range."""
 
     @abstractmethod
-    def unpack(self, data: Tensor, shape: Shape) -> Tensor:
+    def unpack(self, data: "Tensor", shape: Shape) -> "Tensor":
         """Return the float32 tensor of `shape`, on its device, from the bytes that `pack` gave, uint8 (nbytes,)."""
 
     def nbytes(self, shape: Shape) -> int:
@@ -66,6 +68,8 @@ class Codec(ABC):
 
     def decode(self, stored: np.ndarray, shape: Shape) -> np.ndarray:
         """Return the float32 array of `shape` of what `pack` gave."""
+        import torch
+
         return self.unpack(torch.from_numpy(stored.reshape(-1).view(np.uint8)), shape).numpy()
 
     def encode(self, array: np.ndarray) -> bytes:
@@ -96,6 +100,8 @@ class Floats(Codec):
     def pack(self, array: np.ndarray) -> np.ndarray:
         """Return `array` rounded to nearest."""
         if self.dtype == "bfloat16":
+            import torch
+
             rounded = torch.from_numpy(np.ascontiguousarray(array)).to(torch.bfloat16)
             finite, stored = bool(rounded.isfinite().all()), rounded.view(torch.int16).numpy().view("<u2")
         else:
@@ -106,8 +112,10 @@ class Floats(Codec):
             raise _overflow(array, self.name)
         return stored
 
-    def unpack(self, data: Tensor, shape: Shape) -> Tensor:
+    def unpack(self, data: "Tensor", shape: Shape) -> "Tensor":
         """Return the values in float32, each exactly."""
+        import torch
+
         return data.view(getattr(torch, self.dtype)).view(shape).float()
 
 
@@ -149,8 +157,10 @@ class Integers(Codec):
         stored["scale"], stored["value"] = scale, value
         return stored
 
-    def unpack(self, data: Tensor, shape: Shape) -> Tensor:
+    def unpack(self, data: "Tensor", shape: Shape) -> "Tensor":
         """Return scale times value in float32."""
+        import torch
+
         dtype, rows = self.layout(shape)
         records = data.view(*rows, dtype.itemsize)
         # `contiguous` would leave the strides of a single row, which need not be even, as a view of two bytes must
@@ -172,10 +182,12 @@ CODECS: dict[str, Codec] = {
 EXACT = "fp32"  # validation shards: teacher masks come from exact embeddings, never from a lossy or trimmed codec
 
 
-def padded(values: Tensor, shape: Shape) -> Tensor:
+def padded(values: "Tensor", shape: Shape) -> "Tensor":
     """Return maps (..., C, h, w) with zeros below and to the right, of `shape` (C, g, g); others as they are."""
     if values.shape[-len(shape) :] == shape:
         return values
+    import torch
+
     return torch.nn.functional.pad(values, (0, shape[-1] - values.shape[-1], 0, shape[-2] - values.shape[-2]))
 
 
