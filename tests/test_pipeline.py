@@ -159,6 +159,9 @@ def test_of_several_processes_only_the_first_evaluates(ran, monkeypatch, capsys)
     folder, metrics = ran
     kept = folder / "run/evaluation/grid.json"
     before = kept.stat().st_mtime_ns
+    launched = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
     for rank, expected in (("1", {}), ("0", {f"{folder}/grid.yaml": metrics})):
         monkeypatch.setenv("RANK", rank)
         assert pipeline.is_main() == (rank == "0")

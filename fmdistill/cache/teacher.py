@@ -8,6 +8,7 @@ from typing import Any, NoReturn, Protocol
 import torch
 from torch import Tensor
 
+from fmdistill.backbones.device import pick_device
 from fmdistill.backbones.heads import Head
 from fmdistill.backbones.preprocess import Preprocess
 from fmdistill.cache import class_teacher, clip_teacher, sam_teacher
@@ -49,8 +50,11 @@ UNPADDED = {"open_clip": "tokens", "clip_mini": "tokens", "classifier": "maps"} 
 
 
 def build(settings: Mapping[str, Any]) -> Teacher:
-    """Return the teacher that a recipe names."""
-    return check(settings)()
+    """Return the teacher that a recipe names. UserError, before its weights are read, if it cannot compute here."""
+    bound = check(settings)
+    if settings["name"] in TEACHERS:  # another's `device` may mean anything
+        pick_device(bound.keywords.get("device", "auto"), "teacher.device")
+    return bound()
 
 
 def check(settings: Mapping[str, Any], trim: bool = False, similarity: bool = False) -> functools.partial:

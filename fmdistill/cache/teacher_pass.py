@@ -21,6 +21,7 @@ from tqdm import tqdm
 from fmdistill.cache import sidecar
 from fmdistill.cache.bucket import behind
 from fmdistill.cache.codec import Codec
+from fmdistill.cache.launcher import processes
 from fmdistill.cache.prefetch import LARGE, Waiting, advice, depth, prefetched
 from fmdistill.cache.teacher import Teacher
 from fmdistill.cache.writer import Prepared, ShardWriter, image_hash
@@ -192,21 +193,6 @@ class Pass:
 
 def _finite(outputs: dict[str, Tensor]) -> Tensor:
     return torch.stack([x.isfinite().flatten(1).all(1) for x in outputs.values()]).all(0)
-
-
-def processes() -> tuple[int, int]:
-    """Return this process's rank and how many torchrun or `accelerate launch` started; (0, 1) where neither did."""
-    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    try:
-        found = int(rank), int(world)
-    except ValueError:
-        found = 0, 0
-    if found[1] < 1:
-        raise UserError(
-            f"RANK={rank}, WORLD_SIZE={world} in the environment: expected this process's number and how many there "
-            "are, as a launcher sets them; unset both to run one process"
-        )
-    return found
 
 
 def ours_first(shards: Sequence[Shard], rank: int, world: int) -> list[Shard]:

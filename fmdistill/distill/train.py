@@ -15,6 +15,7 @@ from accelerate.utils import broadcast, gather_object
 from torch import Tensor, nn
 
 from fmdistill.backbones.device import pick_device
+from fmdistill.cache.launcher import check_training, processes
 from fmdistill.cache.order import Batches
 from fmdistill.distill import checkpoint
 from fmdistill.distill.data import Data, batches, every, to_device
@@ -36,17 +37,35 @@ class Engine:
     accelerator: Accelerator = field(init=False)
 
     def __post_init__(self) -> None:
+        check_training()
         device = pick_device(self.settings.device, "train.device")
-        if device.index is not None:
-            torch.cuda.set_device(device)
-        # Autocast is the recipe's, whatever `accelerate config` was told on this machine.
-        self.accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
+        if device.index is not None and device.type != "mps":  # of which there is one
+            torch.get_device_module(device).set_device(device)
+        try:  # autocast is the recipe's, whatever `accelerate config` was told on this machine
+            self.accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
+        except ValueError as error:  # another run of this process trained on another device
+            raise UserError(f"train.device={self.settings.device}: {error}") from None
+        self._check_device(device)
         share = self.accelerator.num_processes * self.settings.accumulate
         if self.settings.batch_size % share:
             raise UserError(
                 f"train.batch_size={self.settings.batch_size}: not divisible by "
                 f"{self.accelerator.num_processes} processes x train.accumulate={self.settings.accumulate}; "
                 f"it counts the images of one optimizer step"
+            )
+
+    def _check_device(self, device: torch.device) -> None:
+        """Raise a UserError unless accelerate, which picks device and processes by itself, picked those meant."""
+        picked, (_, world) = self.accelerator.device, processes()
+        if picked.type != device.type and self.settings.device != "auto":
+            raise UserError(
+                f"train.device={self.settings.device}: accelerate trains on {picked.type} in this process; unset "
+                f"ACCELERATE_USE_CPU and ACCELERATE_TORCH_DEVICE, or set train.device={picked.type}"
+            )
+        if self.accelerator.num_processes != world:
+            raise UserError(
+                f"train.device={self.settings.device}: {world} processes were started, and accelerate joins none on "
+                f"{picked.type}; start one process, or train on cuda or cpu"
             )
 
     @property

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from fmdistill import cache, distill, evaluate, images, recipe, report
+from fmdistill.backbones.device import pick_device
 from fmdistill.cache import executors, teacher
 from fmdistill.distill import objective, student
 from fmdistill.distill.optim import OPTIMIZERS, SCHEDULES
@@ -48,6 +49,13 @@ def check(settings: Recipe) -> None:
         evaluate.check(evaluate.load(protocol), settings)
 
 
+def check_machine(settings: Recipe) -> None:
+    """Raise a UserError unless this machine can train and judge as the recipe says, before anything is spent."""
+    distill.check_machine(settings)
+    for path in settings.protocols:
+        pick_device(str(getattr(evaluate.load(path).settings, "device", "auto")), f"{path}: device")
+
+
 def check_files(paths: Iterable[str], overrides: Sequence[str] = ()) -> list[str]:
     """Check recipes, each with `overrides`, and protocols by path, or all that ship; return their names."""
     names, recipes = list(paths) or shipped(), 0
@@ -79,6 +87,7 @@ def run(settings: Recipe) -> dict[str, dict[str, float]]:
     Of several training processes only the first evaluates; the others return {}.
     """
     check(settings)
+    check_machine(settings)
     if settings.teacher is not None and not teacher.is_live(settings.teacher):
         cache.run(settings)
         _score_teacher(settings)
@@ -119,6 +128,7 @@ def compare(paths: Sequence[str], seeds: int, overrides: Sequence[str] = ()) -> 
     first = [several[0] for several in planned.values()]
     for settings in first:
         check(settings)
+        check_machine(settings)
     if any(one.protocols != first[0].protocols for one in first) or not first[0].protocols:
         raise UserError("compare: the recipes name different protocols, or none; what is compared is judged alike")
     for settings in {str((one.cache, one.teacher, one.images)): one for one in first}.values():
@@ -163,6 +173,7 @@ def demo(kind: str = "sam", overrides: Sequence[str] = ()) -> Path:
     loaded = [recipe.load(path, overrides) for path in DEMO[kind]]
     for settings in loaded:
         check(settings)
+        check_machine(settings)
     cache.run(loaded[0])
     _score_teacher(loaded[0])
     for settings in loaded:

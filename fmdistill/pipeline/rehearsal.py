@@ -14,8 +14,9 @@ from fmdistill import cache
 from fmdistill.backbones.device import pick_device
 from fmdistill.cache import manifest
 from fmdistill.cache.codec import by_split
+from fmdistill.cache.launcher import processes
 from fmdistill.cache.teacher import Teacher
-from fmdistill.cache.teacher_pass import Pass, processes
+from fmdistill.cache.teacher_pass import Pass
 from fmdistill.distill import tasks
 from fmdistill.distill.data import Data, Place, Together
 from fmdistill.distill.train import Engine, fit

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from fmdistill.cache.executors.processes import Plan
-from fmdistill.cache.teacher_pass import Pass, processes
+from fmdistill.cache.launcher import processes
+from fmdistill.cache.teacher_pass import Pass
 from fmdistill.images import Images
 from fmdistill.registry import UserError
 
