@@ -159,10 +159,6 @@ def place(settings: Cache) -> Path:
     """Return where the folder of the cache at `settings.root` lies on this machine, there or not; nothing is asked."""
     root = settings.root
     if "://" not in root:
-        if settings.local:
-            raise UserError(
-                f"cache.local={settings.local}: only for a URL, and cache.root={root} is a folder; leave it out"
-            )
         return Path(root)
     home = Path(settings.local or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fmdistill")
     return home / hashlib.sha256(root.rstrip("/").encode()).hexdigest()[:32]
@@ -174,7 +170,7 @@ def local(settings: Cache) -> Path:
     if "://" not in root:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    found = Bucket(root.rstrip("/"), folder, int(settings.local_gb * 1e9))
+    found = Bucket(root.rstrip("/"), folder, settings.local_bytes)
     sweep(folder)  # downloads that died
     write_whole(folder / SETTINGS, json.dumps({"url": found.url, "limit": found.limit}))
     found.pull()

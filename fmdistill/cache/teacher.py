@@ -75,6 +75,12 @@ def check(settings: Mapping[str, Any], trim: bool = False, similarity: bool = Fa
     return bound
 
 
+def only_vectors(settings: Mapping[str, Any]) -> bool:
+    """Return whether the teacher that `settings` name is known to make no map, without loading it."""
+    maps = UNPADDED.get(settings.get("name", ""))
+    return maps is not None and not check(settings).keywords.get(maps)
+
+
 def pads(preprocess: Preprocess) -> bool:
     """Return whether some images are padded, so that not all of their tokens are valid."""
     return not bool(preprocess.valid(torch.tensor([[1, 1]])).all())

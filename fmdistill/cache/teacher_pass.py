@@ -67,7 +67,7 @@ class Pass:
             else:
                 bar.update(len(finished.fields["samples"]) + len(finished.fields["failed"]))
         if self.seen:
-            log.info("%s", advice(self.waiting.share, self._workers, os.cpu_count() or 1))
+            log.info("%s", advice(self.waiting.share, self.teacher.workers, os.cpu_count() or 1))
 
     def write(self, shard: Shard, bar: tqdm) -> None:
         """Write one shard; nothing is visible unless it is whole."""
@@ -88,14 +88,10 @@ class Pass:
             raise
 
     def _batches(self, shard: Shard) -> Iterator[list[Prepared]]:
-        batch, workers = self.teacher.batch, self._workers
+        batch, workers = self.teacher.batch, self.teacher.workers
         ahead = depth(batch, workers, self.teacher.preprocess.image_size)
         encoded = self.images.read(shard)
         return self.waiting.counted(prefetched(encoded, self._prepare, batch=batch, workers=workers, ahead=ahead))
-
-    @property
-    def _workers(self) -> int:
-        return max(1, self.teacher.workers)
 
     def _prepare(self, index: int, image: Encoded) -> Prepared:
         item = Prepared(index, image.key, image_hash(image.data), image.label)

@@ -13,7 +13,7 @@ from fmdistill.cache import open_cache, teacher
 from fmdistill.cache.dataset import CachedImages, StoredImages, decoded
 from fmdistill.distill.data import Data
 from fmdistill.distill.objective import check_trimmed
-from fmdistill.distill.plain import Augment, PlainImages
+from fmdistill.distill.plain import Augment, PlainImages, check_memory
 from fmdistill.distill.rectifiers import Priors
 from fmdistill.distill.train import Complete
 from fmdistill.images import build as build_images
@@ -49,12 +49,8 @@ def build(recipe: Recipe, own: Preprocess | None = None, augment: Augment | None
         if own is None:
             raise UserError(f"task.name={recipe.task['name']}: learns from a teacher; the recipe needs one")
         return _plain(recipe, own, {}, augment or Augment(), None, "no teacher")
+    check(recipe, augment or Augment())
     if not teacher.is_live(recipe.teacher):
-        if augment:
-            raise UserError(
-                "task.crop, .flip, .resized_crop: a cached teacher saw the images as they are; add teacher.live=true, "
-                "so that it sees what the student sees, or leave the augmentation out"
-            )
         return _cached(recipe)
     model = teacher.build(recipe.teacher)
     shapes = {f"{model.family}.{name}": shape for name, shape in model.outputs.items()}
@@ -66,6 +62,16 @@ def build(recipe: Recipe, own: Preprocess | None = None, augment: Augment | None
         return {**batch, "outputs": {f"{model.family}.{name}": value.to(device).clone() for name, value in found}}
 
     return _plain(recipe, model.preprocess, shapes, augment or Augment(), complete, "the live teacher")
+
+
+def check(recipe: Recipe, augment: Augment) -> None:
+    """Raise a UserError if the recipe's teacher or `train.image_memory` contradicts `augment`."""
+    if augment and recipe.teacher is not None and not teacher.is_live(recipe.teacher):
+        raise UserError(
+            "task.crop, .flip, .resized_crop: a cached teacher saw the images as they are; add teacher.live=true and "
+            "cache=null, so that it sees what the student sees, or leave the augmentation out"
+        )
+    check_memory(augment, recipe.train.image_memory)
 
 
 def priors(provider: Provider, classes: int) -> Priors:

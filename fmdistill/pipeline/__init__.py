@@ -10,9 +10,8 @@ from pathlib import Path
 from fmdistill import cache, distill, evaluate, images, recipe, report
 from fmdistill.backbones.device import pick_device
 from fmdistill.cache import executors, teacher
-from fmdistill.distill import objective, student
+from fmdistill.distill import objective, student, tasks
 from fmdistill.distill.optim import OPTIMIZERS, SCHEDULES
-from fmdistill.distill.tasks import TASKS
 from fmdistill.evaluate import teacher_score
 from fmdistill.files import write_whole
 from fmdistill.logs import log
@@ -34,6 +33,11 @@ def check(settings: Recipe) -> None:
     live = teacher.is_live(settings.teacher)
     if (settings.teacher is None) != (settings.cache is None) and not live:
         raise UserError("teacher and cache: a recipe has both or neither; teacher.live=true needs no cache")
+    if live and settings.cache is not None:
+        raise UserError(
+            "cache: ignored, since teacher.live=true caches nothing; leave it out (as a setting, cache=null)"
+        )
+    tasks.check(settings)
     trimmed = settings.cache is not None and settings.cache.trim
     if settings.teacher is not None:
         teacher.check(settings.teacher, trimmed, settings.cache is not None and settings.cache.similarity)
@@ -41,8 +45,9 @@ def check(settings: Recipe) -> None:
         executors.check(settings.cache.executor)
     if settings.objective or settings.teacher is not None:
         (objective.check_trimmed if trimmed else objective.check)(settings.objective)
+    if settings.teacher is not None and teacher.only_vectors(settings.teacher):
+        objective.check_vectors(settings.objective)
     student.check(settings.student)
-    bind(settings.task, TASKS, "task", context=("recipe",))
     bind(settings.optimizer, OPTIMIZERS, "optimizer", context=("model",))
     bind(settings.schedule, SCHEDULES, "schedule")()
     for protocol in settings.protocols:

@@ -226,13 +226,13 @@ def _lacking_lines(disk: Disk) -> list[str]:
 def _window_lines(plan: Plan, disk: Disk) -> list[str]:
     """Return a warning where training draws from more shards at once than a bucket's copies here may take."""
     assert plan.recipe.cache is not None
-    window, allowed = plan.recipe.train.window, plan.recipe.cache.local_gb
+    window, allowed = plan.recipe.train.window, plan.recipe.cache.local_bytes
     taken = sum(sorted(size for split, _, size in disk.held if split == "train")[-window:])
-    if taken <= allowed * 1e9:
+    if taken <= allowed:
         return []
     enough = float(f"{1.1 * taken / 1e9:.2g}")
     return [
-        f"TOO LITTLE    train.window={window} shards take {_bytes(taken)}, more than cache.local_gb={allowed:g}: "
+        f"TOO LITTLE    train.window={window} shards take {_bytes(taken)}, more than cache.local_gb={allowed / 1e9:g}: "
         f"training would fetch them again and again. The way out: cache.local_gb={enough:g}, or a smaller train.window"
     ]
 
