@@ -104,10 +104,12 @@ class PlainImages(SplitImages):
         else:
             key, pixels, size, label, _ = self.prepared(shard, index)
             pixels = self.augment(pixels, self._rng(epoch, key)) if self.augment else pixels
+        label = NO_LABEL if label is None else label
         return {
             "pixels": pixels,
             "sizes": torch.tensor(size),
-            "label": torch.tensor(NO_LABEL if label is None else label),
+            "label": torch.tensor(label),
+            "label_values": label,  # once more, since it stays on the CPU
             "keys": key,
             "outputs": {},
         }

@@ -77,9 +77,14 @@ def check(recipe: Recipe, augment: Augment) -> None:
 def priors(provider: Provider, classes: int) -> Priors:
     """Return how often each class occurs among the training images. UserError where one has no label among them."""
     label_N = provider.labels()
-    if (label_N < 0).any() or (label_N >= classes).any():
+    outside = np.flatnonzero((label_N < 0) | (label_N >= classes))
+    if len(outside):
+        shard = int(np.searchsorted(np.cumsum(provider.train.counts), outside[0], side="right"))
+        key = provider.train.item(0, shard, int(outside[0] - sum(provider.train.counts[:shard])))["keys"]
+        label = int(label_N[outside[0]])
         raise UserError(
-            f"rectify: goes by the classes' frequencies, so each training image needs a label from 0 to {classes - 1}"
+            f"rectify: goes by the classes' frequencies, so each training image needs a label from 0 to {classes - 1}; "
+            f"'{key}' has {'none' if label < 0 else label}"
         )
     counts_K = torch.from_numpy(np.bincount(label_N, minlength=classes))
 

@@ -61,13 +61,14 @@ class Distill(nn.Module):
         """Return {"loss", each named term, each term's statistics} for a batch of images and teacher outputs.
 
         batch["whole"] holds the teacher's vectors of the whole optimizer step; without it the batch is the whole.
-        Where there are logits and labels, "accuracy" is the share of the images whose label has the highest logit.
+        With logits and labels, "accuracy" is the share of the labelled images whose label has the highest logit.
         """
         seen = self.see(batch)
         with torch.autocast(batch["pixels"].device.type, enabled=False):
             losses, statistics = self.objective(seen)
             if seen.label is not None and "student.logits" in seen.outputs:
-                statistics["accuracy"] = (seen.student("logits").argmax(1) == seen.label).float().mean()
+                right_B = seen.student("logits").argmax(1) == seen.label  # never without a label, which is -1
+                statistics["accuracy"] = right_B.float().sum() / seen.labelled
             return {"loss": torch.stack(list(losses.values())).sum(), **losses, **statistics}
 
     def see(self, batch: dict[str, Any]) -> Seen:
@@ -76,12 +77,14 @@ class Distill(nn.Module):
         image_BCHW = self.preprocess.normalize(pixels, sizes).contiguous(memory_format=torch.channels_last)
         outputs = self.student(image_BCHW)
         named = {**{f"student.{name}": value for name, value in outputs.items()}, **batch["outputs"]}
-        label = batch.get("label")
-        label = None if label is None or bool((label < 0).any()) else label
+        label, values = batch.get("label"), batch.get("label_values", ())
+        if label is not None and "label_values" not in batch:  # data of another kind; on a GPU this waits
+            values = label.tolist()
+        label = label if any(value >= 0 for value in values) else None
         maps = any(output.dim() > 2 for output in batch["outputs"].values())
         valid = self.preprocess.valid(sizes).flatten(1) if maps else None
         whole = batch.get("whole") or vectors(batch)
-        return Seen(named, valid, "", whole, label, batch["keys"], batch.get("epoch"))
+        return Seen(named, valid, "", whole, label, batch["keys"], batch.get("epoch"), values)
 
 
 def distill(recipe: Recipe) -> Job:

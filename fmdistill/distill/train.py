@@ -81,10 +81,12 @@ class Engine:
         return torch.autocast(kind, dtype=torch.bfloat16, enabled=bf16)
 
     def mean(self, values: dict[str, Tensor]) -> dict[str, float]:
-        """Return the values' means over the processes."""
-        names = sorted(values)
-        stacked = torch.stack([values[name].detach().float() for name in names])
-        return dict(zip(names, self.accelerator.reduce(stacked, "mean").tolist(), strict=True))  # type: ignore[union-attr]
+        """Return the values' means over the processes, each over those that have it: not all may have seen a label."""
+        names, device = sorted({name for own in gather_object([list(values)]) for name in own}), self.accelerator.device
+        own = [values[name].detach().float() if name in values else torch.zeros((), device=device) for name in names]
+        counts = torch.tensor([float(name in values) for name in names], device=device)
+        sums, counts = self.accelerator.reduce(torch.stack([torch.stack(own), counts]), "sum")
+        return dict(zip(names, (sums / counts).tolist(), strict=True))
 
 
 def fit(
