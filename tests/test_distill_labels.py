@@ -62,7 +62,7 @@ def test_accuracy_is_over_the_labelled_images_of_the_batch(made, how):
 @pytest.mark.parametrize("how", [(), LIVE])
 def test_an_objective_that_asks_for_labels_names_the_image_without(made, how):
     folder, key = made
-    settings = load(folder, f"out={folder}/run", "train.steps=4", *how)  # an epoch of four steps
+    settings = load(folder, f"out={folder}/run{len(how)}", "train.steps=4", *how)  # an epoch of four steps
     message = f"distance.name=cross_entropy: learns from labels, and image '{key}' carries none; .*leave this image out"
     with pytest.raises(UserError, match=message):
         distill.run(settings)
