@@ -74,9 +74,19 @@ def start(recipe: Recipe, images: Images | None = None) -> Pass:
 
 
 def verify(recipe: Recipe, samples: int = 64) -> dict[str, float]:
-    """Check every checksum, then recompute a sample; return the errors. UserError naming what is damaged."""
+    """Check every checksum, then recompute a sample; return the errors. UserError naming what is damaged.
+
+    If the teacher's file is gone, nothing is recomputed, and {"shards": ...} alone is returned.
+    """
     cache = open_cache(recipe)
     shards = verify_files(cache)
+    log.info("%s: every checksum of the %d shards is right", cache.root, shards)
+    weights = teacher.weights_path(recipe.teacher or {})
+    if weights is not None and not weights.exists():
+        manifest.claim(cache.root, _identity_without_teacher(recipe, cache.images, cache.manifest))
+        cache.head()
+        log.warning("%s: no value was recomputed, since the teacher's file is gone: %s", cache.root, weights)
+        return {"shards": shards}
     model = load_teacher(recipe)
     manifest.claim(cache.root, identity(recipe, cache.images, model))
     if not holds_head(cache.root, model.head()):
@@ -159,16 +169,21 @@ def _complete_without_teacher(recipe: Recipe, images: Images, shards: list[Shard
     if weights is None or weights.exists() or not (root / manifest.NAME).exists():
         return None
     found = manifest.read(root)
-    asked = {
-        "teacher": {**found["teacher"], **teacher.asked(settings)},
-        "outputs": similarity.outputs(found["outputs"], _settings(recipe).similarity),
-    }
-    manifest.claim(root, {**found, **asked, **_chosen(recipe, images, found["outputs"])})
+    manifest.claim(root, _identity_without_teacher(recipe, images, found))
     try:
         load_head(found["family"], root)
     except UserError:
         return None
     return None if _missing(root, shards, found) else found
+
+
+def _identity_without_teacher(recipe: Recipe, images: Images, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the identity that the recipe asks for, with the manifest's where only the teacher's weights would tell."""
+    asked = {
+        "teacher": {**found["teacher"], **teacher.asked(recipe.teacher or {})},
+        "outputs": similarity.outputs(found["outputs"], _settings(recipe).similarity),
+    }
+    return {**found, **asked, **_chosen(recipe, images, found["outputs"])}
 
 
 def _check_space(root: Path, found: Mapping[str, Any], expected: dict[str, int]) -> None:

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from fmdistill.cache import seal
 from fmdistill.cache.remote import Remote
 from fmdistill.files import file_hash, sweep, temporary_name, write_whole
 from fmdistill.logs import log
@@ -111,7 +112,10 @@ class Bucket:
         with _locked(self.folder / f".{shard}.lock"):
             if not (tar.exists() and sidecar.exists()):  # another process of this machine has sent it
                 return
-            name = f"{shard}-{json.loads(sidecar.read_text())['sha256'][:16]}"
+            fields = json.loads(sidecar.read_text())
+            if seal.read(tar) != (fields["bytes"], fields["seal"]):  # another writer's; the next run writes it anew
+                return
+            name = f"{shard}-{fields['sha256'][:16]}"
             self._remote.put(tar, f"{name}.tar")
             self._remote.put(sidecar, f"{name}.json")
             os.replace(tar, self.folder / f"{name}.tar")

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fmdistill.cache import seal
 from fmdistill.cache.codec import CODECS, Codec, by_split, stacked
 from fmdistill.cache.reader import Cache
 from fmdistill.cache.teacher import pads
@@ -18,7 +19,7 @@ from fmdistill.images.source import SPLITS
 from fmdistill.logs import log
 
 COUNTED = 64  # shards of a split whose images are counted; of more shards so many are a sample
-BLOCK, END = 512, 1024  # bytes: a tar's unit, and its end
+BLOCK, END = 512, 1024 + seal.SIZE  # bytes: a tar's unit, and its seal and end
 
 
 @dataclass(frozen=True)
@@ -157,4 +158,4 @@ def _sidecar_bytes(small: Cache, split: str) -> tuple[float, float]:
     texts = [reader.path.with_suffix(".json").read_text() for reader in readers]
     samples = sum(len(json.dumps(json.loads(text)["samples"])) for text in texts)
     images = sum(len(reader.samples) for reader in readers)
-    return (sum(map(len, texts)) - samples) / len(readers), samples / images
+    return (sum(map(len, texts)) - samples) / len(readers), samples / max(1, images)

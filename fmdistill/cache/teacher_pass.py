@@ -74,12 +74,8 @@ class Pass:
         writer = ShardWriter(self.root, shard, self.identity, self.codecs[shard.split])
         try:
             self._teach(writer, bar)
-            if not writer.samples:
-                raise UserError(
-                    f"{shard.name}: none of its {len(writer.failed)} images gave an output; the first: "
-                    f"{writer.failed[0]['key'] if writer.failed else 'no image'}"
-                    f" ({writer.failed[0]['problem'] if writer.failed else 'the shard is empty'})"
-                )
+            if not writer.samples and not writer.failed:
+                raise UserError(f"{shard.name}: holds no image; remove it from the images, or restore it")
             writer.publish()
             if there := behind(self.root):
                 there.send(shard.name)

@@ -81,7 +81,7 @@ def alone(verb: str) -> None:
 def on_handful(recipe: Recipe, count: int, folder: Path) -> Recipe:
     """Return the recipe cut to `count` images of each split, its cache and run in `folder`.
 
-    Where none of those can be decoded there are more, since a shard without an output stops a teacher pass.
+    If none of those can be decoded there are more, since what gives no output tells nothing of bytes and seconds.
     """
     limit = convert(recipe.images.get("limit"), int | None, "images.limit")
     while count < LOOKED and not _decodable(merge(recipe.images, {"limit": min(count, limit or count)})):
