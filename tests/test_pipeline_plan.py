@@ -125,7 +125,7 @@ def test_a_window_that_does_not_fit_in_what_is_kept_of_a_bucket_is_said(tmp_path
     train = [size for split, _, size in found.disk.held if split == "train"]
     small = replace(found, recipe=replace(settings, cache=replace(far, local_gb=1.5 * train[0] / 1e9)))
     (line,) = [line for line in plan.text(small, "tiny.yaml").splitlines() if line.startswith("TOO LITTLE")]
-    assert f"train.window=2 shards take {sum(train[:2]) / 1e6:.3g} MB" in line and "cache.local_gb=3.8e-05," in line
+    assert f"train.window=2 shards take {sum(train[:2]) / 1e6:.3g} MB" in line and "cache.local_gb=4.1e-05," in line
 
 
 def test_hours_are_images_by_rate_and_steps_by_seconds(tmp_path):

@@ -73,7 +73,7 @@ def estimate_disk(
 
     def tars(some: Sequence[Shard], split: str, codec: Codec, ratio: float) -> float:
         ours = [by_name[s.name] for s in some if s.split == split]
-        return sum(ratio * tar_bytes(codec, small.shapes, images) for images in ours)
+        return sum(END + ratio * (tar_bytes(codec, small.shapes, images) - END) for images in ours)
 
     def chosen(some: Sequence[Shard], split: str) -> float:
         return tars(some, split, codecs[split], ratios[split])
@@ -126,8 +126,8 @@ def _fitting(room: float, parts: Mapping[str, float], images: Mapping[str, float
 def _written(small: Cache, split: str, codec: Codec) -> float:
     """Return the bytes of the handful's tars, relative to what the codec's `size` says."""
     readers = small.shards[split]
-    told = sum(tar_bytes(codec, small.shapes, len(reader.samples)) for reader in readers)
-    return sum(reader.path.stat().st_size for reader in readers) / told if readers else 1.0
+    told = sum(tar_bytes(codec, small.shapes, len(reader.samples)) - END for reader in readers)
+    return sum(reader.path.stat().st_size - END for reader in readers) / told if told else 1.0
 
 
 def _encoded(small: Cache, codec: Codec) -> float | None:

@@ -129,8 +129,7 @@ def _plain(
     )
 
     def labels() -> np.ndarray:
-        places = [(shard, index) for shard, count in enumerate(train.counts) for index in range(count)]
-        found = [train.encoded(*place)[1].label for place in places]
+        found = [label for shard in train.shards for label in images.labels(shard)]
         return np.array([-1 if label is None else label for label in found])
 
     def rows(output: str) -> np.ndarray:

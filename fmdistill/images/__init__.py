@@ -18,7 +18,7 @@ from fmdistill.images.tar import Tar
 from fmdistill.registry import UserError, bind, convert
 
 __all__ = ["SOURCES", "DecodeError", "Encoded", "Images", "Shard", "Source"]
-__all__ += ["build", "check", "decode", "escape", "unescape"]
+__all__ += ["build", "check", "decode", "escape", "labels", "unescape"]
 
 SOURCES = {
     "folder": Folder,
@@ -72,6 +72,10 @@ class Images:
         """Yield the shard's images in order."""
         yield from islice(self.source.read(shard.name), shard.take)
 
+    def labels(self, shard: Shard) -> list[int | None]:
+        """Return the labels of the shard's images, in order."""
+        return labels(self.source, shard.name)[: shard.take]
+
     def _keys(self, shard: str) -> Sequence[str] | None:
         listed = getattr(self.source, "listed", None)  # only some have it
         return listed(shard) if listed else None
@@ -98,6 +102,12 @@ def _shares(held: Mapping[str, int], limit: int) -> dict[str, int]:
         even = -(-(limit - sum(shares.values())) // (len(held) - len(shares)))
         shares[group] = min(held[group], even)
     return shares
+
+
+def labels(source: Source, shard: str) -> list[int | None]:
+    """Return the labels of the shard's images, which are read if the source does not know them otherwise."""
+    known = getattr(source, "labels", None)  # only some have it
+    return list(known(shard)) if known else [image.label for image in source.read(shard)]
 
 
 def check(settings: Mapping[str, Any]) -> None:

@@ -100,6 +100,10 @@ class ImageClasses:
     def _labelled(self, encoded: Encoded) -> Encoded:
         return replace(encoded, label=self._labels[encoded.key.partition("/")[0]])
 
+    def labels(self, shard: str) -> list[int | None]:
+        """Return the labels of the shard's images, in the order of the keys, without reading them."""
+        return [self._labels[key.partition("/")[0]] for key in self.keys(shard)]
+
 
 def _swapped(shard: str) -> str:
     """Return the name under the other split: all of a lone root is `train` to Folder and validation to us."""

@@ -109,6 +109,16 @@ class Tar:
                 listed[split][name] = place
         return listed
 
+    def labels(self, shard: str) -> list[int | None]:
+        """Return the labels of the shard's images, in the order of the keys, reading their "cls" members alone."""
+        found: list[int | None] = []
+        with self._at(shard).open() as file:
+            for members in self._index(shard).images.values():
+                offset, size = members.get("cls", (0, 0))
+                file.seek(offset)
+                found.append(_label(file.read(size)))
+        return found
+
 
 @dataclass(frozen=True)
 class Place:
@@ -143,9 +153,12 @@ def _encoded(file: BinaryIO, key: str, members: dict[str, tuple[int, int]], wher
         if len(columns[suffix]) != size:
             raise UserError(f"{where}: changed while it was read, at '{key}'; run again when it lies still")
     data = columns.pop(next(iter(members)))
-    label = columns.get("cls", b"").strip()
-    number = label.isdigit() and len(label) <= 18  # of more digits it is no class
-    return Encoded(key, data, int(label) if number else None, columns)
+    return Encoded(key, data, _label(columns.get("cls", b"")), columns)
+
+
+def _label(column: bytes) -> int | None:
+    label = column.strip()
+    return int(label) if label.isdigit() and len(label) <= 18 else None  # of more digits it is no class
 
 
 def _expand(root: str, entries: list[str] | str, where: str) -> Iterator[Place]:
