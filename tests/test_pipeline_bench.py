@@ -55,6 +55,20 @@ def test_a_teacher_without_its_weights_is_measured(vit_b, tmp_path):
     assert "WEIGHTS DRAWN AT RANDOM" in shown and len(shown.splitlines()) == 4 + len(found["rows"])
 
 
+def bf16_teacher():
+    """A teacher that chooses its own precision, as SAM does on a CPU with bf16 products."""
+    return tiny.teacher(dtype="bf16")
+
+
+def test_the_precision_told_is_the_teacher_s_own(vit_b, tmp_path):
+    found = bench.run(tiny.load(tmp_path, "teacher.name=test_pipeline_bench:bf16_teacher"), QUICK)
+    assert found["dtype"] == "bf16"
+    assert "bf16 matrix product" in {row["against"] for row in found["rows"]}
+    exact = teacher.build(rivals.drawn({"name": "sam_vit_b", "device": "cpu", "exact": True}, tmp_path))
+    exact.device = torch.device("cuda")  # where "auto" is bf16, but not of an exact teacher
+    assert bench._dtype(exact) == "fp32"
+
+
 def test_a_bucket_s_copies_here_are_on_the_disk_that_is_measured(tmp_path, monkeypatch):
     asked, made = [], tempfile.TemporaryDirectory
     monkeypatch.setattr(tempfile, "TemporaryDirectory", lambda **given: asked.append(given["dir"]) or made(**given))
