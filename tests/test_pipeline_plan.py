@@ -125,7 +125,7 @@ def test_a_window_that_does_not_fit_in_what_is_kept_of_a_bucket_is_said(tmp_path
     train = [size for split, _, size in found.disk.held if split == "train"]
     small = replace(found, recipe=replace(settings, cache=replace(far, local_gb=1.5 * train[0] / 1e9)))
     (line,) = [line for line in plan.text(small, "tiny.yaml").splitlines() if line.startswith("TOO LITTLE")]
-    assert f"train.window=2 shards take {sum(train[:2]) / 1e6:.3g} MB" in line and "cache.local_gb=4.1e-05," in line
+    assert f"train.window=2 shards take {sum(train[:2]) / 1e3:.3g} kB" in line and "cache.local_gb=4.1e-05," in line
 
 
 def test_hours_are_images_by_rate_and_steps_by_seconds(tmp_path):
@@ -251,3 +251,17 @@ def test_the_verb_prints_the_plan(tmp_path, capsys):
     assert "24 train in 3 shards, 8 validation in 1 shards (counted)" in shown and "cache.codec=fp32" in shown
     assert main(["plan", str(tmp_path / "tiny.yaml"), "plan.steps=0"]) == 2
     assert "plan.steps=0: expected 1 or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (49_600, "49.6 kB"),
+        (999_900, "1 MB"),
+        (4.2e6, "4.2 MB"),
+    ],
+)
+def test_bytes_are_told_in_a_unit_of_their_size(count, shown):
+    assert plan._bytes(count) == shown

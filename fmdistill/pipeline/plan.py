@@ -250,4 +250,7 @@ def _time(hours: float) -> str:
 
 
 def _bytes(count: float) -> str:
-    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if float(f"{count:.3g}") >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.3g} bytes"
