@@ -57,7 +57,7 @@ def of_shards(
     described = sidecar.read(kept[0].with_suffix(".json"))
     assert described is not None, "just written"
     if len(described["samples"]) < total:
-        return []  # `_coding` has said why
+        return []  # `of_codec` has said why
     shapes = {key: tuple(value.shape[1:]) for key, value in outputs.items()}
     shard, finished = Shard(kept[0].stem, "train"), sidecar.Finished(kept[0], described)
     opened = [ShardReader(shard, finished, "", shapes)]
