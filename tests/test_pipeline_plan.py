@@ -1,5 +1,6 @@
 """The plan's figures are those of the job that follows, and measuring leaves nothing behind."""
 
+import re
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -108,7 +109,9 @@ def test_what_a_killed_process_loses_is_told(tmp_path):
         ("train", 4),
     ]
     (line,) = [line for line in plan.text(found, "tiny.yaml").splitlines() if line.startswith("a shard ")]
-    assert "up to 10 images, 0.0" in line and line.endswith(" s of the teacher: the most that a killed process loses")
+    assert re.search(r"up to 10 images, [\d.]+ kB, ", line) and line.endswith(
+        " s of the teacher: the most that a killed process loses"
+    )
     cache.run(tiny.load(tmp_path, "images.shard_size=10"))
     again = plan.run(tiny.load(tmp_path, "images.shard_size=10"), QUICK)
     assert "a shard " not in plan.text(again, "tiny.yaml")  # nothing is left to lose
