@@ -16,6 +16,7 @@ from fmdistill.files import write_whole
 from fmdistill.registry import UserError, typed
 
 SAVED = "recipe.yaml"  # the name of a resolved recipe in a run or cache; a file of this name is not trusted
+LOCAL_GB = 50.0  # of a cache whose root is a URL, unless the recipe says otherwise
 Component = dict  # {"name": ..., argument: value, ...}; typed when it is bound to its class
 FREE = {"free": True}  # marks a field that moves no weight, so that it may change between a run and its resumption
 
@@ -29,8 +30,8 @@ class Cache:
     codec: Literal["auto", "fp32", "fp16", "bf16", "int8", "int4"] = "auto"
     # where tars of a root that is a URL are kept on this machine; "" = below ~/.cache/fmdistill
     local: str = field(default="", metadata=FREE)
-    # at most so many GB of them, the longest unused go first; a training window should fit
-    local_gb: float = field(default=50.0, metadata=FREE)
+    # at most so many GB of them (null: 50), the longest unused go first; a training window should fit
+    local_gb: float | None = field(default=None, metadata=FREE)
     trim: bool = False  # keep of each training map only the valid tokens, for objectives that exclude padding
     similarity: bool = False  # keep each map's SRW similarities too, so that training need not compute them
     # largest fraction of images that may fail to decode or give a non-finite output
@@ -45,8 +46,18 @@ class Cache:
             raise UserError(f"cache.root='{self.root}': expected a folder, or a URL such as s3://bucket/caches/mine")
         if not 0 <= self.max_failed <= 1:
             raise UserError(f"cache.max_failed={self.max_failed}: expected a fraction of the images, from 0 to 1")
-        if not 0 < self.local_gb < math.inf:
+        if self.local_gb is not None and not 0 < self.local_gb < math.inf:
             raise UserError(f"cache.local_gb={self.local_gb}: expected gigabytes, a finite number above 0")
+        for name, given in (("local", self.local or None), ("local_gb", self.local_gb)):
+            if given is not None and not url:
+                raise UserError(
+                    f"cache.{name}={given}: only for a URL, and cache.root={self.root} is a folder; leave it out"
+                )
+
+    @property
+    def local_bytes(self) -> int:
+        """Bytes of a URL's tars on this machine, at most; a training window should fit."""
+        return int((LOCAL_GB if self.local_gb is None else self.local_gb) * 1e9)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,12 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from fmdistill.backbones.device import pick_device
+from fmdistill.cache import sam_teacher, teacher
+from fmdistill.distill import train
+from fmdistill.recipe import Train
 from fmdistill.registry import UserError
 
 
@@ -15,3 +20,40 @@ def test_a_gpu_that_the_machine_does_not_have_is_said(monkeypatch, count, says):
         pick_device(f"cuda:{count}", "x")
     assert pick_device(f"cuda:{count - 1}", "x").index == count - 1
     assert pick_device("cuda", "x").index is None
+
+
+@pytest.mark.parametrize("name", ["meta", "mps", "xpu", "hpu", "fpga", "mps:1", "xla", "opengl"])
+def test_a_device_without_a_backend_here_is_one_line(name, monkeypatch):
+    make = torch.zeros
+
+    def without_backends(*size, device):  # also on a machine that has one
+        if torch.device(device).type not in ("cpu", "meta"):
+            raise NotImplementedError(f"Could not run on {device}.\nA long list of backends.")
+        return make(*size, device=device)
+
+    monkeypatch.setattr(torch, "zeros", without_backends)
+    with pytest.raises(UserError, match=f"train.device={name}: this PyTorch cannot compute there .*auto or cpu") as one:
+        pick_device(name, "train.device")
+    assert "\n" not in str(one.value)
+
+
+def test_a_device_is_tried_and_not_only_named():
+    with pytest.raises(UserError, match="x=meta: this PyTorch cannot compute there"):
+        pick_device("meta", "x")
+
+
+def test_there_is_one_cpu():
+    assert pick_device("cpu:1", "x") == torch.device("cpu")
+
+
+def test_training_on_another_device_than_the_recipe_s_is_refused(monkeypatch):
+    monkeypatch.setattr(train, "pick_device", lambda name, where: torch.device("mps"))
+    monkeypatch.setattr(train, "Accelerator", lambda cpu, mixed_precision: SimpleNamespace(device=torch.device("cpu")))
+    with pytest.raises(UserError, match="train.device=mps: accelerate trains on cpu in this process; .*device=cpu"):
+        train.Engine(Train(steps=1, device="mps"))
+
+
+def test_a_teacher_s_device_is_refused_before_its_weights_are_read(monkeypatch):
+    monkeypatch.setattr(sam_teacher, "build_sam", lambda *a: pytest.fail("read the weights"))
+    with pytest.raises(UserError, match="teacher.device=meta: this PyTorch cannot compute there"):
+        teacher.build({"name": "sam_vit_b", "device": "meta"})

@@ -16,6 +16,7 @@ from segment_anything import SamPredictor
 
 from fmdistill import cache, files
 from fmdistill.backbones.mini import sam_mini_student
+from fmdistill.cache import manifest
 from fmdistill.cache.dataset import CachedImages
 from fmdistill.export import half
 from fmdistill.images import build, decode
@@ -392,3 +393,10 @@ def test_what_a_dead_process_left_goes_with_the_next_run_also_where_nothing_is_m
     left.write_bytes(b"x")
     cache.run(recipe)
     assert own.exists() and not left.exists()
+
+
+@pytest.mark.parametrize(("text", "kind"), [("[1, 2]", "list"), ('"x"', "str"), ("3", "int"), ("null", "NoneType")])
+def test_a_manifest_that_is_json_but_no_object_is_one_line(tmp_path, text, kind):
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(UserError, match=rf"manifest.json: not a manifest \(a {kind}\); delete the file"):
+        manifest.read(tmp_path)

@@ -15,6 +15,7 @@ from PIL import Image
 
 from fmdistill import cache
 from fmdistill.backbones.clip import TextHead
+from fmdistill.cache import sidecar
 from fmdistill.cache.codec import CODECS
 from fmdistill.cache.dataset import CachedImages
 from fmdistill.images import unescape
@@ -60,7 +61,8 @@ def test_a_cache_holds_encode_image_to_fp16_s_rounding_and_exactly_for_validatio
 def test_a_shard_holds_one_plain_array_in_the_order_of_its_samples(made):
     reader = cache.open_cache(clips.load(made)).shards["train"][1]
     with tarfile.open(reader.path) as archive:
-        (member,) = archive.getmembers()
+        member, seal = archive.getmembers()
+        assert seal.name == "__sha256__"
         rows = np.load(io.BytesIO(archive.extractfile(member).read()), allow_pickle=False)
     assert member.name == "embedding.npy" and member.mtime == 0
     assert rows.shape == (9, 24) and rows.dtype == np.float16
@@ -96,7 +98,7 @@ def test_a_flipped_byte_of_a_row_is_found_at_its_first_read_and_by_verify(made):
             use()
 
 
-def test_a_broken_image_leaves_no_row_and_a_shard_of_broken_ones_no_shard(tmp_path):
+def test_a_broken_image_leaves_no_row_and_a_shard_of_broken_ones_no_rows(tmp_path):
     members = [(f"{key}.jpg", b"broken" if n in (0, 4) else clips.picture(n)) for n, key in enumerate(KEYS)]
     clips.pack(tmp_path / "00000.tar", members)
     clips.img2dataset(tmp_path, "v0", KEYS[:2])
@@ -107,9 +109,13 @@ def test_a_broken_image_leaves_no_row_and_a_shard_of_broken_ones_no_shard(tmp_pa
         found = data.item(0, 0, index)["outputs"]["clip.embedding"]
         assert (found - expected(data, 0, index)).norm() < 1e-2
     clips.pack(tmp_path / "00001.tar", [("a.jpg", b"broken"), ("b.jpg", b"broken")])
-    with pytest.raises(UserError, match="00001: none of its 2 images gave an output"):
-        cache.run(clips.load(tmp_path, "cache.max_failed=1"))
+    with pytest.raises(UserError, match="00001: 2 of 2 images gave no output, more than cache.max_failed=0.5"):
+        cache.run(clips.load(tmp_path, "cache.max_failed=0.5"))
     assert not (tmp_path / "cache/00001.tar").exists() and not list((tmp_path / "cache").glob(".*.tmp"))
+    cache.run(clips.load(tmp_path, "cache.max_failed=1"))
+    fields = sidecar.read(tmp_path / "cache/00001.json")
+    assert fields is not None and not fields["samples"]
+    assert [(one["key"], one["index"]) for one in fields["failed"]] == [("a", 0), ("b", 1)]
 
 
 def test_patch_tokens_are_the_tower_s_own_beside_the_stacked_embedding(tmp_path):

@@ -66,6 +66,20 @@ def test_no_more_than_the_batches_ahead_are_read_while_the_teacher_works():
     assert not [t for t in threading.enumerate() if "ThreadPool" in t.name]
 
 
+def test_without_workers_the_caller_decodes_each_batch_when_it_asks_for_it():
+    read, threads = [], set()
+
+    def note(index, image):
+        threads.add(threading.current_thread())
+        return prepare(index, image)
+
+    before = threading.active_count()
+    batches = prefetched(encoded(5, read), note, batch=2, workers=0, ahead=3)
+    assert next(batches) == [(0, "0"), (1, "1")] and len(read) == 2 and threading.active_count() == before
+    assert list(batches) == [[(2, "2"), (3, "3")], [(4, "4")]]
+    assert threads == {threading.current_thread()}
+
+
 def test_an_error_of_the_source_comes_after_the_batches_before_it():
     batches = prefetched(encoded(10, fail=5), prepare, batch=2, workers=2, ahead=4)
     assert [next(batches), next(batches)] == [[(0, "0"), (1, "1")], [(2, "2"), (3, "3")]]
@@ -88,6 +102,7 @@ def test_the_depth_gives_every_worker_two_images_as_far_as_memory_bears_them():
 def test_the_advice_names_what_would_help():
     assert advice(0.0312, 2, 16) == "the teacher waited for images 3% of the time"
     assert "42% of the time: 2 decode at once on 16 cores; raise teacher.workers=2" in advice(0.42, 2, 16)
+    assert "42% of the time: it decodes them itself; set teacher.workers=1 or more" in advice(0.42, 0, 16)
     assert "teacher.workers=16 fills the 16 cores" in advice(0.42, 16, 16)
 
 

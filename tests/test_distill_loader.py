@@ -154,29 +154,41 @@ def test_shared_memory_that_is_used_up_later_is_one_line_and_threads_go_on_with_
 
 
 class Stuck(Numbers):
-    """Samples of which one never comes, in whichever process or thread is asked for it."""
+    """Samples of which one does not come while the test runs, in whichever process or thread is asked for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.released = threading.Event()
 
     def item(self, epoch, shard, index):
         if index == 4 and (torch.utils.data.get_worker_info() or threading.current_thread().name != "MainThread"):
-            threading.Event().wait(60)
+            self.released.wait(60)
         return super().item(epoch, shard, index)
 
 
+@pytest.fixture
+def stuck():
+    threads, data = threading.active_count(), Stuck()
+    yield data
+    data.released.set()
+    gone(threads)
+
+
 @pytest.mark.parametrize("free", [None, 0])
-def test_a_wait_for_images_that_never_come_ends_in_one_line(free, monkeypatch):
+def test_a_wait_for_images_that_never_come_ends_in_one_line(free, monkeypatch, stuck):
     monkeypatch.setattr(loader, "_free_shared_memory", lambda: free)
     monkeypatch.setattr(loader, "POLL", 0.1)
     monkeypatch.setattr(loader, "PATIENCE", 0.5)
     with pytest.raises(UserError, match=r"no batch of images came for .* minutes: .*stuck"):
-        list(loader.batches(Stuck(), places(), 1))
+        list(loader.batches(stuck, places(), 1))
 
 
 @pytest.mark.parametrize("free", [None, 0])
-def test_a_requested_stop_ends_the_wait_for_images(free, monkeypatch):
+def test_a_requested_stop_ends_the_wait_for_images(free, monkeypatch, stuck):
     monkeypatch.setattr(loader, "_free_shared_memory", lambda: free)
     monkeypatch.setattr(loader, "POLL", 0.1)
     monkeypatch.setattr(loader, "GRACE", 0.2)
-    found = loader.batches(Stuck(), places(), 1)
+    found = loader.batches(stuck, places(), 1)
     assert next(found)["keys"] == ["0", "1"]
     monkeypatch.setattr(stop._request, "number", signal.SIGTERM)
     monkeypatch.setattr(stop._request, "at", time.monotonic())

@@ -91,7 +91,7 @@ def test_numbers_that_cannot_be_labels_are_refused_with_the_first(tmp_path, name
 
 def test_numbers_with_one_count_of_digits_beside_names_are_sorted_as_text(tmp_path):
     fill(tmp_path, **{"00": 1, "07": 1, "10": 1, "other": 1})
-    assert ImageClasses(str(tmp_path)).labels == {"00": 0, "07": 1, "10": 2, "other": 3}
+    assert ImageClasses(str(tmp_path)).label_of == {"00": 0, "07": 1, "10": 2, "other": 3}
 
 
 def test_a_limit_and_the_registry(tmp_path):

@@ -160,6 +160,9 @@ def test_the_floor_of_another_image_is_never_the_image_itself(ran):
 def test_of_several_processes_only_the_first_evaluates(ran, monkeypatch, capsys):
     folder, metrics = ran
     result = folder / "run/evaluation/grid.json"
+    launched = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
     for rank, expected in (("1", {}), ("0", {f"{folder}/grid.yaml": metrics})):
         result.unlink(missing_ok=True)
         monkeypatch.setenv("RANK", rank)

@@ -17,6 +17,7 @@ from fmdistill import cache, recipe
 from fmdistill.backbones.throughput import flops, matmul_flops, take_turns
 from fmdistill.cache import teacher
 from fmdistill.cache.codec import CODECS
+from fmdistill.cache.footprint import END
 from fmdistill.cli import main
 from fmdistill.images import build, decode
 from fmdistill.pipeline import bench, rivals
@@ -55,6 +56,20 @@ def test_a_teacher_without_its_weights_is_measured(vit_b, tmp_path):
     assert "WEIGHTS DRAWN AT RANDOM" in shown and len(shown.splitlines()) == 4 + len(found["rows"])
 
 
+def bf16_teacher():
+    """A teacher that chooses its own precision, as SAM does on a CPU with bf16 products."""
+    return tiny.teacher(dtype="bf16")
+
+
+def test_the_precision_told_is_the_teacher_s_own(vit_b, tmp_path):
+    found = bench.run(tiny.load(tmp_path, "teacher.name=test_pipeline_bench:bf16_teacher"), QUICK)
+    assert found["dtype"] == "bf16"
+    assert "bf16 matrix product" in {row["against"] for row in found["rows"]}
+    exact = teacher.build(rivals.drawn({"name": "sam_vit_b", "device": "cpu", "exact": True}, tmp_path))
+    exact.device = torch.device("cuda")  # where "auto" is bf16, but not of an exact teacher
+    assert bench._dtype(exact) == "fp32"
+
+
 def test_a_bucket_s_copies_here_are_on_the_disk_that_is_measured(tmp_path, monkeypatch):
     asked, made = [], tempfile.TemporaryDirectory
     monkeypatch.setattr(tempfile, "TemporaryDirectory", lambda **given: asked.append(given["dir"]) or made(**given))
@@ -74,9 +89,11 @@ def test_an_image_s_bytes_are_those_of_a_cache(tmp_path):
     cache.run(settings)
     rows = {row["what"]: row for row in found["rows"]}
     tars = list((tmp_path / "cache").glob("*.tar"))
-    real = [path.stat().st_size / 8 for path in tars if path.with_suffix(".json").read_text().count('"train"')]
-    assert rows["fp16: an image in a shard"]["figure"] == pytest.approx(real[0], rel=0.05)
-    assert rows["fp16: an image in a shard"]["ratio"] == pytest.approx(1, rel=0.05)
+    train = next(path for path in tars if '"train"' in path.with_suffix(".json").read_text())
+    real = (train.stat().st_size - END) / 8
+    written = 24  # images in the bench's shard, of 2048 bytes each in float32
+    assert rows["fp16: an image in a shard"]["figure"] == pytest.approx(real + END / written)
+    assert rows["fp16: an image in a shard"]["ratio"] == pytest.approx(1)
     assert rows["teacher, resize included"]["other"] is None  # a teacher of no other package
     assert "the recipe's weights" in bench.text(found)
 

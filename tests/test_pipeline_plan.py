@@ -1,5 +1,6 @@
 """The plan's figures are those of the job that follows, and measuring leaves nothing behind."""
 
+import re
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -108,7 +109,9 @@ def test_what_a_killed_process_loses_is_told(tmp_path):
         ("train", 4),
     ]
     (line,) = [line for line in plan.text(found, "tiny.yaml").splitlines() if line.startswith("a shard ")]
-    assert "up to 10 images, 0.0" in line and line.endswith(" s of the teacher: the most that a killed process loses")
+    assert re.search(r"up to 10 images, [\d.]+ kB, ", line) and line.endswith(
+        " s of the teacher: the most that a killed process loses"
+    )
     cache.run(tiny.load(tmp_path, "images.shard_size=10"))
     again = plan.run(tiny.load(tmp_path, "images.shard_size=10"), QUICK)
     assert "a shard " not in plan.text(again, "tiny.yaml")  # nothing is left to lose
@@ -125,7 +128,7 @@ def test_a_window_that_does_not_fit_in_what_is_kept_of_a_bucket_is_said(tmp_path
     train = [size for split, _, size in found.disk.held if split == "train"]
     small = replace(found, recipe=replace(settings, cache=replace(far, local_gb=1.5 * train[0] / 1e9)))
     (line,) = [line for line in plan.text(small, "tiny.yaml").splitlines() if line.startswith("TOO LITTLE")]
-    assert f"train.window=2 shards take {sum(train[:2]) / 1e6:.3g} MB" in line and "cache.local_gb=3.8e-05," in line
+    assert f"train.window=2 shards take {sum(train[:2]) / 1e3:.3g} kB" in line and "cache.local_gb=4.1e-05," in line
 
 
 def test_hours_are_images_by_rate_and_steps_by_seconds(tmp_path):
@@ -192,8 +195,8 @@ def test_a_handful_of_broken_images_is_enlarged(count, tmp_path):
     assert found.taught and found.taught.failed == count and found.seconds > 0
 
 
-def test_a_shard_of_nothing_but_broken_images_stops_the_plan_as_it_would_the_pass(tmp_path):
-    with pytest.raises(UserError, match="none of its 8 images gave an output"):
+def test_without_an_image_that_can_be_decoded_there_is_nothing_to_plan(tmp_path):
+    with pytest.raises(UserError, match="none of the handful can be trained on"):
         plan.run(broken(tmp_path, 8), plan.Settings(images=1, steps=1))
 
 
@@ -251,3 +254,17 @@ def test_the_verb_prints_the_plan(tmp_path, capsys):
     assert "24 train in 3 shards, 8 validation in 1 shards (counted)" in shown and "cache.codec=fp32" in shown
     assert main(["plan", str(tmp_path / "tiny.yaml"), "plan.steps=0"]) == 2
     assert "plan.steps=0: expected 1 or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (49_600, "49.6 kB"),
+        (999_900, "1 MB"),
+        (4.2e6, "4.2 MB"),
+    ],
+)
+def test_bytes_are_told_in_a_unit_of_their_size(count, shown):
+    assert plan._bytes(count) == shown

@@ -153,7 +153,8 @@ def test_a_wrong_override_gives_one_line(base, overrides, says):
 def test_the_ends_of_a_range_and_every_kind_of_root_are_taken(base):
     for root in ("caches/a", "/", "s3://bucket", "gs://bucket/a", "file:///data/caches", "memory://a"):
         assert load(base, [f"cache.root={root}", "cache.max_failed=0"]).cache == recipe.Cache(root, max_failed=0)
-    assert load(base, ["cache.root=a", "cache.max_failed=1", "cache.local_gb=0.001"]).cache.local_gb == 0.001
+    ends = ["cache.root=memory://a", "cache.max_failed=1", "cache.local_gb=0.001"]
+    assert load(base, ends).cache.local_gb == 0.001
 
 
 def test_an_override_keeps_what_follows_the_first_equals_sign():

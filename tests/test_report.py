@@ -6,11 +6,12 @@ from io import BytesIO
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from matplotlib.image import imread
 from safetensors.torch import save_file
 
-from fmdistill import cache, recipe, report
+from fmdistill import cache, distill, recipe, report
 from fmdistill.backbones.promptable import PromptHead
 from fmdistill.cache.dataset import CachedImages
 from fmdistill.distill import student as students
@@ -330,3 +331,15 @@ def test_whole_images_are_ranked_by_their_weight(tmp_path):
     shown, _ = examples.gather(runs, per_group=2)
     assert [(dict(one.weights), one.point) for one in shown] == [({}, None)] * 2
     assert "What the loss looks at: image weights" in report.run([settings.out], str(tmp_path / "out")).read_text()
+
+
+def test_weights_by_key_are_shown_of_an_embedding_run(tmp_path):
+    recipe = tiny.load(tmp_path)
+    cache.run(recipe)
+    keys = [key for shard in cache.open_cache(recipe).shards["train"] for key in shard.keys]
+    (tmp_path / "weights.json").write_text(json.dumps({key: 1 + n % 2 for n, key in enumerate(keys)}))
+    weighting = f"objective.embedding.weighting={{name: by_key, weights: {tmp_path}/weights.json}}"
+    out = distill.run(tiny.load(tmp_path, weighting, "train.steps=2"))
+    found, stride = examples.gather(rows.read_runs([str(out)]), trust=True)
+    assert len(found) == 3 and stride == 16
+    assert all(example.weights == {} for example in found)  # no patch of an image weighs more than another

@@ -29,7 +29,7 @@ def run(value: float, seconds: float = 10.0, ess: float = 0.5) -> Run:
 
 def lines(*values: list[float], seconds: float = 10.0) -> dict[str, paired.Line]:
     runs = {f"m{i}": [run(v, seconds) for v in several] for i, several in enumerate(values)}
-    return {line.method: line for line in paired.compare(runs, "p")}
+    return {line.method: line for line in paired.compare(runs, "p") if line.metric == "top1"}
 
 
 RNG = np.random.default_rng(0)
@@ -63,8 +63,22 @@ def test_too_few_seeds_decide_nothing_and_quick_runs_need_more():
     assert (alone.low, alone.high) == (-math.inf, math.inf) and alone.verdict == "not decided: 1 of 8 seeds"
 
 
-def test_the_table_has_a_row_for_each_method_and_shares_alone():
+def test_the_table_has_a_row_for_each_method_and_metric_of_the_student():
     runs = {"kd": [run(v) for v in BASE], "srw": [run(v + 0.1) for v in BASE]}
     table = paired.text(paired.compare(runs, "p"))
-    assert table.count("**") == 2 and "**top1**, 8 seeds, differences to kd" in table  # no mse, no teacher
+    assert table.count("**") == 4 and "**top1**, 8 seeds, differences to kd" in table  # no teacher
+    assert "**feature/mse**, 8 seeds" in table and "| srw | 1 | 0 | +0 | +0 to +0 | not decided |" in table
     assert "| srw |" in table and "+10.00 | +10.00 to +10.00 | better | 0.500 |" in table
+
+
+def test_a_metric_of_an_unknown_name_is_shown_as_it_is_and_called_higher_or_lower():
+    runs = {"kd": [run(v) for v in BASE], "srw": [run(v) for v in BASE]}
+    for number, several in enumerate(runs.values()):
+        for seed, one in enumerate(several):
+            errors = {"student/chamfer": 0.004 - 0.003 * number + 1e-5 * seed, "student/latency": 3 + number}
+            one.evaluations["p"].update(errors, **{"student/odd": None if seed == 3 else 1.0, "student/only": True})
+    lines = {(line.metric, line.method): line for line in paired.compare(runs, "p")}
+    assert {metric for metric, _ in lines} == {"top1", "feature/mse", "chamfer", "latency"}
+    assert lines["chamfer", "srw"].verdict == "lower" and lines["latency", "srw"].verdict == "higher"
+    assert lines["chamfer", "srw"].difference == pytest.approx(-0.003)
+    assert "| srw | 0.001035 | 2.449e-05 | -0.003 | -0.003 to -0.003 | lower |" in paired.text(list(lines.values()))

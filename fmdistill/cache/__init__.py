@@ -80,9 +80,19 @@ def start(recipe: Recipe, images: Images | None = None) -> Pass:
 
 
 def verify(recipe: Recipe, samples: int = 64) -> dict[str, float]:
-    """Check every checksum, then recompute a sample; return the errors. UserError naming what is damaged."""
+    """Check every checksum, then recompute a sample; return the errors. UserError naming what is damaged.
+
+    If the teacher's file is gone, nothing is recomputed, and {"shards": ...} alone is returned.
+    """
     cache = open_cache(recipe)
     shards = verify_files(cache)
+    log.info("%s: every checksum of the %d shards is right", cache.root, shards)
+    weights = teacher.weights_path(recipe.teacher or {})
+    if weights is not None and not weights.exists():
+        manifest.claim(cache.root, _identity_without_teacher(recipe, cache.images, cache.manifest))
+        cache.head()
+        log.warning("%s: no value was recomputed, since the teacher's file is gone: %s", cache.root, weights)
+        return {"shards": shards}
     model = load_teacher(recipe)
     manifest.claim(cache.root, identity(recipe, cache.images, model))
     if not holds_head(cache.root, model.head()):
@@ -169,11 +179,7 @@ def _finished(recipe: Recipe, images: Images, shards: list[Shard]) -> dict[str, 
     if not (root / manifest.NAME).exists() or not (gone or noted):
         return None
     found = manifest.read(root)
-    wanted = {
-        "teacher": {**found["teacher"], **({} if noted else teacher.asked(settings, found["teacher"]))},
-        "outputs": similarity.outputs(found["outputs"], _settings(recipe).similarity),
-    }
-    manifest.claim(root, {**found, **wanted, **_chosen(recipe, images, found["outputs"])})
+    manifest.claim(root, _identity_without_teacher(recipe, images, found, noted))
     try:
         load_head(found["family"], root)
     except UserError:
@@ -183,6 +189,20 @@ def _finished(recipe: Recipe, images: Images, shards: list[Shard]) -> dict[str, 
     if gone:
         log.info("%s: the teacher's file is gone, and not needed", root)
     return found
+
+
+def _identity_without_teacher(
+    recipe: Recipe, images: Images, found: Mapping[str, Any], noted: bool = False
+) -> dict[str, Any]:
+    """Return the identity that the recipe asks for, with the manifest's where only the teacher's weights would tell.
+
+    If the teacher is `noted`, all that they tell is the manifest's.
+    """
+    asked = {
+        "teacher": {**found["teacher"], **({} if noted else teacher.asked(recipe.teacher or {}, found["teacher"]))},
+        "outputs": similarity.outputs(found["outputs"], _settings(recipe).similarity),
+    }
+    return {**found, **asked, **_chosen(recipe, images, found["outputs"])}
 
 
 def _check_space(root: Path, found: Mapping[str, Any], expected: dict[str, int]) -> None:

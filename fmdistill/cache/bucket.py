@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from fmdistill.cache import seal
 from fmdistill.cache.remote import Remote
 from fmdistill.files import file_hash, sweep, temporary_name, write_whole
 from fmdistill.logs import log
@@ -111,7 +112,10 @@ class Bucket:
         with _locked(self.folder / f".{shard}.lock"):
             if not (tar.exists() and sidecar.exists()):  # another process of this machine has sent it
                 return
-            name = f"{shard}-{json.loads(sidecar.read_text())['sha256'][:16]}"
+            fields = json.loads(sidecar.read_text())
+            if seal.read(tar) != (fields["bytes"], fields["seal"]):  # another writer's; the next run writes it anew
+                return
+            name = f"{shard}-{fields['sha256'][:16]}"
             self._remote.put(tar, f"{name}.tar")
             self._remote.put(sidecar, f"{name}.json")
             os.replace(tar, self.folder / f"{name}.tar")
@@ -159,10 +163,6 @@ def place(settings: Cache) -> Path:
     """Return where the folder of the cache at `settings.root` lies on this machine, there or not; nothing is asked."""
     root = settings.root
     if "://" not in root:
-        if settings.local:
-            raise UserError(
-                f"cache.local={settings.local}: only for a URL, and cache.root={root} is a folder; leave it out"
-            )
         return Path(root)
     home = Path(settings.local or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fmdistill")
     return home / hashlib.sha256(root.rstrip("/").encode()).hexdigest()[:32]
@@ -174,7 +174,7 @@ def local(settings: Cache) -> Path:
     if "://" not in root:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    found = Bucket(root.rstrip("/"), folder, int(settings.local_gb * 1e9))
+    found = Bucket(root.rstrip("/"), folder, settings.local_bytes)
     sweep(folder)  # downloads that died
     write_whole(folder / SETTINGS, json.dumps({"url": found.url, "limit": found.limit}))
     found.pull()

@@ -1,7 +1,6 @@
 """What every teacher computes with: its own device, exact float32, and a hash of its weights."""
 
 import hashlib
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fmdistill.backbones.device import pick_device
+from fmdistill.cache.launcher import local_rank
 
 DType = Literal["auto", "fp32", "bf16"]
 Precision = Literal["fp32", "bf16"]
@@ -18,9 +18,9 @@ Precision = Literal["fp32", "bf16"]
 
 def own_device(name: str) -> torch.device:
     """Return the device called `name`; of several processes that a launcher started, "auto" gives each its own GPU."""
-    device, local = pick_device(name, "teacher.device"), os.environ.get("LOCAL_RANK")
-    if name == "auto" and device.type == "cuda" and local:
-        return torch.device("cuda", int(local) % torch.cuda.device_count())
+    device = pick_device(name, "teacher.device")
+    if name == "auto" and device.type == "cuda" and (rank := local_rank()) is not None:
+        return torch.device("cuda", rank % torch.cuda.device_count())
     return device
 
 

@@ -46,12 +46,14 @@ class CachedImages:
         """Return pixels uint8 (3, S, S), size (h, w), original (H, W), label or -1, key and shard name."""
         reader = self.shards[shard]
         sample = reader.samples[index]
+        label = sample.get("label", NO_LABEL)
         pixels, size = self._kept.get((shard, index), lambda: self._prepare(shard, index))
         return {
             "pixels": pixels,
             "sizes": torch.tensor(size),
             "originals": torch.tensor(sample["original"]),
-            "label": torch.tensor(sample.get("label", NO_LABEL)),
+            "label": torch.tensor(label),
+            "label_values": label,  # once more, since it stays on the CPU
             "keys": sample["key"],
             "shards": reader.name,
         }

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fmdistill.cache import seal
 from fmdistill.cache.codec import CODECS, Codec, by_split, stacked
 from fmdistill.cache.reader import Cache
 from fmdistill.cache.teacher import pads
@@ -18,7 +19,7 @@ from fmdistill.images.source import SPLITS
 from fmdistill.logs import log
 
 COUNTED = 64  # shards of a split whose images are counted; of more shards so many are a sample
-BLOCK, END = 512, 1024  # bytes: a tar's unit, and its end
+BLOCK, END = 512, 1024 + seal.SIZE  # bytes: a tar's unit, and its seal and end
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def estimate_disk(
 
     def tars(some: Sequence[Shard], split: str, codec: Codec, ratio: float) -> float:
         ours = [by_name[s.name] for s in some if s.split == split]
-        return sum(ratio * tar_bytes(codec, small.shapes, images) for images in ours)
+        return sum(END + ratio * (tar_bytes(codec, small.shapes, images) - END) for images in ours)
 
     def chosen(some: Sequence[Shard], split: str) -> float:
         return tars(some, split, codecs[split], ratios[split])
@@ -125,8 +126,8 @@ def _fitting(room: float, parts: Mapping[str, float], images: Mapping[str, float
 def _written(small: Cache, split: str, codec: Codec) -> float:
     """Return the bytes of the handful's tars, relative to what the codec's `size` says."""
     readers = small.shards[split]
-    told = sum(tar_bytes(codec, small.shapes, len(reader.samples)) for reader in readers)
-    return sum(reader.path.stat().st_size for reader in readers) / told if readers else 1.0
+    told = sum(tar_bytes(codec, small.shapes, len(reader.samples)) - END for reader in readers)
+    return sum(reader.path.stat().st_size - END for reader in readers) / told if told else 1.0
 
 
 def _encoded(small: Cache, codec: Codec) -> float | None:
@@ -157,4 +158,4 @@ def _sidecar_bytes(small: Cache, split: str) -> tuple[float, float]:
     texts = [reader.path.with_suffix(".json").read_text() for reader in readers]
     samples = sum(len(json.dumps(json.loads(text)["samples"])) for text in texts)
     images = sum(len(reader.samples) for reader in readers)
-    return (sum(map(len, texts)) - samples) / len(readers), samples / images
+    return (sum(map(len, texts)) - samples) / len(readers), samples / max(1, images)

@@ -68,7 +68,10 @@ def read(root: Path) -> dict[str, Any]:
         raise UserError(f"{root}: no cache here (no {NAME}); make it with `fmdistill cache RECIPE`") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a manifest ({error}); delete the file to have it written anew") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    if not isinstance(manifest, dict):
+        kind = type(manifest).__name__
+        raise UserError(f"{path}: not a manifest (a {kind}); delete the file to have it written anew")
+    if manifest.get("format") != FORMAT:
         raise UserError(
             f"{path}: format {manifest.get('format')!r} is not {FORMAT}; it needs another fmdistill version"
         )

@@ -33,9 +33,14 @@ def prefetched(
 ) -> Iterator[list[T]]:
     """Yield the images in batches, `prepare(index, image)` of each, with `ahead` batches more on their way.
 
-    Threads suffice, since reading, decoding and resizing leave Python's lock to the others.
+    Threads suffice, since reading, decoding and resizing leave Python's lock to the others. With 0 `workers` there is
+    none, and no image is read before its batch is asked for.
     """
     numbered = enumerate(images)
+    if not workers:
+        while batched := [prepare(index, image) for index, image in islice(numbered, batch)]:
+            yield batched
+        return
     waiting: deque[Future[list[Future[T]]]] = deque()
     pool, reader = ThreadPoolExecutor(workers), ThreadPoolExecutor(1)
 
@@ -93,6 +98,8 @@ def advice(share: float, workers: int, cores: int) -> str:
     said = f"the teacher waited for images {share:.0%} of the time"
     if share <= LARGE:
         return said
+    if not workers:
+        return f"{said}: it decodes them itself; set teacher.workers=1 or more to decode beside it"
     if workers < cores:
         return f"{said}: {workers} decode at once on {cores} cores; raise teacher.workers={workers}"
     return f"{said}: teacher.workers={workers} fills the {cores} cores; use smaller images, nearer ones, or more cores"

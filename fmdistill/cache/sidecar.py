@@ -1,8 +1,9 @@
 """The sidecar of a shard: what lies where in its tar, and what the teacher's statistics are; written last.
 
 {"checksum": the sha256's first half of all that follows, "identity": ..., "take": ..., "split": ..., "codec": ...,
-"bytes": of the tar, "sha256": of the tar, "samples": [...], "failed": [...], "statistics": {...}}. What is read is
-checked first, so that no reader meets a missing field, an offset outside the tar, or a size that it could not hold.
+"bytes": of the tar, "sha256": of the tar, "seal": the tar's, "samples": [...], "failed": [...], "statistics": {...}}.
+What is read is checked first, so that no reader meets a missing field, an offset outside the tar, or a size that it
+could not hold.
 """
 
 import hashlib
@@ -11,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fmdistill.cache import seal
 from fmdistill.cache.bucket import behind
 from fmdistill.cache.codec import Codec, known, named
 from fmdistill.images import Shard
@@ -52,26 +54,26 @@ class Finished(NamedTuple):
 def finished(root: Path, shard: Shard, identity: str, codec: Codec) -> Finished | None:
     """Return the finished shard that holds all that `shard` asks for as `codec` stores it; else None.
 
-    None also where the sidecar is another cache's, is of other images, or disagrees with its tar. A shard that has
-    changed its split is not finished: training's may be lossy, validation's is exact.
+    None also where the sidecar is another cache's, is of other images, or is of another tar, by length and seal. A
+    shard that has changed its split is not finished: training's may be lossy, validation's is exact.
     """
     own, there = root / f"{shard.name}.json", behind(root)
     for path in (own, *(there.sidecars(shard.name) if there else [])):
         fields, tar = read(path), path.with_suffix(".tar")
         if fields is None or fields["identity"] != identity or named(fields["codec"]).label != codec.label:
             continue
-        size = _bytes(tar)
-        if size != fields["bytes"] and (size is not None or path == own):  # a bucket's may not be on this machine yet
-            continue
+        sealed = _sealed(tar)
+        if sealed is None and path == own or sealed not in (None, (fields["bytes"], fields["seal"])):
+            continue  # a bucket's tar may not be on this machine yet
         enough = fields["take"] is None or (shard.take is not None and fields["take"] >= shard.take)
         if enough and shard.is_of(_keys(fields)):
             return Finished(tar, fields)
     return None
 
 
-def _bytes(path: Path) -> int | None:
+def _sealed(tar: Path) -> tuple[int, str] | None:
     try:
-        return path.stat().st_size
+        return seal.read(tar)
     except FileNotFoundError:
         return None
 
@@ -117,6 +119,7 @@ SIDECAR: Fields = {
     "codec": lambda value: _text(value) and known(value),
     "bytes": _count,
     "sha256": _text,
+    "seal": _text,
     "samples": _list,
     "failed": _list,
     "statistics": _mappings,

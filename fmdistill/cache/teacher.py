@@ -8,6 +8,7 @@ from typing import Any, NoReturn, Protocol
 import torch
 from torch import Tensor
 
+from fmdistill.backbones.device import pick_device
 from fmdistill.backbones.heads import Head
 from fmdistill.backbones.preprocess import Preprocess
 from fmdistill.cache import class_teacher, clip_teacher, sam_teacher
@@ -51,8 +52,11 @@ UNPADDED = {"open_clip": "tokens", "clip_mini": "tokens", "classifier": "maps"} 
 
 
 def build(settings: Mapping[str, Any]) -> Teacher:
-    """Return the teacher that a recipe names."""
-    return check(settings)()
+    """Return the teacher that a recipe names. UserError, before its weights are read, if it cannot compute here."""
+    bound = check(settings)
+    if settings["name"] in TEACHERS:  # another's `device` may mean anything
+        pick_device(bound.keywords.get("device", "auto"), "teacher.device")
+    return bound()
 
 
 def check(settings: Mapping[str, Any], trim: bool = False, similarity: bool = False) -> functools.partial:
@@ -76,6 +80,12 @@ def check(settings: Mapping[str, Any], trim: bool = False, similarity: bool = Fa
 def family(settings: Mapping[str, Any] | None) -> str | None:
     """Return the family of the teacher that a recipe names; None if there is none, or it is another package's."""
     return FAMILIES.get((settings or {}).get("name", ""))
+
+
+def only_vectors(settings: Mapping[str, Any]) -> bool:
+    """Return whether the teacher that `settings` name is known to make no map, without loading it."""
+    maps = UNPADDED.get(settings.get("name", ""))
+    return maps is not None and not check(settings).keywords.get(maps)
 
 
 def pads(preprocess: Preprocess) -> bool:

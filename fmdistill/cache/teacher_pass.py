@@ -22,6 +22,7 @@ from fmdistill import stop
 from fmdistill.cache import sidecar
 from fmdistill.cache.bucket import behind
 from fmdistill.cache.codec import Codec
+from fmdistill.cache.launcher import processes
 from fmdistill.cache.prefetch import LARGE, Waiting, advice, depth, prefetched
 from fmdistill.cache.teacher import Teacher
 from fmdistill.cache.writer import Prepared, ShardWriter, image_hash
@@ -73,19 +74,15 @@ class Pass:
         if converted := summary(self.conversions, self.seen - before):
             log.info("%s", converted)
         if self.seen:
-            log.info("%s", advice(self.waiting.share, self._workers, os.cpu_count() or 1))
+            log.info("%s", advice(self.waiting.share, self.teacher.workers, os.cpu_count() or 1))
 
     def write(self, shard: Shard, bar: tqdm) -> None:
         """Write one shard; nothing is visible unless it is whole."""
         writer = ShardWriter(self.root, shard, self.identity, self.codecs[shard.split])
         try:
             self._teach(writer, bar)
-            if not writer.samples:
-                raise UserError(
-                    f"{shard.name}: none of its {len(writer.failed)} images gave an output; the first: "
-                    f"{writer.failed[0]['key'] if writer.failed else 'no image'}"
-                    f" ({writer.failed[0]['problem'] if writer.failed else 'the shard is empty'})"
-                )
+            if not writer.samples and not writer.failed:
+                raise UserError(f"{shard.name}: holds no image; remove it from the images, or restore it")
             writer.publish()
             if there := behind(self.root):
                 there.send(shard.name)
@@ -94,14 +91,10 @@ class Pass:
             raise
 
     def _batches(self, shard: Shard) -> Iterator[list[Prepared]]:
-        batch, workers = self.teacher.batch, self._workers
+        batch, workers = self.teacher.batch, self.teacher.workers
         ahead = depth(batch, workers, self.teacher.preprocess.image_size)
         encoded = self.images.read(shard)
         return self.waiting.counted(prefetched(encoded, self._prepare, batch=batch, workers=workers, ahead=ahead))
-
-    @property
-    def _workers(self) -> int:
-        return max(1, self.teacher.workers)
 
     def _prepare(self, index: int, image: Encoded) -> Prepared:
         item = Prepared(index, image.key, image_hash(image.data), image.label)
@@ -201,21 +194,6 @@ class Pass:
 
 def _finite(outputs: dict[str, Tensor]) -> Tensor:
     return torch.stack([x.isfinite().flatten(1).all(1) for x in outputs.values()]).all(0)
-
-
-def processes() -> tuple[int, int]:
-    """Return this process's rank and how many torchrun or `accelerate launch` started; (0, 1) where neither did."""
-    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    try:
-        found = int(rank), int(world)
-    except ValueError:
-        found = 0, 0
-    if found[1] < 1:
-        raise UserError(
-            f"RANK={rank}, WORLD_SIZE={world} in the environment: expected this process's number and how many there "
-            "are, as a launcher sets them; unset both to run one process"
-        )
-    return found
 
 
 def ours_first(shards: Sequence[Shard], rank: int, world: int) -> list[Shard]:

@@ -4,7 +4,7 @@ A shard is NAME.tar, webdataset-compatible with `mtime=0`, and its sidecar NAME.
 checksums, image hashes, sizes, and per-channel statistics. Neither holds a clock or a host. A map (C, g, g) is a
 member of its own, `escape(key)`.OUTPUT.npy; who reads the tar with webdataset gets the key back by
 `fmdistill.images.unescape(__key__)`. Vectors (D,) are the rows of one member OUTPUT.npy (n, D) at the tar's end, in
-the order of the sidecar's samples, whose records point at the rows.
+the order of the sidecar's samples, whose records point at the rows. Its last member is `seal`'s.
 
 How numpy reads a member, or such a stack of rows, by the sidecar's "codec", after `x = np.load(file)`:
 
@@ -28,7 +28,7 @@ import numpy as np
 from isal.isal_zlib import crc32  # zlib's, nine times as fast
 from torch import Tensor
 
-from fmdistill.cache import sidecar
+from fmdistill.cache import seal, sidecar
 from fmdistill.cache.codec import Codec, stacked
 from fmdistill.files import naming, publish, temporary_name, write_temporary
 from fmdistill.images import Shard, escape
@@ -167,6 +167,8 @@ class ShardWriter:
     def publish(self) -> None:
         """Finish the tar, publish it first-wins and its sidecar last."""
         self._stack()
+        sealed = self.digest.hexdigest()
+        self._member(seal.NAME, sealed.encode())
         self._write(b"\0" * (2 * BLOCK))
         with naming(self.path):
             self.file.flush()
@@ -179,6 +181,7 @@ class ShardWriter:
             "codec": self.codec.label,
             "bytes": self.temporary.stat().st_size,
             "sha256": self.digest.hexdigest(),
+            "seal": sealed,
             "samples": self.samples,
             "failed": self.failed,
             "statistics": self.statistics.to_json(),
@@ -198,7 +201,8 @@ class ShardWriter:
                 self.temporary.unlink()
             else:
                 # The tar there is a dead writer's, a shorter cut, or another split's. Whoever replaces a tar replaces
-                # its sidecar too, so that two racing writers leave a pair that agrees.
+                # its sidecar too. Where two do so at once, or one dies between the two, the seal tells, and the next
+                # run writes the shard anew.
                 os.replace(self.temporary, self.path)
                 os.replace(described, beside)
         finally:

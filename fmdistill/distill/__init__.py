@@ -7,7 +7,9 @@ from itertools import accumulate
 from pathlib import Path
 
 from fmdistill import recipe as recipes
+from fmdistill.backbones.device import pick_device
 from fmdistill.cache import teacher
+from fmdistill.cache.launcher import check_training
 from fmdistill.distill import checkpoint, tasks
 from fmdistill.distill.student import WEIGHTS, load_student
 from fmdistill.distill.train import Engine, fit, validator
@@ -15,7 +17,7 @@ from fmdistill.logs import log
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError
 
-__all__ = ["check_run", "load_student", "run"]
+__all__ = ["check_machine", "check_run", "load_student", "run"]
 
 # Beside the fields that the recipe marks: settings of a component, whose values the cache holds, or every image's hash.
 FREE = {f"teacher.{key}" for key in ("weights", "device", "batch", "workers")}
@@ -24,6 +26,7 @@ FREE = {f"teacher.{key}" for key in ("weights", "device", "batch", "workers")}
 def run(recipe: Recipe, resume: bool = True) -> Path:
     """Train the recipe's student; return the run's directory. With `resume`, a finished run is left as it is."""
     out = Path(recipe.out)
+    check_machine(recipe)  # before the run's folder holds a recipe that cannot be trained
     _claim(recipe, out, resume)
     if (out / WEIGHTS).is_file():
         log.info("%s: trained already", out)
@@ -37,6 +40,13 @@ def run(recipe: Recipe, resume: bool = True) -> Path:
         checkpoint.save_state(job.student.state_dict(), out / WEIGHTS)
     engine.accelerator.wait_for_everyone()
     return out
+
+
+def check_machine(recipe: Recipe) -> None:
+    """Raise a UserError if the run is to be trained and the device or the launcher's variables do not allow it."""
+    if not (Path(recipe.out) / WEIGHTS).is_file():
+        check_training()
+        pick_device(recipe.train.device, "train.device")
 
 
 def _claim(recipe: Recipe, out: Path, resume: bool) -> None:

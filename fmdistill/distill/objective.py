@@ -127,6 +127,8 @@ class Objective(nn.Module):
     ) -> None:
         super().__init__()
         terms = check(settings).items()
+        for name, one in terms:
+            _check_padding(one, f"objective.{name}", _shapes(one.output, shapes or {}))
         self.terms = nn.ModuleDict({name: Term(one, f"objective.{name}", shapes or {}, priors) for name, one in terms})
 
     def forward(self, seen: Seen) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -162,6 +164,21 @@ def check_trimmed(settings: Mapping[str, Mapping[str, Any]]) -> None:
                 f"objective.{name}.padding=include: a cache with cache.trim=true keeps no padded patch to compare; "
                 f"set objective.{name}.padding=exclude, or cache.trim=false"
             )
+
+
+def check_vectors(settings: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise a UserError for a term that excludes padding, of a teacher whose outputs are all vectors."""
+    for name, term in check(settings).items():
+        _check_padding(term, f"objective.{name}", {"student": (1,), "teacher": (1,)})
+
+
+def _check_padding(term: TermSettings, where: str, shapes: Mapping[str, Any]) -> None:
+    known = [shape for shape in (shapes["student"], shapes["teacher"]) if shape is not None]
+    if term.padding == "exclude" and known and all(len(shape) == 1 for shape in known):
+        raise UserError(
+            f"{where}.padding=exclude: ignored, since output={term.output} is one vector per image, which has no "
+            f"padded patches; leave `padding` out"
+        )
 
 
 def needs_priors(settings: Mapping[str, Mapping[str, Any]]) -> bool:

@@ -69,6 +69,15 @@ def crop_box(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
+def check_memory(augment: Augment, memory: float) -> None:
+    """Raise a UserError if `memory`, GB of prepared images, would be kept for nothing."""
+    if augment.resized_crop and memory > 0:
+        raise UserError(
+            f"train.image_memory={memory}: with task.resized_crop each epoch cuts its images anew from those that are "
+            f"stored, so there is nothing to keep; set it to 0"
+        )
+
+
 @dataclass(frozen=True)
 class PlainImages(SplitImages):
     """One split of a source's images with their labels, augmented from (seed, epoch, key)."""
@@ -78,11 +87,7 @@ class PlainImages(SplitImages):
     augment: Augment = Augment()
 
     def __post_init__(self) -> None:
-        if self.augment.resized_crop and self.memory > 0:
-            raise UserError(
-                f"train.image_memory={self.memory}: with task.resized_crop each epoch cuts its images anew from those "
-                f"that are stored, so there is nothing to keep; set it to 0"
-            )
+        check_memory(self.augment, self.memory)
 
     def prepare(self, name: str, encoded: Encoded) -> Prepared:
         """Return the image with its label beside it."""
@@ -99,10 +104,12 @@ class PlainImages(SplitImages):
         else:
             key, pixels, size, label, _ = self.prepared(shard, index)
             pixels = self.augment(pixels, self._rng(epoch, key)) if self.augment else pixels
+        label = NO_LABEL if label is None else label
         return {
             "pixels": pixels,
             "sizes": torch.tensor(size),
-            "label": torch.tensor(NO_LABEL if label is None else label),
+            "label": torch.tensor(label),
+            "label_values": label,  # once more, since it stays on the CPU
             "keys": key,
             "outputs": {},
         }

@@ -13,7 +13,7 @@ from fmdistill.cache import open_cache, teacher
 from fmdistill.cache.dataset import CachedImages, StoredImages, decoded
 from fmdistill.distill.data import Data
 from fmdistill.distill.objective import check_trimmed
-from fmdistill.distill.plain import Augment, PlainImages
+from fmdistill.distill.plain import Augment, PlainImages, check_memory
 from fmdistill.distill.rectifiers import Priors
 from fmdistill.distill.train import Complete
 from fmdistill.images import build as build_images
@@ -49,12 +49,8 @@ def build(recipe: Recipe, own: Preprocess | None = None, augment: Augment | None
         if own is None:
             raise UserError(f"task.name={recipe.task['name']}: learns from a teacher; the recipe needs one")
         return _plain(recipe, own, {}, augment or Augment(), None, "no teacher")
+    check(recipe, augment or Augment())
     if not teacher.is_live(recipe.teacher):
-        if augment:
-            raise UserError(
-                "task.crop, .flip, .resized_crop: a cached teacher saw the images as they are; add teacher.live=true, "
-                "so that it sees what the student sees, or leave the augmentation out"
-            )
         return _cached(recipe)
     with torch.random.fork_rng(devices=[]):  # so that one seed gives the student that a cached teacher's run gives
         model = teacher.build(recipe.teacher)
@@ -69,12 +65,27 @@ def build(recipe: Recipe, own: Preprocess | None = None, augment: Augment | None
     return _plain(recipe, model.preprocess, shapes, augment or Augment(), complete, "the live teacher")
 
 
+def check(recipe: Recipe, augment: Augment) -> None:
+    """Raise a UserError if the recipe's teacher or `train.image_memory` contradicts `augment`."""
+    if augment and recipe.teacher is not None and not teacher.is_live(recipe.teacher):
+        raise UserError(
+            "task.crop, .flip, .resized_crop: a cached teacher saw the images as they are; add teacher.live=true and "
+            "cache=null, so that it sees what the student sees, or leave the augmentation out"
+        )
+    check_memory(augment, recipe.train.image_memory)
+
+
 def priors(provider: Provider, classes: int) -> Priors:
     """Return how often each class occurs among the training images. UserError where one has no label among them."""
     label_N = provider.labels()
-    if (label_N < 0).any() or (label_N >= classes).any():
+    outside = np.flatnonzero((label_N < 0) | (label_N >= classes))
+    if len(outside):
+        shard = int(np.searchsorted(np.cumsum(provider.train.counts), outside[0], side="right"))
+        key = provider.train.item(0, shard, int(outside[0] - sum(provider.train.counts[:shard])))["keys"]
+        label = int(label_N[outside[0]])
         raise UserError(
-            f"rectify: goes by the classes' frequencies, so each training image needs a label from 0 to {classes - 1}"
+            f"rectify: goes by the classes' frequencies, so each training image needs a label from 0 to {classes - 1}; "
+            f"'{key}' has {'none' if label < 0 else label}"
         )
     counts_K = torch.from_numpy(np.bincount(label_N, minlength=classes))
 
@@ -119,8 +130,7 @@ def _plain(
     )
 
     def labels() -> np.ndarray:
-        places = [(shard, index) for shard, count in enumerate(train.counts) for index in range(count)]
-        found = [train.encoded(*place)[1].label for place in places]
+        found = [label for shard in train.shards for label in images.labels(shard)]
         return np.array([-1 if label is None else label for label in found])
 
     def rows(output: str) -> np.ndarray:

@@ -16,9 +16,10 @@ class Seen:
 
     `valid` is (B, N) bool for maps of N patches: true where a patch holds any real pixel; None where no output is a
     map, or none is padded. `output` is the output that the asking term compares. `whole` holds the teachers' vectors
-    (G, D) of the whole optimizer step's G images, over processes and accumulation. `label` is (B,) int64, None where
-    the images carry none; `keys` are the images' keys; `epoch` is how many epochs are done, with its fraction, None
-    outside of training.
+    (G, D) of the whole optimizer step's G images, over processes and accumulation. `label` is (B,) int64, -1 for
+    an image without one, None if none has one; `label_values` are the same on the CPU, so that looking at them makes no
+    GPU wait; `keys` are the images' keys; `epoch` is how many epochs are done, with its fraction, None outside of
+    training.
     """
 
     outputs: Mapping[str, Tensor]
@@ -28,6 +29,12 @@ class Seen:
     label: Tensor | None = None
     keys: Sequence[str] = ()
     epoch: float | None = None
+    label_values: Sequence[int] = ()
+
+    @property
+    def labelled(self) -> int:
+        """How many images have a label."""
+        return sum(value >= 0 for value in self.label_values)
 
     def focus(self, output: str, padding: str) -> "Seen":
         """Return the view of one term: its output, and with padding "include" every patch valid."""
@@ -54,11 +61,23 @@ class Seen:
         return self.outputs[self._teacher_name(output)]
 
     def labels(self, asking: str) -> Tensor:
-        """Return the images' labels (B,) int64. UserError that names who is `asking` where they carry none."""
-        if self.label is None:
+        """Return the images' labels (B,) int64. UserError that names who is `asking` and an image without a label.
+
+        Also for a label that is not one of the student's classes.
+        """
+        if self.label is None or self.labelled < len(self.label_values):
+            without = [key for key, value in zip(self.keys, self.label_values, strict=False) if value < 0]
+            image = f"image '{without[0]}' carries" if without else "these images carry"
             raise UserError(
-                f"{asking}: learns from labels, and these images carry none; use a source that has them, such as "
-                f"image_classes, cifar100 or digits"
+                f"{asking}: learns from labels, and {image} none; use a source that gives each image one, such as "
+                f"image_classes, cifar100 or digits, or leave this image out"
+            )
+        logits = self.outputs.get("student.logits")
+        if logits is not None and max(self.label_values, default=0) >= logits.shape[1]:
+            key, value = max(zip(self.keys, self.label_values, strict=True), key=lambda pair: pair[1])
+            raise UserError(
+                f"{asking}: image '{key}' has the label {value}, and the student makes logits of {logits.shape[1]} "
+                f"classes, from 0 to {logits.shape[1] - 1}; choose a student of the images' classes"
             )
         return self.label
 

@@ -34,6 +34,8 @@ from fmdistill.images.source import SPLITS
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError, bind
 
+CIFAR = "cifar100"  # statistics of the pixels, unless a recipe names others
+
 
 @dataclass(frozen=True)
 class Job:
@@ -59,13 +61,14 @@ class Distill(nn.Module):
         """Return {"loss", each named term, each term's statistics} for a batch of images and teacher outputs.
 
         batch["whole"] holds the teacher's vectors of the whole optimizer step; without it the batch is the whole.
-        Where there are logits and labels, "accuracy" is the share of the images whose label has the highest logit.
+        With logits and labels, "accuracy" is the share of the labelled images whose label has the highest logit.
         """
         seen = self.see(batch)
         with torch.autocast(batch["pixels"].device.type, enabled=False):
             losses, statistics = self.objective(seen)
             if seen.label is not None and "student.logits" in seen.outputs:
-                statistics["accuracy"] = (seen.student("logits").argmax(1) == seen.label).float().mean()
+                right_B = seen.student("logits").argmax(1) == seen.label  # never without a label, which is -1
+                statistics["accuracy"] = right_B.float().sum() / seen.labelled
             return {"loss": torch.stack(list(losses.values())).sum(), **losses, **statistics}
 
     def see(self, batch: dict[str, Any]) -> Seen:
@@ -74,12 +77,14 @@ class Distill(nn.Module):
         image_BCHW = self.preprocess.normalize(pixels, sizes).contiguous(memory_format=torch.channels_last)
         outputs = self.student(image_BCHW)
         named = {**{f"student.{name}": value for name, value in outputs.items()}, **batch["outputs"]}
-        label = batch.get("label")
-        label = None if label is None or bool((label < 0).any()) else label
+        label, values = batch.get("label"), batch.get("label_values", ())
+        if label is not None and "label_values" not in batch:  # data of another kind; on a GPU this waits
+            values = label.tolist()
+        label = label if any(value >= 0 for value in values) else None
         maps = any(output.dim() > 2 for output in batch["outputs"].values())
         valid = self.preprocess.valid(sizes).flatten(1) if maps else None
         whole = batch.get("whole") or vectors(batch)
-        return Seen(named, valid, "", whole, label, batch["keys"], batch.get("epoch"))
+        return Seen(named, valid, "", whole, label, batch["keys"], batch.get("epoch"), values)
 
 
 def distill(recipe: Recipe) -> Job:
@@ -90,25 +95,38 @@ def distill(recipe: Recipe) -> Job:
 
 
 def classify(
-    recipe: Recipe, statistics: str = "cifar100", crop: int = 0, flip: bool = False, resized_crop: bool = False
+    recipe: Recipe,
+    statistics: str | None = None,
+    crop: int = 0,
+    flip: bool = False,
+    resized_crop: bool = False,
 ) -> Job:
     """Train a classifier by labels, by a teacher's outputs, or both, as the objective's terms say.
 
-    `statistics` names the mean and deviation of the pixels where no teacher decides them. Anew for each epoch, `crop`
-    shifts an image by at most so many pixels each way, `resized_crop` (ImageNet's augmentation) cuts out a part of any
-    size, and `flip` mirrors every other image.
+    `statistics` names the mean and deviation of the pixels ("cifar100" if not given); a teacher's must agree. Anew for
+    each epoch, `crop` shifts an image by at most so many pixels each way, `resized_crop` (ImageNet's augmentation) cuts
+    out a part of any size, and `flip` mirrors every other image.
     """
     student = students.build(recipe.student)
     if not isinstance(student, Classifier):
         raise UserError(f"student.name={recipe.student['name']}: task classify trains a classifier, such as resnet20")
-    own = ClassPreprocess.of(student.image_size, statistics)
+    own = ClassPreprocess.of(student.image_size, statistics or CIFAR)
     provider = providers.build(recipe, own, Augment(crop, flip, resized_crop))
     if provider.preprocess.image_size != student.image_size:
         raise UserError(
             f"student.name={recipe.student['name']}: sees {student.image_size} px, its teacher "
             f"{provider.preprocess.image_size} px; choose a student of the teacher's size"
         )
+    if statistics is not None and _statistics(provider.preprocess) != _statistics(own):
+        raise UserError(
+            f"task.statistics={statistics}: the teacher's preprocessing has another mean and deviation, and decides; "
+            f"leave task.statistics out, or set it to null"
+        )
     return _job(recipe, provider, student)
+
+
+def _statistics(preprocess: Preprocess) -> Any:
+    return getattr(preprocess, "mean", None), getattr(preprocess, "std", None)
 
 
 def _job(recipe: Recipe, provider: Provider, student: nn.Module) -> Job:
@@ -190,6 +208,30 @@ TASKS: dict[str, Callable[..., Job]] = {
     "promptable": promptable,
     "contrastive": contrastive,
 }
+
+
+def check(recipe: Recipe) -> None:
+    """Bind the task's settings and raise a UserError for what it would ignore, without touching data."""
+    task = bind(recipe.task, TASKS, "task", context=("recipe",))
+    if task.func in (promptable, contrastive):
+        for part in ("teacher", "cache", "objective"):
+            if getattr(recipe, part):
+                raise UserError(
+                    f"{part}: task {recipe.task['name']} ignores it, since it learns from the images alone, by losses "
+                    f"of its own; leave `{part}` out (as a setting, {part}=null)"
+                )
+    if task.func is classify:
+        given = task.keywords
+        augment = Augment(given.get("crop", 0), given.get("flip", False), given.get("resized_crop", False))
+        providers.check(recipe, augment)
+        statistics, teacher = given.get("statistics"), recipe.teacher or {}
+        if statistics is not None and teacher.get("name") == "classifier":
+            decided = teacher.get("statistics", CIFAR)
+            if statistics != decided:
+                raise UserError(
+                    f"task.statistics={statistics}: ignored, since the teacher's preprocessing decides, and "
+                    f"teacher.statistics={decided}; leave task.statistics out, or set both alike"
+                )
 
 
 def build(recipe: Recipe) -> Job:

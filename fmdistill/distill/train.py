@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fmdistill import stop
 from fmdistill.backbones.device import pick_device
+from fmdistill.cache.launcher import check_training, processes
 from fmdistill.cache.order import Batches
 from fmdistill.distill import checkpoint
 from fmdistill.distill.data import Data, every, to_device
@@ -39,12 +40,30 @@ class Engine:
     accelerator: Accelerator = field(init=False)
 
     def __post_init__(self) -> None:
+        check_training()
         device = pick_device(self.settings.device, "train.device")
-        if device.index is not None:
-            torch.cuda.set_device(device)
-        # Autocast is the recipe's, whatever `accelerate config` was told on this machine.
-        self.accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
+        if device.index is not None and device.type != "mps":  # of which there is one
+            torch.get_device_module(device).set_device(device)
+        try:  # autocast is the recipe's, whatever `accelerate config` was told on this machine
+            self.accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
+        except ValueError as error:  # another run of this process trained on another device
+            raise UserError(f"train.device={self.settings.device}: {error}") from None
+        self._check_device(device)
         check_share(self.settings, self.accelerator.num_processes)
+
+    def _check_device(self, device: torch.device) -> None:
+        """Raise a UserError unless accelerate, which picks device and processes by itself, picked those meant."""
+        picked, (_, world) = self.accelerator.device, processes()
+        if picked.type != device.type and self.settings.device != "auto":
+            raise UserError(
+                f"train.device={self.settings.device}: accelerate trains on {picked.type} in this process; unset "
+                f"ACCELERATE_USE_CPU and ACCELERATE_TORCH_DEVICE, or set train.device={picked.type}"
+            )
+        if self.accelerator.num_processes != world:
+            raise UserError(
+                f"train.device={self.settings.device}: {world} processes were started, and accelerate joins none on "
+                f"{picked.type}; start one process, or train on cuda or cpu"
+            )
 
     @property
     def micro_batch(self) -> int:
@@ -71,10 +90,12 @@ class Engine:
             raise stop.Stopped(stop.requested() or signal.SIGTERM)
 
     def mean(self, values: dict[str, Tensor]) -> dict[str, float]:
-        """Return the values' means over the processes."""
-        names = sorted(values)
-        stacked = torch.stack([values[name].detach().float() for name in names])
-        return dict(zip(names, self.accelerator.reduce(stacked, "mean").tolist(), strict=True))  # type: ignore[union-attr]
+        """Return the values' means over the processes, each over those that have it: not all may have seen a label."""
+        names, device = sorted({name for own in gather_object([list(values)]) for name in own}), self.accelerator.device
+        own = [values[name].detach().float() if name in values else torch.zeros((), device=device) for name in names]
+        counts = torch.tensor([float(name in values) for name in names], device=device)
+        sums, counts = self.accelerator.reduce(torch.stack([torch.stack(own), counts]), "sum")
+        return dict(zip(names, (sums / counts).tolist(), strict=True))
 
 
 def fit(

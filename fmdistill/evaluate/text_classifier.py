@@ -63,7 +63,7 @@ def check_classes(images: Images, classnames: str, count: int) -> None:
         return
     folders, root = images.source.classes, images.source.root
     if images.source.numbered:  # of which some may be missing
-        beyond = next((name for name in folders if images.source.labels[name] >= count), None)
+        beyond = next((name for name in folders if images.source.label_of[name] >= count), None)
         if beyond is not None:
             raise UserError(
                 f"images.root={root}: class folder '{beyond}' is a label, but classnames={classnames} has {count} "

@@ -22,7 +22,7 @@ from fmdistill.images.tar import Tar
 from fmdistill.registry import UserError, bind, convert, typed
 
 __all__ = ["SOURCES", "DecodeError", "Decoding", "Encoded", "Images", "Picture", "Shard", "Source"]
-__all__ += ["build", "captions", "check", "decode", "escape", "unescape"]
+__all__ += ["build", "captions", "check", "decode", "escape", "labels", "unescape"]
 
 SOURCES = {
     "folder": Folder,
@@ -97,6 +97,10 @@ class Images:
         """Return what determines keys, labels and pixels."""
         return {**self.source.identity(), "decoding": self.decoding.identity()}
 
+    def labels(self, shard: Shard) -> list[int | None]:
+        """Return the labels of the shard's images, in order."""
+        return labels(self.source, shard.name)[: shard.take]
+
     def _keys(self, shard: str) -> Sequence[str] | None:
         listed = getattr(self.source, "listed", None)  # only some have it
         return listed(shard) if listed else None
@@ -123,6 +127,12 @@ def _shares(held: Mapping[str, int], limit: int) -> dict[str, int]:
         even = -(-(limit - sum(shares.values())) // (len(held) - len(shares)))
         shares[group] = min(held[group], even)
     return shares
+
+
+def labels(source: Source, shard: str) -> list[int | None]:
+    """Return the labels of the shard's images, which are read if the source does not know them otherwise."""
+    known = getattr(source, "labels", None)  # only some have it
+    return list(known(shard)) if known else [image.label for image in source.read(shard)]
 
 
 def check(settings: Mapping[str, Any]) -> None:

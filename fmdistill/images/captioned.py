@@ -76,6 +76,11 @@ class Captioned(Generated):
         label = class_names().index(shown.name)
         return Encoded(self.key(split, index), png(PIL.Image.fromarray(pixels)), label, {"txt": text.encode()})
 
+    def labels(self, shard: str) -> list[int | None]:
+        """Return the labels of the shard's images, in the order of the keys, without drawing them."""
+        split, indices = self._indices(shard)
+        return [class_names().index(self.attributes(split, index).name) for index in indices]
+
     def _attributes(self, rng: np.random.Generator, split: str, index: int) -> Attributes:
         if split == "train":
             names = self._tailed(rng)

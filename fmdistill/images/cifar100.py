@@ -54,6 +54,12 @@ class Cifar100(Generated):
         pixels, labels = self._held(split)
         return Encoded(self.key(split, index), png(PIL.Image.fromarray(pixels[index])), labels[index])
 
+    def labels(self, shard: str) -> list[int | None]:
+        """Return the labels of the shard's images, in the order of the keys."""
+        split, indices = self._indices(shard)
+        held = self._held(split)[1]
+        return [held[index] for index in indices]
+
     def _held(self, split: str) -> tuple[np.ndarray, list[int]]:
         return _load(self.root, split == "train", self.download)
 

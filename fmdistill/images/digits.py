@@ -64,6 +64,11 @@ class Digits:
             raise KeyError(key)
         return _encode(key)
 
+    def labels(self, shard: str) -> list[int | None]:
+        """Return the labels of the shard's images, in the order of the keys."""
+        split, indices = shard_range(shard, *self._totals, self.shard_size)
+        return [int(_load()[1][self._split[split][i]]) for i in indices]
+
     def identity(self) -> dict:
         """Return all settings, and how grey levels are made."""
         return {"name": "digits", **asdict(self), "levels": "0 to 16 as 0 to 255, rounded"}

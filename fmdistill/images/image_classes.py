@@ -40,10 +40,10 @@ class ImageClasses:
     @property
     def classes(self) -> list[str]:
         """The class folders' names by label. UserError if there are none, or labels cannot be told from them."""
-        return sorted(self.labels, key=self.labels.__getitem__)
+        return sorted(self.label_of, key=self.label_of.__getitem__)
 
     @cached_property
-    def labels(self) -> dict[str, int]:
+    def label_of(self) -> dict[str, int]:
         """The label of each class folder of `root` and `validation_root`. UserError as `classes` raises."""
         labels = _labels(self.root, "images.root")
         if self.validation_root is None:
@@ -66,11 +66,11 @@ class ImageClasses:
     @property
     def numbered(self) -> bool:
         """Whether the folders' names are the labels."""
-        return _are_numbers(self.labels)
+        return _are_numbers(self.label_of)
 
     def shards(self) -> dict[str, list[str]]:
         """Return the names "validation-<first bits of the hash>", and "train-..." with a `validation_root`."""
-        _ = self.labels
+        _ = self.label_of
         listed = self._folder.shards()
         if self.validation_root is None:
             listed = {"train": [], "validation": [_swapped(name) for name in listed["train"]]}
@@ -119,7 +119,11 @@ class ImageClasses:
         return _swapped(shard) if self.validation_root is None else shard
 
     def _labelled(self, encoded: Encoded) -> Encoded:
-        return replace(encoded, label=self.labels[encoded.key.partition("/")[0]])
+        return replace(encoded, label=self.label_of[encoded.key.partition("/")[0]])
+
+    def labels(self, shard: str) -> list[int | None]:
+        """Return the labels of the shard's images, in the order of the keys, without reading them."""
+        return [self.label_of[key.partition("/")[0]] for key in self.keys(shard)]
 
 
 def _swapped(shard: str) -> str:

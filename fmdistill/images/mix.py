@@ -48,6 +48,12 @@ class Mix:
         listed = getattr(source, "listed", None)
         return listed(name) if listed else None
 
+    def labels(self, shard: str) -> list[int | None]:
+        """Return the labels of the shard's images, in the order of the keys."""
+        from fmdistill.images import labels
+
+        return labels(*self._find(shard))
+
     def read(self, shard: str) -> Iterator[Encoded]:
         """Yield the shard's images in their order."""
         source, name = self._find(shard)

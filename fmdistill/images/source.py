@@ -28,7 +28,8 @@ class Encoded:
 class Source(Protocol):
     """Lists shards and reads one. Shard names and keys never depend on the order in which a file system lists files.
 
-    A source whose shard may come to hold other images under its name has `listed(shard)`, its keys now.
+    A source whose shard may come to hold other images under its name has `listed(shard)`, its keys now. One that knows
+    labels without reading images has `labels(shard)`, a label or None for each of the keys.
     """
 
     def shards(self) -> dict[str, list[str]]:

@@ -147,6 +147,18 @@ class Tar:
                 listed[split][name] = place
         return listed
 
+    def labels(self, shard: str) -> list[int | None]:
+        """Return the labels of the shard's images, in the order of the keys, reading their columns alone."""
+        labels: list[int | None] = []
+        with self._at(shard).open() as file:
+            for key, members in self._index(shard).images.items():
+                column = _only(members, self.columns.label)
+                offset, size = members[column] if column is not None else (0, 0)
+                file.seek(offset)
+                where = f"{self._at(shard)}: '{key}.{column}'"
+                labels.append(None if column is None else _number(file.read(size), where))
+        return labels
+
 
 @dataclass(frozen=True)
 class Place:
@@ -174,7 +186,7 @@ class Place:
         return file
 
 
-def _only(columns: Mapping[str, bytes], name: str | None) -> str | None:
+def _only(columns: Mapping[str, Any], name: str | None) -> str | None:
     chosen = [] if name is None else matching(columns, name)
     return chosen[0] if len(chosen) == 1 else None
 

@@ -8,12 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from fmdistill import cache, distill, evaluate, images, recipe, report, stop
+from fmdistill.backbones.device import pick_device
 from fmdistill.cache import executors, teacher
+from fmdistill.cache.launcher import processes
 from fmdistill.cache.order import Batches
-from fmdistill.cache.teacher_pass import processes
-from fmdistill.distill import objective, student
+from fmdistill.distill import objective, student, tasks
 from fmdistill.distill.optim import OPTIMIZERS, SCHEDULES
-from fmdistill.distill.tasks import TASKS
 from fmdistill.distill.train import check_share, too_few_images, total_steps
 from fmdistill.evaluate import teacher_score
 from fmdistill.files import check_folder, write_whole
@@ -36,6 +36,11 @@ def check(settings: Recipe) -> None:
     live = teacher.is_live(settings.teacher)
     if (settings.teacher is None) != (settings.cache is None) and not live:
         raise UserError("teacher and cache: a recipe has both or neither; teacher.live=true needs no cache")
+    if live and settings.cache is not None:
+        raise UserError(
+            "cache: ignored, since teacher.live=true caches nothing; leave it out (as a setting, cache=null)"
+        )
+    tasks.check(settings)
     trimmed = settings.cache is not None and settings.cache.trim
     if settings.teacher is not None:
         teacher.check(settings.teacher, trimmed, settings.cache is not None and settings.cache.similarity)
@@ -43,8 +48,9 @@ def check(settings: Recipe) -> None:
         executors.check(settings.cache.executor)
     if settings.objective or settings.teacher is not None:
         (objective.check_trimmed if trimmed else objective.check)(settings.objective)
+    if settings.teacher is not None and teacher.only_vectors(settings.teacher):
+        objective.check_vectors(settings.objective)
     student.check(settings.student)
-    bind(settings.task, TASKS, "task", context=("recipe",))
     bind(settings.optimizer, OPTIMIZERS, "optimizer", context=("model",))
     schedule = bind(settings.schedule, SCHEDULES, "schedule")()
     check_share(settings.train, processes=1)
@@ -54,9 +60,17 @@ def check(settings: Recipe) -> None:
         evaluate.check(evaluate.load(protocol), settings)
 
 
+def check_machine(settings: Recipe) -> None:
+    """Raise a UserError unless this machine can train and judge as the recipe says, before anything is spent."""
+    distill.check_machine(settings)
+    for path in settings.protocols:
+        pick_device(str(getattr(evaluate.load(path).settings, "device", "auto")), f"{path}: device")
+
+
 def check_before(settings: Recipe) -> None:
     """Check a recipe as `check` does, and all that its images, their labels and its folder tell before work begins."""
     check(settings)
+    check_machine(settings)
     check_share(settings.train, processes()[1])
     check_folder(settings.out, "the run")
     _check_amount(settings)

@@ -16,7 +16,7 @@ from fmdistill.backbones.throughput import flops, matmul_flops
 from fmdistill.cache import teacher
 from fmdistill.cache.bucket import place
 from fmdistill.cache.codec import CODECS
-from fmdistill.cache.compute import full_precision, own_dtype
+from fmdistill.cache.compute import full_precision
 from fmdistill.cache.teacher import Teacher
 from fmdistill.files import check_folder, write_whole
 from fmdistill.images import DecodeError, Encoded, Images
@@ -89,7 +89,7 @@ def run(recipe: Recipe, settings: Settings) -> dict[str, Any]:
     found = {
         "teacher": {"name": chosen["name"], "weights": settings.weights},
         "device": device_name(str(chosen.get("device", "auto")), "teacher.device"),
-        "dtype": own_dtype(chosen.get("dtype", "auto"), _device(chosen)),
+        "dtype": _dtype(model),
         "torch": torch.__version__,
         "images": len(few.pictures),
         "rounds": settings.rounds,
@@ -118,6 +118,11 @@ def text(found: dict[str, Any]) -> str:
 
 def _device(settings: Any) -> torch.device:
     return pick_device(str(settings.get("device", "auto")), "teacher.device")
+
+
+def _dtype(model: Teacher) -> str:
+    """Return the precision that the teacher itself computes in, whatever the settings leave to it."""
+    return str(model.fingerprint().get("dtype", "fp32"))
 
 
 def _handful(images: Images, count: int) -> list[tuple[Encoded, Image.Image]]:
@@ -153,7 +158,7 @@ def _decoding(images: Images, few: Handful, model: Teacher, plain: Rival | None,
 def _teaching(recipe: Recipe, few: Handful, model: Teacher, plain: Rival | None, settings: Settings) -> list[Row]:
     assert recipe.teacher is not None
     device = _device(recipe.teacher)
-    dtype = own_dtype(recipe.teacher.get("dtype", "auto"), device)
+    dtype = _dtype(model)
 
     def ours() -> None:
         for start in range(0, len(few.pictures), model.batch):
@@ -172,7 +177,9 @@ def _teaching(recipe: Recipe, few: Handful, model: Teacher, plain: Rival | None,
     found = rates(works, device, settings.rounds, len(few.pictures))
     mine = found.pop("ours")
     with full_precision():
-        best = matmul_flops(device, TORCH[dtype], 1.0 if device.type != "cpu" else 0.3 * settings.rounds)
+        best = matmul_flops(
+            device, TORCH.get(dtype, torch.float32), 1.0 if device.type != "cpu" else 0.3 * settings.rounds
+        )
     rows = [Row("teacher, resize included", mine, "images/s", name, rate) for name, rate in found.items()]
     rows = rows or [Row("teacher, resize included", mine, "images/s")]
     whose = f"{counted / 1e9:.4g} GFLOP an image of {'the plain network' if plain else 'its own'}"

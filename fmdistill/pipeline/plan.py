@@ -223,13 +223,13 @@ def _lacking_lines(disk: Disk) -> list[str]:
 def _window_lines(plan: Plan, disk: Disk) -> list[str]:
     """Return a warning where training draws from more shards at once than a bucket's copies here may take."""
     assert plan.recipe.cache is not None
-    window, allowed = plan.recipe.train.window, plan.recipe.cache.local_gb
+    window, allowed = plan.recipe.train.window, plan.recipe.cache.local_bytes
     taken = sum(sorted(size for split, _, size in disk.held if split == "train")[-window:])
-    if taken <= allowed * 1e9:
+    if taken <= allowed:
         return []
     enough = float(f"{1.1 * taken / 1e9:.2g}")
     return [
-        f"TOO LITTLE    train.window={window} shards take {_bytes(taken)}, more than cache.local_gb={allowed:g}: "
+        f"TOO LITTLE    train.window={window} shards take {_bytes(taken)}, more than cache.local_gb={allowed / 1e9:g}: "
         f"training would fetch them again and again. The way out: cache.local_gb={enough:g}, or a smaller train.window"
     ]
 
@@ -247,4 +247,7 @@ def _time(hours: float) -> str:
 
 
 def _bytes(count: float) -> str:
-    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if float(f"{count:.3g}") >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.3g} bytes"

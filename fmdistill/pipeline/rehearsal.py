@@ -14,8 +14,9 @@ from fmdistill import cache
 from fmdistill.backbones.device import pick_device
 from fmdistill.cache import manifest
 from fmdistill.cache.codec import by_split
+from fmdistill.cache.launcher import processes
 from fmdistill.cache.teacher import Teacher
-from fmdistill.cache.teacher_pass import Pass, processes
+from fmdistill.cache.teacher_pass import Pass
 from fmdistill.distill import tasks
 from fmdistill.distill.data import Data, Place, Together
 from fmdistill.distill.train import Engine, fit
@@ -80,7 +81,7 @@ def alone(verb: str) -> None:
 def on_handful(recipe: Recipe, count: int, folder: Path) -> Recipe:
     """Return the recipe cut to `count` images of each split, its cache and run in `folder`.
 
-    Where none of those can be decoded there are more, since a shard without an output stops a teacher pass.
+    If none of those can be decoded there are more, since what gives no output tells nothing of bytes and seconds.
     """
     limit = convert(recipe.images.get("limit"), int | None, "images.limit")
     while count < LOOKED and not _decodable(merge(recipe.images, {"limit": min(count, limit or count)})):

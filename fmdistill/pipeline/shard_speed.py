@@ -10,7 +10,8 @@ import torch
 
 from fmdistill.backbones.throughput import take_turns
 from fmdistill.cache import sidecar
-from fmdistill.cache.codec import CODECS, Codec, stacked
+from fmdistill.cache.codec import CODECS
+from fmdistill.cache.footprint import tar_bytes
 from fmdistill.cache.reader import ShardReader
 from fmdistill.cache.writer import Prepared, ShardWriter
 from fmdistill.images import Shard
@@ -57,7 +58,7 @@ def of_shards(
     described = sidecar.read(kept[0].with_suffix(".json"))
     assert described is not None, "just written"
     if len(described["samples"]) < total:
-        return []  # `_coding` has said why
+        return []  # `of_codec` has said why
     shapes = {key: tuple(value.shape[1:]) for key, value in outputs.items()}
     shard, finished = Shard(kept[0].stem, "train"), sidecar.Finished(kept[0], described)
     opened = [ShardReader(shard, finished, "", shapes)]
@@ -75,7 +76,7 @@ def of_shards(
     reads = take_turns(reading, CPU, rounds)  # from memory, so nothing waits
     for path in kept:
         path.unlink()
-    size, told = len(data) / 1e6, _told(CODECS[name], shapes, total)
+    size, told = len(data) / 1e6, tar_bytes(CODECS[name], shapes, total) / total
     return [
         Row(f"{name}: an image in a shard", len(data) / total, "bytes", "as `plan` counts", told),
         Row(f"{name}: write a shard", size / writes["write"], "MB/s", "its bytes, synced", size / writes["plain"]),
@@ -83,10 +84,6 @@ def of_shards(
         Row(f"{name}: read again", total / reads["later"], "embeddings/s"),
         Row(f"{name}: read again, bytes", size / reads["later"], "MB/s", "the file's bytes", size / reads["plain"]),
     ]
-
-
-def _told(codec: Codec, shapes: Mapping[str, tuple[int, ...]], count: int) -> float:
-    return sum(codec.size((count, *s)) / count if stacked(s) else codec.size(s) for s in shapes.values())
 
 
 def _synced(folder: Path, data: bytes) -> None:

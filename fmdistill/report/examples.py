@@ -111,7 +111,9 @@ def _example(data: CachedImages, place: tuple[int, int], cache: Cache, head: Any
         made = outputs(one.task.student, cache.preprocess, item)
         embeddings[one.name] = made["embedding"][0]
         named = {**{f"student.{k}": v for k, v in made.items()}, **teacher}
-        weights |= _weights(one, Seen(named, valid.flatten(1), whole=teacher), valid.shape[-1])
+        label = {"label": item["label"][None], "label_values": (item["label_values"],)}
+        seen = Seen(named, valid.flatten(1), whole=teacher, keys=(item["keys"],), **label)
+        weights |= _weights(one, seen, valid.shape[-1])
     point, masks = _masks(head, embeddings, (h, w)) if isinstance(head, PromptHead) else (None, {})
     image = item["pixels"][:, :h, :w].permute(1, 2, 0).numpy()
     group = data.shards[place[0]].group

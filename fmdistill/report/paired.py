@@ -52,7 +52,7 @@ def compare(runs: Mapping[str, Sequence[Run]], protocol: str) -> list[Line]:
             if name != methods[0]:
                 difference, low, high = interval(np.subtract(values[name], values[methods[0]]), len(methods))
             mean, deviation = float(np.mean(values[name])), _deviation(values[name])
-            verdict = _verdict(difference, low, high, len(values[name]), enough)
+            verdict = _verdict(difference, low, high, len(values[name]), enough, _is_share(metric))
             ess = _effective_sample_size(runs[name])
             lines.append(Line(name, metric, len(values[name]), mean, deviation, difference, low, high, verdict, ess))
     return lines
@@ -76,43 +76,54 @@ def needed(runs: Mapping[str, Sequence[Run]]) -> int:
 
 
 def text(lines: Sequence[Line]) -> str:
-    """Return one Markdown table per metric; shares are shown times 100."""
+    """Return one Markdown table per metric; shares are shown times 100, other metrics as they are."""
     written = []
     for metric in dict.fromkeys(line.metric for line in lines):
         ours = [line for line in lines if line.metric == metric]
-        scale = 100.0 if share_heading(metric.split("/")[-1]) else 1.0
         written += [f"**{metric}**, {ours[0].seeds} seeds, differences to {ours[0].method}", ""]
         written += ["| method | mean | sd | difference | interval | | ESS |", "|---|---|---|---|---|---|---|"]
-        written += [_row(line, scale) for line in ours] + [""]
+        written += [_row(line) for line in ours] + [""]
     return "\n".join(written).rstrip()
 
 
-def _row(line: Line, scale: float) -> str:
+def _row(line: Line) -> str:
     ess = "" if line.effective_sample_size is None else f"{line.effective_sample_size:.3f}"
-    start = f"| {line.method} | {scale * line.mean:.2f} | {scale * line.deviation:.2f} |"
+    scale, form = (100.0, ".2f") if _is_share(line.metric) else (1.0, ".4g")
+    start = f"| {line.method} | {scale * line.mean:{form}} | {scale * line.deviation:{form}} |"
     if line.difference is None:
         return f"{start} | | baseline | {ess} |"
-    low, high = (f"{scale * end:+.2f}" for end in (line.low or 0.0, line.high or 0.0))
-    return f"{start} {scale * line.difference:+.2f} | {low} to {high} | {line.verdict} | {ess} |"
+    low, high = (f"{scale * end:+{form}}" for end in (line.low or 0.0, line.high or 0.0))
+    return f"{start} {scale * line.difference:+{form}} | {low} to {high} | {line.verdict} | {ess} |"
 
 
-def _verdict(difference: float | None, low: float | None, high: float | None, seeds: int, enough: int) -> str:
+def _verdict(
+    difference: float | None, low: float | None, high: float | None, seeds: int, enough: int, share: bool
+) -> str:
+    """Return what the interval decides; only of a share is it known that more is better."""
     if difference is None or low is None or high is None:
         return "baseline"
     if seeds < enough:
         return f"not decided: {seeds} of {enough} seeds"
-    return "not decided" if low <= 0 <= high else ("better" if difference > 0 else "worse")
+    if low > 0:
+        return "better" if share else "higher"
+    if high < 0:
+        return "worse" if share else "lower"
+    return "not decided"
+
+
+def _is_share(metric: str) -> bool:
+    return share_heading(metric.split("/")[-1]) is not None
 
 
 def _metrics(runs: Mapping[str, Sequence[Run]], protocol: str) -> list[str]:
-    """Return the student's metrics that are shares and that every run has, in their order."""
+    """Return the student's metrics that are numbers and that every run has, in their order."""
     several = [run.evaluations[protocol] for group in runs.values() for run in group]
-    names = [name for name in several[0] if all(name in one for one in several)]
-    return [
-        name.partition("/")[2]
-        for name in names
-        if name.startswith(f"{STUDENT}/") and share_heading(name.split("/")[-1]) is not None
-    ]
+    names = [name for name in several[0] if all(_is_number(one.get(name)) for one in several)]
+    return [name.partition("/")[2] for name in names if name.startswith(f"{STUDENT}/")]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _values(runs: Sequence[Run], protocol: str, metric: str) -> np.ndarray:

@@ -13,6 +13,7 @@ from fmdistill.report.rows import Published, Row
 # What is a share from 0 to 1, by the last word of a metric's name, and how a column is headed.
 SHARES = {
     "miou": "mIoU",
+    "miou_per_image": "mIoU per image",
     "top1": "top-1",
     "top5": "top-5",
     "mean_per_class_recall": "class recall",

@@ -4,7 +4,8 @@ import os
 from collections.abc import Callable
 from typing import NamedTuple
 
-from fmdistill.cache.teacher_pass import Pass, ours_first, processes
+from fmdistill.cache.launcher import processes
+from fmdistill.cache.teacher_pass import Pass, ours_first
 from fmdistill.images import Images, Shard
 from fmdistill.logs import log, progress
 from fmdistill.registry import UserError
@@ -20,12 +21,13 @@ class Plan(NamedTuple):
 
 def local(images: Images, start: Callable[..., Pass], plan: Callable[[], Plan]) -> None:
     """Run the teacher in this process; those that torchrun or `accelerate launch` started share the shards by rank."""
+    rank, world = processes()  # first, so that a wrong number is noticed before a teacher is loaded
     work = start(images)
     missing, work.expected, description = plan()
     if not missing:
         return
     held = set(missing)
-    order = [shard for shard in ours_first(images.shards(), *processes()) if shard in held]
+    order = [shard for shard in ours_first(images.shards(), rank, world) if shard in held]
     with progress(total=work.expected, description=description, unit="image") as bar:
         work.run(order, bar)
     log.info("%s: %d images cached, %d skipped", work.root, work.seen - work.failed, work.failed)

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 
 from fmdistill import stop
 from fmdistill.cache.executors.processes import Plan
-from fmdistill.cache.teacher_pass import Pass, processes
+from fmdistill.cache.launcher import processes
+from fmdistill.cache.teacher_pass import Pass
 from fmdistill.images import Images
 from fmdistill.registry import UserError
 
