@@ -30,7 +30,7 @@ from fmdistill import cache, images
 from fmdistill.backbones.clip import ClipPreprocess
 from fmdistill.backbones.sam import SamPreprocess
 from fmdistill.cache.reader import Cache
-from fmdistill.cache.verify import verify_files
+from fmdistill.cache.verification import verify_files
 from fmdistill.images import DecodeError, decode
 from fmdistill.images.tar import Tar
 from fmdistill.registry import UserError

@@ -211,7 +211,9 @@ def test_verify_names_every_damaged_shard_at_once(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=f"{first}; .*{second}; .*{third}.*{again}") as error:
         cache.verify(recipe)
     assert "train-001" not in str(error.value)
-    monkeypatch.setattr(sys.modules["fmdistill.cache.verify"], "NAMED", 1)  # its package has a function of its name
+    monkeypatch.setattr(
+        sys.modules["fmdistill.cache.verification"], "NAMED", 1
+    )  # its package has a function of its name
     with pytest.raises(UserError, match=f"{first}; and 2 more{again}"):
         cache.verify(recipe)
 

@@ -12,7 +12,7 @@ import tiny
 
 from fmdistill import cache, distill
 from fmdistill.cache.bucket import SENT, Bucket, Remote, behind, local
-from fmdistill.cache.verify import verify_files
+from fmdistill.cache.verification import verify_files
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError
 
@@ -61,7 +61,7 @@ def test_the_folder_stays_bounded_and_what_left_it_is_fetched_again(tmp_path):
 
 
 def test_a_small_disk_here_does_not_refuse_a_large_bucket(tmp_path, monkeypatch):
-    monkeypatch.setattr("fmdistill.cache.shutil.disk_usage", lambda path: pytest.fail("asked"))
+    monkeypatch.setattr("fmdistill.cache.stage.shutil.disk_usage", lambda path: pytest.fail("asked"))
     cache.run(far(tmp_path, "one"))
     assert len(list((tmp_path / "bucket").glob("*.tar"))) == 4
 

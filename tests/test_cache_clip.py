@@ -15,7 +15,7 @@ from PIL import Image
 
 from fmdistill import cache
 from fmdistill.backbones.clip import TextHead
-from fmdistill.cache import sidecar
+from fmdistill.cache import sidecar, stage
 from fmdistill.cache.codec import CODECS
 from fmdistill.cache.dataset import CachedImages
 from fmdistill.images import unescape
@@ -165,7 +165,7 @@ def test_the_fingerprint_tells_weights_towers_quick_gelu_and_outputs_apart():
 def test_the_space_asked_for_is_what_the_cache_takes(made, monkeypatch):
     taken = sum(p.stat().st_size for p in (made / "cache").iterdir() if p.name[0] in "0v")
     told = []
-    monkeypatch.setattr(cache.log, "info", lambda text, *values: told.append((text, values)))
+    monkeypatch.setattr(stage.log, "info", lambda text, *values: told.append((text, values)))
     cache.run(clips.load(made, f"cache.root={made}/again"))
     (asked,) = [values[2] * 1e9 for text, values in told if "images to cache" in text]
     assert 0.4 * taken < asked < 1.2 * taken  # of so few images, much is the sidecars' own and the tars' padding

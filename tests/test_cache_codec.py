@@ -15,7 +15,7 @@ from fmdistill.cache import sidecar
 from fmdistill.cache.codec import CODECS, chosen, named
 from fmdistill.cache.dataset import CachedImages
 from fmdistill.cache.reader import ShardReader
-from fmdistill.cache.verify import verify_values
+from fmdistill.cache.verification import verify_values
 from fmdistill.cache.writer import Prepared, ShardWriter
 from fmdistill.images import Shard
 from fmdistill.registry import UserError

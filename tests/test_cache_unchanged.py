@@ -1,6 +1,8 @@
 """A finished cache is known to be its teacher's without opening the teacher's file."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,3 +77,23 @@ def test_a_teacher_of_another_package_is_always_asked(tmp_path):
     tmp_path.joinpath("cache").mkdir()
     unchanged.note({"name": "tiny:teacher"}, tmp_path / "cache")
     assert not unchanged.is_noted({"name": "tiny:teacher"}, tmp_path / "cache")
+
+
+def test_a_finished_cache_is_told_without_torch(made):
+    script = (
+        "import sys\nfrom fmdistill.cli import main\nassert main(sys.argv[1:]) == 0\nassert 'torch' not in sys.modules"
+    )
+    settings = ["teacher.name=sam_mini", f"teacher.weights={made}/mini.safetensors"]
+    argv = ["cache", str(tiny.write(made)), *settings, "images.train=4", "images.validation=2"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run([sys.executable, "-c", script, *argv], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "all 2 shards are cached" in done.stderr
+
+
+def test_a_damaged_head_is_no_finished_cache(made):
+    head = made / "cache/head.safetensors"
+    data = head.read_bytes()
+    head.write_bytes(data[:1000])
+    again(made)
+    assert head.read_bytes() == data

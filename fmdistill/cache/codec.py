@@ -207,6 +207,13 @@ def stacked(shape: Shape) -> bool:
     return len(shape) == 1
 
 
+def with_similarities(shapes: Mapping[str, Sequence[int]], kept: bool) -> dict[str, Shape]:
+    """Return the shapes of a cache's outputs with similarities beside its maps, or without, whatever there are now."""
+    own = {name: tuple(shape) for name, shape in shapes.items() if not name.endswith(SIMILARITY)}
+    added = {name + SIMILARITY: (2, *shape[1:]) for name, shape in own.items() if not stacked(shape)}
+    return {**own, **added} if kept else own
+
+
 def known(label: str) -> bool:
     """Return whether `named` finds a codec."""
     return DTYPES.get(label, label).removesuffix(TRIMMED) in CODECS

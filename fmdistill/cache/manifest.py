@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fmdistill.backbones.sam import RESIZE
 from fmdistill.cache.codec import SIMILARITY, known, named
 from fmdistill.files import write_first
 from fmdistill.images import Decoding
@@ -19,8 +18,6 @@ NAME = "manifest.json"
 SETTINGS = {
     ("teacher.path", "segment_anything"): "teacher.exact=true",
     ("teacher.path", "fast"): "teacher.exact=false",
-    ("teacher.preprocess.resize", RESIZE[True]): "teacher.exact=true",
-    ("teacher.preprocess.resize", RESIZE[False]): "teacher.exact=false",
     ("teacher.dtype", "fp32"): "teacher.dtype=fp32",
     ("teacher.dtype", "bf16"): "teacher.dtype=bf16",
     ("images.decoding.orientation", "apply"): "images.orientation=apply",
@@ -121,6 +118,10 @@ def _setting(where: str, was: Any) -> str | None:
     if where == "codec.train" and isinstance(was, str) and known(was):
         codec = named(was)
         return f"cache.codec={codec.name} cache.trim={str(codec.trim).lower()}"
+    if where == "teacher.preprocess.resize":
+        from fmdistill.backbones.sam import RESIZE  # here, since it loads torch
+
+        return {RESIZE[exact]: f"teacher.exact={str(exact).lower()}" for exact in (True, False)}.get(str(was))
     return SETTINGS.get((where, str(was)))
 
 

@@ -6,14 +6,13 @@ With `relative` T is that share of the similarities' deviation, of which 2^-12 m
 
 # Legend: B images, N patches an image, C channels, g patches a side.
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fmdistill.backbones.heads import Head
-from fmdistill.cache.codec import SIMILARITY, Shape, stacked
+from fmdistill.cache.codec import SIMILARITY, with_similarities
 from fmdistill.cache.teacher import Teacher, refuse_similarity
 
 STEP = 2.0**-11  # the largest between neighbours in float16 of at most 1, which similarities are stored in
@@ -43,13 +42,6 @@ def kept_similarity(stored: Tensor, valid: Tensor) -> Tensor:
     return similarity_BN.masked_fill(largest_B1 - least_B1 <= STEP, 0)
 
 
-def outputs(shapes: Mapping[str, Shape], kept: bool) -> dict[str, Shape]:
-    """Return the shapes of a cache's outputs where similarities are `kept`, or are not, whether or not some are now."""
-    own = {name: tuple(shape) for name, shape in shapes.items() if not name.endswith(SIMILARITY)}
-    added = {name + SIMILARITY: (2, *shape[1:]) for name, shape in own.items() if not stacked(shape)}
-    return {**own, **added} if kept else own
-
-
 class WithSimilarity:
     """A teacher that gives beside each map NAME, (B, C, g, g), NAME_similarity (B, 2, g, g): SRW's mean cosines.
 
@@ -57,7 +49,7 @@ class WithSimilarity:
     """
 
     def __init__(self, teacher: Teacher) -> None:
-        self.outputs = outputs(teacher.outputs, kept=True)
+        self.outputs = with_similarities(teacher.outputs, kept=True)
         if self.outputs == teacher.outputs:
             refuse_similarity(type(teacher).__name__, "choose a teacher of maps, or leave `similarity` out")
         self.teacher, self.family, self.preprocess = teacher, teacher.family, teacher.preprocess

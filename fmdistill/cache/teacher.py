@@ -12,7 +12,7 @@ from fmdistill.backbones.device import pick_device
 from fmdistill.backbones.heads import Head
 from fmdistill.backbones.preprocess import Preprocess
 from fmdistill.cache import class_teacher, clip_teacher, sam_teacher
-from fmdistill.registry import UserError, bind, convert
+from fmdistill.registry import UserError, bind
 
 
 class Teacher(Protocol):
@@ -107,11 +107,6 @@ def refuse_trim(name: str) -> NoReturn:
 def refuse_similarity(name: str, instead: str) -> NoReturn:
     """Raise the UserError that a teacher has no map."""
     raise UserError(f"cache.similarity=true: {name} makes no map of tokens that could be similar; {instead}")
-
-
-def is_live(settings: Mapping[str, Any] | None) -> bool:
-    """Return whether the teacher runs beside the student, rather than once into a cache."""
-    return convert((settings or {}).get("live", False), bool, "teacher.live")
 
 
 def weights_path(settings: Mapping[str, Any]) -> Path | None:

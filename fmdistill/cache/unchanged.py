@@ -12,13 +12,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fmdistill.backbones import clip_mini, mini
-from fmdistill.backbones.clip_weights import LOCAL
-from fmdistill.cache.teacher import TEACHERS
+import fmdistill
 from fmdistill.files import write_whole
 
 NAME = "teacher.json"
-PACKAGED = {"sam_mini": mini.PACKAGED, "clip_mini": clip_mini.PACKAGED}
+PACKAGED = Path(fmdistill.__file__).parent / "backbones/weights"  # holds NAME.safetensors for two teachers
+FOLDER = "local-dir:"  # begins a model that is a folder of open_clip's
 NO_VALUES = ("device", "batch", "workers")  # settings that change none, beside what the fingerprint is compared by
 
 
@@ -38,9 +37,15 @@ def is_noted(settings: Mapping[str, Any], root: Path) -> bool:
     return isinstance(files, dict) and all(files.get(path) == stat for path, stat in described["files"].items())
 
 
+def lost_files(root: Path) -> list[str]:
+    """Return the teacher's files that are noted at `root` and are gone."""
+    files = (_read(root) or {}).get("files")
+    return [path for path in files if not Path(path).exists()] if isinstance(files, dict) else []
+
+
 def _described(settings: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return JSON of the settings and the files that they name; None for a teacher of another package's code."""
-    if settings["name"] not in TEACHERS:
+    if ":" in settings["name"]:
         return None
     kept = {key: value for key, value in settings.items() if key not in NO_VALUES}
     files = {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in _files(kept)}
@@ -49,11 +54,11 @@ def _described(settings: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _files(settings: Mapping[str, Any]) -> Iterator[Path]:
     """Yield the files that settings name, those of a folder too."""
-    packaged = PACKAGED.get(settings["name"])
-    if packaged is not None and settings.get("weights", "packaged") == "packaged":
-        yield from (path for path in [packaged] if path.is_file())
+    packaged = PACKAGED / f"{settings['name']}.safetensors"
+    if settings.get("weights", "packaged") == "packaged" and packaged.is_file():
+        yield packaged
     for value in settings.values():
-        path = Path(value.removeprefix(LOCAL)).absolute() if isinstance(value, str) and value else None
+        path = Path(value.removeprefix(FOLDER)).absolute() if isinstance(value, str) and value else None
         if path is not None and path.is_file():
             yield path
         elif path is not None and path.is_dir():

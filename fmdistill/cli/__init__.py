@@ -134,10 +134,14 @@ def _bench(recipe: str, overrides: list[str]) -> None:
 
 
 def _cache(recipe: str, overrides: list[str]) -> None:
-    from fmdistill import cache, pipeline
+    from fmdistill.cache import finished
     from fmdistill.recipe import load
 
     settings = load(recipe, overrides)
+    if finished.is_finished(settings):
+        return
+    from fmdistill import cache, pipeline  # torch and more, which take seconds to load
+
     pipeline.check_caching(settings)
     cache.run(settings)
 

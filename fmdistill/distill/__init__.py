@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fmdistill import recipe as recipes
 from fmdistill.backbones.device import pick_device
-from fmdistill.cache import teacher
+from fmdistill.cache import finished
 from fmdistill.cache.launcher import check_training
 from fmdistill.distill import checkpoint, tasks
 from fmdistill.distill.student import WEIGHTS, load_student
@@ -67,7 +67,7 @@ def check_run(recipe: Recipe, out: Path) -> None:
     """Raise a UserError unless the run in `out` is of this recipe, in all that moves a weight."""
     old, new = _flat(recipes.load_saved(out, ["trust=true"])), _flat(recipe)
     free = FREE | recipes.free_settings()
-    if teacher.is_live(recipe.teacher):  # no cache stands for it
+    if finished.is_live(recipe.teacher):  # no cache stands for it
         free -= {"teacher.weights"}
     held = [key for key in sorted({*old, *new}) if not _is_free(key, free)]
     changed = [k for k in held if str(old.get(k)) != str(new.get(k))]

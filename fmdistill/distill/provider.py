@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fmdistill.backbones.preprocess import Preprocess
-from fmdistill.cache import open_cache, teacher
+from fmdistill.cache import finished, open_cache, teacher
 from fmdistill.cache.dataset import CachedImages, StoredImages, decoded
 from fmdistill.distill.data import Data
 from fmdistill.distill.objective import check_trimmed
@@ -50,7 +50,7 @@ def build(recipe: Recipe, own: Preprocess | None = None, augment: Augment | None
             raise UserError(f"task.name={recipe.task['name']}: learns from a teacher; the recipe needs one")
         return _plain(recipe, own, {}, augment or Augment(), None, "no teacher")
     check(recipe, augment or Augment())
-    if not teacher.is_live(recipe.teacher):
+    if not finished.is_live(recipe.teacher):
         return _cached(recipe)
     with torch.random.fork_rng(devices=[]):  # so that one seed gives the student that a cached teacher's run gives
         model = teacher.build(recipe.teacher)
@@ -67,7 +67,7 @@ def build(recipe: Recipe, own: Preprocess | None = None, augment: Augment | None
 
 def check(recipe: Recipe, augment: Augment) -> None:
     """Raise a UserError if the recipe's teacher or `train.image_memory` contradicts `augment`."""
-    if augment and recipe.teacher is not None and not teacher.is_live(recipe.teacher):
+    if augment and recipe.teacher is not None and not finished.is_live(recipe.teacher):
         raise UserError(
             "task.crop, .flip, .resized_crop: a cached teacher saw the images as they are; add teacher.live=true and "
             "cache=null, so that it sees what the student sees, or leave the augmentation out"

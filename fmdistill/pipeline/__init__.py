@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fmdistill import cache, distill, evaluate, images, recipe, report, stop
 from fmdistill.backbones.device import pick_device
-from fmdistill.cache import executors, teacher
+from fmdistill.cache import executors, finished, teacher
 from fmdistill.cache.launcher import processes
 from fmdistill.cache.order import Batches
 from fmdistill.distill import objective, student, tasks
@@ -33,7 +33,7 @@ DEMO = {
 def check(settings: Recipe) -> None:
     """Bind every component of a recipe and load its protocols, without touching data."""
     images.check(settings.images)
-    live = teacher.is_live(settings.teacher)
+    live = finished.is_live(settings.teacher)
     if (settings.teacher is None) != (settings.cache is None) and not live:
         raise UserError("teacher and cache: a recipe has both or neither; teacher.live=true needs no cache")
     if live and settings.cache is not None:
@@ -144,7 +144,7 @@ def run(settings: Recipe) -> dict[str, dict[str, float]]:
     What is done already is left as it is. Of several training processes only the first evaluates; the others return {}.
     """
     check_before(settings)
-    if settings.teacher is not None and not teacher.is_live(settings.teacher):
+    if settings.teacher is not None and not finished.is_live(settings.teacher):
         cache.run(settings)
         _score_teacher(settings)
     out = distill.run(settings)
@@ -191,7 +191,7 @@ def compare(paths: Sequence[str], seeds: int, overrides: Sequence[str] = ()) -> 
     if any(one.protocols != first[0].protocols for one in first) or not first[0].protocols:
         raise UserError("compare: the recipes name different protocols, or none; what is compared is judged alike")
     for settings in {str((one.cache, one.teacher, one.images)): one for one in first}.values():
-        if settings.teacher is not None and not teacher.is_live(settings.teacher):
+        if settings.teacher is not None and not finished.is_live(settings.teacher):
             cache.run(settings)
     for seed in range(seeds):
         for path, several in stop.between(planned.items()):

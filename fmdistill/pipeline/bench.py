@@ -13,7 +13,7 @@ from PIL import Image
 
 from fmdistill.backbones.device import pick_device
 from fmdistill.backbones.throughput import flops, matmul_flops
-from fmdistill.cache import teacher
+from fmdistill.cache import finished, teacher
 from fmdistill.cache.bucket import place
 from fmdistill.cache.codec import CODECS
 from fmdistill.cache.compute import full_precision
@@ -64,7 +64,7 @@ def run(recipe: Recipe, settings: Settings) -> dict[str, Any]:
     UserError where the recipe has no cached teacher.
     """
     alone("bench")
-    if recipe.teacher is None or recipe.cache is None or teacher.is_live(recipe.teacher):
+    if recipe.teacher is None or recipe.cache is None or finished.is_live(recipe.teacher):
         raise UserError("bench: measures a teacher and its cache; this recipe has none, or a live one: set both")
     check_folder(recipe.out, "bench.json")
     root = place(recipe.cache).absolute()

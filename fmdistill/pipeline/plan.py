@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fmdistill import cache, pipeline
-from fmdistill.cache import Cache, manifest, sidecar, teacher
+from fmdistill.cache import Cache, finished, manifest, sidecar
 from fmdistill.cache.bucket import local
 from fmdistill.cache.codec import EXACT, by_split, named
 from fmdistill.cache.footprint import COUNTED, Disk, count, estimate_disk
@@ -90,7 +90,7 @@ def run(recipe: Recipe, settings: Settings) -> Plan:
     train = recipe.train
     if totals["train"] < train.batch_size:
         raise too_few_images(train.batch_size, totals["train"])
-    cached = recipe.teacher is not None and not teacher.is_live(recipe.teacher)
+    cached = recipe.teacher is not None and not finished.is_live(recipe.teacher)
     model = cache.load_teacher(recipe) if cached else None
     missing = _missing(recipe, images, shards, model) if model else []
     with tempfile.TemporaryDirectory(prefix="fmdistill-plan-") as folder:

@@ -15,7 +15,7 @@ from fmdistill.backbones.preprocess import from_json
 from fmdistill.cache import manifest, sidecar
 from fmdistill.cache.codec import named, stacked
 from fmdistill.cache.reader import ShardReader
-from fmdistill.cache.verify import damage
+from fmdistill.cache.verification import damage
 from fmdistill.distill.objective import effective_sample_size
 from fmdistill.distill.seen import Seen
 from fmdistill.distill.weightings.srw import SRW

@@ -1,0 +1,100 @@
+"""Whether a cache is finished, told from its small files: no checkpoint is opened, and torch is not loaded."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from fmdistill import recipe as recipes
+from fmdistill.cache import manifest, sidecar, unchanged
+from fmdistill.cache.bucket import local
+from fmdistill.cache.codec import CODECS, EXACT, by_split, chosen, with_similarities
+from fmdistill.images import Images, Shard
+from fmdistill.images import build as build_images
+from fmdistill.logs import log
+from fmdistill.recipe import Recipe
+from fmdistill.registry import UserError, convert
+
+
+def is_live(settings: Mapping[str, Any] | None) -> bool:
+    """Return whether the teacher of these settings runs beside the student, rather than once into a cache."""
+    return convert((settings or {}).get("live", False), bool, "teacher.live")
+
+
+def cache_of(recipe: Recipe) -> recipes.Cache:
+    """Return the settings of the recipe's cache; UserError if it caches nothing."""
+    if recipe.cache is None or recipe.teacher is None:
+        raise UserError("this recipe caches nothing: it has no `teacher` and `cache`")
+    if is_live(recipe.teacher):
+        raise UserError("teacher.live=true: this teacher runs beside the student and is not cached; leave `live` out")
+    return recipe.cache
+
+
+def is_finished(recipe: Recipe) -> bool:
+    """Log and return whether nothing is left to cache, as far as that is known without the teacher.
+
+    UserError if the folder holds another cache, or the images cannot be listed.
+    """
+    images = build_images(recipe.images)
+    return finished(recipe, images, images.shards()) is not None
+
+
+def finished(recipe: Recipe, images: Images, shards: Sequence[Shard]) -> dict[str, Any] | None:
+    """Return the manifest if its teacher is the recipe's by the note beside it, and no shard is missing; else None."""
+    root = local(cache_of(recipe))
+    if not (root / manifest.NAME).exists() or not unchanged.is_noted(recipe.teacher or {}, root):
+        return None
+    done = complete(root, asked(recipe, images, manifest.read(root)), shards)
+    if done is not None and unchanged.lost_files(root):
+        log.info("%s: the teacher's file is gone, and not needed", root)
+    return done
+
+
+def complete(root: Path, identity: Mapping[str, Any], shards: Sequence[Shard]) -> dict[str, Any] | None:
+    """Return the manifest of the cache at `root` if nothing of it is missing; UserError if its identity is another."""
+    found = manifest.claim(root, identity)
+    if not _has_head(root) or missing(root, shards, found):
+        return None
+    log.info("%s: all %d shards are cached", root, len(shards))
+    return found
+
+
+def asked(recipe: Recipe, images: Images, found: Mapping[str, Any], teacher: Mapping[str, Any] = {}) -> dict[str, Any]:
+    """Return the identity that the recipe asks for: the manifest's, with the settings that tell more than it.
+
+    `teacher` is what they tell of the teacher's fingerprint.
+    """
+    similarity = cache_of(recipe).similarity
+    return {
+        **found,
+        "teacher": {**found["teacher"], **teacher},
+        "outputs": with_similarities(found["outputs"], similarity),
+        **settled(recipe, images, found["outputs"]),
+    }
+
+
+def settled(recipe: Recipe, images: Images, outputs: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """Return the part of the identity that needs no teacher but the shapes of its outputs."""
+    settings = cache_of(recipe)
+    codec = CODECS[chosen(settings.codec, outputs)]
+    codecs = {"train": replace(codec, trim=settings.trim).label, "validation": EXACT}
+    return {"codec": codecs, "images": images.identity()}
+
+
+def missing(root: Path, shards: Sequence[Shard], found: Mapping[str, Any]) -> list[Shard]:
+    """Return the shards that the cache at `root`, of this manifest, does not hold finished."""
+    token, codecs = manifest.identity_hash(found), by_split(found["codec"])
+    return [shard for shard in shards if not sidecar.finished(root, shard, token, codecs[shard.split])]
+
+
+def _has_head(root: Path) -> bool:
+    """Return whether the teacher's head is beside the shards and whole, by its files' own account."""
+    try:
+        json.loads((root / "head.json").read_text())
+        with safe_open(root / "head.safetensors", "numpy") as file:
+            return bool(file.keys())
+    except (OSError, ValueError, SafetensorError):
+        return False
