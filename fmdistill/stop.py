@@ -8,12 +8,15 @@ once. Without `listen`, which the command line calls, signals keep their usual m
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NotYet
 from contextlib import contextmanager
 from types import FrameType
 from typing import TypeVar
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+POLL = 1.0  # seconds between looks while something is awaited
 T = TypeVar("T")
 
 
@@ -65,6 +68,17 @@ def between(items: Iterable[T]) -> Iterator[T]:
     finally:
         if hasattr(items, "close"):  # a generator or a progress bar, which else would last as long as the traceback
             items.close()  # type: ignore[attr-defined]
+
+
+def result(future: Future[T], look: Callable[[], object] = check) -> T:
+    """Return the future's result or raise its error; `look` is called each second until then, and may raise."""
+    while True:
+        try:
+            return future.result(POLL)
+        except NotYet:
+            if future.done():  # meanwhile, or the work itself raised this very error
+                return future.result()
+        look()
 
 
 def ignore() -> None:

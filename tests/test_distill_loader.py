@@ -177,7 +177,7 @@ def stuck():
 @pytest.mark.parametrize("free", [None, 0])
 def test_a_wait_for_images_that_never_come_ends_in_one_line(free, monkeypatch, stuck):
     monkeypatch.setattr(loader, "_free_shared_memory", lambda: free)
-    monkeypatch.setattr(loader, "POLL", 0.1)
+    monkeypatch.setattr(stop, "POLL", 0.1)
     monkeypatch.setattr(loader, "PATIENCE", 0.5)
     with pytest.raises(UserError, match=r"no batch of images came for .* minutes: .*stuck"):
         list(loader.batches(stuck, places(), 1))
@@ -186,7 +186,7 @@ def test_a_wait_for_images_that_never_come_ends_in_one_line(free, monkeypatch, s
 @pytest.mark.parametrize("free", [None, 0])
 def test_a_requested_stop_ends_the_wait_for_images(free, monkeypatch, stuck):
     monkeypatch.setattr(loader, "_free_shared_memory", lambda: free)
-    monkeypatch.setattr(loader, "POLL", 0.1)
+    monkeypatch.setattr(stop, "POLL", 0.1)
     monkeypatch.setattr(loader, "GRACE", 0.2)
     found = loader.batches(stuck, places(), 1)
     assert next(found)["keys"] == ["0", "1"]

@@ -4,7 +4,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as NotYet
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TypeVar
@@ -13,12 +12,10 @@ from fmdistill import stop
 from fmdistill.images import Encoded
 
 T = TypeVar("T")
-U = TypeVar("U")
 
 AHEAD = 2  # batches at least, where memory bears them
 ENCODED = 1_000_000  # bytes of a stored photograph
 MEMORY = 2_000_000_000  # bytes that wait for the teacher, as stored or decoded
-POLL = 1.0  # seconds between looks at whether a stop was requested
 LARGE = 0.1  # share of the time that the teacher waits, from which on something is worth changing
 
 
@@ -51,25 +48,14 @@ def prefetched(
         while True:
             while len(waiting) <= ahead:
                 waiting.append(reader.submit(read))
-            decoding = _awaited(waiting.popleft())
+            decoding = stop.result(waiting.popleft())
             if not decoding:
                 return
-            yield [_awaited(future) for future in decoding]
+            yield [stop.result(future) for future in decoding]
     finally:
         wait = stop.requested() is None  # who stops does not wait for a storage that does not answer
         reader.shutdown(wait=wait, cancel_futures=True)  # first, since it gives the pool its work
         pool.shutdown(wait=wait, cancel_futures=True)
-
-
-def _awaited(future: Future[U]) -> U:
-    """Return the future's result; Stopped if a stop was requested before it came."""
-    while True:
-        try:
-            return future.result(POLL)
-        except NotYet:
-            if future.done():  # meanwhile, or the work itself raised this very error
-                return future.result()
-        stop.check()
 
 
 @dataclass

@@ -13,8 +13,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as NotYet
 from contextlib import closing
+from functools import partial
 from itertools import chain, tee
 from typing import Any, NamedTuple
 
@@ -27,7 +27,6 @@ from fmdistill.distill.data import Data, Place, Together, changed
 from fmdistill.registry import UserError
 
 AHEAD = 2  # batches that each worker has ready, as PyTorch's loader has
-POLL = 1.0  # seconds between looks at whether a stop was requested or a worker is gone
 GRACE = 5.0  # seconds after a requested stop for which a batch is awaited, so that the step can end
 PATIENCE = 600.0  # seconds without a batch after which the images are taken to be out of reach
 SHARED = "/dev/shm"
@@ -65,7 +64,7 @@ def _by_processes(data: Data, places: Iterator[list[Place]], workers: int) -> Ge
         pin_memory=torch.cuda.is_available(),
         collate_fn=_as_it_is,
         worker_init_fn=_begin,
-        timeout=POLL,
+        timeout=stop.POLL,
     )
     others = set(multiprocessing.active_children())
     with stop.held():
@@ -106,9 +105,9 @@ def _ahead(
         for chosen in places:
             waiting.append(pool.submit(read, chosen))
             if len(waiting) > AHEAD * threads:
-                yield _result(waiting.popleft())
+                yield _awaited(waiting.popleft())
         while waiting:
-            yield _result(waiting.popleft())
+            yield _awaited(waiting.popleft())
     finally:
         pool.shutdown(wait=False, cancel_futures=True)  # a download may take minutes
 
@@ -156,15 +155,8 @@ def _next(loading: Iterator[Any]) -> Any:
         _wait_on(began)
 
 
-def _result(future: Future[dict[str, Any]]) -> dict[str, Any]:
-    began = time.monotonic()
-    while True:
-        try:
-            return future.result(POLL)
-        except NotYet:
-            if future.done():  # meanwhile, or what was read raised this very error
-                return future.result()
-        _wait_on(began)
+def _awaited(future: Future[dict[str, Any]]) -> dict[str, Any]:
+    return stop.result(future, partial(_wait_on, time.monotonic()))
 
 
 def _wait_on(began: float) -> None:
@@ -196,7 +188,7 @@ def _fits_shared_memory(data: Data, chosen: list[Place], workers: int) -> bool:
     if needed <= free:
         return True
     _warn(
-        f"{SHARED} has {_megabytes(free)} free, and {workers} worker processes need {_megabytes(needed)}; the images "
+        f"{SHARED} has {_readable(free)} free, and {workers} worker processes need {_readable(needed)}; the images "
         f"are loaded in {workers} threads instead. {_way_out()}"
     )
     return False
@@ -217,8 +209,9 @@ def _way_out() -> str:
     return "A container gets more by docker run --ipc=host, or --shm-size=8g"
 
 
-def _megabytes(count: float) -> str:
-    return f"{count / 1e6:.3g} MB" if count < 1e9 else f"{count / 1e9:.3g} GB"
+def _readable(count: float) -> str:
+    unit, size = ("kB", 1e3) if count < 1e6 else ("MB", 1e6) if count < 1e9 else ("GB", 1e9)
+    return f"{count / size:.3g} {unit}"
 
 
 def _bytes(value: Any) -> int:

@@ -133,7 +133,7 @@ def run(protocol: str | Path, subject: str | Path, overrides: Iterable[str] = ()
     check(judged, recipe)
     path = out / f"{Path(protocol).stem}.json"
     state = kept.state(judged.to_json(), recipe, {"student": weights})
-    if (stored := _stored(path, state)) is not None:
+    if (stored := kept.stored(path, state)) is not None:
         log.info("%s: judged already", path)
         return stored
     check_folder(out, "the result")
@@ -157,7 +157,7 @@ def run_together(protocol: str | Path, runs: Sequence[str | Path], trust: bool =
     described = judged.to_json()
     states = {name: kept.state(described, loaded[0], {"student": path}) for name, path in weights.items()}
     paths = {name: run / "evaluation" / f"{stem}.json" for name, run in names.items()}
-    if all(_stored(paths[name], state) is not None for name, state in states.items()):
+    if all(kept.stored(paths[name], state) is not None for name, state in states.items()):
         log.info("%s: judged already", ", ".join(map(str, paths.values())))
         return
     models = {name: students.load_student(run, trust) for name, run in names.items()}
@@ -177,15 +177,6 @@ def _call(
         return judged.judge(judged.settings, recipe, models)
     partial = Partial.open(path.with_suffix(".partial.jsonl"), state)
     return judged.judge(judged.settings, recipe, models, partial=partial)
-
-
-def _stored(path: Path, state: Mapping[str, Any]) -> dict[str, float] | None:
-    """Return the metrics at `path` if they are those of `state`."""
-    try:
-        found = json.loads(path.read_text())
-        return found["metrics"] if found["of"] == state else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def _renamed(key: str, name: str) -> str:

@@ -38,6 +38,15 @@ def state(protocol: Mapping[str, Any], recipe: Recipe, weights: Mapping[str, Pat
     }
 
 
+def stored(path: Path, of: Mapping[str, Any]) -> dict[str, float] | None:
+    """Return the metrics at `path` if they are of this state, else None."""
+    try:
+        found = json.loads(path.read_text())
+        return found["metrics"] if found["of"] == of else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def _files(settings: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:
     """Yield the settings that are files, such as one of class names."""
     for value in settings.values():

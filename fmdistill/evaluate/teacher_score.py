@@ -3,8 +3,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from fmdistill.cache import open_cache
@@ -34,18 +33,10 @@ def judge_teacher(recipe: Recipe, protocols: Sequence[Any] = ()) -> dict[str, fl
     path = cache.root / NAME
     described = [[type(one).__name__, dataclasses.asdict(one)] for one in protocols]
     state = {**kept.state({}, recipe, {}), "protocol": json.loads(json.dumps(described))}
-    if (stored := _stored(path, state)) is not None:
+    if (stored := kept.stored(path, state)) is not None:
         log.info("%s: the teacher was scored already", path)
         return stored or None
     found = JUDGES[cache.family](recipe, protocols) or {}
     if os.access(cache.root, os.W_OK):  # a cache may be lent for reading only
         write_whole(path, json.dumps({"metrics": found, "of": state}, indent=1))
     return found or None
-
-
-def _stored(path: Path, state: Mapping[str, Any]) -> dict[str, float] | None:
-    try:
-        found = json.loads(path.read_text())
-        return found["metrics"] if found["of"] == state else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
