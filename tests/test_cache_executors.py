@@ -31,7 +31,7 @@ class Noted(tiny.SamTeacher):
 
     def __call__(self, pixels, sizes):
         if slow := os.environ.get("FMDISTILL_SLOW"):
-            folder, deadline = Path(slow), time.monotonic() + 120
+            folder, deadline = Path(slow), time.monotonic() + 600
             (folder / f"{os.getpid()}.working").touch()
             time.sleep(0.2)
             while (folder / "killed").exists() and len(list(folder.glob("*.working"))) < 3:

@@ -42,7 +42,7 @@ def test_the_teacher_works_on_while_outputs_are_written_but_not_far_ahead(tmp_pa
     def slow(self, *rest):
         threads.add(threading.current_thread())
         if self.shard.name == "train-000" and not self.samples:
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + 600
             while len(batches) <= BEHIND and time.monotonic() < deadline:  # the teacher goes on meanwhile
                 time.sleep(0.001)
             if len(batches) > BEHIND:
@@ -150,7 +150,7 @@ def test_two_processes_of_torchrun_share_the_work(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1"]
     command += [f"--master_port={port}", __file__, str(tmp_path)]
     env = {**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     assert contents(tmp_path / "cache") == contents(tmp_path / "whole/cache")
     written = [json.loads((tmp_path / f"written-{rank}.json").read_text()) for rank in (0, 1)]

@@ -180,7 +180,7 @@ def test_ctrl_c_and_a_preemption_stop_with_one_line_that_says_how_to_go_on(done,
     process = start("distill", done / "tiny.yaml", *settings)
     until(lambda: list(tmp_path.glob("run/checkpoints/step-*")))
     os.killpg(process.pid, number)  # as a terminal and Slurm do: the image-loading processes get it too
-    _, shown = process.communicate(timeout=30)
+    _, shown = process.communicate(timeout=900)
     assert process.returncode == code and "Traceback" not in shown, shown
     assert shown.splitlines()[-1] == "fmdistill: stopped; the same command continues where it stopped"
 
@@ -198,13 +198,13 @@ def test_a_preempted_bench_leaves_no_file(tmp_path):
     process = start("bench", tiny.write(tmp_path), "bench.rounds=100000")
     until(lambda: list(tmp_path.glob(".fmdistill-bench-*")))
     process.terminate()
-    _, shown = process.communicate(timeout=30)
+    _, shown = process.communicate(timeout=900)
     assert process.returncode == 143 and "Traceback" not in shown, shown
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
 
 
 def until(true: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while not true() and time.monotonic() < deadline:
         time.sleep(0.05)
 
@@ -279,7 +279,7 @@ def test_own_code_is_found_in_the_working_folder_by_the_console_script(done, tmp
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(script), "distill", str(done / "tiny.yaml"), "student.name=mine:Hard"]
     command += [f"out={tmp_path}/run", "train.steps=1", "train.workers=1"]
-    process = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    process = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=900)
     assert process.returncode == 0, process.stderr
     assert (tmp_path / "run/student.safetensors").is_file()
 
@@ -294,5 +294,5 @@ def test_an_unknown_verb_or_file_ends_with_2_and_no_traceback():
         (["run", "no.yaml"], "no.yaml: no such file"),
     ):
         process = start(*argv)
-        _, shown = process.communicate(timeout=60)
+        _, shown = process.communicate(timeout=900)
         assert process.returncode == 2 and message in shown and "Traceback" not in shown

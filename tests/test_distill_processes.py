@@ -50,7 +50,7 @@ def torchrun(folder: Path, *arguments: str, script: str = __file__) -> subproces
     env = {**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}", "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True) as started:
         try:
-            _, stderr = started.communicate(timeout=300)
+            _, stderr = started.communicate(timeout=900)
         except subprocess.TimeoutExpired:  # a reduction in which not every process takes part
             os.killpg(started.pid, signal.SIGKILL)
             raise

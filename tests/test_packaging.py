@@ -20,7 +20,7 @@ SMALLEST = ["train.steps=4", "images.limit=32", "train.batch_size=4", "train.wor
 QUICK = "name: grid_miou\ngrids: [5]\nimages: 4\nfloors: true\n"
 
 
-def run(*command: str | Path, cwd: Path, env: dict[str, str] | None = None, timeout: int = 300) -> str:
+def run(*command: str | Path, cwd: Path, env: dict[str, str] | None = None, timeout: int = 1800) -> str:
     done = subprocess.run(
         [str(c) for c in command],
         cwd=cwd,
