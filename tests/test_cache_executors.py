@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -191,3 +192,16 @@ def test_an_error_in_an_actor_is_the_error_of_the_run(tmp_path, cluster):
     (folder / "train-000.tar").mkdir()  # cannot be replaced by a file
     with pytest.raises(OSError, match="train-000.tar"):
         cache.run(recipes[1])
+
+
+@pytest.mark.slow
+def test_a_cluster_of_one_s_own_starts_caches_and_ends_by_the_command_line(tmp_path):
+    settings = ["images.train=8", "images.validation=4"]
+    cache.run(tiny.load(tmp_path, *settings, f"cache.root={tmp_path}/whole"))
+    executor = "cache.executor={name: ray, address: local, actors: 1, num_gpus: 0}"
+    tests = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "fmdistill", "cache", str(tiny.write(tmp_path)), *settings, executor]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "cache") == contents(tmp_path / "whole")

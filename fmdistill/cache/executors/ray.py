@@ -62,20 +62,22 @@ def _cluster(address: str) -> Iterator[None]:
     own = {"include_dashboard": False, "object_store_memory": STORE} if address == "local" else {}
     if own:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster that lives as long as this process is no news
-    try:
-        with ThreadPoolExecutor(1) as thread:  # in the main thread Ray would take SIGTERM for itself, and exit by it
-            logging.getLogger("ray._private.worker").addFilter(_no_word_of_sigterm)
+    logging.getLogger("ray._private.worker").addFilter(_no_word_of_sigterm)
+    # In the main thread Ray would take SIGTERM for itself, and exit by it. The thread lasts as long as the block, since
+    # the processes of a cluster of our own die with the thread that started them.
+    with ThreadPoolExecutor(1) as thread:
+        try:
             thread.submit(ray.init, address=address, logging_level=logging.WARNING, **own).result()
-    except (ConnectionError, ValueError) as error:  # the latter for what is no address
-        raise UserError(
-            f"cache.executor.address={address}: no Ray cluster there ({' '.join(str(error).split())}); start one with "
-            "`ray start --head`, or use this machine alone with cache.executor.address=local"
-        ) from None
-    try:
-        stop.check()
-        yield
-    finally:
-        ray.shutdown()
+        except (ConnectionError, ValueError) as error:  # the latter for what is no address
+            raise UserError(
+                f"cache.executor.address={address}: no Ray cluster there ({' '.join(str(error).split())}); start one "
+                "with `ray start --head`, or use this machine alone with cache.executor.address=local"
+            ) from None
+        try:
+            stop.check()
+            yield
+        finally:
+            ray.shutdown()
 
 
 def _no_word_of_sigterm(record: logging.LogRecord) -> bool:
