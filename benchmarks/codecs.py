@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fmdistill.cache import teacher
+from fmdistill import teachers
 from fmdistill.cache.codec import CODECS, named, padded
 from fmdistill.evaluate.grid_miou import GridMiou, image_iou
 from fmdistill.images import build, decode
@@ -39,7 +39,7 @@ def pictures(settings: dict) -> Iterator[Image.Image]:
 @torch.inference_mode()
 def main() -> None:
     """Print one row per codec, full and trimmed."""
-    model = teacher.build({"name": "sam_mini"})
+    model = teachers.build({"name": "sam_mini"})
     head, cases = model.head(), []
     for kind, settings in SOURCES.items():
         for picture in pictures(settings):

@@ -24,9 +24,9 @@ import segment_anything.modeling as sam
 import torch
 
 from fmdistill import cache, files, recipe
-from fmdistill.cache.sam_teacher import SamTeacher
 from fmdistill.images import Encoded
 from fmdistill.images.photos import Photos
+from fmdistill.teachers.sam import SamTeacher
 
 FORK = multiprocessing.get_context("fork")
 PER_CACHE = 5  # kills before a cache is completed

@@ -17,12 +17,15 @@ import torch
 import webdataset
 from torch import Tensor
 
-from fmdistill.cache import batch, sidecar
+from fmdistill.cache import batch, outputs, sidecar
 from fmdistill.cache.batch import BufferPool
 from fmdistill.cache.codec import named
 from fmdistill.cache.reader import ShardReader
+from fmdistill.cache.store import Folder
 from fmdistill.cache.writer import Prepared, ShardWriter
 from fmdistill.images import Shard
+from fmdistill.recipe import Cache
+from fmdistill.teachers.output import Output
 
 SHAPE, SHARDS, IMAGES, BATCH, ROUNDS = (256, 64, 64), 2, 64, 16, 9
 LABELS = ("fp32", "fp16", "int8", "int8-trimmed", "int4")
@@ -36,16 +39,17 @@ def write(root: Path, label: str) -> list[ShardReader]:
     valid[: VALID[0], : VALID[1]] = True
     for number in range(SHARDS):
         shard = Shard(f"{label}-{number}", "train")
-        writer = ShardWriter(root, shard, "benchmark", codec)
+        stored = outputs.stored({"embedding": Output(SHAPE, "image")}, Cache(str(root), codec.name, trim=codec.trim))
+        writer = ShardWriter(Folder(root), shard, "benchmark", stored)
         writer.statistics.add = lambda *_: None  # type: ignore[method-assign]
         for index in range(IMAGES):
             array = rng.standard_normal(SHAPE, dtype=np.float32)
             item = Prepared(index, f"image-{index:03d}", "0", None, (1, 1), (1, 1))
             writer.add(item, {"embedding": array}, valid)
         writer.publish()
-        finished = sidecar.finished(root, shard, "benchmark", codec)
+        finished = sidecar.finished(Folder(root), shard, "benchmark", stored)
         assert finished is not None, "just written"
-        readers.append(ShardReader(shard, finished, "", {"embedding": SHAPE}))
+        readers.append(ShardReader(Folder(root), shard, finished, "", stored))
     return readers
 
 

@@ -13,6 +13,7 @@ from fmdistill.backbones.tinyvit import tinyvit_sam
 from fmdistill.distill.objective import Objective
 from fmdistill.distill.seen import Seen
 from fmdistill.distill.tasks import Distill
+from fmdistill.teachers.output import Output
 
 ROUNDS = 5
 
@@ -43,7 +44,10 @@ def main() -> None:
         "outputs": {"sam.embedding": torch.randn(1, 256, 64, 64)},
     }
     student = tinyvit_sam()
-    tasks = {name: Distill(student, objective(name), preprocess) for name in ("uniform", "srw")}
+    tasks = {
+        name: Distill(student, objective(name), preprocess, {"sam.embedding": Output((256, 64, 64), "image")})
+        for name in ("uniform", "srw")
+    }
     optimizer = torch.optim.AdamW(student.parameters(), 1e-4)
 
     def step(name: str) -> None:
@@ -56,7 +60,7 @@ def main() -> None:
         for name in tasks:
             steps[name] = min(steps[name], least(lambda name=name: step(name), 1))
     outputs = {"student.embedding": torch.randn(1, 256, 64, 64, requires_grad=True), **batch["outputs"]}
-    seen = Seen(outputs, preprocess.valid(sizes).flatten(1))
+    seen = Seen(outputs, grids={"sam.embedding": preprocess.valid(sizes).flatten(1)})
     alone = {}
     for name, task in tasks.items():
         alone[name] = least(lambda task=task: task.objective(seen)[0]["embedding"].backward(), 50)

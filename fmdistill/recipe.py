@@ -17,6 +17,7 @@ from fmdistill.registry import UserError, typed
 
 SAVED = "recipe.yaml"  # the name of a resolved recipe in a run or cache; a file of this name is not trusted
 LOCAL_GB = 50.0  # of a cache whose root is a URL, unless the recipe says otherwise
+CodecName = Literal["auto", "fp32", "fp16", "bf16", "int8", "int4"]
 Component = dict  # {"name": ..., argument: value, ...}; typed when it is bound to its class
 FREE = {"free": True}  # marks a field that moves no weight, so that it may change between a run and its resumption
 
@@ -27,7 +28,7 @@ class Cache:
 
     root: str
     # of training shards, validation is always exact fp32; auto = int8 for a teacher of maps, fp16 for one of vectors
-    codec: Literal["auto", "fp32", "fp16", "bf16", "int8", "int4"] = "auto"
+    codec: CodecName = "auto"
     # where tars of a root that is a URL are kept on this machine; "" = below ~/.cache/fmdistill
     local: str = field(default="", metadata=FREE)
     # at most so many GB of them (null: 50), the longest unused go first; a training window should fit

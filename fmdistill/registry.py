@@ -24,22 +24,31 @@ def suggest(name: str, known: Collection[str]) -> str:
     return f"{hint} Known: {', '.join(sorted(map(str, known))) or 'none'}."
 
 
-def resolve(name: str, table: Mapping[str, Callable], where: str) -> Callable:
-    """Return the component called `name` in `table`, or the object at "package.module:Name"."""
+Entry = Callable | str  # a class or function, or the "module:Name" of one, imported when it is used
+
+
+def resolve(name: str, table: Mapping[str, Entry], where: str) -> Callable:
+    """Return the component called `name` in `table`, or the class or function at "package.module:Name"."""
     if name in table:
-        return table[name]
-    module, colon, attribute = name.partition(":")
-    if not colon:
+        component = table[name]
+        return load(component, where) if isinstance(component, str) else component
+    if ":" not in name:
         raise UserError(
             f"{where}: unknown name '{name}'.{suggest(name, table)} Your own component is named 'package.module:Name'."
         )
+    component = load(name, where)
+    if not callable(component):
+        raise UserError(f"{where}: '{name}' is a {type(component).__name__}; name a class or a function")
+    return component
+
+
+def load(reference: str, where: str) -> Any:
+    """Return the object at "module:Name", importing its module."""
+    module, _, attribute = reference.partition(":")
     try:
-        found = getattr(_import(module), attribute)
+        return getattr(_import(module), attribute)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"{where}: cannot import '{name}': {error}. Is it here or on PYTHONPATH?") from error
-    if not callable(found):
-        raise UserError(f"{where}: '{name}' is a {type(found).__name__}; name a class or a function")
-    return found
+        raise UserError(f"{where}: cannot import '{reference}': {error}. Is it here or on PYTHONPATH?") from error
 
 
 def _import(module: str) -> types.ModuleType:
@@ -49,7 +58,7 @@ def _import(module: str) -> types.ModuleType:
 
 
 def bind(
-    settings: Mapping[str, Any], table: Mapping[str, Callable], where: str, context: Collection[str] = ()
+    settings: Mapping[str, Any], table: Mapping[str, Entry], where: str, context: Collection[str] = ()
 ) -> functools.partial:
     """Check `settings` ({"name": ..., argument: value, ...}) and return the component with its arguments bound.
 

@@ -12,9 +12,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from fmdistill import recipe as recipes
-from fmdistill.cache.clip_teacher import ClipTeacher
 from fmdistill.images.photos import photograph
 from fmdistill.recipe import Recipe
+from fmdistill.teachers.clip import ClipTeacher
 
 MODEL_CFG = {
     "embed_dim": 24,

@@ -30,6 +30,7 @@ from fmdistill import cache, images
 from fmdistill.backbones.clip import ClipPreprocess
 from fmdistill.backbones.sam import SamPreprocess
 from fmdistill.cache.reader import Cache
+from fmdistill.cache.store import Folder
 from fmdistill.cache.verification import verify_files
 from fmdistill.images import DecodeError, decode
 from fmdistill.images.tar import Tar
@@ -155,13 +156,13 @@ class Job:
             wrong = [key for key, value in found.items() if key not in self.values or value != self.values[key]]
             if wrong and name.endswith(".tar"):
                 return f"{wrong[0]} was read with another value"
-            verify_files(Cache(self.root, self.images))
+            verify_files(Cache(Folder(self.root), self.images))
             return "" if data == self.whole[name] or not name.endswith(".tar") else "verify found nothing"
         finally:
             (self.root / name).write_bytes(self.whole[name])
 
     def _values(self) -> dict[str, bytes]:
-        opened = Cache(self.root, self.images)
+        opened = Cache(Folder(self.root), self.images)
         _ = opened.preprocess
         return {
             f"{reader.name}/{key}": reader.read(index)["embedding"].tobytes()

@@ -14,11 +14,11 @@ from fmdistill.backbones.clip_mini import build_clip_mini, clip_mini_student
 from fmdistill.backbones.mini import build_sam_mini, sam_mini_student
 from fmdistill.backbones.sam import build_sam
 from fmdistill.backbones.tinyvit import tinyvit_sam_mini
-from fmdistill.cache.class_teacher import classifier
-from fmdistill.cache.compute import state_hash
-from fmdistill.cache.sam_teacher import SamTeacher
 from fmdistill.distill import student as students
 from fmdistill.registry import UserError
+from fmdistill.teachers.classifier import classifier
+from fmdistill.teachers.compute import state_hash
+from fmdistill.teachers.sam import SamTeacher
 
 STATE = {"a.weight": torch.arange(6.0).view(2, 3), "b.bias": torch.ones(2)}
 OTHER = {"c": torch.zeros(1)}

@@ -9,7 +9,6 @@ from PIL import Image
 from torchvision import transforms
 
 from fmdistill.backbones.class_preprocess import STATISTICS, ClassPreprocess
-from fmdistill.backbones.preprocess import from_json
 from fmdistill.images import decode
 from fmdistill.images.digits import Digits
 from fmdistill.images.photos import photograph
@@ -45,7 +44,7 @@ def test_an_image_of_the_right_size_passes_unchanged_and_grey_becomes_rgb():
 
 def test_it_comes_back_from_a_manifest_and_any_other_is_refused():
     ours = ClassPreprocess(32, 4)
-    assert from_json(json.loads(json.dumps(ours.to_json()))) == ours
+    assert ClassPreprocess.from_json(json.loads(json.dumps(ours.to_json()))) == ours
     for wrong in ({"resize": "shortest, PIL bilinear"}, {"mean": None}, {"fill": 0}, {"stride": 5}):
         with pytest.raises(UserError, match="not the 'class' preprocessing"):
             ClassPreprocess.from_json({**ours.to_json(), **wrong})

@@ -13,13 +13,13 @@ from open_clip import factory, pretrained
 from PIL import Image
 from safetensors.torch import save_file
 
+from fmdistill import teachers
 from fmdistill.backbones.clip_tags import NOTHING_SET, ClipSettings, of_file
-from fmdistill.cache.clip_teacher import asked, clip_settings
-from fmdistill.cache.clip_teacher import open_clip as build
-from fmdistill.cache.teacher import build as build_teacher
-from fmdistill.cache.teacher import check
-from fmdistill.pipeline import rivals
 from fmdistill.registry import UserError
+from fmdistill.teachers import build as build_teacher
+from fmdistill.teachers import check
+from fmdistill.teachers.clip import clip_settings, identity
+from fmdistill.teachers.clip import open_clip as build
 
 KEYS = ("mean", "std", "interpolation", "resize_mode")
 CONFIG = {key: value for key, value in clips.MODEL_CFG.items() if key != "quick_gelu"}
@@ -155,12 +155,16 @@ def test_each_setting_changes_the_teacher_s_identity(file):
         other = made("agreeing", file, **settings).fingerprint()
         assert {key for key in plain if other[key] != plain[key]} == {place}
         # and the settings alone tell it, when the file is gone
-        assert {**plain, **asked({"model": "agreeing", **settings}, plain), "name": "open_clip"} == other
-    assert {**plain, **asked({"model": "agreeing"}, plain)} == plain
+        assert {
+            **plain,
+            **identity({"name": "open_clip", "model": "agreeing", **settings}, plain),
+            "name": "open_clip",
+        } == other
+    assert {**plain, **identity({"name": "open_clip", "model": "agreeing"}, plain)} == plain
     assert plain["context_length"] == 16 and plain["tokenizer"] == "simple"
     torn = made("torn", file, as_tag="beta").fingerprint()
     alpha = made("torn", file, as_tag="alpha").fingerprint()
-    assert {**torn, **asked({"model": "torn", "as_tag": "alpha"}, torn)} == alpha != torn
+    assert {**torn, **identity({"name": "open_clip", "model": "torn", "as_tag": "alpha"}, torn)} == alpha != torn
 
 
 def test_quick_gelu_that_a_name_turns_on_can_be_turned_off(file):
@@ -264,13 +268,16 @@ def test_what_bench_compares_with_and_draws_has_the_same_settings(file, tmp_path
     settings = {"name": "open_clip", "model": "torn", "pretrained": str(file), "as_tag": "beta", "mean": "[0, 0.5, 1]"}
     settings |= {"device": "cpu", "dtype": "fp32"}
     teacher = build_teacher(settings)
-    plain, picture = rivals.rival(settings, teacher), Image.open(io.BytesIO(clips.picture(3, (60, 40)))).convert("RGB")
+    plain, picture = (
+        teachers.load_family("clip").reference(teacher),
+        Image.open(io.BytesIO(clips.picture(3, (60, 40)))).convert("RGB"),
+    )
     assert plain
     pixels, size = teacher.preprocess.prepare(picture)
     expected = teacher(pixels[None], torch.tensor([size]))["embedding"]
     assert torch.allclose(plain.embed([picture]), expected, atol=1e-5)
-    other = rivals.rival({**settings, "mean": None}, teacher)
+    other = teachers.load_family("clip").reference(build_teacher({**settings, "mean": None}))
     assert other and not torch.allclose(other.embed([picture]), expected, atol=1e-3)
-    drawn = build_teacher(rivals.drawn(settings, tmp_path)).fingerprint()
+    drawn = build_teacher(teachers.load_family("clip").random_weights(settings, tmp_path)).fingerprint()
     own = teacher.fingerprint()
     assert {key for key in own if drawn[key] != own[key]} == {"weights"}

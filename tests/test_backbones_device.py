@@ -3,11 +3,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fmdistill import teachers
 from fmdistill.backbones.device import pick_device
-from fmdistill.cache import sam_teacher, teacher
 from fmdistill.distill import train
 from fmdistill.recipe import Train
 from fmdistill.registry import UserError
+from fmdistill.teachers import sam
 
 
 @pytest.mark.parametrize(("count", "says"), [(1, "1 CUDA device here"), (2, "2 CUDA devices here")])
@@ -54,6 +55,6 @@ def test_training_on_another_device_than_the_recipe_s_is_refused(monkeypatch):
 
 
 def test_a_teacher_s_device_is_refused_before_its_weights_are_read(monkeypatch):
-    monkeypatch.setattr(sam_teacher, "build_sam", lambda *a: pytest.fail("read the weights"))
+    monkeypatch.setattr(sam, "build_sam", lambda *a: pytest.fail("read the weights"))
     with pytest.raises(UserError, match="teacher.device=meta: this PyTorch cannot compute there"):
-        teacher.build({"name": "sam_vit_b", "device": "meta"})
+        teachers.build({"name": "sam_vit_b", "device": "meta"})

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fmdistill.backbones.heads import load_head
+from fmdistill import teachers
 from fmdistill.backbones.linear_head import LinearHead
 from fmdistill.registry import UserError
 
@@ -13,7 +13,7 @@ from fmdistill.registry import UserError
 def test_a_head_comes_back_as_it_was_kept(tmp_path, bias):
     layer = nn.Linear(6, 4, bias=bias)
     LinearHead.of(layer).save(tmp_path)
-    head, feature = load_head("classifier", tmp_path), torch.randn(3, 6)
+    head, feature = teachers.load_family("classifier").head.load(tmp_path), torch.randn(3, 6)
     torch.testing.assert_close(head(feature), layer(feature))
     assert head.config == {"features": 6, "classes": 4} and not head.weight.requires_grad
 

@@ -294,11 +294,11 @@ def test_a_shard_that_changes_its_split_is_cached_anew_in_that_split_s_codec(tmp
         return {s: [n for n in names if n != moved] + [moved] * (s == now) for s, names in listed.items()}
 
     monkeypatch.setattr(Photos, "shards", shards)
-    assert sidecar(tmp_path, moved)["codec"] == {"train": "fp16", "validation": "fp32"}[split]
+    assert sidecar(tmp_path, moved)["codecs"]["embedding"] == {"train": "fp16", "validation": "fp32"}[split]
     with pytest.raises(UserError, match=f"1 shards are not cached yet, .*'{moved}' first"):
         cache.open_cache(recipe).shards  # noqa: B018
     cache.run(recipe)
-    assert sidecar(tmp_path, moved)["codec"] == {"train": "fp16", "validation": "fp32"}[now]
+    assert sidecar(tmp_path, moved)["codecs"]["embedding"] == {"train": "fp16", "validation": "fp32"}[now]
     assert moved in [reader.name for reader in cache.open_cache(recipe).shards[now]]
     assert cache.verify(recipe, samples=64)["samples"] == 32
     monkeypatch.undo()
@@ -341,7 +341,7 @@ def test_a_finished_cache_needs_the_teacher_s_file_no_more(tmp_path, monkeypatch
     assert "the teacher's file is gone, and not needed" in caplog.text
     assert contents(tmp_path / "cache") == before
     for other, says in (
-        ("cache.codec=fp32", "codec.train is 'fp16' there"),
+        ("cache.codec=fp32", "outputs.embedding.codec.train is 'fp16' there"),
         ("cache.similarity=true", "outputs.embedding_similarity is None there"),
         ("teacher.dtype=bf16", "teacher.dtype is 'fp32' there"),
         ("teacher.name=sam_vit_b", "teacher.name is 'sam_mini' there"),

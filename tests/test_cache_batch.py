@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from fmdistill.cache import batch, sidecar
+from fmdistill.cache import batch, outputs, sidecar
 from fmdistill.cache.batch import BufferPool
 from fmdistill.cache.codec import CODECS, named
 from fmdistill.cache.reader import ShardReader
+from fmdistill.cache.store import Folder
 from fmdistill.cache.writer import Prepared, ShardWriter
 from fmdistill.images import Shard
+from fmdistill.recipe import Cache
+from fmdistill.teachers.output import Output
 
 SHAPES = {"embedding": (6, 8, 8), "vector": (5,)}
 SIZES = [(5, 8), (8, 3), (8, 8), (5, 8), (1, 8), (8, 3)]
@@ -22,18 +25,20 @@ def written(folder, label: str) -> tuple[ShardReader, dict[str, np.ndarray]]:
     """A shard of landscape, portrait and square maps with a vector each, and what was given to it."""
     rng, shard, codec = np.random.default_rng(0), Shard("train-000", "train"), named(label)
     arrays = {name: rng.normal(size=(len(SIZES), *shape)).astype(np.float32) for name, shape in SHAPES.items()}
-    writer = ShardWriter(folder, shard, "x", codec)
+    given = {name: Output(shape, "image" if len(shape) == 3 else None) for name, shape in SHAPES.items()}
+    stored = outputs.stored(given, Cache(root=str(folder), codec=codec.name, trim=codec.trim))
+    writer = ShardWriter(Folder(folder), shard, "x", stored)
     for index, (height, width) in enumerate(SIZES):
         valid = np.zeros((8, 8), bool)
         valid[:height, :width] = True
-        outputs = {name: array[index] for name, array in arrays.items()}
-        writer.add(Prepared(index, f"image-{index}", "0", None, (8, 8), (height, width)), outputs, valid)
+        values = {name: array[index] for name, array in arrays.items()}
+        writer.add(Prepared(index, f"image-{index}", "0", None, (8, 8), (height, width)), values, valid)
         if codec.trim:
             arrays["embedding"][index, :, ~valid] = 0
     writer.publish()
-    finished = sidecar.finished(folder, shard, "x", codec)
+    finished = sidecar.finished(Folder(folder), shard, "x", stored)
     assert finished is not None
-    return ShardReader(shard, finished, "", SHAPES), arrays
+    return ShardReader(Folder(folder), shard, finished, "", stored), arrays
 
 
 @pytest.mark.parametrize("trimmed", ["", "-trimmed"])
@@ -43,14 +48,17 @@ def test_rows_of_any_shapes_decode_to_what_each_sample_reads(tmp_path, name, tri
     pool = BufferPool()
     for rows in ([2, 0, 1, 3, 5, 4], [1, 5], [2]):
         stored = batch.read([(reader, row) for row in rows], pool)
-        read = sum(reader.codec.nbytes(reader.shape(row, "embedding")) for row in rows)
-        assert stored["stored"]["embedding"].shape == (read,) and stored["codec"] == name + trimmed
+        read = sum(reader.codecs["embedding"].nbytes(reader.shape(row, "embedding")) for row in rows)
+        assert stored["stored"]["embedding"].shape == (read,) and stored["codecs"] == {"embedding": name + trimmed}
         found = batch.decoded(stored, SHAPES)
         for output, array in arrays.items():
             assert found[output].dtype == torch.float32 and found[output].shape == (len(rows), *SHAPES[output])
             expected = np.stack([reader.read(row)[output] for row in rows])
             assert np.array_equal(found[output], expected)
-            assert np.abs(expected - array[rows]).max() <= np.abs(array).max() * reader.codec.step + reader.codec.least
+            assert (
+                np.abs(expected - array[rows]).max()
+                <= np.abs(array).max() * reader.codecs["embedding"].step + reader.codecs["embedding"].least
+            )
 
 
 def test_a_buffer_is_lent_once_until_no_array_and_no_tensor_sees_it():

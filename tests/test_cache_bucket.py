@@ -11,7 +11,8 @@ import pytest
 import tiny
 
 from fmdistill import cache, distill
-from fmdistill.cache.bucket import SENT, Bucket, Remote, behind, local
+from fmdistill.cache.bucket import SENT, Bucket, Remote
+from fmdistill.cache.store import opened
 from fmdistill.cache.verification import verify_files
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError
@@ -27,8 +28,8 @@ def far(folder: Path, machine: str, **changes) -> Recipe:
 
 
 def values(recipe: Recipe) -> dict[str, bytes]:
-    opened = cache.open_cache(recipe)
-    readers = [reader for split in opened.shards.values() for reader in split]
+    whole = cache.open_cache(recipe)
+    readers = [reader for split in whole.shards.values() for reader in split]
     return {key: r.read(i)["embedding"].tobytes() for r in readers for i, key in enumerate(r.keys)}
 
 
@@ -61,7 +62,7 @@ def test_the_folder_stays_bounded_and_what_left_it_is_fetched_again(tmp_path):
 
 
 def test_a_small_disk_here_does_not_refuse_a_large_bucket(tmp_path, monkeypatch):
-    monkeypatch.setattr("fmdistill.cache.stage.shutil.disk_usage", lambda path: pytest.fail("asked"))
+    monkeypatch.setattr("fmdistill.cache.store.shutil.disk_usage", lambda path: pytest.fail("asked"))
     cache.run(far(tmp_path, "one"))
     assert len(list((tmp_path / "bucket").glob("*.tar"))) == 4
 
@@ -70,7 +71,7 @@ def test_a_process_that_starts_beside_another_does_not_forget_its_claim(tmp_path
     recipe, share, beside = far(tmp_path, "one"), Bucket.share, []
 
     def slow(self: Bucket) -> None:
-        beside.append(Thread(target=local, args=(recipe.cache,)))
+        beside.append(Thread(target=opened, args=(recipe.cache,)))
         beside[-1].start()
         time.sleep(0.5)
         assert (self.folder / "manifest.json").exists()
@@ -86,9 +87,10 @@ def test_a_process_that_starts_beside_another_does_not_forget_its_claim(tmp_path
 def test_two_urls_never_share_a_folder(tmp_path):
     first = far(tmp_path, "one")
     assert first.cache is not None
-    folders = {local(replace(first.cache, root=f"file://{tmp_path}/{name}")) for name in ("a/b", "a-b", "a", "a//b")}
+    roots = {name: f"file://{tmp_path}/{name}" for name in ("a/b", "a-b", "a", "a//b")}
+    folders = {opened(replace(first.cache, root=root)).folder for root in roots.values()}
     assert len(folders) == 4
-    assert local(replace(first.cache, root=f"file://{tmp_path}/a/")) in folders  # the same cache
+    assert opened(replace(first.cache, root=f"file://{tmp_path}/a/")).folder in folders  # the same cache
 
 
 def test_a_shard_that_was_not_sent_is_sent_by_the_next_process(tmp_path, monkeypatch):
@@ -101,7 +103,7 @@ def test_a_shard_that_was_not_sent_is_sent_by_the_next_process(tmp_path, monkeyp
     assert not list((tmp_path / "bucket").glob("*.tar"))
     unsent = list((tmp_path / "one").glob("*/train-*.tar"))
     assert len(unsent) == 1 and not SENT.fullmatch(unsent[0].name)
-    local(recipe.cache)
+    opened(recipe.cache)
     assert len(list((tmp_path / "bucket").glob("*.tar"))) == 1
     cache.run(recipe)
     assert len(list((tmp_path / "bucket").glob("*.tar"))) == 4
@@ -141,17 +143,17 @@ def test_another_cache_at_the_same_url_starts_anew_and_another_teacher_is_refuse
         path.unlink()
     cache.run(replace(recipe, cache=replace(recipe.cache, codec="fp32", local=str(tmp_path / "two"))))
     assert recipe.cache is not None
-    folder = local(recipe.cache)
-    assert json.loads((folder / "manifest.json").read_text())["codec"]["train"] == "fp32"
+    folder = opened(recipe.cache).folder
+    assert json.loads((folder / "manifest.json").read_text())["outputs"]["embedding"]["codec"]["train"] == "fp32"
 
 
 def test_what_cannot_be_reached_or_is_damaged_is_one_line(tmp_path):
     recipe = far(tmp_path, "one")
     assert recipe.cache is not None
     with pytest.raises(UserError, match="only for a URL"):
-        local(replace(recipe.cache, root=str(tmp_path)))
+        opened(replace(recipe.cache, root=str(tmp_path)))
     with pytest.raises(UserError, match="cache.root=nowhere://x"):
-        local(replace(recipe.cache, root="nowhere://x"))
+        opened(replace(recipe.cache, root="nowhere://x"))
     cache.run(recipe)
     tar = next((tmp_path / "bucket").glob("train-000-*.tar"))
     tar.write_bytes(tar.read_bytes()[:-1] + b"x")
@@ -168,7 +170,6 @@ def test_what_cannot_be_reached_or_is_damaged_is_one_line(tmp_path):
         UserError, match=f"^{copy}: .*\\(a copy of file://{tmp_path}/bucket/{copy.name}\\); delete it and"
     ):
         verify_files(cache.open_cache(recipe))
-    assert behind(tmp_path) is None
 
 
 def test_a_tar_that_is_deleted_there_as_the_error_says_is_cached_anew(tmp_path):
@@ -205,7 +206,7 @@ def test_a_bucket_that_does_not_answer_costs_nothing_here(tmp_path, monkeypatch)
             cache.run(recipe)
     os.rename(tmp_path / "bucket", tmp_path / "away")  # as a mount that is gone
     with pytest.raises(UserError, match=r"manifest.json is gone, and .* holds shards of that cache; is the URL right"):
-        local(recipe.cache)
+        opened(recipe.cache)
     os.rename(tmp_path / "away", tmp_path / "bucket")
     assert here() == before
     cache.run(recipe)

@@ -20,6 +20,7 @@ from fmdistill.cache.codec import CODECS
 from fmdistill.cache.dataset import CachedImages
 from fmdistill.images import unescape
 from fmdistill.registry import UserError
+from fmdistill.teachers.output import Output
 
 KEYS = [f"00000{n:04}" for n in range(9)]
 TRANSFORM = image_transform_v2(PreprocessCfg(**{**clips.PREPROCESS_CFG, "size": 32}), is_train=False)
@@ -141,7 +142,7 @@ def test_patch_tokens_are_the_tower_s_own_beside_the_stacked_embedding(tmp_path)
 
 
 def test_a_tower_without_patch_tokens_is_said():
-    from fmdistill.cache.clip_teacher import ClipTeacher
+    from fmdistill.teachers.clip import ClipTeacher
 
     vision = {"timm_model_name": "tiny_vit_5m_224", "timm_pool": "avg", "timm_proj": "linear", "image_size": 224}
     config = {**clips.CONFIG, "model_cfg": {**clips.MODEL_CFG, "vision_cfg": vision}}
@@ -151,7 +152,7 @@ def test_a_tower_without_patch_tokens_is_said():
         UserError, match=r"teacher\.tokens=true: the image tower of TinyViT \(TimmModel\) gives no patch"
     ):
         ClipTeacher(model, config, tokens=True, **settings)
-    assert ClipTeacher(model, config, tokens=False, **settings).outputs == {"embedding": (24,)}
+    assert ClipTeacher(model, config, tokens=False, **settings).outputs == {"embedding": Output((24,))}
 
 
 def test_the_fingerprint_tells_weights_towers_quick_gelu_and_outputs_apart():
@@ -210,7 +211,7 @@ def with_preprocess():
 
 
 def test_a_teacher_without_weights_is_asked_for():
-    from fmdistill.cache.clip_teacher import open_clip as build
+    from fmdistill.teachers.clip import open_clip as build
 
     with pytest.raises(UserError, match=r"teacher\.pretrained: not set; give one of open_clip's tags"):
         build("ViT-B-32")

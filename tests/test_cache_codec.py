@@ -11,14 +11,18 @@ import torch
 import webdataset
 
 from fmdistill import cache, pipeline
-from fmdistill.cache import sidecar
-from fmdistill.cache.codec import CODECS, chosen, named
+from fmdistill.cache import outputs, sidecar
+from fmdistill.cache.codec import CODECS, named
 from fmdistill.cache.dataset import CachedImages
+from fmdistill.cache.outputs import chosen
 from fmdistill.cache.reader import ShardReader
+from fmdistill.cache.store import Folder
 from fmdistill.cache.verification import verify_values
 from fmdistill.cache.writer import Prepared, ShardWriter
 from fmdistill.images import Shard
+from fmdistill.recipe import Cache
 from fmdistill.registry import UserError
+from fmdistill.teachers.output import Output
 
 DRAWN = np.random.default_rng(0).normal(size=(6, 5, 7)).astype(np.float32)
 CHANNEL = np.array([1, 1, 1, 1000, 1, 1], np.float32)[:, None, None]
@@ -88,28 +92,13 @@ def test_the_bytes_stay_what_they_were():
         assert len(data) == len(CODECS[name].header(array.shape)) + len(expected) // 2
 
 
-def test_names_are_labels_and_older_sidecars_name_their_dtype():
+def test_a_codec_is_found_by_its_label():
     for name, codec in CODECS.items():
         assert named(name) == codec and not codec.trim
         trimmed = named(f"{name}-trimmed")
         assert trimmed == dataclasses.replace(codec, trim=True) and trimmed.label == f"{name}-trimmed"
-    assert named("float16") == CODECS["fp16"] and named("float32") == CODECS["fp32"]
     with pytest.raises(UserError, match=r"codec 'int9': unknown.*int8"):
         named("int9")
-
-
-def test_an_older_cache_whose_sidecars_name_the_dtype_opens_and_is_complete(tmp_path):
-    recipe = tiny.load(tmp_path)
-    cache.run(recipe)
-    for path in (tmp_path / "cache").glob("*-*.json"):
-        fields = json.loads(path.read_text())
-        fields["codec"] = {"fp16": "float16", "fp32": "float32"}[fields["codec"]]
-        del fields["checksum"]
-        path.write_text(json.dumps(fields))
-    before = {p.name: p.read_bytes() for p in (tmp_path / "cache").iterdir()}
-    cache.run(recipe)
-    assert {p.name: p.read_bytes() for p in (tmp_path / "cache").iterdir()} == before
-    assert cache.verify(recipe, samples=4)["samples"] == 4
 
 
 @pytest.mark.parametrize("name", CODECS)
@@ -142,16 +131,18 @@ def test_a_shard_of_each_codec_holds_trimmed_the_valid_tokens_of_the_full_one(tm
 
 def shard(root, codec, maps, sizes, shapes) -> ShardReader:
     root.mkdir()
-    writer = ShardWriter(root, Shard("train-000", "train"), "x", codec)
-    for index, (outputs, (height, width)) in enumerate(zip(maps, sizes, strict=True)):
+    given = {name: Output(shape, "image" if len(shape) == 3 else None) for name, shape in shapes.items()}
+    stored = outputs.stored(given, Cache(root=str(root), codec=codec.name, trim=codec.trim))
+    writer = ShardWriter(Folder(root), Shard("train-000", "train"), "x", stored)
+    for index, (values, (height, width)) in enumerate(zip(maps, sizes, strict=True)):
         valid = np.zeros((8, 8), bool)
         valid[:height, :width] = True
-        writer.add(Prepared(index, f"image-{index}", "0", None, (8, 8), (height, width)), outputs, valid)
+        writer.add(Prepared(index, f"image-{index}", "0", None, (8, 8), (height, width)), values, valid)
     writer.publish()
     shard = Shard("train-000", "train")
-    finished = sidecar.finished(root, shard, "x", codec)
+    finished = sidecar.finished(Folder(root), shard, "x", stored)
     assert finished is not None
-    return ShardReader(shard, finished, "", shapes)
+    return ShardReader(Folder(root), shard, finished, "", stored)
 
 
 def test_embeddings_of_a_3_2_image_take_the_bytes_that_the_readme_states():
@@ -167,9 +158,10 @@ def test_auto_is_int8_for_a_teacher_of_maps_and_fp16_for_one_of_vectors(tmp_path
         (tmp_path / name[:4]).mkdir()
         recipe = tiny.load(tmp_path / name[:4], "cache.codec=auto", f"teacher.name={name}", "images.limit=2")
         cache.run(recipe)
-        found[name] = cache.open_cache(recipe).manifest["codec"]["train"]
+        found[name] = cache.open_cache(recipe).manifest["outputs"]["embedding"]["codec"]["train"]
     assert found == {"tiny:teacher": "int8", "clips:teacher": "fp16"}
-    assert chosen("auto", {"a": (2, 3, 3), "b": (4,)}) == "fp16" and chosen("int4", {"a": (4,)}) == "int4"
+    assert chosen("auto", {"a": Output((2, 3, 3), "all"), "b": Output((4,))}) == "fp16"
+    assert chosen("int4", {"a": Output((4,))}) == "int4"
     with pytest.raises(
         UserError, match=r"'int8' there and 'fp32' here.*Go on with it by cache\.codec=int8 cache\.trim"
     ):
@@ -184,11 +176,14 @@ def test_a_cache_in_each_codec_agrees_with_its_teacher_and_stays_exact_for_valid
     found = cache.verify(recipe, samples=64)
     assert found["samples"] == 32 and 0 < found["largest_error"]
     opened, label = cache.open_cache(recipe), codec + "-trimmed" * (trim == "true")
-    assert opened.manifest["codec"] == {"train": label, "validation": "fp32"}
+    assert opened.manifest["outputs"]["embedding"]["codec"] == {"train": label, "validation": "fp32"}
     data, model = CachedImages(opened, "validation"), tiny.teacher()
     item = data.item(0, 0, 0)
     fresh = model(item["pixels"][None], item["sizes"][None])["embedding"][0]
-    assert torch.allclose(item["outputs"]["sam.embedding"], fresh, atol=1e-5) and data.shards[0].codec.name == "fp32"
+    assert (
+        torch.allclose(item["outputs"]["sam.embedding"], fresh, atol=1e-5)
+        and data.shards[0].codecs["embedding"].name == "fp32"
+    )
     assert "shape" not in data.shards[0].samples[0]["outputs"]["embedding"]
     with pytest.raises(UserError, match=f"codec.train is '{label}' there and 'fp16' here"):
         cache.run(tiny.load(tmp_path))

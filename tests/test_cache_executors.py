@@ -184,7 +184,7 @@ def test_an_error_in_an_actor_is_the_error_of_the_run(tmp_path, cluster):
     recipes = [ray_settings(tmp_path, "cache.executor.actors=1", *more) for more in ([], ["teacher.name=tiny:teacher"])]
     folder = tmp_path / "cache"
     folder.mkdir()
-    rest = {"outputs": {}, "codec": {"train": "fp16", "validation": "fp32"}, "images": {}}
+    rest = {"head": True, "outputs": {}, "images": {}}
     manifest.claim(folder, {"family": "other", "teacher": {"preprocess": {}}, **rest})
     with pytest.raises(UserError, match="this cache is another one: .* Choose another cache.root=FOLDER"):
         cache.run(recipes[0])

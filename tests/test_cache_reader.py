@@ -15,7 +15,7 @@ import torch
 
 from fmdistill import cache, distill
 from fmdistill import recipe as recipes
-from fmdistill.cache import reader
+from fmdistill.cache import store
 from fmdistill.cache.dataset import CachedImages, StoredImages, decoded
 from fmdistill.distill.loader import batches
 from fmdistill.registry import UserError
@@ -30,7 +30,7 @@ def test_few_tars_are_open_at_once_and_a_reader_works_in_a_fork_and_from_a_pickl
 
     recipe = tiny.load(tmp_path, "images.shard_size=1")
     cache.run(recipe)
-    monkeypatch.setattr(reader, "_opened", lru_cache(maxsize=3)(reader._opened.__wrapped__))
+    monkeypatch.setattr(store, "held_open", lru_cache(maxsize=3)(store.held_open.__wrapped__))
     shards = cache.open_cache(recipe).shards["train"]
     before = opened()
     expected = [shard.read(0)["embedding"] for shard in shards]
@@ -89,7 +89,7 @@ def test_a_loader_s_batch_is_stored_in_one_tensor_an_output_and_decodes_to_what_
             found = whole["outputs"]["sam.embedding"]
             assert found.dtype == torch.float32 and torch.equal(found, expected) and float(found.std()) > 0.1
             assert torch.equal(whole["pixels"], torch.stack([item["pixels"] for item in items]))
-            assert not {"stored", "codec", "shapes"} & whole.keys()
+            assert not {"stored", "codecs", "shapes"} & whole.keys()
 
 
 def test_a_flipped_byte_stops_the_loader_at_the_member_s_first_read_in_a_process(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from test_cache_bucket import far, values
 
 from fmdistill import cache, distill
-from fmdistill.cache.bucket import local
+from fmdistill.cache.store import opened
 from fmdistill.registry import UserError
 
 boto3 = pytest.importorskip("boto3")
@@ -52,7 +52,7 @@ def test_machines_share_a_bucket_and_a_damaged_tar_is_cached_anew(tmp_path, serv
 def test_a_server_that_does_not_answer_and_a_bucket_that_is_missing_are_one_line(tmp_path, server):
     recipe = far(tmp_path, "one", root="s3://bucket/caches/other")
     cache.run(recipe)
-    folder = local(recipe.cache)
+    folder = opened(recipe.cache).folder
     before = {path.name for path in folder.iterdir()}
     with pytest.raises(
         UserError, match=r"s3://nowhere/a/manifest\.json: FileNotFoundError: .*bucket does not exist.*; is the URL"

@@ -13,13 +13,18 @@ import webdataset
 from fmdistill import cache, distill
 from fmdistill.cache import seal, sidecar, writer
 from fmdistill.cache.codec import named
+from fmdistill.cache.outputs import StoredOutput
 from fmdistill.cache.reader import ShardReader
+from fmdistill.cache.store import Folder
 from fmdistill.cache.writer import Prepared, ShardWriter
 from fmdistill.files import file_hash
 from fmdistill.images import Encoded, Shard, build, photos
+from fmdistill.images.source import SPLITS
 from fmdistill.registry import UserError
 
 SHARD = Shard("train-000", "train")
+FP32 = {split: named("fp32") for split in SPLITS}
+OUTPUTS = {"x": StoredOutput((3,), codecs=FP32), "map": StoredOutput((1, 2, 2), "image", codecs=FP32)}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -28,14 +33,14 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def written(root: Path, value: float) -> ShardWriter:
     """Return a writer that has everything but to publish: one image, whose vector and map hold `value`."""
-    made = ShardWriter(root, SHARD, "identity", named("fp32"))
+    made = ShardWriter(Folder(root), SHARD, "identity", OUTPUTS)
     outputs = {"x": np.full(3, value, np.float32), "map": np.full((1, 2, 2), value, np.float32)}
     made.add(Prepared(0, "a.png", "hash", original=(2, 2), resized=(2, 2)), outputs, np.ones((2, 2), bool))
     return made
 
 
 def finished(root: Path) -> sidecar.Finished | None:
-    return sidecar.finished(root, SHARD, "identity", named("fp32"))
+    return sidecar.finished(Folder(root), SHARD, "identity", OUTPUTS)
 
 
 def test_the_seal_is_the_hash_of_all_before_it_and_webdataset_does_not_see_it(tmp_path):
@@ -79,7 +84,7 @@ def test_a_writer_that_dies_between_tar_and_sidecar_leaves_no_pair_that_seems_fi
     written(tmp_path, 3.0).publish()
     healed = finished(tmp_path)
     assert healed is not None and healed.fields["sha256"] == file_hash(tar)
-    reader = ShardReader(SHARD, healed, "", {"x": (3,), "map": (1, 2, 2)})
+    reader = ShardReader(Folder(tmp_path), SHARD, healed, "", OUTPUTS)
     assert reader.read(0)["x"].tolist() == [3.0] * 3
 
 

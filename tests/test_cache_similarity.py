@@ -21,6 +21,7 @@ from fmdistill.distill.seen import Seen
 from fmdistill.distill.weightings.srw import SRW
 from fmdistill.distill.weightings.sum_normalizer import SumNormalizer
 from fmdistill.registry import UserError
+from fmdistill.teachers.output import Output
 
 KEPT = ("cache.similarity=true", "objective.embedding.padding=exclude")
 SMALL = ("images.train=8", "images.validation=2")
@@ -45,12 +46,13 @@ def seen(data: CachedImages, padding: str) -> Seen:
     """What an objective sees of the first shard's images, read as a loader reads them."""
     places = [(0, 0, index) for index in range(data.counts[0])]
     batch = decoded(data.cache, next(batches(StoredImages(data), [places], 0)))
-    valid = data.cache.preprocess.valid(batch["sizes"]).flatten(1)
-    return Seen(batch["outputs"], valid).focus("embedding", padding)
+    grids = {NAME: data.cache.preprocess.valid(batch["sizes"]).flatten(1)}
+    similarity = {NAME: batch["outputs"].pop(MAP)}
+    return Seen(batch["outputs"], grids=grids, similarity=similarity).focus("embedding", padding)
 
 
 def computed(before: Seen) -> Seen:
-    return dataclasses.replace(before, outputs={k: v for k, v in before.outputs.items() if k != MAP})
+    return dataclasses.replace(before, similarity={})
 
 
 def entries(of: Seen) -> torch.Tensor:
@@ -137,7 +139,7 @@ def test_a_student_learns_by_them_within_their_rounding_and_the_cache_is_verifie
         lines = (distill.run(recipe) / "metrics.jsonl").read_text().splitlines()
         losses.append(json.loads(lines[0])["loss"])
         shard = cache.open_cache(recipe).shards["train"][0]
-        assert tar_bytes(shard.codec, shard.shapes, 8) == shard.path.stat().st_size
+        assert tar_bytes(shard.codecs, shard.outputs, 8) == shard.path.stat().st_size
         assert cache.verify(recipe, samples=4)["samples"] == 4
     assert losses[0] != losses[1] and abs(losses[0] / losses[1] - 1) < 2.02 * ROUNDING / 0.5
 
@@ -155,7 +157,7 @@ def test_a_cache_with_and_one_without_are_told_apart_with_the_way_back(tmp_path)
 
 def taken() -> tiny.SamTeacher:
     made = tiny.teacher()
-    made.outputs = {**made.outputs, "x_similarity": (2, 4, 4)}
+    made.outputs = {**made.outputs, "embedding_similarity": Output((2, 4, 4), "all")}
     return made
 
 
@@ -169,16 +171,20 @@ def test_where_there_is_no_map_or_the_name_is_taken_it_is_refused(tmp_path):
         pipeline.check(tiny.load(tmp_path, *settings, f"teacher.{maps}"))
     with pytest.raises(UserError, match=r"cache\.similarity=true: ClipTeacher makes no map"):
         cache.load_teacher(tiny.load(tmp_path, *KEPT, "teacher.name=clips:teacher"))
-    with pytest.raises(UserError, match=r"'x_similarity' ends as those of cache\.similarity do; rename it"):
+    with pytest.raises(
+        UserError, match=r"'embedding_similarity' is named as those of cache\.similarity are; rename it"
+    ):
         cache.load_teacher(tiny.load(tmp_path, "teacher.name=test_cache_similarity:taken"))
 
 
 def test_clip_s_patch_tokens_have_them_and_its_vectors_do_not():
     model = similarity.WithSimilarity(clips.teacher(tokens=True))
-    assert model.outputs == {"embedding": (24,), "tokens": (32, 4, 4), "tokens_similarity": (2, 4, 4)}
+    similar = Output((2, 4, 4), "all", of="tokens")
+    tokens = Output((32, 4, 4), "all")
+    assert model.outputs == {"embedding": Output((24,)), "tokens": tokens, "tokens_similarity": similar}
     pixels = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     found = model(pixels, torch.full((2, 2), 32))
-    assert {name: tuple(value.shape[1:]) for name, value in found.items()} == model.outputs
+    assert {n: tuple(value.shape[1:]) for n, value in found.items()} == {n: o.shape for n, o in model.outputs.items()}
     for tokens, (every, unpadded) in zip(found["tokens"], found["tokens_similarity"], strict=True):
         expected = pairwise(tokens.flatten(1).numpy(), np.ones(16, bool))
         assert np.allclose(every.flatten(), expected, atol=1e-6) and torch.equal(every, unpadded)

@@ -13,13 +13,13 @@ from segment_anything.modeling.image_encoder import Attention
 
 from fmdistill.backbones.device import pick_device
 from fmdistill.backbones.mini import sam_mini_student
-from fmdistill.cache.compute import has_bf16, own_device, state_hash
 from fmdistill.cache.manifest import claim
-from fmdistill.cache.sam_teacher import SamTeacher, sam_mini, sam_vit_b
-from fmdistill.cache.teacher import asked, check
 from fmdistill.export import half
 from fmdistill.images.photos import photograph
 from fmdistill.registry import UserError
+from fmdistill.teachers import check, identity
+from fmdistill.teachers.compute import has_bf16, own_device, state_hash
+from fmdistill.teachers.sam import SamTeacher, sam_mini, sam_vit_b
 
 
 @pytest.fixture(scope="module")
@@ -191,15 +191,15 @@ def test_auto_is_bf16_only_where_the_cpu_multiplies_it(monkeypatch):
         assert has_bf16(torch.device("cpu")) is expected
         assert not has_bf16(torch.device("cuda"))
         monkeypatch.undo()
-    monkeypatch.setattr("fmdistill.cache.sam_teacher.build_sam", lambda kind, weights: tiny_sam(0))
+    monkeypatch.setattr("fmdistill.teachers.sam.build_sam", lambda kind, weights: tiny_sam(0))
     for has in (True, False):
-        monkeypatch.setattr("fmdistill.cache.sam_teacher.has_bf16", lambda device, has=has: has)
+        monkeypatch.setattr("fmdistill.teachers.sam.has_bf16", lambda device, has=has: has)
         assert sam_vit_b("x", "cpu").dtype == ("bf16" if has else "fp32")
         assert sam_vit_b("x", "cpu", exact=True).dtype == sam_vit_b("x", "cpu", "fp32").dtype == "fp32"
         assert sam_mini(device="cpu").dtype == "fp32"
 
 
-REST = {"family": "sam", "outputs": {}, "codec": {"train": "fp16", "validation": "fp32"}, "images": {}}
+REST = {"family": "sam", "head": True, "outputs": {}, "images": {}}
 
 
 def test_a_cache_of_the_other_path_is_refused_with_the_settings_that_go_on_with_it(tmp_path):
@@ -213,9 +213,9 @@ def test_a_cache_of_the_other_path_is_refused_with_the_settings_that_go_on_with_
         claim(tmp_path, {**REST, "teacher": tiny.teacher(dtype="bf16").fingerprint()})
     with pytest.raises(UserError, match=r"here. Choose another cache.root"):  # no setting brings other weights back
         claim(tmp_path, {**REST, "teacher": tiny.teacher(seed=1).fingerprint()})
-    asked_fast, asked_exact = (asked({"name": "sam_vit_b", "exact": exact}) for exact in (False, "true"))
-    assert asked_fast == {"name": "sam_vit_b", "path": "fast"}
-    assert asked_exact == {"name": "sam_vit_b", "path": "segment_anything", "dtype": "fp32"}
+    fast, exact = (identity({"name": "sam_vit_b", "exact": choice}) for choice in (False, "true"))
+    assert fast == {"name": "sam_vit_b", "path": "fast"}
+    assert exact == {"name": "sam_vit_b", "path": "segment_anything", "dtype": "fp32"}
 
 
 @pytest.mark.parametrize("name", ["sam_vit_h", "sam_mini", "open_clip", "clip_mini", "classifier"])

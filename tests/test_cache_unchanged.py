@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import tiny
 
-from fmdistill import cache
+from fmdistill import cache, teachers
 from fmdistill.backbones import mini
-from fmdistill.cache import teacher, unchanged
+from fmdistill.cache import unchanged
 from fmdistill.registry import UserError
 
 
@@ -34,7 +34,7 @@ def test_a_finished_cache_opens_no_weights_and_builds_no_teacher(made, monkeypat
     times = path.stat().st_atime_ns, path.stat().st_mtime_ns
     path.write_bytes(b"\0" * path.stat().st_size)  # what nobody reads may hold anything
     os.utime(path, ns=times)
-    monkeypatch.setattr(teacher, "build", lambda settings: pytest.fail("the teacher is built"))
+    monkeypatch.setattr(teachers, "build", lambda settings: pytest.fail("the teacher is built"))
     before = {p.name: p.stat().st_mtime_ns for p in (made / "cache").iterdir()}
     assert again(made)["teacher"]["name"] == "sam_mini"
     assert again(made, "teacher.batch=3", "teacher.workers=5", "teacher.device=cpu")
@@ -66,8 +66,8 @@ def test_a_missing_shard_loads_the_teacher_and_is_written(made):
 def test_a_cache_that_was_copied_asks_the_teacher_once_more(made, monkeypatch):
     (made / "cache" / unchanged.NAME).unlink()
     built = []
-    build = teacher.build
-    monkeypatch.setattr(teacher, "build", lambda settings: built.append(1) or build(settings))
+    build = teachers.build
+    monkeypatch.setattr(teachers, "build", lambda settings: built.append(1) or build(settings))
     again(made)
     again(made)
     assert built == [1]

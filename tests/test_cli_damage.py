@@ -13,7 +13,7 @@ import tiny
 import torch
 from test_cli import PROTOCOL, refused, succeeded
 
-from fmdistill.cache.codec import CODECS
+from fmdistill.cache.store import Folder
 from fmdistill.cache.writer import ShardWriter
 from fmdistill.cli import main
 from fmdistill.images import Shard
@@ -111,7 +111,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_completes_later(tmp_path, 
 
 def test_a_disk_that_is_really_full_leaves_no_temporary_file(tmp_path, monkeypatch):
     """The buffer cannot be flushed when the file is closed either."""
-    writer = ShardWriter(tmp_path, Shard("train-000", "train"), "x", CODECS["fp16"])
+    writer = ShardWriter(Folder(tmp_path), Shard("train-000", "train"), "x", {})
     writer.file.close()
     writer.file = io.BufferedWriter(Full())
     writer.file.write(b"x")

@@ -18,6 +18,7 @@ from fmdistill.distill.seen import Seen
 from fmdistill.distill.tasks import Distill, vectors
 from fmdistill.distill.train import Engine, fit, step_batches
 from fmdistill.recipe import Recipe
+from fmdistill.teachers.output import Output
 
 IMAGES, BATCH, DIMENSIONS, STEPS = 24, 8, 16, 3
 
@@ -83,7 +84,7 @@ def on_fixed_features(engine: Engine, group: str) -> dict[str, torch.Tensor]:
 def trained(recipe: Recipe, engine: Engine, group: str) -> dict[str, torch.Tensor]:
     """The weights after whole training steps of the loop."""
     torch.manual_seed(0)
-    task = Distill(Tower(), objective(group), ClipPreprocess(32, 8))
+    task = Distill(Tower(), objective(group), ClipPreprocess(32, 8), {"clip.embedding": Output((8,))})
     fit(task, Embedded(), recipe, lambda model: {}, engine, vectors)
     return task.state_dict()
 

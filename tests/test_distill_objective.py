@@ -76,7 +76,8 @@ def seen(valid_rows: int = 2) -> Seen:
     teacher = torch.randn(2, 5, 4, 4, generator=generator)
     valid = torch.zeros(2, 4, 4, dtype=torch.bool)
     valid[:, :valid_rows] = True
-    return Seen({"student.embedding": student, "sam.embedding": teacher}, valid.flatten(1))
+    grids = {"sam.embedding": valid.flatten(1)}
+    return Seen({"student.embedding": student, "sam.embedding": teacher}, grids=grids)
 
 
 @pytest.mark.parametrize("padding", ["include", "exclude"])
@@ -87,7 +88,7 @@ def test_the_objective_is_the_weighted_mean_spelled_out(padding):
     s, t = (x.detach().flatten(2).numpy() for x in view.outputs.values())
     total = 0.0
     for b in range(2):
-        valid = view.valid[b].numpy() if padding == "exclude" else np.ones(16, bool)
+        valid = view.grids["sam.embedding"][b].numpy() if padding == "exclude" else np.ones(16, bool)
         _, weight = brute_force(t[b], valid, 0.3)
         total += sum(weight[i] * ((s[b, :, i] - t[b, :, i]) ** 2).mean() for i in range(16) if valid[i])
     np.testing.assert_allclose(losses["a"].item(), 2.0 * total / 2, rtol=1e-5)
@@ -101,10 +102,10 @@ def test_padding_is_not_forgotten_where_a_distance_has_another_grid():
     view = seen()
     pooled = {name: torch.nn.functional.avg_pool2d(value, 2) for name, value in view.outputs.items()}
     settings = {"distance": {"name": "mse"}, "weighting": {"name": "uniform"}}
-    losses, _ = Objective({"a": settings})(Seen(pooled, view.valid))
+    losses, _ = Objective({"a": settings})(Seen(pooled, grids=view.grids))
     torch.testing.assert_close(losses["a"], torch.nn.functional.mse_loss(*pooled.values()))
     with pytest.raises(UserError, match="has 4 patches an image, and what is padding is known for 16"):
-        Objective({"a": {**settings, "padding": "exclude"}})(Seen(pooled, view.valid))
+        Objective({"a": {**settings, "padding": "exclude"}})(Seen(pooled, grids=view.grids))
 
 
 def test_uniform_weights_reproduce_the_plain_mean():
@@ -164,7 +165,7 @@ def test_reduce_is_per_image_then_over_the_batch():
 
 
 def test_what_srw_cannot_weigh_is_said():
-    vectors = Seen({"student.embedding": torch.zeros(4, 8), "clip.embedding": torch.ones(4, 8)}, torch.ones(4, 1) > 0)
+    vectors = Seen({"student.embedding": torch.zeros(4, 8), "clip.embedding": torch.ones(4, 8)})
     with pytest.raises(UserError, match=r"output=embeding: the student has none\. Did you mean 'embedding'"):
         vectors.focus("embeding", "include").pair()
     with pytest.raises(UserError, match="names no term"):
@@ -175,7 +176,8 @@ def test_what_srw_cannot_weigh_is_said():
         SRW(group="global_batch")(torch.zeros(2, 16), seen().focus("embedding", "include"))
     with pytest.raises(UserError, match=r"group='images': unknown\. Did you mean 'image'"):
         bind({"name": "srw", "group": "images"}, WEIGHTINGS, "objective.a.weighting")
-    both = Seen({"clip.embedding": torch.ones(2, 8), "clip.tokens": torch.ones(2, 8, 2, 2)}, torch.ones(2, 4) > 0)
+    outputs = {"clip.embedding": torch.ones(2, 8), "clip.tokens": torch.ones(2, 8, 2, 2)}
+    both = Seen(outputs, grids={"clip.tokens": torch.ones(2, 4) > 0})
     with pytest.raises(UserError, match="tokens: has one vector per patch, output=embedding one vector per image"):
         SRW(feature="tokens")(torch.zeros(2), both.focus("embedding", "include"))
 
@@ -268,7 +270,7 @@ def test_what_excludes_padding_does_not_look_at_the_teacher_s_padded_patches(dis
             one = Objective({"a": {**settings, "padding": padding}}, shapes)
             moved = student.clone().requires_grad_()
             named = {"student.embedding": moved, "sam.embedding": value}
-            loss = one(Seen(named, valid.flatten(1), keys=["a", "b", "c"]))[0]["a"]
+            loss = one(Seen(named, keys=["a", "b", "c"], grids={"sam.embedding": valid.flatten(1)}))[0]["a"]
             loss.backward()
             losses[padding, kind], gradients[padding, kind] = loss.detach(), moved.grad
     assert torch.equal(losses["exclude", "full"], losses["exclude", "trimmed"])

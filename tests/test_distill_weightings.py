@@ -58,7 +58,8 @@ def maps(ragged: bool = True) -> tuple[torch.Tensor, Seen]:
     if ragged:
         for image in range(B):
             valid[image, N - 3 * image :] = False
-    seen = Seen({"student.embedding": student, "t.embedding": teacher}, valid, "embedding", keys=KEYS)
+    outputs, grids = {"student.embedding": student, "t.embedding": teacher}, {"t.embedding": valid}
+    seen = Seen(outputs, valid, "embedding", keys=KEYS, grids=grids)
     return numbers(B, N, seed=2).square(), seen
 
 

@@ -13,8 +13,9 @@ PACKAGE = Path(fmdistill.__file__).parent
 LAYERS = [
     {"registry", "files"},
     {"text"},
-    {"recipe", "images", "logs", "stop"},
+    {"recipe", "images", "logs", "stop", "launcher"},
     {"backbones"},
+    {"teachers"},
     {"cache"},
     {"distill"},
     {"evaluate"},

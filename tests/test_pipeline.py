@@ -11,8 +11,8 @@ import tiny
 import torch
 from safetensors.torch import save_file
 
-from fmdistill import cache, distill, evaluate, pipeline
-from fmdistill.cache import teacher, unchanged
+from fmdistill import cache, distill, evaluate, pipeline, teachers
+from fmdistill.cache import unchanged
 from fmdistill.cli import main
 from fmdistill.evaluate import teacher_score
 from fmdistill.evaluate.subjects import mean_embedding
@@ -186,7 +186,7 @@ def test_a_second_run_writes_nothing_loads_no_teacher_and_judges_nothing(ran, mo
     monkeypatch.setattr(unchanged, "is_noted", lambda settings, root: True)  # as of one whose code is the package's own
     first = pipeline.run(load(folder, "train.steps=60"))
     before = everything(folder / "run") | everything(folder / "cache")
-    for module, name in ((teacher, "build"), (evaluate, "_call"), (teacher_score.sa1b, "judge_teacher")):
+    for module, name in ((teachers, "build"), (evaluate, "_call"), (teacher_score.sa1b, "judge_teacher")):
         monkeypatch.setattr(module, name, lambda *arguments, **named: pytest.fail("made again"))
     assert pipeline.run(load(folder, "train.steps=60")) == first == {f"{folder}/grid.yaml": metrics}
     assert everything(folder / "run") | everything(folder / "cache") == before

@@ -9,8 +9,7 @@ import tiny
 import torch
 import toy_digits
 
-from fmdistill import cache, export, pipeline, recipe, report
-from fmdistill.cache import teacher
+from fmdistill import cache, export, pipeline, recipe, report, teachers
 from fmdistill.cli import main
 from fmdistill.distill import tasks
 from fmdistill.registry import UserError
@@ -18,7 +17,7 @@ from fmdistill.registry import UserError
 
 @pytest.fixture(autouse=True)
 def no_teacher(monkeypatch):
-    monkeypatch.setattr(teacher, "build", lambda settings: pytest.fail("a teacher is built"))
+    monkeypatch.setattr(teachers, "build", lambda settings: pytest.fail("a teacher is built"))
 
 
 def line(capsys: pytest.CaptureFixture[str], *argv: object) -> str:

@@ -1,4 +1,4 @@
-"""The bench's figures agree with each other and with real files, and its rivals do the teacher's very work."""
+"""The bench's figures agree with each other and with real files, and a package's own loop does the teacher's work."""
 
 import json
 import tempfile
@@ -13,15 +13,16 @@ from nondegenerate import tiny_sam
 from PIL import Image
 from segment_anything import sam_model_registry
 
-from fmdistill import cache, recipe
+from fmdistill import cache, recipe, teachers
 from fmdistill.backbones.throughput import flops, matmul_flops, take_turns
-from fmdistill.cache import teacher
 from fmdistill.cache.codec import CODECS
 from fmdistill.cache.footprint import END
 from fmdistill.cli import main
 from fmdistill.images import build, decode
-from fmdistill.pipeline import bench, rivals
+from fmdistill.pipeline import bench
+from fmdistill.pipeline.bench import with_random_weights
 from fmdistill.registry import UserError
+from fmdistill.teachers.output import Output
 
 QUICK = bench.Settings(images=3, rounds=1, megabytes=0.05)
 CPU = torch.device("cpu")
@@ -65,7 +66,7 @@ def test_the_precision_told_is_the_teacher_s_own(vit_b, tmp_path):
     found = bench.run(tiny.load(tmp_path, "teacher.name=test_pipeline_bench:bf16_teacher"), QUICK)
     assert found["dtype"] == "bf16"
     assert "bf16 matrix product" in {row["against"] for row in found["rows"]}
-    exact = teacher.build(rivals.drawn({"name": "sam_vit_b", "device": "cpu", "exact": True}, tmp_path))
+    exact = teachers.build(with_random_weights({"name": "sam_vit_b", "device": "cpu", "exact": True}, tmp_path))
     exact.device = torch.device("cuda")  # where "auto" is bf16, but not of an exact teacher
     assert bench._dtype(exact) == "fp32"
 
@@ -99,11 +100,11 @@ def test_an_image_s_bytes_are_those_of_a_cache(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["sam_mini", "clip_mini"])
-def test_the_rival_does_the_teacher_s_work(kind, tmp_path):
+def test_the_reference_does_the_teacher_s_work(kind, tmp_path):
     settings = {"name": kind, "weights": "packaged", "device": "cpu", "dtype": "fp32"}
     settings |= {"exact": True} if kind == "sam_mini" else {}
-    model = teacher.build(settings)
-    plain = rivals.rival(settings, model)
+    model = teachers.build(settings)
+    plain = teachers.family_of(settings).reference(model)
     images = build({"name": "photos", "train": 2, "validation": 1, "size": 80})
     stored = list(images.read(images.shards()[0]))[:2]
     ready = [model.preprocess.prepare(decode(one.data)) for one in stored]
@@ -121,17 +122,17 @@ def test_the_rival_does_the_teacher_s_work(kind, tmp_path):
 
 
 def test_weights_are_drawn_for_every_kind_of_teacher(vit_b, tmp_path):
-    sam = teacher.build(rivals.drawn({"name": "sam_vit_b", "device": "cpu"}, tmp_path))
+    sam = teachers.build(with_random_weights({"name": "sam_vit_b", "device": "cpu"}, tmp_path))
     assert sam.fingerprint()["name"] == "sam_vit_b"
     toy_digits.write(tmp_path)
     student = recipe.load(tmp_path / "student.yaml")
     assert student.teacher
-    assert teacher.build(rivals.drawn(student.teacher, tmp_path)).outputs["logits"] == (10,)
-    assert rivals.drawn({"name": "open_clip", "pretrained": "openai"}, tmp_path)["pretrained"] == "none"
-    assert rivals.drawn({"name": "sam_mini"}, tmp_path)["weights"] == "none"
+    assert teachers.build(with_random_weights(student.teacher, tmp_path)).outputs["logits"] == Output((10,))
+    assert with_random_weights({"name": "open_clip", "pretrained": "openai"}, tmp_path)["pretrained"] == "none"
+    assert with_random_weights({"name": "sam_mini"}, tmp_path)["weights"] == "none"
     for other in ({"name": "tiny:teacher"}, {"name": "open_clip", "model": "local-dir:x"}):
         with pytest.raises(UserError, match="cannot be drawn"):
-            rivals.drawn(other, tmp_path)
+            with_random_weights(other, tmp_path)
 
 
 def test_flops_are_counted_two_to_a_multiply_add():

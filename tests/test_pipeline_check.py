@@ -4,7 +4,7 @@ import pytest
 import tiny
 import toy_digits
 
-from fmdistill import cache, pipeline, recipe
+from fmdistill import pipeline, recipe, teachers
 from fmdistill.distill import tasks
 from fmdistill.distill.objective import Objective
 from fmdistill.registry import UserError
@@ -68,7 +68,7 @@ def test_the_padding_of_vectors_is_refused_where_their_shapes_are_known():
 def test_a_teacher_of_one_s_own_decides_the_statistics_too(tmp_path):
     settings = toy_digits.trained(tmp_path)
     own = f"test_pipeline_check:teacher_in_{tmp_path.name}"
-    globals()[f"teacher_in_{tmp_path.name}"] = lambda: cache.teacher.build(settings.teacher)
+    globals()[f"teacher_in_{tmp_path.name}"] = lambda: teachers.build(settings.teacher)
     live = ["teacher={name: " + own + ", live: true}", "cache=null"]
     assert tasks.build(digits(tmp_path, *live)).complete is not None
     with pytest.raises(UserError, match="task.statistics=cifar100: the teacher's preprocessing has another mean"):

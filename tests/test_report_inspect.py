@@ -116,7 +116,7 @@ def planted(shard, how):
     elif how == "no resized":
         del told["samples"][0]["resized"]
     elif how == "an unknown codec":
-        told["codec"] = "float7"
+        told["codecs"]["embedding"] = "float7"
     elif how == "samples of texts":
         told["samples"] = ["a", "b"]
     elif how == "statistics":

@@ -7,8 +7,8 @@ from nondegenerate import tiny_sam
 from torch import nn
 
 from fmdistill import recipe as recipes
-from fmdistill.cache.sam_teacher import SamTeacher
 from fmdistill.recipe import Recipe
+from fmdistill.teachers.sam import SamTeacher
 
 CHANNELS = 32
 

@@ -46,13 +46,13 @@ class BufferPool:
 def read(places: Sequence[tuple[ShardReader, int]], pool: BufferPool) -> dict[str, Any]:
     """Return the samples at (shard, index), all of one split, as they are stored; UserError where one is damaged.
 
-    {"codec": its label, "stored": {output: uint8 (bytes,)}, "shapes": {output: the shape of each sample's}}.
+    {"codecs": {output: its label}, "stored": {output: uint8 (bytes,)}, "shapes": {output: each sample's}}.
     """
     first = places[0][0]
     shapes = {name: [shard.shape(index, name) for shard, index in places] for name in first.shapes}
     rooms, slots = {}, [{} for _ in places]
     for name, whole in first.shapes.items():
-        codec, start = first.codec.of(name), 0
+        codec, start = first.codecs[name], 0
         room = pool.empty(len(places) * codec.nbytes(whole))
         for shape, rows in _alike(shapes[name]).items():
             for row in rows:
@@ -61,7 +61,8 @@ def read(places: Sequence[tuple[ShardReader, int]], pool: BufferPool) -> dict[st
         rooms[name] = torch.from_numpy(room[:start])
     for (shard, index), slot in zip(places, slots, strict=True):
         shard.read_into(index, slot)
-    return {"codec": first.codec.label, "stored": rooms, "shapes": shapes}
+    labels = {name: codec.label for name, codec in first.codecs.items()}
+    return {"codecs": labels, "stored": rooms, "shapes": shapes}
 
 
 def decoded(batch: Mapping[str, Any], shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
@@ -69,9 +70,8 @@ def decoded(batch: Mapping[str, Any], shapes: Mapping[str, Shape]) -> dict[str, 
 
     `shapes` are the cache's, of one image; a trimmed map is zero outside of what was kept.
     """
-    codec = named(batch["codec"])
     return {
-        name: _decoded(codec.of(name), stored, batch["shapes"][name], shapes[name])
+        name: _decoded(named(batch["codecs"][name]), stored, batch["shapes"][name], shapes[name])
         for name, stored in batch["stored"].items()
     }
 

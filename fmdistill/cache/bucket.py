@@ -1,4 +1,4 @@
-"""A cache behind a URL that fsspec knows, such as s3://bucket/cache, and its folder on this machine.
+"""Store a cache behind a URL that fsspec knows, such as s3://bucket/cache, with a folder on this machine.
 
 Nothing in the bucket is ever written over, so no lock is needed and no copy grows stale: a shard is NAME-HASH.tar and
 NAME-HASH.json, HASH the start of the tar's sha256, put there in this order. Of two machines that wrote the same shard
@@ -12,7 +12,6 @@ in any cache, and is sent by the next process that opens it.
 import fcntl
 import functools
 import glob
-import hashlib
 import json
 import os
 import re
@@ -22,13 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fmdistill.cache import seal
+from fmdistill.cache.descriptor import Descriptor
 from fmdistill.cache.remote import Remote
 from fmdistill.files import file_hash, sweep, temporary_name, write_whole
 from fmdistill.logs import log
-from fmdistill.recipe import Cache
 from fmdistill.registry import UserError
 
-SETTINGS = ".bucket.json"  # in the folder: what its processes, such as a loader's workers, need to know
 MANIFEST = "manifest.json"
 ONCE = (MANIFEST, "head.json", "head.safetensors", "recipe.yaml")
 SENT = re.compile(r"(.+)-[0-9a-f]{16}\.(json|tar)")
@@ -40,22 +38,54 @@ class DamagedError(UserError):
 
 @dataclass(frozen=True)
 class Bucket:
-    """The cache at `url`, whose folder here keeps tars of up to `limit` bytes."""
+    """The store at `url`, whose local folder holds tars of up to `limit` bytes."""
 
     url: str
     folder: Path
     limit: int
 
+    def open(self) -> None:
+        """Make the local folder hold all small files of the bucket, and send the shards that were left unsent."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        sweep(self.folder)  # downloads that died
+        self.pull()
+        for path in sorted(self.folder.glob("*.json")):
+            if path.with_suffix(".tar").exists() and not SENT.fullmatch(path.name):
+                self.send(path.stem)
+
     def pull(self) -> None:
-        """Fetch the small files that are not here, and forget a folder of a cache that was there before."""
-        with self.alone():
+        """Download the small files that are missing here, and drop those of a cache that was at the URL before."""
+        with self.exclusive():
             self._pull()
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
+    def exclusive(self) -> Iterator[None]:
         """Keep this machine's other processes from `pull` for the block, in which a manifest is claimed and shared."""
         with _locked(self.folder / ".claim.lock"):
             yield
+
+    def free(self) -> int | None:
+        """Return None: the room behind a URL is not known, and this machine holds a part of the shards only."""
+        return None
+
+    def address(self, name: str) -> str:
+        """Return where the file called `name` is, for a message."""
+        return f"{self.url}/{name}"
+
+    def note(self, name: str) -> str:
+        """Return what to add to a message about the local file called `name`."""
+        return f" (a copy of {self.address(name)})"
+
+    def read(self, name: str, sha256: str, owner: object) -> Descriptor:
+        """Return the tar called `name` opened for reading, downloaded first if needed."""
+        while True:
+            try:  # not held open: a tar that was evicted would go on to fill the disk
+                opened = Descriptor(self.folder / name)
+            except FileNotFoundError:
+                self.fetch(name, sha256)  # and another process may need the room before this one opens it
+            else:
+                os.utime(opened.number)  # so that the longest unused is evicted
+                return opened
 
     def _pull(self) -> None:
         names = self._remote.names()
@@ -90,16 +120,17 @@ class Bucket:
                     if not self._remote.has(_tar(path.name)):
                         path.unlink(missing_ok=True)
 
-    def sidecars(self, shard: str) -> list[Path]:
-        """Return the shard's sidecars that are here, in the order in which every machine tries them."""
-        return _sidecars(self.folder, self.folder.stat().st_mtime_ns).get(shard, [])
+    def sidecars(self, shard: str) -> list[tuple[Path, bool]]:
+        """Return the shard's sidecars that are here, as every machine tries them, and whether the tar must be too."""
+        sent = _sidecars(self.folder, self.folder.stat().st_mtime_ns).get(shard, [])
+        return [(self.folder / f"{shard}.json", True), *((path, False) for path in sent)]
 
     def look(self, shard: str) -> None:
         """Fetch the sidecars of one shard that other machines have put there meanwhile."""
         self._take({name for name in self._remote.names() if name.startswith(f"{shard}-")}, f"{shard}-")
 
     def share(self) -> None:
-        """Put manifest, head and recipe there, each unless it is there already, and take what is; call it `alone`."""
+        """Upload manifest, head and recipe, each unless the bucket has it, and download those; call it `exclusive`."""
         names = self._remote.names()
         for name in ONCE:
             if name not in names and (self.folder / name).exists():
@@ -157,40 +188,6 @@ class Bucket:
     @property
     def _remote(self) -> Remote:
         return Remote(self.url)
-
-
-def place(settings: Cache) -> Path:
-    """Return where the folder of the cache at `settings.root` lies on this machine, there or not; nothing is asked."""
-    root = settings.root
-    if "://" not in root:
-        return Path(root)
-    home = Path(settings.local or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fmdistill")
-    return home / hashlib.sha256(root.rstrip("/").encode()).hexdigest()[:32]
-
-
-def local(settings: Cache) -> Path:
-    """Return the folder of the cache at `settings.root`: of a URL that on this machine, with all small files."""
-    root, folder = settings.root, place(settings)
-    if "://" not in root:
-        return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    found = Bucket(root.rstrip("/"), folder, settings.local_bytes)
-    sweep(folder)  # downloads that died
-    write_whole(folder / SETTINGS, json.dumps({"url": found.url, "limit": found.limit}))
-    found.pull()
-    for path in sorted(folder.glob("*.json")):
-        if path.with_suffix(".tar").exists() and not SENT.fullmatch(path.name):
-            found.send(path.stem)
-    return folder
-
-
-def behind(folder: Path) -> Bucket | None:
-    """Return the bucket that `folder` stands for; None where it is a cache itself."""
-    try:
-        settings = json.loads((folder / SETTINGS).read_text())
-    except FileNotFoundError:
-        return None
-    return Bucket(settings["url"], folder, settings["limit"])
 
 
 @functools.lru_cache(maxsize=2)

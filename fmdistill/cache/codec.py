@@ -9,7 +9,6 @@ import dataclasses
 import io
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -22,9 +21,7 @@ if TYPE_CHECKING:  # loading torch takes seconds, and whether a cache is finishe
     from torch import Tensor
 
 Shape = tuple[int, ...]
-SIMILARITY = "_similarity"  # ends the name of what `cache.similarity` keeps beside a map
 TRIMMED = "-trimmed"  # ends the name of a codec that trims, in manifests and sidecars
-DTYPES = {"float32": "fp32", "float16": "fp16"}  # by which older sidecars call their codec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,16 +35,11 @@ class Codec(ABC):
     step: float
     least: float
     trim: bool = False
-    suffix: str = "npy"
 
     @property
     def label(self) -> str:
         """The codec's name in a manifest or sidecar, such as "int8-trimmed"."""
         return self.name + TRIMMED * self.trim
-
-    def of(self, output: str) -> "Codec":
-        """Return the codec of the output called so: a map's similarities are fp16 and whole whatever the map is in."""
-        return CODECS["fp16"] if output.endswith(SIMILARITY) else self
 
     @abstractmethod
     def layout(self, shape: Shape) -> tuple[np.dtype, Shape]:
@@ -182,6 +174,11 @@ CODECS: dict[str, Codec] = {
 EXACT = "fp32"  # validation shards: teacher masks come from exact embeddings, never from a lossy or trimmed codec
 
 
+def stacked(shape: Shape) -> bool:
+    """Return whether outputs of this shape share one member a shard: a vector is small beside a member's header."""
+    return len(shape) == 1
+
+
 def padded(values: "Tensor", shape: Shape) -> "Tensor":
     """Return maps (..., C, h, w) with zeros below and to the right, of `shape` (C, g, g); others as they are."""
     if values.shape[-len(shape) :] == shape:
@@ -191,46 +188,17 @@ def padded(values: "Tensor", shape: Shape) -> "Tensor":
     return torch.nn.functional.pad(values, (0, shape[-1] - values.shape[-1], 0, shape[-2] - values.shape[-2]))
 
 
-def chosen(setting: str, outputs: Mapping[str, Sequence[int]]) -> str:
-    """Return the codec that `cache.codec` means for a teacher of these outputs.
-
-    "auto" is int8 for maps: the smallest whose masks are within a point of the exact ones', and by which no student was
-    seen to lose (README). Vectors, which are small beside the images themselves, stay in fp16.
-    """
-    if setting != "auto":
-        return setting
-    return "fp16" if any(stacked(tuple(shape)) for shape in outputs.values()) else "int8"
-
-
-def stacked(shape: Shape) -> bool:
-    """Return whether outputs of this shape share one member a shard: a vector is small beside a member's header."""
-    return len(shape) == 1
-
-
-def with_similarities(shapes: Mapping[str, Sequence[int]], kept: bool) -> dict[str, Shape]:
-    """Return the shapes of a cache's outputs with similarities beside its maps, or without, whatever there are now."""
-    own = {name: tuple(shape) for name, shape in shapes.items() if not name.endswith(SIMILARITY)}
-    added = {name + SIMILARITY: (2, *shape[1:]) for name, shape in own.items() if not stacked(shape)}
-    return {**own, **added} if kept else own
-
-
 def known(label: str) -> bool:
-    """Return whether `named` finds a codec."""
-    return DTYPES.get(label, label).removesuffix(TRIMMED) in CODECS
+    """Return whether `label` is that of a codec."""
+    return label.removesuffix(TRIMMED) in CODECS
 
 
 def named(label: str) -> Codec:
-    """Return the codec of a `label`, or of the dtype by which older sidecars call it. UserError where none is known."""
-    label = DTYPES.get(label, label)
+    """Return the codec of a `label`, such as "int8-trimmed". UserError if there is none."""
     name = label.removesuffix(TRIMMED)
     if name not in CODECS:
         raise UserError(f"codec '{label}': unknown.{suggest(name, CODECS)}")
     return dataclasses.replace(CODECS[name], trim=label != name)
-
-
-def by_split(labels: Mapping[str, str]) -> dict[str, Codec]:
-    """Return each split's codec, by its label in the manifest."""
-    return {split: named(label) for split, label in labels.items()}
 
 
 def _overflow(array: np.ndarray, name: str) -> OverflowError:

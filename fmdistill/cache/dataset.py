@@ -115,5 +115,5 @@ class StoredImages:
 def decoded(cache: Cache, loaded: Mapping[str, Any]) -> dict[str, Any]:
     """Return a batch of `StoredImages` with the float32 "outputs" in the place of what is stored, on its device."""
     found = batch.decoded(loaded, cache.shapes)
-    rest = {key: value for key, value in loaded.items() if key not in ("codec", "stored", "shapes")}
+    rest = {key: value for key, value in loaded.items() if key not in ("codecs", "stored", "shapes")}
     return {**rest, "outputs": {f"{cache.family}.{name}": value for name, value in found.items()}}

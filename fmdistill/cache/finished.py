@@ -2,21 +2,20 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from fmdistill import recipe as recipes
-from fmdistill.cache import manifest, sidecar, unchanged
-from fmdistill.cache.bucket import local
-from fmdistill.cache.codec import CODECS, EXACT, by_split, chosen, with_similarities
+from fmdistill.cache import manifest, outputs, sidecar, store, unchanged
+from fmdistill.cache.store import Store
 from fmdistill.images import Images, Shard
 from fmdistill.images import build as build_images
 from fmdistill.logs import log
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError, convert
+from fmdistill.teachers.output import Output
 
 
 def is_live(settings: Mapping[str, Any] | None) -> bool:
@@ -44,21 +43,22 @@ def is_finished(recipe: Recipe) -> bool:
 
 def finished(recipe: Recipe, images: Images, shards: Sequence[Shard]) -> dict[str, Any] | None:
     """Return the manifest if its teacher is the recipe's by the note beside it, and no shard is missing; else None."""
-    root = local(cache_of(recipe))
+    opened = store.opened(cache_of(recipe))
+    root = opened.folder
     if not (root / manifest.NAME).exists() or not unchanged.is_noted(recipe.teacher or {}, root):
         return None
-    done = complete(root, asked(recipe, images, manifest.read(root)), shards)
+    done = complete(opened, asked(recipe, images, manifest.read(root)), shards)
     if done is not None and unchanged.lost_files(root):
         log.info("%s: the teacher's file is gone, and not needed", root)
     return done
 
 
-def complete(root: Path, identity: Mapping[str, Any], shards: Sequence[Shard]) -> dict[str, Any] | None:
-    """Return the manifest of the cache at `root` if nothing of it is missing; UserError if its identity is another."""
-    found = manifest.claim(root, identity)
-    if not _has_head(root) or missing(root, shards, found):
+def complete(store: Store, identity: Mapping[str, Any], shards: Sequence[Shard]) -> dict[str, Any] | None:
+    """Return the manifest of the cache in `store` if nothing of it is missing; UserError if its identity is another."""
+    found = manifest.claim(store.folder, identity)
+    if found["head"] and not _has_head(store.folder) or missing(store, shards, found):
         return None
-    log.info("%s: all %d shards are cached", root, len(shards))
+    log.info("%s: all %d shards are cached", store.folder, len(shards))
     return found
 
 
@@ -67,27 +67,21 @@ def asked(recipe: Recipe, images: Images, found: Mapping[str, Any], teacher: Map
 
     `teacher` is what they tell of the teacher's fingerprint.
     """
-    similarity = cache_of(recipe).similarity
+    settings = cache_of(recipe)
+    own: dict[str, Output] = {name: o for name, o in outputs.from_json(found["outputs"]).items() if o.of is None}
+    given = outputs.with_similarities(own) if settings.similarity else own
     return {
         **found,
         "teacher": {**found["teacher"], **teacher},
-        "outputs": with_similarities(found["outputs"], similarity),
-        **settled(recipe, images, found["outputs"]),
+        "outputs": outputs.to_json(outputs.stored(given, settings)),
+        "images": images.identity(),
     }
 
 
-def settled(recipe: Recipe, images: Images, outputs: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-    """Return the part of the identity that needs no teacher but the shapes of its outputs."""
-    settings = cache_of(recipe)
-    codec = CODECS[chosen(settings.codec, outputs)]
-    codecs = {"train": replace(codec, trim=settings.trim).label, "validation": EXACT}
-    return {"codec": codecs, "images": images.identity()}
-
-
-def missing(root: Path, shards: Sequence[Shard], found: Mapping[str, Any]) -> list[Shard]:
-    """Return the shards that the cache at `root`, of this manifest, does not hold finished."""
-    token, codecs = manifest.identity_hash(found), by_split(found["codec"])
-    return [shard for shard in shards if not sidecar.finished(root, shard, token, codecs[shard.split])]
+def missing(store: Store, shards: Sequence[Shard], found: Mapping[str, Any]) -> list[Shard]:
+    """Return the shards that the cache in `store`, of this manifest, does not hold finished."""
+    token, stored = manifest.identity_hash(found), outputs.from_json(found["outputs"])
+    return [shard for shard in shards if not sidecar.finished(store, shard, token, stored)]
 
 
 def _has_head(root: Path) -> bool:

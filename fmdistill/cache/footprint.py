@@ -10,13 +10,14 @@ import numpy as np
 import torch
 
 from fmdistill.cache import seal
-from fmdistill.cache.codec import CODECS, Codec, by_split, stacked
+from fmdistill.cache.codec import CODECS, Codec, stacked
+from fmdistill.cache.outputs import chosen_codec, codecs_by, codecs_of
 from fmdistill.cache.reader import Cache
-from fmdistill.cache.teacher import pads
 from fmdistill.cache.writer import cut
 from fmdistill.images import Images, Shard
 from fmdistill.images.source import SPLITS
 from fmdistill.logs import log
+from fmdistill.teachers.output import Output
 
 COUNTED = 64  # shards of a split whose images are counted; of more shards so many are a sample
 BLOCK, END = 512, 1024 + seal.SIZE  # bytes: a tar's unit, and its seal and end
@@ -51,12 +52,12 @@ def count(images: Images, shards: Sequence[Shard]) -> tuple[list[float], bool]:
     return [known[s.name] if s.take is None else float(s.take) for s in shards], whole
 
 
-def tar_bytes(codec: Codec, shapes: Mapping[str, tuple[int, ...]], images: float) -> float:
-    """Return the bytes of a shard's tar by the codec's own `size`."""
+def tar_bytes(codecs: Mapping[str, Codec], outputs: Mapping[str, Output], images: float) -> float:
+    """Return the bytes of a shard's tar by the codecs' own `size`, one codec for each output."""
     total = float(END)
-    for name, shape in shapes.items():
-        own = codec.of(name)
-        total += own.size((round(images), *shape)) if stacked(shape) else images * own.size(shape)
+    for name, output in outputs.items():
+        shape, codec = output.shape, codecs[name]
+        total += codec.size((round(images), *shape)) if output.is_vector else images * codec.size(shape)
     return total
 
 
@@ -67,13 +68,13 @@ def estimate_disk(
 
     `by_name` are the images of each shard. The tars are exact for codecs whose `size` is, the sidecars within 10 %.
     """
-    labels = small.manifest["codec"]
-    codecs = by_split(labels)
-    ratios = {split: _written(small, split, codec) for split, codec in codecs.items()}
+    label = chosen_codec(small.outputs).label
+    codecs = {split: codecs_of(small.outputs, split) for split in SPLITS}
+    ratios = {split: _written(small, split, codecs[split]) for split in SPLITS}
 
-    def tars(some: Sequence[Shard], split: str, codec: Codec, ratio: float) -> float:
-        ours = [by_name[s.name] for s in some if s.split == split]
-        return sum(END + ratio * (tar_bytes(codec, small.shapes, images) - END) for images in ours)
+    def tars(some: Sequence[Shard], split: str, codecs: Mapping[str, Codec], ratio: float) -> float:
+        counts = [by_name[s.name] for s in some if s.split == split]
+        return sum(END + ratio * (tar_bytes(codecs, small.outputs, images) - END) for images in counts)
 
     def chosen(some: Sequence[Shard], split: str) -> float:
         return tars(some, split, codecs[split], ratios[split])
@@ -83,14 +84,15 @@ def estimate_disk(
         return sum(sizes[s.split][0] + sizes[s.split][1] * by_name[s.name] for s in some)
 
     exact = chosen(shards, "validation")
-    by_codec = {labels["train"]: round(exact + chosen(shards, "train"))}
+    by_codec = {label: round(exact + chosen(shards, "train"))}
     tried = dict(CODECS)
-    if pads(small.preprocess):
-        own = replace(codecs["train"], trim=True)
-        tried[own.label] = own
+    if any(output.tokens == "image" for output in small.outputs.values()):
+        trimmed = replace(chosen_codec(small.outputs), trim=True)
+        tried[trimmed.label] = trimmed
     for name, codec in tried.items():
-        if name not in by_codec and (ratio := _encoded(small, codec)) is not None:
-            by_codec[name] = round(exact + tars(shards, "train", codec, ratio))
+        own = codecs_by(codec, small.outputs)
+        if name not in by_codec and (ratio := _encoded(small, own)) is not None:
+            by_codec[name] = round(exact + tars(shards, "train", own, ratio))
     parts = {split: chosen(shards, split) + sidecars([s for s in shards if s.split == split]) for split in SPLITS}
     left = sum(chosen(missing, split) for split in SPLITS) + sidecars(missing)
     there = next(folder for folder in (root, *root.absolute().parents) if folder.is_dir())
@@ -98,7 +100,7 @@ def estimate_disk(
     images = {split: sum(by_name[s.name] for s in shards if s.split == split) for split in SPLITS}
     return Disk(
         root=root,
-        codec=labels["train"],
+        codec=label,
         tars=by_codec,
         sidecars=round(sidecars(shards)),
         beside=sum(p.stat().st_size for p in small.root.iterdir() if p.stem in ("manifest", "head")),
@@ -123,24 +125,25 @@ def _fitting(room: float, parts: Mapping[str, float], images: Mapping[str, float
     return max(1, int(held[-1][0]))
 
 
-def _written(small: Cache, split: str, codec: Codec) -> float:
-    """Return the bytes of the handful's tars, relative to what the codec's `size` says."""
+def _written(small: Cache, split: str, codecs: Mapping[str, Codec]) -> float:
+    """Return the bytes of the small cache's tars, relative to what the codecs' `size` says."""
     readers = small.shards[split]
-    told = sum(tar_bytes(codec, small.shapes, len(reader.samples)) - END for reader in readers)
+    told = sum(tar_bytes(codecs, small.outputs, len(reader.samples)) - END for reader in readers)
     return sum(reader.path.stat().st_size - END for reader in readers) / told if told else 1.0
 
 
-def _encoded(small: Cache, codec: Codec) -> float | None:
-    """Return the bytes of the handful's maps as `codec` encodes them, as `_written`; None where it cannot hold them."""
+def _encoded(small: Cache, codecs: Mapping[str, Codec]) -> float | None:
+    """Return the bytes of the small cache's maps in these codecs, as `_written`; None if a codec cannot hold them."""
     written = told = 0
     # Validation is exact, so it tells what a codec holds; what trimming leaves out are training images' padded tokens.
-    for reader in small.shards["train" if codec.trim or not small.shards["validation"] else "validation"]:
+    trims = any(codec.trim for codec in codecs.values())
+    for reader in small.shards["train" if trims or not small.shards["validation"] else "validation"]:
         for index, sample in enumerate(reader.samples):
             valid = small.preprocess.valid(torch.tensor([sample["resized"]]))[0].numpy()
             for name, array in reader.read(index).items():
                 if stacked(array.shape):
                     continue
-                own = codec.of(name)
+                own = codecs[name]
                 try:
                     written += BLOCK + -(-len(own.encode(cut(array, own, valid))) // BLOCK) * BLOCK
                 except OverflowError as error:

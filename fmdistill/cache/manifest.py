@@ -6,18 +6,15 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fmdistill.cache.codec import SIMILARITY, known, named
+from fmdistill.cache import outputs
 from fmdistill.files import write_first
 from fmdistill.images import Decoding
-from fmdistill.images.source import SPLITS
 from fmdistill.registry import UserError
 
-FORMAT = 1
+FORMAT = 2
 NAME = "manifest.json"
-# The settings that make a teacher compute as a cache says, by place and value in the manifest.
+# The settings that bring back what a cache was made with, by place and value in the manifest, beside the family's own.
 SETTINGS = {
-    ("teacher.path", "segment_anything"): "teacher.exact=true",
-    ("teacher.path", "fast"): "teacher.exact=false",
     ("teacher.dtype", "fp32"): "teacher.dtype=fp32",
     ("teacher.dtype", "bf16"): "teacher.dtype=bf16",
     ("images.decoding.orientation", "apply"): "images.orientation=apply",
@@ -25,17 +22,11 @@ SETTINGS = {
 }
 
 
-def _shapes(value: Any) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(shape, list) and all(type(side) is int and side > 0 for side in shape) for shape in value.values()
-    )
-
-
 FIELDS: Mapping[str, Callable[[Any], bool]] = {  # what readers rely on; the rest is compared only
     "family": lambda value: isinstance(value, str),
     "teacher": lambda value: isinstance(value, dict) and isinstance(value.get("preprocess"), dict),
-    "outputs": _shapes,
-    "codec": lambda value: isinstance(value, dict) and all(isinstance(value.get(split), str) for split in SPLITS),
+    "outputs": outputs.is_sound,
+    "head": lambda value: isinstance(value, bool),
     "images": lambda value: isinstance(value, dict),
 }
 
@@ -52,7 +43,7 @@ def claim(root: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
         said = "; ".join(
             f"{where} is {_short(was)} there and {_short(now)} here" for where, was, now in differences[:4]
         )
-        raise UserError(f"{root}: this cache is another one: {said}. {_way_out(differences)}")
+        raise UserError(f"{root}: this cache is another one: {said}. {_way_out(found, differences)}")
     return found
 
 
@@ -87,7 +78,7 @@ def check_decoding(root: Path, manifest: Mapping[str, Any], decoding: Decoding) 
         where, was, now = differences[0]
         raise UserError(
             f"{root}: the teacher saw the images with {where} {_short(was)}, here it is {_short(now)}. "
-            f"{_way_out(differences)}"
+            f"{_way_out(manifest, differences)}"
         )
 
 
@@ -105,24 +96,31 @@ def _differences(found: Any, wanted: Any, where: str = "") -> Iterator[tuple[str
         yield where, found, wanted
 
 
-def _way_out(differences: list[tuple[str, Any, Any]]) -> str:
-    settings = list(dict.fromkeys(_setting(where, was) for where, was, _ in differences))
+def _way_out(stored: Mapping[str, Any], differences: list[tuple[str, Any, Any]]) -> str:
+    settings = list(dict.fromkeys(_setting(stored, place, value) for place, value, _ in differences))
     # A setting that brings back half of what the cache was made with would only lead to the next refusal.
     again = f"Go on with it by {' '.join(map(str, settings))}; or choose" if all(settings) else "Choose"
     return f"{again} another cache.root=FOLDER, or delete this one"
 
 
-def _setting(where: str, was: Any) -> str | None:
-    if where.endswith(SIMILARITY):
-        return f"cache.similarity={'false' if was is None else 'true'}"
-    if where == "codec.train" and isinstance(was, str) and known(was):
-        codec = named(was)
+def _setting(stored: Mapping[str, Any], place: str, value: Any) -> str | None:
+    """Return the setting that gives the `value` that is stored at `place`; None if there is none."""
+    if (place, str(value)) in SETTINGS:
+        return SETTINGS[place, str(value)]
+    section, _, name = place.partition(".")
+    if section == "outputs" and name.endswith(".codec.train"):
+        codec = outputs.chosen_codec(outputs.from_json(stored["outputs"]))
         return f"cache.codec={codec.name} cache.trim={str(codec.trim).lower()}"
-    if where == "teacher.preprocess.resize":
-        from fmdistill.backbones.sam import RESIZE  # here, since it loads torch
+    if section == "outputs" and "." not in name:  # an output that one side lacks: the similarities of a map
+        similarity = any("of" in entry for entry in stored["outputs"].values())
+        own = name.removesuffix(outputs.similarity_name(""))
+        return f"cache.similarity={str(similarity).lower()}" if own != name and own in stored["outputs"] else None
+    if section == "teacher":
+        from fmdistill import teachers  # here, since a family loads torch
 
-        return {RESIZE[exact]: f"teacher.exact={str(exact).lower()}" for exact in (True, False)}.get(str(was))
-    return SETTINGS.get((where, str(was)))
+        if stored["family"] in teachers.FAMILIES:
+            return teachers.load_family(stored["family"]).way_back.get((place, str(value)))
+    return None
 
 
 def _short(value: Any) -> str:

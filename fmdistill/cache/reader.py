@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,44 +10,30 @@ import numpy as np
 import torch
 from isal.isal_zlib import crc32  # zlib's, nine times as fast
 
-from fmdistill.backbones.heads import load_head
-from fmdistill.backbones.preprocess import Preprocess, from_json
 from fmdistill.cache import manifest, sidecar
-from fmdistill.cache.bucket import behind
-from fmdistill.cache.codec import Shape, by_split, named, padded
+from fmdistill.cache.codec import padded
+from fmdistill.cache.outputs import StoredOutput, codecs_of, from_json
 from fmdistill.cache.sidecar import Finished
+from fmdistill.cache.store import Store
 from fmdistill.images import Images, Shard
+from fmdistill.recipe import Component
 from fmdistill.registry import UserError
-
-OPEN = 64  # tars that a process holds open; a system may allow it only a thousand files
-
-
-class _Descriptor:
-    """An open file, closed with its last use. Forked processes may share it: `pread` moves no position."""
-
-    def __init__(self, path: Path) -> None:
-        self.number = -1  # for `__del__`, where the next line fails
-        self.number = os.open(path, os.O_RDONLY)
-
-    def __del__(self) -> None:
-        if self.number >= 0:
-            os.close(self.number)
-
-
-@lru_cache(maxsize=OPEN)
-def _opened(path: Path, owner: object) -> _Descriptor:
-    return _Descriptor(path)
+from fmdistill.teachers import of_cache
+from fmdistill.teachers.family import Family, Preprocess
+from fmdistill.teachers.output import Shape
 
 
 class ShardReader:
     """One finished shard: keys and sizes from the sidecar, outputs from the tar."""
 
-    def __init__(self, shard: Shard, finished: Finished, group: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self.name, self.path, self.group, fields = shard.name, finished.tar, group, finished.fields
+    def __init__(
+        self, store: Store, shard: Shard, finished: Finished, group: str, outputs: Mapping[str, StoredOutput]
+    ) -> None:
+        self.store, self.name, self.path, self.group, fields = store, shard.name, finished.tar, group, finished.fields
         self.samples = [s for s in fields["samples"] if shard.take is None or s["index"] < shard.take]
-        self.codec = named(fields["codec"])
-        self.sha256, self.there = fields["sha256"], behind(self.path.parent)
-        self.shapes = shapes
+        self.outputs, self.codecs = outputs, codecs_of(outputs, fields["split"])
+        self.sha256 = fields["sha256"]
+        self.shapes = {name: output.shape for name, output in outputs.items()}
         self._owner = object()  # not the path: a shard that is written anew is another file
         self._checked: set[int] = set()
 
@@ -59,10 +45,11 @@ class ShardReader:
     def read(self, index: int) -> dict[str, np.ndarray]:
         """Return one sample's outputs, such as {"embedding": float32 (C, g, g)}, of the cache's `shapes`."""
         shapes = {name: self.shape(index, name) for name in self.samples[index]["outputs"]}
-        codecs = {name: self.codec.of(name) for name in shapes}
-        slots = {name: np.empty(codecs[name].nbytes(shape), np.uint8) for name, shape in shapes.items()}
+        slots = {name: np.empty(self.codecs[name].nbytes(shape), np.uint8) for name, shape in shapes.items()}
         self.read_into(index, slots)
-        values = {name: codecs[name].unpack(torch.from_numpy(slots[name]), shape) for name, shape in shapes.items()}
+        values = {
+            name: self.codecs[name].unpack(torch.from_numpy(slots[name]), shape) for name, shape in shapes.items()
+        }
         return {name: padded(value, self.shapes[name]).numpy() for name, value in values.items()}
 
     def shape(self, index: int, output: str) -> Shape:
@@ -78,7 +65,7 @@ class ShardReader:
 
     def read_into(self, index: int, slots: Mapping[str, np.ndarray]) -> None:
         """Fill each output's slot, uint8 of as many bytes as its codec gives its `shape`, with what is stored."""
-        file, sample = self._file(), self.samples[index]
+        file, sample = self.store.read(self.path.name, self.sha256, self._owner), self.samples[index]
         for name, member in sample["outputs"].items():
             if not self._fill(file.number, member, slots[name].data, index in self._checked):
                 raise UserError(
@@ -89,24 +76,12 @@ class ShardReader:
 
     @property
     def address(self) -> str:
-        """Where the tar itself is, which in a bucket's folder is but a copy."""
-        return f"{self.there.url}/{self.path.name}" if self.there else str(self.path)
+        """Where the tar is: behind a URL the local file is a copy."""
+        return self.store.address(self.path.name)
 
-    def present(self) -> Path:
-        """Return the tar's path; of a bucket's after it was fetched, where it is not on this machine."""
-        return self.there.fetch(self.path.name, self.sha256) if self.there else self.path
-
-    def _file(self) -> _Descriptor:
-        if self.there is None:
-            return _opened(self.path, self._owner)
-        while True:
-            try:  # not kept open: a tar that was evicted would go on to fill the disk
-                found = _Descriptor(self.path)
-            except FileNotFoundError:
-                self.present()  # and another process may need the room before this one opens it
-            else:
-                os.utime(found.number)  # so that the longest unused is evicted
-                return found
+    def fetch(self) -> Path:
+        """Return the tar's local path, downloading it first if needed."""
+        return self.store.fetch(self.path.name, self.sha256)
 
     @staticmethod
     def _fill(file: int, member: Mapping[str, Any], data: memoryview, checked: bool) -> bool:
@@ -122,10 +97,13 @@ class ShardReader:
 
 
 class Cache:
-    """A finished cache, opened for the images that a recipe plans."""
+    """A finished cache, opened for the images that a recipe plans.
 
-    def __init__(self, root: str | Path, images: Images) -> None:
-        self.root, self.images = Path(root), images
+    `teacher` is the recipe's teacher, which names a family of another package; fmdistill's own are known without it.
+    """
+
+    def __init__(self, store: Store, images: Images, teacher: Component | None = None) -> None:
+        self.store, self.root, self.images, self.teacher = store, store.folder, images, teacher
         self.manifest = manifest.read(self.root)
 
     @cached_property
@@ -135,32 +113,42 @@ class Cache:
 
     @property
     def family(self) -> str:
-        """The teacher's family, the prefix of its outputs."""
+        """The name of the teacher's family, the prefix of its outputs."""
         return self.manifest["family"]
+
+    @cached_property
+    def record(self) -> Family:
+        """The teacher's family."""
+        return of_cache(self.family, self.teacher)
 
     @cached_property
     def preprocess(self) -> Preprocess:
         """The teacher's preprocessing, which the student shares."""
-        return from_json(self.manifest["teacher"]["preprocess"])
+        return self.record.preprocess.from_json(self.manifest["teacher"]["preprocess"])
+
+    @cached_property
+    def outputs(self) -> dict[str, StoredOutput]:
+        """What is stored of each output of the teacher, by its name."""
+        return from_json(self.manifest["outputs"])
 
     @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
+    def shapes(self) -> dict[str, Shape]:
         """The shape of each output of one image."""
-        return {name: tuple(shape) for name, shape in self.manifest["outputs"].items()}
+        return {name: output.shape for name, output in self.outputs.items()}
 
     @cached_property
     def shards(self) -> dict[str, list[ShardReader]]:
         """The planned shards by split, in the order of their names. UserError where one is missing."""
         manifest.check_decoding(self.root, self.manifest, self.images.decoding)
         found: dict[str, list[ShardReader]] = {"train": [], "validation": []}
-        missing, codecs = [], by_split(self.manifest["codec"])
+        missing = []
         for shard in sorted(self.images.shards(), key=lambda s: s.name):
-            finished = sidecar.finished(self.root, shard, self.identity, codecs[shard.split])
+            finished = sidecar.finished(self.store, shard, self.identity, self.outputs)
             if finished is None:
                 missing.append(shard.name)
             else:
                 group = self.images.group(shard.name)
-                found[shard.split].append(ShardReader(shard, finished, group, self.shapes))
+                found[shard.split].append(ShardReader(self.store, shard, finished, group, self.outputs))
         if missing:
             raise UserError(
                 f"{self.root}: {len(missing)} shards are not cached yet, or hold other images by now, '{missing[0]}' "
@@ -169,8 +157,10 @@ class Cache:
         return found
 
     def head(self) -> Any:
-        """Return the teacher's small head, kept beside the shards: HEADS names its class by the family."""
+        """Return the teacher's small head, stored beside the shards, of the class that its family names."""
+        if self.record.head is None:
+            raise UserError(f"{self.root}: a teacher of the family '{self.family}' has no head")
         try:
-            return load_head(self.family, self.root)
+            return self.record.head.load(self.root)
         except UserError as error:
             raise UserError(f"{error}; `fmdistill cache RECIPE` writes it anew") from None

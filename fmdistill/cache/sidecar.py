@@ -1,6 +1,6 @@
 """The sidecar of a shard: what lies where in its tar, and what the teacher's statistics are; written last.
 
-{"checksum": the sha256's first half of all that follows, "identity": ..., "take": ..., "split": ..., "codec": ...,
+{"checksum": the sha256's first half of all that follows, "identity": ..., "take": ..., "split": ..., "codecs": ...,
 "bytes": of the tar, "sha256": of the tar, "seal": the tar's, "samples": [...], "failed": [...], "statistics": {...}}.
 What is read is checked first, so that no reader meets a missing field, an offset outside the tar, or a size that it
 could not hold.
@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fmdistill.cache import seal
-from fmdistill.cache.bucket import behind
-from fmdistill.cache.codec import Codec, known, named
+from fmdistill.cache.codec import known
+from fmdistill.cache.outputs import StoredOutput, codecs_of
+from fmdistill.cache.store import Store
 from fmdistill.images import Shard
 from fmdistill.images.source import SPLITS
 
@@ -37,8 +38,8 @@ def read(path: Path) -> dict[str, Any] | None:
         return None
     if not isinstance(found, dict):
         return None
-    checksum = found.pop("checksum", None)  # older sidecars have none
-    if checksum is not None and text[:LENGTH] != CHECKSUM.format(_checksum(text[LENGTH:])):
+    found.pop("checksum", None)
+    if text[:LENGTH] != CHECKSUM.format(_checksum(text[LENGTH:])):
         return None
     whole = _has(found, SIDECAR) and all(_has(one, FAILED) for one in found["failed"])
     return found if whole and all(_sound(one, found["bytes"]) for one in found["samples"]) else None
@@ -51,20 +52,20 @@ class Finished(NamedTuple):
     fields: dict[str, Any]
 
 
-def finished(root: Path, shard: Shard, identity: str, codec: Codec) -> Finished | None:
-    """Return the finished shard that holds all that `shard` asks for as `codec` stores it; else None.
+def finished(store: Store, shard: Shard, identity: str, outputs: Mapping[str, StoredOutput]) -> Finished | None:
+    """Return the finished shard that holds all that `shard` asks for, stored as `outputs` state; else None.
 
     None also where the sidecar is another cache's, is of other images, or is of another tar, by length and seal. A
     shard that has changed its split is not finished: training's may be lossy, validation's is exact.
     """
-    own, there = root / f"{shard.name}.json", behind(root)
-    for path in (own, *(there.sidecars(shard.name) if there else [])):
+    labels = {name: codec.label for name, codec in codecs_of(outputs, shard.split).items()}
+    for path, with_tar in store.sidecars(shard.name):
         fields, tar = read(path), path.with_suffix(".tar")
-        if fields is None or fields["identity"] != identity or named(fields["codec"]).label != codec.label:
+        if fields is None or fields["identity"] != identity or fields["codecs"] != labels:
             continue
         sealed = _sealed(tar)
-        if sealed is None and path == own or sealed not in (None, (fields["bytes"], fields["seal"])):
-            continue  # a bucket's tar may not be on this machine yet
+        if sealed is None and with_tar or sealed not in (None, (fields["bytes"], fields["seal"])):
+            continue
         enough = fields["take"] is None or (shard.take is not None and fields["take"] >= shard.take)
         if enough and shard.is_of(_keys(fields)):
             return Finished(tar, fields)
@@ -116,7 +117,7 @@ SIDECAR: Fields = {
     "identity": _text,
     "take": lambda value: value is None or _count(value),
     "split": lambda value: value in SPLITS,
-    "codec": lambda value: _text(value) and known(value),
+    "codecs": lambda value: _mapping(value) and all(_text(label) and known(label) for label in value.values()),
     "bytes": _count,
     "sha256": _text,
     "seal": _text,

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmdistill.backbones.heads import Head
-from fmdistill.cache.codec import SIMILARITY, with_similarities
-from fmdistill.cache.teacher import Teacher, refuse_similarity
+from fmdistill.cache.outputs import with_similarities
+from fmdistill.teachers import refuse_similarity
+from fmdistill.teachers.family import Head, Teacher
 
 STEP = 2.0**-11  # the largest between neighbours in float16 of at most 1, which similarities are stored in
 
@@ -49,7 +49,7 @@ class WithSimilarity:
     """
 
     def __init__(self, teacher: Teacher) -> None:
-        self.outputs = with_similarities(teacher.outputs, kept=True)
+        self.outputs = with_similarities(teacher.outputs)
         if self.outputs == teacher.outputs:
             refuse_similarity(type(teacher).__name__, "choose a teacher of maps, or leave `similarity` out")
         self.teacher, self.family, self.preprocess = teacher, teacher.family, teacher.preprocess
@@ -58,23 +58,25 @@ class WithSimilarity:
     @torch.inference_mode()
     def __call__(self, pixels: Tensor, sizes: Tensor) -> dict[str, Tensor]:
         """Return the teacher's outputs and their similarities, float32 on the CPU."""
-        found = self.teacher(pixels, sizes)
+        made = self.teacher(pixels, sizes)
         valid_Bgg = self.preprocess.valid(sizes)
-        maps = {name + SIMILARITY: _both(value, valid_Bgg) for name, value in found.items() if value.dim() == 4}
-        return {**found, **maps}
+        added = {name: output for name, output in self.outputs.items() if output.of is not None}
+        for name, output in added.items():
+            map_BCgg = made[output.of or ""]
+            made[name] = _both(map_BCgg, valid_Bgg if output.tokens == "image" else None)
+        return made
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the teacher's own: the outputs' names tell the rest."""
         return self.teacher.fingerprint()
 
-    def head(self) -> Head:
+    def head(self) -> Head | None:
         """Return the teacher's own."""
         return self.teacher.head()
 
 
-def _both(map_BCgg: Tensor, valid_Bgg: Tensor) -> Tensor:
+def _both(map_BCgg: Tensor, valid_Bgg: Tensor | None) -> Tensor:
     feature_BCN, every_BN = map_BCgg.flatten(2), torch.ones_like(map_BCgg[:, 0], dtype=torch.bool).flatten(1)
-    # A map on another grid comes from a network whose images are not padded.
-    valid_BN = valid_Bgg.flatten(1) if valid_Bgg.shape[1:] == map_BCgg.shape[2:] else every_BN
+    valid_BN = every_BN if valid_Bgg is None else valid_Bgg.flatten(1)
     both = average_similarity(feature_BCN, every_BN), average_similarity(feature_BCN, valid_BN) * valid_BN
     return torch.stack(both, 1).unflatten(2, map_BCgg.shape[2:])

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,17 +19,17 @@ from tqdm import tqdm
 
 from fmdistill import stop
 from fmdistill.cache import sidecar
-from fmdistill.cache.bucket import behind
-from fmdistill.cache.codec import Codec
-from fmdistill.cache.launcher import processes
+from fmdistill.cache.outputs import StoredOutput
 from fmdistill.cache.prefetch import LARGE, Waiting, advice, depth, prefetched
-from fmdistill.cache.teacher import Teacher
+from fmdistill.cache.store import Store
 from fmdistill.cache.writer import Prepared, ShardWriter, image_hash
 from fmdistill.files import being_written
 from fmdistill.images import DecodeError, Encoded, Images, Shard
 from fmdistill.images.picture import summary
+from fmdistill.launcher import processes
 from fmdistill.logs import log
 from fmdistill.registry import UserError
+from fmdistill.teachers.family import Teacher
 
 BEHIND = 2  # batches of outputs that wait to be encoded and written
 TIMED = 3  # batches by which the time left is told; the one before them, which warms up, is not counted
@@ -42,9 +41,9 @@ class Pass:
 
     teacher: Teacher
     images: Images
-    root: Path
+    store: Store
     identity: str
-    codecs: Mapping[str, Codec]  # by split
+    outputs: Mapping[str, StoredOutput]
     max_failed: float
     expected: int  # images of all processes, for the time left
     seen: int = 0
@@ -62,10 +61,9 @@ class Pass:
         before = self.seen
         self.conversions.clear()
         for shard in stop.between(chain(shards, others)):  # the latter grows while the shards are gone through
-            if there := behind(self.root):
-                there.look(shard.name)
-            finished = sidecar.finished(self.root, shard, self.identity, self.codecs[shard.split])
-            if finished is None and shard not in others and being_written(self.root / f"{shard.name}.tar"):
+            self.store.look(shard.name)
+            finished = sidecar.finished(self.store, shard, self.identity, self.outputs)
+            if finished is None and shard not in others and being_written(self.store.folder / f"{shard.name}.tar"):
                 others.append(shard)
             elif finished is None:
                 self.write(shard, bar)
@@ -78,14 +76,13 @@ class Pass:
 
     def write(self, shard: Shard, bar: tqdm) -> None:
         """Write one shard; nothing is visible unless it is whole."""
-        writer = ShardWriter(self.root, shard, self.identity, self.codecs[shard.split])
+        writer = ShardWriter(self.store, shard, self.identity, self.outputs)
         try:
             self._teach(writer, bar)
             if not writer.samples and not writer.failed:
                 raise UserError(f"{shard.name}: holds no image; remove it from the images, or restore it")
             writer.publish()
-            if there := behind(self.root):
-                there.send(shard.name)
+            self.store.send(shard.name)
         except BaseException:
             writer.abandon()
             raise

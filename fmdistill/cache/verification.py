@@ -7,16 +7,15 @@ import torch
 from isal.isal_zlib import crc32  # zlib's, nine times as fast
 
 from fmdistill import stop
-from fmdistill.backbones.heads import Head
 from fmdistill.cache import sidecar
 from fmdistill.cache.bucket import DamagedError
-from fmdistill.cache.compute import state_hash
 from fmdistill.cache.dataset import CachedImages
 from fmdistill.cache.reader import Cache, ShardReader
-from fmdistill.cache.teacher import Teacher
 from fmdistill.files import file_hash
 from fmdistill.logs import progress
 from fmdistill.registry import UserError
+from fmdistill.teachers.compute import state_hash
+from fmdistill.teachers.family import Head, Teacher
 
 NAMED = 20  # damaged shards at most, before the others are counted
 # Largest difference that arithmetic explains, relative to the largest value: another batch size or device.
@@ -39,12 +38,12 @@ def _damaged(reader: ShardReader, identity: str) -> str:
     """Return which file is damaged and how, "" where the shard is whole."""
     fields = sidecar.read(reader.path.with_suffix(".json"))
     try:
-        tar = reader.present()
+        tar = reader.fetch()
     except DamagedError as error:
         return str(error).rpartition("; ")[0]
     if fields is not None and fields["identity"] == identity and file_hash(tar) == fields["sha256"]:
         return ""
-    return f"{tar}: {damage(tar, fields)}" + (f" (a copy of {reader.address})" if reader.there else "")
+    return f"{tar}: {damage(tar, fields)}" + reader.store.note(tar.name)
 
 
 def holds_head(root: Path, head: Head) -> bool:
@@ -72,7 +71,7 @@ def verify_values(cache: Cache, teacher: Teacher, samples: int, seed: int = 0) -
             fresh = teacher(item["pixels"][None], item["sizes"][None])
             for name, value in fresh.items():
                 kept, new = item["outputs"][f"{cache.family}.{name}"], value[0]
-                codec, member = data.shards[shard].codec.of(name), data.shards[shard].samples[index]["outputs"][name]
+                codec, member = data.shards[shard].codecs[name], data.shards[shard].samples[index]["outputs"][name]
                 if "shape" in member:
                     _, height, width = member["shape"]
                     kept, new = kept[:, :height, :width], new[:, :height, :width]

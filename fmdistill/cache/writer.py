@@ -6,7 +6,7 @@ member of its own, `escape(key)`.OUTPUT.npy; who reads the tar with webdataset g
 `fmdistill.images.unescape(__key__)`. Vectors (D,) are the rows of one member OUTPUT.npy (n, D) at the tar's end, in
 the order of the sidecar's samples, whose records point at the rows. Its last member is `seal`'s.
 
-How numpy reads a member, or such a stack of rows, by the sidecar's "codec", after `x = np.load(file)`:
+How numpy reads a member, or such a stack of rows, by the sidecar's "codecs", after `x = np.load(file)`:
 
     fp32, fp16    x
     bf16          (x.astype("<u4") << 16).view("<f4")
@@ -14,14 +14,14 @@ How numpy reads a member, or such a stack of rows, by the sidecar's "codec", aft
     int4          as int8, of np.stack([x["value"] << 4 >> 4, x["value"] >> 4], -1).reshape(*x.shape, -1) for the value
 
 int4 of an odd width ends in one more zero. With "-trimmed" a map is the upper left rectangle (C, h, w) of valid tokens.
-NAME_similarity (2, g, g), which `cache.similarity` adds to a map, is whole and fp16 in every shard.
+The similarities (2, g, g) that `cache.similarity` adds to a map are whole and fp16 in every shard.
 """
 
 import hashlib
 import os
 import tarfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,8 @@ from torch import Tensor
 
 from fmdistill.cache import seal, sidecar
 from fmdistill.cache.codec import Codec, stacked
+from fmdistill.cache.outputs import StoredOutput, codecs_of
+from fmdistill.cache.store import Store
 from fmdistill.files import naming, publish, temporary_name, write_temporary
 from fmdistill.images import Shard, escape
 
@@ -57,16 +59,11 @@ class Statistics:
 
     sums: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def add(self, output: str, array: np.ndarray, valid: np.ndarray) -> None:
-        """Count one image's (C, H, W) map with its (g, g) validity, or its vector (C,), which is one valid token.
-
-        A map on another grid comes from a network whose images are not padded, so all of it is valid.
-        """
+    def add(self, output: str, array: np.ndarray, valid: np.ndarray | None) -> None:
+        """Count one image's (C, g, g) map with its (g, g) validity, None if all of it is valid, or its vector (C,)."""
         if stacked(array.shape):
-            array, valid = array[:, None], np.ones(1, bool)
-        elif array.shape[1:] != valid.shape:
-            assert valid.all(), f"{output}: {array.shape[1:]}, the padding's grid is {valid.shape}"
-            valid = np.ones(array.shape[1:], bool)
+            array = array[:, None]
+        valid = np.ones(array.shape[1:], bool) if valid is None else valid
         for kind, mask in (("valid", valid), ("padded", ~valid)):
             tokens_CN = array[:, mask].astype(np.float64)
             zero = np.zeros(array.shape[0])
@@ -93,8 +90,10 @@ class Statistics:
 class ShardWriter:
     """Collects the outputs of one shard under a temporary name and publishes them together."""
 
-    def __init__(self, root: Path, shard: Shard, identity: str, codec: Codec) -> None:
-        self.path, self.shard, self.identity, self.codec = root / f"{shard.name}.tar", shard, identity, codec
+    def __init__(self, store: Store, shard: Shard, identity: str, outputs: Mapping[str, StoredOutput]) -> None:
+        self.store, self.path = store, store.folder / f"{shard.name}.tar"
+        self.shard, self.identity = shard, identity
+        self.outputs, self.codecs = outputs, codecs_of(outputs, shard.split)
         self.temporary = temporary_name(self.path)
         self.file = open(self.temporary, "xb")
         self.digest = hashlib.sha256()
@@ -110,12 +109,12 @@ class ShardWriter:
 
     def add(self, item: Prepared, outputs: dict[str, np.ndarray], valid: np.ndarray) -> None:
         """Append one image's outputs; a value that the codec cannot hold is recorded as a failure."""
-        kept = {name: cut(array, self.codec.of(name), valid) for name, array in outputs.items()}
+        kept = {name: cut(array, self.codecs[name], valid) for name, array in outputs.items()}
         try:
             members = {
                 name: codec.pack(array).tobytes() if stacked(array.shape) else codec.encode(array)
                 for name, array in kept.items()
-                for codec in [self.codec.of(name)]
+                for codec in [self.codecs[name]]
             }
         except OverflowError as error:
             return self.fail(item, f"non-finite output: {error}; cache.codec=fp32 holds it")
@@ -137,16 +136,16 @@ class ShardWriter:
                 rows.append(data)
                 self.widths[name] = shape[0]
             else:
-                offset = self._member(f"{escape(item.key)}.{name}.{self.codec.suffix}", data)
+                offset = self._member(f"{escape(item.key)}.{name}.npy", data)
             record = {"offset": offset, "size": len(data), "crc32": crc32(data)}
             sample["outputs"][name] = {**record, "shape": list(shape)} if shape != outputs[name].shape else record
-            self.statistics.add(name, outputs[name], valid)
+            self.statistics.add(name, outputs[name], valid if self.outputs[name].tokens == "image" else None)
         self.samples.append(sample)
 
     def _stack(self) -> None:
         for name, rows in self.rows.items():
-            header = self.codec.of(name).header((len(self.samples), self.widths[name]))
-            start = self._member(f"{name}.{self.codec.suffix}", header + b"".join(rows)) + len(header)
+            header = self.codecs[name].header((len(self.samples), self.widths[name]))
+            start = self._member(f"{name}.npy", header + b"".join(rows)) + len(header)
             for sample in self.samples:
                 sample["outputs"][name]["offset"] += start
 
@@ -178,7 +177,7 @@ class ShardWriter:
             "identity": self.identity,
             "take": self.shard.take,
             "split": self.shard.split,
-            "codec": self.codec.label,
+            "codecs": {name: codec.label for name, codec in self.codecs.items()},
             "bytes": self.temporary.stat().st_size,
             "sha256": self.digest.hexdigest(),
             "seal": sealed,
@@ -197,7 +196,7 @@ class ShardWriter:
                 beside.unlink(missing_ok=True)  # of a damaged tar that was deleted: it describes other bytes
             if publish(self.temporary, self.path):
                 publish(described, beside)
-            elif sidecar.finished(self.path.parent, self.shard, self.identity, self.codec):
+            elif sidecar.finished(self.store, self.shard, self.identity, self.outputs):
                 self.temporary.unlink()
             else:
                 # The tar there is a dead writer's, a shorter cut, or another split's. Whoever replaces a tar replaces
@@ -218,8 +217,8 @@ class ShardWriter:
 
 
 def cut(array: np.ndarray, codec: Codec, valid: np.ndarray) -> np.ndarray:
-    """Return what `codec` keeps of an output: all, or of a map the rectangle of valid tokens."""
-    if not codec.trim or array.shape[1:] != valid.shape:
+    """Return what `codec` stores of an output: all, or of a map the rectangle of valid tokens."""
+    if not codec.trim:
         return array
     height, width = int(valid.any(1).sum()), int(valid.any(0).sum())
     assert valid[:height, :width].all() and valid.sum() == height * width, "what is valid is no upper left rectangle"

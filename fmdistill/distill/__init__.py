@@ -9,10 +9,10 @@ from pathlib import Path
 from fmdistill import recipe as recipes
 from fmdistill.backbones.device import pick_device
 from fmdistill.cache import finished
-from fmdistill.cache.launcher import check_training
 from fmdistill.distill import checkpoint, tasks
 from fmdistill.distill.student import WEIGHTS, load_student
 from fmdistill.distill.train import Engine, fit, validator
+from fmdistill.launcher import check_training
 from fmdistill.logs import log
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError

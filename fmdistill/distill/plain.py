@@ -11,11 +11,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from fmdistill.backbones.preprocess import Preprocess
 from fmdistill.cache.dataset import NO_LABEL
 from fmdistill.distill.data import Prepared, SplitImages
 from fmdistill.images import Encoded
 from fmdistill.registry import UserError
+from fmdistill.teachers.family import Preprocess
 
 
 @dataclass(frozen=True)

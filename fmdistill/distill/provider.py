@@ -1,6 +1,6 @@
 """Where a task's batches come from, with what the teacher says: from a cache, from a live teacher, or without one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fmdistill.backbones.preprocess import Preprocess
-from fmdistill.cache import finished, open_cache, teacher
+from fmdistill import teachers
+from fmdistill.cache import finished, open_cache
 from fmdistill.cache.dataset import CachedImages, StoredImages, decoded
 from fmdistill.distill.data import Data
 from fmdistill.distill.objective import check_trimmed
@@ -20,21 +20,21 @@ from fmdistill.images import build as build_images
 from fmdistill.images.source import SPLITS
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError
-
-Shape = tuple[int, ...]
+from fmdistill.teachers.family import Preprocess
+from fmdistill.teachers.output import Output
 
 
 @dataclass(frozen=True)
 class Provider:
     """Training and validation data of one batch layout, whoever fills its "outputs".
 
-    `shapes` are those of the teacher's outputs for one image, by their names in a batch; `complete` adds the outputs to
+    `outputs` are the teacher's for one image, by their names in a batch; `complete` adds the outputs to
     a batch that is on its device, by decoding what a cache stores or by asking a live teacher, None where there are
     none; `source` says in errors where they come from.
     """
 
     preprocess: Preprocess
-    shapes: dict[str, Shape]
+    outputs: dict[str, Output]
     train: Data
     validation: Data
     complete: Complete | None
@@ -53,8 +53,8 @@ def build(recipe: Recipe, own: Preprocess | None = None, augment: Augment | None
     if not finished.is_live(recipe.teacher):
         return _cached(recipe)
     with torch.random.fork_rng(devices=[]):  # so that one seed gives the student that a cached teacher's run gives
-        model = teacher.build(recipe.teacher)
-    shapes = {f"{model.family}.{name}": shape for name, shape in model.outputs.items()}
+        model = teachers.build(recipe.teacher)
+    outputs = with_prefix(model.family, model.outputs)
 
     def complete(batch: dict) -> dict:
         device = batch["pixels"].device
@@ -62,7 +62,16 @@ def build(recipe: Recipe, own: Preprocess | None = None, augment: Augment | None
         # Cloned, since autograd keeps no tensor of inference mode, and a learned distance may need the teacher's.
         return {**batch, "outputs": {f"{model.family}.{name}": value.to(device).clone() for name, value in found}}
 
-    return _plain(recipe, model.preprocess, shapes, augment or Augment(), complete, "the live teacher")
+    return _plain(recipe, model.preprocess, outputs, augment or Augment(), complete, "the live teacher")
+
+
+def with_prefix(family: str, outputs: Mapping[str, Output]) -> dict[str, Output]:
+    """Return a teacher's outputs by their names in a batch, such as "sam.embedding"."""
+    prefixed = {}
+    for name, output in outputs.items():
+        of = None if output.of is None else f"{family}.{output.of}"
+        prefixed[f"{family}.{name}"] = Output(output.shape, output.tokens, of)
+    return prefixed
 
 
 def check(recipe: Recipe, augment: Augment) -> None:
@@ -110,15 +119,15 @@ def _cached(recipe: Recipe) -> Provider:
         name = output.removeprefix(f"{cache.family}.")
         return np.stack([shard.read(index)[name] for shard in train.shards for index in range(len(shard.samples))])
 
-    shapes = {f"{cache.family}.{name}": shape for name, shape in cache.shapes.items()}
     data, validation = StoredImages(train), StoredImages(CachedImages(cache, "validation"))
-    return Provider(cache.preprocess, shapes, data, validation, partial(decoded, cache), "the cache", labels, rows)
+    outputs = with_prefix(cache.family, cache.outputs)
+    return Provider(cache.preprocess, outputs, data, validation, partial(decoded, cache), "the cache", labels, rows)
 
 
 def _plain(
     recipe: Recipe,
     preprocess: Preprocess,
-    shapes: dict[str, Shape],
+    outputs: dict[str, Output],
     augment: Augment,
     complete: Complete | None,
     source: str,
@@ -136,4 +145,4 @@ def _plain(
     def rows(output: str) -> np.ndarray:
         raise UserError(f"rectify: the classes' means of {output} come from a cache; leave teacher.live out")
 
-    return Provider(preprocess, shapes, train, validation, complete, source, labels, rows)
+    return Provider(preprocess, outputs, train, validation, complete, source, labels, rows)

@@ -14,8 +14,10 @@ from fmdistill.registry import UserError, suggest
 class Seen:
     """The named outputs of student and teachers, such as "student.embedding" and "sam.embedding", and what is valid.
 
-    `valid` is (B, N) bool for maps of N patches: true where a patch holds any real pixel; None where no output is a
-    map, or none is padded. `output` is the output that the asking term compares. `whole` holds the teachers' vectors
+    `grids` holds, for each teacher output that is a map, (B, N) bool: true where a patch holds any real pixel. In the
+    view of one term `output` is the output that it compares and `valid` its grid, all true if padding is included; None
+    for vectors. `similarity` holds the SRW similarities (B, 2, g, g) that a cache stores, by the name of their map.
+    `whole` holds the teachers' vectors
     (G, D) of the whole optimizer step's G images, over processes and accumulation. `label` is (B,) int64, -1 for
     an image without one, None if none has one; `label_values` are the same on the CPU, so that looking at them makes no
     GPU wait; `keys` are the images' keys; `epoch` is how many epochs are done, with its fraction, None outside of
@@ -30,6 +32,8 @@ class Seen:
     keys: Sequence[str] = ()
     epoch: float | None = None
     label_values: Sequence[int] = ()
+    grids: Mapping[str, Tensor] = field(default_factory=dict)
+    similarity: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def labelled(self) -> int:
@@ -37,8 +41,10 @@ class Seen:
         return sum(value >= 0 for value in self.label_values)
 
     def focus(self, output: str, padding: str) -> "Seen":
-        """Return the view of one term: its output, and with padding "include" every patch valid."""
-        valid = self.valid if padding == "exclude" or self.valid is None else torch.ones_like(self.valid)
+        """Return the view of one term: its output and its grid, of which padding "include" makes every patch valid."""
+        valid = next((grid for name, grid in self.grids.items() if _is_called(name, output)), None)
+        if valid is not None and padding == "include":
+            valid = torch.ones_like(valid)
         return dataclasses.replace(self, output=output, valid=valid)
 
     def pair(self) -> tuple[Tensor, Tensor]:
@@ -97,10 +103,15 @@ class Seen:
 def teacher_name(output: str, names: Mapping[str, object]) -> str:
     """Return the one of `names` that is a teacher's `output`. UserError where none or several match."""
     others = [name for name in names if not name.startswith("student.")]
-    found = [name for name in others if name == output or name.endswith(f".{output}")]
-    if len(found) != 1:
-        raise UserError(f"output={output}: {len(found)} teacher outputs match.{suggest(output, others)}")
-    return found[0]
+    matching = [name for name in others if _is_called(name, output)]
+    if len(matching) != 1:
+        raise UserError(f"output={output}: {len(matching)} teacher outputs match.{suggest(output, others)}")
+    return matching[0]
+
+
+def _is_called(name: str, output: str) -> bool:
+    """Return whether `output`, with or without a teacher's prefix, means the teacher output called `name`."""
+    return name == output or name.endswith(f".{output}")
 
 
 def exact(output: Tensor) -> Tensor:

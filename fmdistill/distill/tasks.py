@@ -15,7 +15,6 @@ from fmdistill.backbones.class_preprocess import ClassPreprocess
 from fmdistill.backbones.classifiers import Classifier
 from fmdistill.backbones.clip_mini import MiniClip
 from fmdistill.backbones.mini import MiniSam
-from fmdistill.backbones.preprocess import Preprocess
 from fmdistill.backbones.sam import SamPreprocess
 from fmdistill.distill import checkpoint
 from fmdistill.distill import provider as providers
@@ -26,13 +25,15 @@ from fmdistill.distill.labelled import LabelledImages
 from fmdistill.distill.objective import Objective, needs_priors
 from fmdistill.distill.plain import Augment
 from fmdistill.distill.promptable import Promptable
-from fmdistill.distill.provider import Provider, Shape
+from fmdistill.distill.provider import Provider
 from fmdistill.distill.seen import Seen
 from fmdistill.distill.train import Complete, Shared
 from fmdistill.images import build as build_images
 from fmdistill.images.source import SPLITS
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError, bind
+from fmdistill.teachers.family import Preprocess
+from fmdistill.teachers.output import Output, Shape
 
 CIFAR = "cifar100"  # statistics of the pixels, unless a recipe names others
 
@@ -52,10 +53,12 @@ class Job:
 class Distill(nn.Module):
     """Student and objective: the student imitates the teacher's outputs, learns the labels, or both."""
 
-    def __init__(self, student: nn.Module, objective: Objective, preprocess: Preprocess) -> None:
+    def __init__(
+        self, student: nn.Module, objective: Objective, preprocess: Preprocess, outputs: Mapping[str, Output]
+    ) -> None:
         super().__init__()
         self.student = student.to(memory_format=torch.channels_last)  # convolutions are faster so, on CPU and GPU
-        self.objective, self.preprocess = objective, preprocess
+        self.objective, self.preprocess, self.outputs = objective, preprocess, outputs  # of the teacher, by name
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Return {"loss", each named term, each term's statistics} for a batch of images and teacher outputs.
@@ -75,16 +78,28 @@ class Distill(nn.Module):
         """Return what the objective sees of a batch."""
         pixels, sizes = batch["pixels"], batch["sizes"]
         image_BCHW = self.preprocess.normalize(pixels, sizes).contiguous(memory_format=torch.channels_last)
-        outputs = self.student(image_BCHW)
-        named = {**{f"student.{name}": value for name, value in outputs.items()}, **batch["outputs"]}
+        student = {f"student.{name}": value for name, value in self.student(image_BCHW).items()}
+        teacher = {name: value for name, value in batch["outputs"].items() if self.outputs[name].of is None}
         label, values = batch.get("label"), batch.get("label_values", ())
         if label is not None and "label_values" not in batch:  # data of another kind; on a GPU this waits
             values = label.tolist()
         label = label if any(value >= 0 for value in values) else None
-        maps = any(output.dim() > 2 for output in batch["outputs"].values())
-        valid = self.preprocess.valid(sizes).flatten(1) if maps else None
-        whole = batch.get("whole") or vectors(batch)
-        return Seen(named, valid, "", whole, label, batch["keys"], batch.get("epoch"), values)
+        return Seen(
+            outputs={**student, **teacher},
+            whole=batch.get("whole") or vectors(batch),
+            label=label,
+            keys=batch["keys"],
+            epoch=batch.get("epoch"),
+            label_values=values,
+            grids={name: self._grid(name, value, sizes) for name, value in teacher.items() if value.dim() > 2},
+            similarity={of: batch["outputs"][name] for name, output in self.outputs.items() if (of := output.of)},
+        )
+
+    def _grid(self, name: str, map_BCgg: Tensor, sizes: Tensor) -> Tensor:
+        """Return (B, N) bool: which patches of a teacher's map hold any real pixel."""
+        if self.outputs[name].tokens == "image":
+            return self.preprocess.valid(sizes).flatten(1)
+        return torch.ones_like(map_BCgg[:, 0], dtype=torch.bool).flatten(1)
 
 
 def distill(recipe: Recipe) -> Job:
@@ -130,7 +145,7 @@ def _statistics(preprocess: Preprocess) -> Any:
 
 
 def _job(recipe: Recipe, provider: Provider, student: nn.Module) -> Job:
-    shapes = {**_student_shapes(student, provider), **provider.shapes}
+    shapes = {**_student_shapes(student, provider), **_shapes(provider)}
     priors = None
     if needs_priors(recipe.objective):
         if "student.logits" not in shapes:
@@ -139,9 +154,14 @@ def _job(recipe: Recipe, provider: Provider, student: nn.Module) -> Job:
                 f"frequencies of classes; use task classify, or leave the rectifier out"
             )
         priors = providers.priors(provider, shapes["student.logits"][0])
-    task = Distill(student, Objective(recipe.objective, shapes, priors), provider.preprocess)
-    shared = vectors if any(len(shape) == 1 for shape in provider.shapes.values()) else None
+    task = Distill(student, Objective(recipe.objective, shapes, priors), provider.preprocess, provider.outputs)
+    shared = vectors if any(output.is_vector for output in provider.outputs.values()) else None
     return Job(task, student, provider.train, provider.validation, shared, provider.complete)
+
+
+def _shapes(provider: Provider) -> dict[str, Shape]:
+    """Return the shape of each output of the teacher for one image."""
+    return {name: output.shape for name, output in provider.outputs.items() if output.of is None}
 
 
 @torch.no_grad()
@@ -265,7 +285,7 @@ def _memory(recipe: Recipe, split: str) -> float:
 
 def _check_fit(student: Any, provider: Provider, recipe: Recipe) -> None:
     image_size = provider.preprocess.image_size
-    shape = next((shape for name, shape in provider.shapes.items() if name.endswith(".embedding")), None)
+    shape = next((shape for name, shape in _shapes(provider).items() if name.endswith(".embedding")), None)
     if shape is None:
         raise UserError(f"task.name=distill: {provider.source} has no embedding; use task classify for a classifier")
     try:

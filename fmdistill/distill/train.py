@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from fmdistill import stop
 from fmdistill.backbones.device import pick_device
-from fmdistill.cache.launcher import check_training, processes
 from fmdistill.cache.order import Batches
 from fmdistill.distill import checkpoint
 from fmdistill.distill.data import Data, every, to_device
 from fmdistill.distill.loader import batches
 from fmdistill.distill.optim import OPTIMIZERS, SCHEDULES
+from fmdistill.launcher import check_training, processes
 from fmdistill.logs import JsonLines, progress, read_json_lines
 from fmdistill.recipe import Recipe, Train
 from fmdistill.registry import UserError, bind

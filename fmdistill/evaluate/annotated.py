@@ -13,8 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from fmdistill import stop
-from fmdistill.backbones.preprocess import Preprocess
-from fmdistill.cache.compute import computing
 from fmdistill.cache.dataset import CachedImages
 from fmdistill.distill.data import every, to_device
 from fmdistill.distill.loader import batches
@@ -22,6 +20,8 @@ from fmdistill.evaluate.subjects import forward
 from fmdistill.images import DecodeError, Encoded, Images, Shard, captions
 from fmdistill.logs import progress
 from fmdistill.registry import UserError
+from fmdistill.teachers.compute import computing
+from fmdistill.teachers.family import Preprocess
 
 TEACHER = "teacher"  # the subject whose embeddings come from the cache
 DType = Literal["fp32", "bf16"]

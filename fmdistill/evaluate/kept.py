@@ -10,7 +10,7 @@ from typing import Any
 import fmdistill
 from fmdistill import images
 from fmdistill import recipe as recipes
-from fmdistill.cache import bucket, manifest
+from fmdistill.cache import manifest, store
 from fmdistill.files import file_hash, write_whole
 from fmdistill.logs import JsonLines, read_json_lines
 from fmdistill.recipe import Recipe
@@ -26,7 +26,7 @@ def state(protocol: Mapping[str, Any], recipe: Recipe, weights: Mapping[str, Pat
     own = next((part["images"] for part in parts if isinstance(part.get("images"), Mapping)), None)
     listed = images.build(own or recipe.images)
     shards = [(s.name, s.take, list(s.keys or [])) for s in listed.shards() if s.split == "validation"]
-    root = bucket.place(recipe.cache) if recipe.cache is not None else None
+    root = store.of(recipe.cache).folder if recipe.cache is not None else None
     described = root / manifest.NAME if root is not None else None
     return {
         "version": fmdistill.__version__,

@@ -17,11 +17,11 @@ from fmdistill import images as image_sources
 from fmdistill.backbones.clip import TextHead
 from fmdistill.backbones.device import pick_device
 from fmdistill.cache import Cache
-from fmdistill.cache.compute import full_precision
 from fmdistill.evaluate import annotated, text_side
 from fmdistill.logs import log
 from fmdistill.recipe import Component, Recipe
 from fmdistill.registry import UserError
+from fmdistill.teachers.compute import full_precision
 
 Judged = tuple[dict[str, float], dict]
 

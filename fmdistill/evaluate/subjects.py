@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fmdistill import teachers
 from fmdistill.backbones.device import pick_device
 from fmdistill.backbones.mini import MiniSam
-from fmdistill.backbones.preprocess import Preprocess
-from fmdistill.cache import Cache, open_cache, teacher
+from fmdistill.cache import Cache, open_cache
 from fmdistill.cache.dataset import CachedImages
 from fmdistill.distill import student as students
 from fmdistill.distill.labelled import COLUMN, check_size
@@ -20,6 +20,7 @@ from fmdistill.images.scenes import decode_labels
 from fmdistill.logs import log, progress
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError
+from fmdistill.teachers.family import Preprocess
 
 Judged = tuple[dict[str, float], dict]
 
@@ -58,7 +59,7 @@ def check_grid(protocol: grid_miou.GridMiou, recipe: Recipe) -> None:
 
     The mean embedding needs every token of training images.
     """
-    if recipe.cache is None or teacher.family(recipe.teacher) not in ("sam", None):
+    if recipe.cache is None or not teachers.may_be(recipe.teacher, "sam"):
         raise UserError(
             f"grid_miou: judges a run that was distilled from SAM by its cache; this recipe's teacher is "
             f"{(recipe.teacher or {}).get('name', 'none')}{', not cached' if recipe.cache is None else ''}"

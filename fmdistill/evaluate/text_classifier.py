@@ -19,12 +19,12 @@ from torch import Tensor
 
 from fmdistill import recipe as recipes
 from fmdistill.backbones.clip import TextHead
-from fmdistill.cache.compute import full_precision, state_hash
 from fmdistill.files import write_whole
 from fmdistill.images import Images
 from fmdistill.images.image_classes import ImageClasses
 from fmdistill.logs import log
 from fmdistill.registry import UserError
+from fmdistill.teachers.compute import full_precision, state_hash
 from fmdistill.text import read_text
 
 IMAGENET = "imagenet"  # open_clip's 1000 class names, in the order of the sorted wnids

@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import nn
 
+from fmdistill import teachers
 from fmdistill.backbones.clip import TextHead
 from fmdistill.backbones.clip_mini import MiniClip
-from fmdistill.cache import Cache, open_cache, teacher
+from fmdistill.cache import Cache, open_cache
 from fmdistill.cache.dataset import CachedImages
 from fmdistill.distill.student import STUDENTS
 from fmdistill.evaluate.annotated import Annotated
@@ -35,7 +36,7 @@ def check(protocol: Any, recipe: Recipe) -> None:
             f"student.name={name}: has no text tower, and its recipe no cache with a teacher's; "
             f"{type(protocol).__name__.lower()} judges a run that was distilled from CLIP"
         )
-    if recipe.cache is not None and teacher.family(recipe.teacher) not in ("clip", None):
+    if recipe.cache is not None and not teachers.may_be(recipe.teacher, "clip"):
         raise UserError(
             f"teacher.name={(recipe.teacher or {}).get('name')}: has no text tower; {type(protocol).__name__.lower()} "
             f"judges a run that was distilled from CLIP"

@@ -140,7 +140,7 @@ def _read(
         for name, value in found.items():
             logits.setdefault(name, []).append(value.float().cpu())
     if protocol.quartiles and recipe.teacher is not None and not features:
-        known = ", ".join(name.partition(".")[2] for name in provider.shapes)
+        known = ", ".join(name.partition(".")[2] for name in provider.outputs)
         raise UserError(f"feature={protocol.feature}: the teacher gives none. Known: {known}")
     joined = {name: torch.cat(values) for name, values in logits.items()}
     return torch.cat(labels).numpy(), keys, joined, torch.cat(features) if features else None

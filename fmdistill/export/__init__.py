@@ -8,15 +8,15 @@ from torch import nn
 from fmdistill import recipe as recipes
 from fmdistill.backbones.clip import ClipPreprocess, TextHead
 from fmdistill.backbones.clip_mini import MiniClip
-from fmdistill.backbones.preprocess import from_json
 from fmdistill.backbones.promptable import PromptHead
 from fmdistill.cache import manifest
-from fmdistill.cache.bucket import local
+from fmdistill.cache.store import opened
 from fmdistill.distill.student import load_student
 from fmdistill.export import half, mobilesam, openclip
 from fmdistill.files import check_folder
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError, resolve
+from fmdistill.teachers import of_cache
 
 
 def run(run_dir: str | Path, format: str, out: str | Path, trust: bool = False) -> Path:
@@ -34,7 +34,7 @@ def run(run_dir: str | Path, format: str, out: str | Path, trust: bool = False) 
 def _mobilesam(recipe: Recipe, student: nn.Module, out: Path) -> Path:
     if recipe.cache is None:
         raise UserError(f"{recipe.out}: its recipe has no `cache`, so there is no decoder to export; set cache.root")
-    head = PromptHead.load(local(recipe.cache))  # not through the cache's reader: an export needs no images
+    head = PromptHead.load(opened(recipe.cache).folder)  # not through the cache's reader: an export needs no images
     return mobilesam.export(student, head, out)
 
 
@@ -43,14 +43,14 @@ def _openclip(recipe: Recipe, student: nn.Module, out: Path) -> Path:
         return openclip.export_whole(student, out)
     if recipe.cache is None:
         raise UserError(f"{recipe.out}: its recipe has no `cache`, so there is no text tower to export; set cache.root")
-    found = manifest.read(local(recipe.cache))
-    preprocess = from_json(found["teacher"]["preprocess"])
+    found = manifest.read(opened(recipe.cache).folder)
+    preprocess = of_cache(found["family"], recipe.teacher).preprocess.from_json(found["teacher"]["preprocess"])
     if found["family"] != "clip" or not isinstance(preprocess, ClipPreprocess):
         raise UserError(
             f"{recipe.cache.root}: its teacher is of the family '{found['family']}' and has no text tower; openclip "
             f"exports a run that was distilled from CLIP"
         )
-    return openclip.export(student, TextHead.load(local(recipe.cache)), preprocess, out)
+    return openclip.export(student, TextHead.load(opened(recipe.cache).folder), preprocess, out)
 
 
 def _half(recipe: Recipe, student: nn.Module, out: Path) -> Path:

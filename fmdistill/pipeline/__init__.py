@@ -7,16 +7,16 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from fmdistill import cache, distill, evaluate, images, recipe, report, stop
+from fmdistill import cache, distill, evaluate, images, recipe, report, stop, teachers
 from fmdistill.backbones.device import pick_device
-from fmdistill.cache import executors, finished, teacher
-from fmdistill.cache.launcher import processes
+from fmdistill.cache import executors, finished
 from fmdistill.cache.order import Batches
 from fmdistill.distill import objective, student, tasks
 from fmdistill.distill.optim import OPTIMIZERS, SCHEDULES
 from fmdistill.distill.train import check_share, too_few_images, total_steps
 from fmdistill.evaluate import teacher_score
 from fmdistill.files import check_folder, write_whole
+from fmdistill.launcher import processes
 from fmdistill.logs import log
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError, bind
@@ -43,12 +43,12 @@ def check(settings: Recipe) -> None:
     tasks.check(settings)
     trimmed = settings.cache is not None and settings.cache.trim
     if settings.teacher is not None:
-        teacher.check(settings.teacher, trimmed, settings.cache is not None and settings.cache.similarity)
+        teachers.check(settings.teacher, trimmed, settings.cache is not None and settings.cache.similarity)
     if settings.cache is not None:
         executors.check(settings.cache.executor)
     if settings.objective or settings.teacher is not None:
         (objective.check_trimmed if trimmed else objective.check)(settings.objective)
-    if settings.teacher is not None and teacher.only_vectors(settings.teacher):
+    if settings.teacher is not None and teachers.only_vectors(settings.teacher):
         objective.check_vectors(settings.objective)
     student.check(settings.student)
     bind(settings.optimizer, OPTIMIZERS, "optimizer", context=("model",))

@@ -3,30 +3,31 @@
 import dataclasses
 import json
 import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from PIL import Image
 
+from fmdistill import teachers
 from fmdistill.backbones.device import pick_device
 from fmdistill.backbones.throughput import flops, matmul_flops
-from fmdistill.cache import finished, teacher
-from fmdistill.cache.bucket import place
+from fmdistill.cache import finished, store
 from fmdistill.cache.codec import CODECS
-from fmdistill.cache.compute import full_precision
-from fmdistill.cache.teacher import Teacher
 from fmdistill.files import check_folder, write_whole
 from fmdistill.images import DecodeError, Encoded, Images
 from fmdistill.images import build as build_images
 from fmdistill.logs import log
+from fmdistill.pipeline.measurement import Measurement, rates
 from fmdistill.pipeline.rehearsal import alone, device_name
-from fmdistill.pipeline.rivals import Rival, Row, drawn, in_precision, rates, rival
 from fmdistill.pipeline.shard_speed import CPU, of_codec, of_shards
-from fmdistill.recipe import Recipe
+from fmdistill.recipe import CodecName, Recipe
 from fmdistill.registry import UserError
+from fmdistill.teachers.compute import Precision, computing, full_precision
+from fmdistill.teachers.family import Reference, Teacher
 
 TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -67,15 +68,16 @@ def run(recipe: Recipe, settings: Settings) -> dict[str, Any]:
     if recipe.teacher is None or recipe.cache is None or finished.is_live(recipe.teacher):
         raise UserError("bench: measures a teacher and its cache; this recipe has none, or a live one: set both")
     check_folder(recipe.out, "bench.json")
-    root = place(recipe.cache).absolute()
+    root = store.of(recipe.cache).folder.absolute()
     disk = next(folder for folder in (root, *root.parents) if folder.is_dir())
     with tempfile.TemporaryDirectory(prefix=".fmdistill-bench-", dir=disk.parent if disk == root else disk) as folder:
-        chosen = drawn(recipe.teacher, Path(folder)) if settings.weights == "random" else recipe.teacher
+        chosen = with_random_weights(recipe.teacher, Path(folder)) if settings.weights == "random" else recipe.teacher
         log.info("bench: loading teacher %s", chosen["name"])
-        model = teacher.build(chosen)
+        model = teachers.build(chosen)
         images = build_images(recipe.images)
         few = _prepared(_handful(images, settings.images), model)
-        plain = rival(chosen, model)
+        record = teachers.family_of(chosen)
+        plain = record.reference(model) if record is not None else None
         log.info("bench: decoding %d images, %d rounds of each part", len(few.pictures), settings.rounds)
         rows = _decoding(images, few, model, plain, settings)
         log.info("bench: the teacher%s", f", beside {plain.name}" if plain else "")
@@ -85,7 +87,9 @@ def run(recipe: Recipe, settings: Settings) -> dict[str, Any]:
         for name in CODECS:
             log.info("bench: codec %s, and its shards in %s", name, folder)
             rows += of_codec(name, outputs, settings.rounds)
-            rows += of_shards(name, outputs, valid, Path(folder), settings.megabytes, settings.rounds)
+            rows += of_shards(
+                cast(CodecName, name), outputs, model.outputs, valid, Path(folder), settings.megabytes, settings.rounds
+            )
     found = {
         "teacher": {"name": chosen["name"], "weights": settings.weights},
         "device": device_name(str(chosen.get("device", "auto")), "teacher.device"),
@@ -120,9 +124,27 @@ def _device(settings: Any) -> torch.device:
     return pick_device(str(settings.get("device", "auto")), "teacher.device")
 
 
-def _dtype(model: Teacher) -> str:
+def _dtype(model: Teacher) -> Precision:
     """Return the precision that the teacher itself computes in, whatever the settings leave to it."""
-    return str(model.fingerprint().get("dtype", "fp32"))
+    return model.fingerprint().get("dtype", "fp32")
+
+
+def with_random_weights(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return a teacher's settings with weights that are drawn, and saved in `folder`. UserError if they cannot be."""
+    record = teachers.family_of(settings)
+    if record is None or record.random_weights is None:
+        raise UserError(
+            f"bench.weights=random: the weights of teacher {settings['name']} cannot be drawn; give it its own"
+        )
+    return record.random_weights(settings, folder)
+
+
+def _in_precision(work: Callable[[], Any], dtype: Precision, device: torch.device) -> Callable[[], Any]:
+    def same() -> None:
+        with computing(dtype, device):
+            work()
+
+    return same
 
 
 def _handful(images: Images, count: int) -> list[tuple[Encoded, Image.Image]]:
@@ -146,16 +168,20 @@ def _prepared(found: list[tuple[Encoded, Image.Image]], model: Teacher) -> Handf
     return Handful([one for one, _ in found], [two for _, two in found], torch.stack(pixels), torch.tensor(sizes))
 
 
-def _decoding(images: Images, few: Handful, model: Teacher, plain: Rival | None, settings: Settings) -> list[Row]:
+def _decoding(
+    images: Images, few: Handful, model: Teacher, plain: Reference | None, settings: Settings
+) -> list[Measurement]:
     works = {"ours": lambda: [model.preprocess.prepare(images.picture(each).pixels) for each in few.encoded]}
     if plain:
         works["plain"] = lambda: [plain.pixels(one.data) for one in few.encoded]
     found = rates(works, CPU, settings.rounds, len(few.encoded))
     against = f"PIL and the transform of {plain.name.split()[0].split('.')[0]}" if plain else ""
-    return [Row("decode and resize, a thread", found["ours"], "images/s", against, found.get("plain"))]
+    return [Measurement("decode and resize, a thread", found["ours"], "images/s", against, found.get("plain"))]
 
 
-def _teaching(recipe: Recipe, few: Handful, model: Teacher, plain: Rival | None, settings: Settings) -> list[Row]:
+def _teaching(
+    recipe: Recipe, few: Handful, model: Teacher, plain: Reference | None, settings: Settings
+) -> list[Measurement]:
     assert recipe.teacher is not None
     device = _device(recipe.teacher)
     dtype = _dtype(model)
@@ -170,7 +196,7 @@ def _teaching(recipe: Recipe, few: Handful, model: Teacher, plain: Rival | None,
     if plain:
         works[f"{plain.name}, fp32"] = lambda: plain.embed(few.pictures)
         if dtype != "fp32":
-            works[f"{plain.name}, {dtype}"] = in_precision(lambda: plain.embed(few.pictures), model)
+            works[f"{plain.name}, {dtype}"] = _in_precision(lambda: plain.embed(few.pictures), dtype, device)
     if device.type != "cpu":  # the first calls of a GPU choose kernels, or compile them
         for work in works.values():
             work()
@@ -180,7 +206,10 @@ def _teaching(recipe: Recipe, few: Handful, model: Teacher, plain: Rival | None,
         best = matmul_flops(
             device, TORCH.get(dtype, torch.float32), 1.0 if device.type != "cpu" else 0.3 * settings.rounds
         )
-    rows = [Row("teacher, resize included", mine, "images/s", name, rate) for name, rate in found.items()]
-    rows = rows or [Row("teacher, resize included", mine, "images/s")]
+    rows = [Measurement("teacher, resize included", mine, "images/s", name, rate) for name, rate in found.items()]
+    rows = rows or [Measurement("teacher, resize included", mine, "images/s")]
     whose = f"{counted / 1e9:.4g} GFLOP an image of {'the plain network' if plain else 'its own'}"
-    return [*rows, Row(f"arithmetic: {whose}", mine * counted / 1e9, "GFLOP/s", f"{dtype} matrix product", best / 1e9)]
+    return [
+        *rows,
+        Measurement(f"arithmetic: {whose}", mine * counted / 1e9, "GFLOP/s", f"{dtype} matrix product", best / 1e9),
+    ]

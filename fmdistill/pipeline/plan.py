@@ -7,12 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fmdistill import cache, pipeline
-from fmdistill.cache import Cache, finished, manifest, sidecar
-from fmdistill.cache.bucket import local
-from fmdistill.cache.codec import EXACT, by_split, named
+from fmdistill.cache import Cache, finished, manifest, store
+from fmdistill.cache.codec import EXACT, named
 from fmdistill.cache.footprint import COUNTED, Disk, count, estimate_disk
 from fmdistill.cache.order import Batches
-from fmdistill.cache.teacher import Teacher
 from fmdistill.distill.train import too_few_images, total_steps
 from fmdistill.images import Images, Shard
 from fmdistill.images import build as build_images
@@ -20,6 +18,7 @@ from fmdistill.images.source import SPLITS
 from fmdistill.pipeline.rehearsal import Taught, alone, device_name, on_handful, step_seconds, teach
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError
+from fmdistill.teachers.family import Teacher
 
 
 @dataclass(frozen=True)
@@ -119,20 +118,19 @@ def run(recipe: Recipe, settings: Settings) -> Plan:
 
 def _missing(recipe: Recipe, images: Images, shards: Sequence[Shard], model: Teacher) -> list[Shard]:
     assert recipe.cache is not None
-    root = local(recipe.cache)
-    if not (root / manifest.NAME).exists():
+    opened = store.opened(recipe.cache)
+    if not (opened.folder / manifest.NAME).exists():
         return list(shards)
-    found = manifest.claim(root, cache.identity(recipe, images, model))  # reads, since there is one
-    token, codecs = manifest.identity_hash(found), by_split(found["codec"])
-    return [s for s in shards if not sidecar.finished(root, s, token, codecs[s.split])]
+    found = manifest.claim(opened.folder, cache.identity(recipe, images, model))  # reads, since there is one
+    return finished.missing(opened, shards, found)
 
 
 def _disk(
     recipe: Recipe, small: Recipe, shards: Sequence[Shard], by_name: Mapping[str, float], missing: Sequence[Shard]
 ) -> Disk:
     assert recipe.cache is not None and small.cache is not None
-    opened = Cache(small.cache.root, build_images(small.images))
-    return estimate_disk(local(recipe.cache), opened, shards, by_name, missing)
+    measured = Cache(store.of(small.cache), build_images(small.images), small.teacher)
+    return estimate_disk(store.of(recipe.cache).folder, measured, shards, by_name, missing)
 
 
 def text(plan: Plan, name: str) -> str:

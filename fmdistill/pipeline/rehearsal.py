@@ -13,18 +13,19 @@ from torch import nn
 from fmdistill import cache
 from fmdistill.backbones.device import pick_device
 from fmdistill.cache import manifest
-from fmdistill.cache.codec import by_split
-from fmdistill.cache.launcher import processes
-from fmdistill.cache.teacher import Teacher
+from fmdistill.cache.outputs import from_json
+from fmdistill.cache.store import Folder
 from fmdistill.cache.teacher_pass import Pass
 from fmdistill.distill import tasks
 from fmdistill.distill.data import Data, Place, Together
 from fmdistill.distill.train import Engine, fit
 from fmdistill.images import DecodeError, Encoded, Images
 from fmdistill.images import build as build_images
+from fmdistill.launcher import processes
 from fmdistill.logs import progress
 from fmdistill.recipe import Recipe, merge, parse_overrides
 from fmdistill.registry import UserError, convert, typed
+from fmdistill.teachers.family import Teacher
 
 LOOKED = 64  # images of a split among which a handful looks for one that can be decoded
 S = TypeVar("S")
@@ -116,10 +117,11 @@ def teach(recipe: Recipe, model: Teacher) -> Taught:
     root, images = Path(recipe.cache.root), build_images(recipe.images)
     shards = images.shards()
     found = manifest.claim(root, cache.identity(recipe, images, model))
-    model.head().save(root)
+    if (head := model.head()) is not None:
+        head.save(root)
     total = sum(cache.estimate(images, shards).values())
     # Whoever plans wants to know of every image that fails, so none of them stops the pass.
-    work = Pass(model, images, root, manifest.identity_hash(found), by_split(found["codec"]), 1.0, total)
+    work = Pass(model, images, Folder(root), manifest.identity_hash(found), from_json(found["outputs"]), 1.0, total)
     side = model.preprocess.image_size
     model(torch.zeros(1, 3, side, side, dtype=torch.uint8), torch.full((1, 2), side))
     with progress(total=total, description="measuring the teacher", unit="image") as bar:

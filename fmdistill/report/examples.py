@@ -18,7 +18,6 @@ from fmdistill.cache.dataset import CachedImages
 from fmdistill.distill.seen import Seen
 from fmdistill.distill.tasks import Distill, open_task
 from fmdistill.evaluate.grid_miou import choose
-from fmdistill.evaluate.subjects import outputs
 from fmdistill.report.rows import Run
 
 GRID = 10  # points a side, of which the shown one is chosen
@@ -105,14 +104,19 @@ def _example(data: CachedImages, place: tuple[int, int], cache: Cache, head: Any
     sizes = item["sizes"][None]
     valid = cache.preprocess.valid(sizes)
     teacher = {name: value[None] for name, value in item["outputs"].items()}
+    batch = {
+        "pixels": item["pixels"][None],
+        "sizes": sizes,
+        "outputs": teacher,
+        "keys": (item["keys"],),
+        "label": item["label"][None],
+        "label_values": (item["label_values"],),
+    }
     embeddings = {"teacher": teacher[f"{cache.family}.embedding"][0]}
     weights = {}
     for one in opened:
-        made = outputs(one.task.student, cache.preprocess, item)
-        embeddings[one.name] = made["embedding"][0]
-        named = {**{f"student.{k}": v for k, v in made.items()}, **teacher}
-        label = {"label": item["label"][None], "label_values": (item["label_values"],)}
-        seen = Seen(named, valid.flatten(1), whole=teacher, keys=(item["keys"],), **label)
+        seen = one.task.see(batch)
+        embeddings[one.name] = seen.student("embedding")[0]
         weights |= _weights(one, seen, valid.shape[-1])
     point, masks = _masks(head, embeddings, (h, w)) if isinstance(head, PromptHead) else (None, {})
     image = item["pixels"][:, :h, :w].permute(1, 2, 0).numpy()

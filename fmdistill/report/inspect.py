@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from fmdistill.backbones.preprocess import from_json
 from fmdistill.cache import manifest, sidecar
-from fmdistill.cache.codec import named, stacked
+from fmdistill.cache.outputs import StoredOutput, codecs_of, from_json
 from fmdistill.cache.reader import ShardReader
+from fmdistill.cache.store import Folder
 from fmdistill.cache.verification import damage
 from fmdistill.distill.objective import effective_sample_size
 from fmdistill.distill.seen import Seen
@@ -24,6 +24,8 @@ from fmdistill.images import Shard, escape
 from fmdistill.recipe import parse_overrides
 from fmdistill.registry import UserError, suggest, typed
 from fmdistill.report.plots import weights_figure
+from fmdistill.teachers import of_cache
+from fmdistill.teachers.family import Preprocess
 
 SHOWN = 3  # keys at either end of a list, and failed images
 
@@ -51,21 +53,19 @@ def run(path: str, overrides: list[str]) -> Iterator[str]:
     settings = Settings(**typed(Settings, parse_overrides(overrides), "inspect"))
     base = _base(path)
     found = manifest.read(base.parent)
-    try:
-        shapes = {name: tuple(shape) for name, shape in found["outputs"].items()}
-        teacher = dict(found["teacher"])
-    except (KeyError, TypeError, AttributeError, ValueError):
-        raise UserError(f"{base.parent / manifest.NAME}: not a manifest: it tells no outputs and teacher") from None
+    teacher, outputs = dict(found["teacher"]), from_json(found["outputs"])
     fields = _sidecar(base.with_name(f"{base.name}.json"))
-    yield from _about(base.name, teacher, fields, shapes)
+    yield from _about(base.name, teacher, fields, outputs)
     problem = _problem(base.with_name(f"{base.name}.tar"), fields, manifest.identity_hash(found))
     yield f"tar and sidecar    {'DISAGREE' if problem else 'agree: every byte has the checksum of the sidecar'}"
     if problem:
         raise UserError(problem)
     try:
         finished = sidecar.Finished(base.with_name(f"{base.name}.tar"), fields)
-        reader = ShardReader(Shard(base.name, fields["split"]), finished, "", shapes)
-        yield from _weights(reader, teacher, settings)
+        reader = ShardReader(Folder(base.parent), Shard(base.name, fields["split"]), finished, "", outputs)
+        yield from _weights(
+            reader, of_cache(found["family"], None).preprocess.from_json(teacher["preprocess"]), settings
+        )
     except UserError:
         raise
     except (StopIteration, LookupError, TypeError, ValueError) as error:
@@ -106,7 +106,7 @@ def _problem(tar: Path, fields: Mapping[str, Any], identity: str) -> str | None:
 
 
 def _about(
-    name: str, teacher: Mapping[str, Any], fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+    name: str, teacher: Mapping[str, Any], fields: Mapping[str, Any], outputs: Mapping[str, StoredOutput]
 ) -> Iterator[str]:
     samples, failed = fields["samples"], fields["failed"]
     keys = [sample["key"] for sample in samples]
@@ -118,11 +118,11 @@ def _about(
     if len(failed) > SHOWN:
         yield f"failed             and {len(failed) - SHOWN} more"
     yield f"bytes              {fields['bytes']} in the tar, {fields['bytes'] / max(1, len(keys)):.0f} an image"
-    codec = named(fields["codec"])
-    for output, shape in shapes.items():
+    codecs = codecs_of(outputs, fields["split"])
+    for output, stored in outputs.items():
         sizes = sorted({sample["outputs"][output]["size"] for sample in samples if output in sample["outputs"]})
         spread = f"{sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else "".join(map(str, sizes))
-        yield f"{output:18} {'x'.join(map(str, shape))}, {codec.of(output).label}, {spread} bytes an image"
+        yield f"{output:18} {'x'.join(map(str, stored.shape))}, {codecs[output].label}, {spread} bytes an image"
         for kind, values in (fields["statistics"].get(output) or {}).items():
             yield f"  {kind:16} {_statistics(values)}"
 
@@ -141,7 +141,7 @@ def _statistics(values: Any) -> str:
     return f"{count} tokens, mean {mean:.4g}, deviation {deviation:.4g}, largest {largest:.4g}"
 
 
-def _weights(reader: ShardReader, teacher: Mapping[str, Any], settings: Settings) -> Iterator[str]:
+def _weights(reader: ShardReader, preprocess: Preprocess, settings: Settings) -> Iterator[str]:
     if not reader.samples:
         return
     output = settings.output or ("embedding" if "embedding" in reader.shapes else next(iter(reader.shapes)))
@@ -154,16 +154,15 @@ def _weights(reader: ShardReader, teacher: Mapping[str, Any], settings: Settings
         raise UserError(f"key={key}: none of the {len(reader.keys)} images in {reader.path}.{way_out}")
     srw = SRW(temperature=settings.temperature, relative=settings.relative)
     how = f"SRW at temperature {settings.temperature:g}{' (relative)' if settings.relative else ''}, {output}"
-    if stacked(reader.shapes[output]):
+    if reader.outputs[output].is_vector:
         yield from _spread(reader, output, srw, how)
         return
     index = reader.keys.index(key)
     map_CHW = torch.from_numpy(reader.read(index)[output])
     grid = tuple(map_CHW.shape[1:])
-    preprocess = from_json(teacher["preprocess"])
-    valid = preprocess.valid(torch.tensor([reader.samples[index]["resized"]]))[0]
-    # A map on another grid comes from a network whose images are not padded.
-    valid = valid if tuple(valid.shape) == grid else torch.ones(grid, dtype=torch.bool)
+    valid = torch.ones(grid, dtype=torch.bool)
+    if reader.outputs[output].tokens == "image":
+        valid = preprocess.valid(torch.tensor([reader.samples[index]["resized"]]))[0]
     seen = Seen({output: map_CHW[None]}, valid.flatten()[None], output)
     weight_1N = srw(torch.zeros(1, valid.numel()), seen)
     weights = weight_1N.view(grid).numpy()

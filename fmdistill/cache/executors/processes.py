@@ -4,9 +4,9 @@ import os
 from collections.abc import Callable
 from typing import NamedTuple
 
-from fmdistill.cache.launcher import processes
 from fmdistill.cache.teacher_pass import Pass, ours_first
 from fmdistill.images import Images, Shard
+from fmdistill.launcher import processes
 from fmdistill.logs import log, progress
 from fmdistill.registry import UserError
 
@@ -30,7 +30,7 @@ def local(images: Images, start: Callable[..., Pass], plan: Callable[[], Plan]) 
     order = [shard for shard in ours_first(images.shards(), rank, world) if shard in held]
     with progress(total=work.expected, description=description, unit="image") as bar:
         work.run(order, bar)
-    log.info("%s: %d images cached, %d skipped", work.root, work.seen - work.failed, work.failed)
+    log.info("%s: %d images cached, %d skipped", work.store.folder, work.seen - work.failed, work.failed)
 
 
 def accelerate(images: Images, start: Callable[..., Pass], plan: Callable[[], Plan]) -> None:

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 
 from fmdistill import stop
 from fmdistill.cache.executors.processes import Plan
-from fmdistill.cache.launcher import processes
 from fmdistill.cache.teacher_pass import Pass
 from fmdistill.images import Images
+from fmdistill.launcher import processes
 from fmdistill.registry import UserError
 
 STORE = 100 << 20  # bytes of the object store of a cluster of our own; nothing but counts travels

@@ -4,7 +4,6 @@ import dataclasses
 
 from torch import Tensor
 
-from fmdistill.cache.codec import SIMILARITY
 from fmdistill.distill.seen import Seen, teacher_name
 
 
@@ -16,5 +15,6 @@ def rewrite(seen: Seen, output: Tensor) -> Seen:
     """
     name = teacher_name(seen.output, seen.outputs)
     whole = {key: value for key, value in seen.whole.items() if key != name}
-    others = {key: value for key, value in seen.outputs.items() if key != name + SIMILARITY}
-    return dataclasses.replace(seen, outputs={**others, name: output.detach()}, whole=whole)
+    similarity = {key: value for key, value in seen.similarity.items() if key != name}
+    outputs = {**seen.outputs, name: output.detach()}
+    return dataclasses.replace(seen, outputs=outputs, whole=whole, similarity=similarity)

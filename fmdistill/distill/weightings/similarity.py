@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fmdistill.cache.codec import SIMILARITY
 from fmdistill.cache.similarity import average_similarity, kept_similarity
 from fmdistill.distill.seen import Seen, teacher_name
 from fmdistill.distill.weightings.groups import Group, refuse_image, rows
@@ -31,7 +30,7 @@ def similarities(
     if not patches:
         return sample_similarity(vectors, seen.whole_teacher(name) if group == "global_batch" else vectors)
     assert seen.valid is not None
-    kept = seen.outputs.get(teacher_name(name, seen.outputs) + SIMILARITY)
+    kept = seen.similarity.get(teacher_name(name, seen.outputs))
     if group == "image" and kept is not None:
         return kept_similarity(kept, seen.valid), seen.valid, None
     feature_RCM, valid_RM = vectors.flatten(2), rows(seen.valid, group)

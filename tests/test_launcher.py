@@ -3,8 +3,7 @@
 import pytest
 import tiny
 
-from fmdistill import cache, distill, pipeline
-from fmdistill.cache import launcher
+from fmdistill import cache, distill, launcher, pipeline
 from fmdistill.distill.train import Engine
 from fmdistill.registry import UserError
 

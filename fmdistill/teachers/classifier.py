@@ -2,19 +2,23 @@
 
 # Legend: B images, K classes, D the feature's width, C the channels of a stage's map.
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fmdistill.backbones.checkpoints import read_state
 from fmdistill.backbones.class_preprocess import ClassPreprocess
 from fmdistill.backbones.classifiers import CLASSIFIERS, Classifier
 from fmdistill.backbones.linear_head import LinearHead
-from fmdistill.cache.compute import DType, Precision, computing, own_device, own_dtype, state_hash
 from fmdistill.recipe import Component
 from fmdistill.registry import UserError, bind, suggest
+from fmdistill.teachers.compute import DType, Precision, computing, own_device, own_dtype, state_hash
+from fmdistill.teachers.family import Family
+from fmdistill.teachers.output import Output
 
 
 class ClassTeacher:
@@ -38,16 +42,17 @@ class ClassTeacher:
         self.device = own_device(device)
         self.dtype: Precision = own_dtype(dtype, self.device)
         self.model = model.eval().requires_grad_(False).to(self.device)
-        found = self._outputs(torch.zeros(1, 3, *(2 * [model.image_size]), device=self.device))
+        made = self._outputs(torch.zeros(1, 3, *(2 * [model.image_size]), device=self.device))
         for name in maps:
-            if name not in found or found[name].dim() != 4:
-                raise UserError(f"teacher.maps={name}: {kind['name']} makes no such map.{suggest(name, found)}")
-        self.outputs = {name: tuple(found[name].shape[1:]) for name in ("logits", "feature", *maps)}
+            if name not in made or made[name].dim() != 4:
+                raise UserError(f"teacher.maps={name}: {kind['name']} makes no such map.{suggest(name, made)}")
+        vectors = {name: Output(tuple(made[name].shape[1:])) for name in ("logits", "feature")}
+        self.outputs = {**vectors, **{name: Output(tuple(made[name].shape[1:]), "all") for name in maps}}
 
     def __call__(self, pixels: Tensor, sizes: Tensor) -> dict[str, Tensor]:
         """Return the named outputs, float32 on the CPU, for uint8 (B, 3, S, S) pixels."""
-        found = self._outputs(self.preprocess.normalize(pixels.to(self.device), sizes.to(self.device)))
-        return {name: found[name].float().cpu().contiguous() for name in self.outputs}
+        made = self._outputs(self.preprocess.normalize(pixels.to(self.device), sizes.to(self.device)))
+        return {name: made[name].float().cpu().contiguous() for name in self.outputs}
 
     @torch.inference_mode()
     def _outputs(self, image_BCHW: Tensor) -> dict[str, Tensor]:
@@ -100,3 +105,29 @@ def classifier(
     preprocess = ClassPreprocess.of(model.image_size, statistics)
     settings: dict[str, Any] = {"device": device, "dtype": dtype, "batch": batch, "workers": workers}
     return ClassTeacher(model, preprocess, kind=dict(network), maps=maps or [], **settings)
+
+
+def weights_file(settings: Mapping[str, Any]) -> Path | None:
+    """Return the run or file of weights that the settings name."""
+    weights = settings.get("weights")
+    return Path(weights) if isinstance(weights, str) and weights else None
+
+
+def random_weights(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the settings with weights that are drawn instead of read, saved in `folder`."""
+    path = folder / "drawn.safetensors"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        save_file(bind(settings["network"], CLASSIFIERS, "teacher.network")().state_dict(), path)
+    return {**settings, "weights": str(path)}
+
+
+FAMILY = Family(
+    name="classifier",
+    teachers={"classifier": classifier},
+    preprocess=ClassPreprocess,
+    head=LinearHead,
+    map_setting="maps",
+    weights_file=weights_file,
+    random_weights=random_weights,
+)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fmdistill.backbones.device import pick_device
-from fmdistill.cache.launcher import local_rank
+from fmdistill.launcher import local_rank
 
 DType = Literal["auto", "fp32", "bf16"]
 Precision = Literal["fp32", "bf16"]

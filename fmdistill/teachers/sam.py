@@ -2,25 +2,33 @@
 
 # Legend: B images, S the padded square's side, C channels, g tokens a side.
 
-from collections.abc import Mapping
+import copy
+import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from PIL import Image
+from segment_anything import SamPredictor, sam_model_registry
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
 
 from fmdistill.backbones.fast_encoder import FastEncoder, supported
 from fmdistill.backbones.mini import build_sam_mini
 from fmdistill.backbones.promptable import PromptHead
-from fmdistill.backbones.sam import SamPreprocess, build_sam
-from fmdistill.cache.compute import DType, Precision, computing, has_bf16, own_device, own_dtype, state_hash
+from fmdistill.backbones.sam import RESIZE, SamPreprocess, build_sam
+from fmdistill.backbones.throughput import flops
 from fmdistill.logs import log
 from fmdistill.registry import convert
+from fmdistill.teachers.compute import DType, Precision, computing, has_bf16, own_device, own_dtype, state_hash
+from fmdistill.teachers.family import Family, Reference
+from fmdistill.teachers.output import Output
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PATHS = {True: "segment_anything", False: "fast"}  # by `exact`
-NAMES = ("sam_vit_b", "sam_vit_l", "sam_vit_h", "sam_mini")
+OFFICIAL = {"sam_vit_b": "vit_b", "sam_vit_l": "vit_l", "sam_vit_h": "vit_h"}  # segment_anything's own names
 
 
 class SamTeacher:
@@ -48,7 +56,7 @@ class SamTeacher:
         self._run: Any = torch.compile(self.encoder, dynamic=False) if self.compiled else self.encoder
         grid = self.sam.prompt_encoder.image_embedding_size[0]
         self.preprocess = SamPreprocess(image_size=own.img_size, stride=own.img_size // grid, exact=exact)
-        self.outputs = {"embedding": (self.sam.prompt_encoder.embed_dim, grid, grid)}
+        self.outputs = {"embedding": Output((self.sam.prompt_encoder.embed_dim, grid, grid), "image")}
 
     @torch.inference_mode()
     def __call__(self, pixels: Tensor, sizes: Tensor) -> dict[str, Tensor]:
@@ -143,11 +151,55 @@ def sam_mini(
     return SamTeacher(sam, name="sam_mini", device=device, dtype=dtype, batch=batch, workers=workers, exact=exact)
 
 
-def asked(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the part of the fingerprint that a SAM teacher's settings tell without the weights."""
+def identity(settings: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the part of the fingerprint that a SAM teacher's settings state without the weights."""
     exact = convert(settings.get("exact", False), bool, "teacher.exact")
     dtype = {"dtype": "fp32"} if exact and settings.get("dtype", "auto") == "auto" else {}
     return {"path": PATHS[exact], **dtype}
+
+
+def weights_file(settings: Mapping[str, Any]) -> Path | None:
+    """Return the checkpoint that the settings name; None for packaged weights and for none."""
+    weights = settings.get("weights")
+    return Path(weights) if isinstance(weights, str) and weights not in ("", "none", "packaged") else None
+
+
+def random_weights(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the settings with weights that are drawn instead of read; an official network's are saved in `folder`."""
+    name = settings["name"]
+    if name not in OFFICIAL:
+        return {**settings, "weights": "none"}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        sam, path = sam_model_registry[OFFICIAL[name]](), folder / "drawn.pth"
+        for parameter in sam.parameters():  # at zero some would cost less on a device that sees zeros
+            if not parameter.any():
+                nn.init.normal_(parameter, std=0.02)
+        torch.save(sam.state_dict(), path)
+    return {**settings, "weights": str(path)}
+
+
+def reference(teacher: SamTeacher) -> Reference:
+    """Return segment_anything's own loop, one image at a time, with a copy of the teacher's weights."""
+    predictor = SamPredictor(copy.deepcopy(teacher.sam).to(teacher.device))
+    side = teacher.preprocess.image_size
+
+    def embed(pictures: Sequence[Image.Image]) -> Tensor:
+        embeddings = []
+        for picture in pictures:
+            predictor.set_image(np.asarray(picture))
+            embeddings.append(predictor.get_image_embedding().float().cpu())
+        return torch.cat(embeddings)
+
+    def pixels(data: bytes) -> Tensor:
+        image = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+        resized = torch.as_tensor(predictor.transform.apply_image(image))
+        padded = torch.zeros(3, side, side, dtype=torch.uint8)  # the predictor pads on the device
+        padded[:, : resized.shape[0], : resized.shape[1]] = resized.permute(2, 0, 1)
+        return padded
+
+    blank = torch.zeros(1, 3, side, side, device=teacher.device)
+    return Reference("SamPredictor.set_image", embed, pixels, lambda: flops(predictor.model.image_encoder, blank))
 
 
 def _official(
@@ -168,3 +220,27 @@ def _official(
 def _filled(x_B: Tensor, count: int) -> Tensor:
     """Return `x_B` with copies of its first entry up to `count` of them."""
     return torch.cat([x_B, x_B[:1].expand(count - len(x_B), *x_B.shape[1:])])
+
+
+FAMILY = Family(
+    name="sam",
+    teachers={
+        "sam_vit_b": sam_vit_b,
+        "sam_vit_l": sam_vit_l,
+        "sam_vit_h": sam_vit_h,
+        "sam_mini": sam_mini,
+    },
+    preprocess=SamPreprocess,
+    head=PromptHead,
+    pads=True,
+    weights_file=weights_file,
+    identity=identity,
+    way_back={
+        ("teacher.path", PATHS[True]): "teacher.exact=true",
+        ("teacher.path", PATHS[False]): "teacher.exact=false",
+        ("teacher.preprocess.resize", RESIZE[True]): "teacher.exact=true",
+        ("teacher.preprocess.resize", RESIZE[False]): "teacher.exact=false",
+    },
+    random_weights=random_weights,
+    reference=reference,
+)

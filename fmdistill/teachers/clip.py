@@ -2,22 +2,29 @@
 
 # Legend: B images, D the embedding's width, C the tokens' width, g tokens a side, N = g * g.
 
-from collections.abc import Mapping
+import copy
+import io
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from open_clip import get_model_config
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip.transformer import VisionTransformer
+from PIL import Image
 from torch import Tensor, nn
 
 from fmdistill.backbones.clip import ClipPreprocess, TextHead, load_clip
 from fmdistill.backbones.clip_mini import CONFIG, build_clip_mini
 from fmdistill.backbones.clip_tags import PREPROCESSING, ClipSettings, Interpolation, ResizeMode, of_tag, of_text
 from fmdistill.backbones.clip_weights import LOCAL
-from fmdistill.cache.compute import DType, Precision, computing, own_device, own_dtype, state_hash
+from fmdistill.backbones.throughput import flops
 from fmdistill.registry import UserError, convert, typed
+from fmdistill.teachers.compute import DType, Precision, computing, own_device, own_dtype, state_hash
+from fmdistill.teachers.family import Family, Reference
+from fmdistill.teachers.output import Output
 
 DEFAULT = "ViT-B-32"
 
@@ -49,7 +56,7 @@ class ClipTeacher:
         self.model: Any = model.eval().requires_grad_(False)
         self.config, self._head = config, TextHead.from_clip(model, config)
         self.visual: Any = self.model.visual.to(self.device)
-        self.outputs: dict[str, tuple[int, ...]] = {"embedding": (config["model_cfg"]["embed_dim"],)}
+        self.outputs = {"embedding": Output((config["model_cfg"]["embed_dim"],))}
         grid = _grid(self.visual)
         if tokens:
             if grid is None:
@@ -58,7 +65,7 @@ class ClipTeacher:
                     f"tokens; choose one of open_clip's own ViTs without attentional pooling, or teacher.tokens=false"
                 )
             self.visual.output_tokens = True
-            self.outputs["tokens"] = (self.visual.conv1.out_channels, grid, grid)
+            self.outputs["tokens"] = Output((self.visual.conv1.out_channels, grid, grid), "all")
         image_size = ClipPreprocess.from_config(config["preprocess_cfg"], 1).image_size
         self.preprocess = ClipPreprocess.from_config(config["preprocess_cfg"], image_size // (grid or 1))
 
@@ -67,11 +74,11 @@ class ClipTeacher:
         """Return {"embedding": float32 (B, D)} on the CPU for uint8 (B, 3, S, S) pixels; and "tokens" (B, C, g, g)."""
         x_BCHW = self.preprocess.normalize(pixels.to(self.device), sizes.to(self.device))
         with computing(self.dtype, self.device):
-            found = self.visual(x_BCHW)
-        embedding_BD, *tokens_BNC = found if isinstance(found, tuple) else (found,)
+            encoded = self.visual(x_BCHW)
+        embedding_BD, *tokens_BNC = encoded if isinstance(encoded, tuple) else (encoded,)
         outputs = {"embedding": embedding_BD.float().cpu()}
         if self.tokens:
-            tokens_BCgg = tokens_BNC[0].transpose(1, 2).unflatten(2, self.outputs["tokens"][1:])
+            tokens_BCgg = tokens_BNC[0].transpose(1, 2).unflatten(2, self.outputs["tokens"].shape[1:])
             outputs["tokens"] = tokens_BCgg.float().cpu().contiguous()
         return outputs
 
@@ -143,8 +150,11 @@ def clip_mini(
     return ClipTeacher(build_clip_mini(weights), CONFIG, name="clip_mini", kind="clip_mini", tokens=tokens, **settings)
 
 
-def weights_path(settings: Mapping[str, Any]) -> Path | None:
-    """Return the folder or checkpoint file that `open_clip`'s settings name; None for a tag, and for none."""
+def weights_file(settings: Mapping[str, Any]) -> Path | None:
+    """Return the folder or checkpoint file that the settings name; None for a tag, packaged weights, and none."""
+    if settings["name"] != "open_clip":
+        weights = settings.get("weights")
+        return Path(weights) if isinstance(weights, str) and weights not in ("", "none", "packaged") else None
     model, pretrained = str(settings.get("model", DEFAULT)), str(settings.get("pretrained"))
     if model.startswith(LOCAL):
         return Path(model.removeprefix(LOCAL))
@@ -158,24 +168,59 @@ def clip_settings(settings: Mapping[str, Any]) -> ClipSettings:
     return ClipSettings(**typed(ClipSettings, {name: settings[name] for name in names if name in settings}, "teacher"))
 
 
-def asked(settings: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the part of the fingerprint that `open_clip`'s settings tell without the weights.
+def identity(settings: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the part of the fingerprint that the settings state without the weights.
 
-    `stored` is a fingerprint with the preprocessing's values that the settings do not tell.
+    `stored` is a fingerprint with the preprocessing's values that the settings do not state.
     """
+    if settings.get("name") != "open_clip":
+        return {}
     model, given = str(settings.get("model", DEFAULT)), clip_settings(settings)
-    told: dict[str, Any] = {
+    stated: dict[str, Any] = {
         "model": _kind(model),
         "tokens": convert(settings.get("tokens", False), bool, "teacher.tokens"),
     }
     values = given.given()
     if given.as_tag is not None and not model.startswith(LOCAL):
         values = {**of_tag(_kind(model), given.as_tag, get_model_config(_kind(model)) or {}), **values}
-    told |= {key: values[key] for key in ("quick_gelu", "context_length", "tokenizer") if key in values}
+    stated |= {key: values[key] for key in ("quick_gelu", "context_length", "tokenizer") if key in values}
     preprocessing = {key: values[key] for key in PREPROCESSING if key in values}
     if preprocessing and "preprocess" in stored:
-        told["preprocess"] = replace(ClipPreprocess.from_json(stored["preprocess"]), **preprocessing).to_json()
-    return told
+        stated["preprocess"] = replace(ClipPreprocess.from_json(stored["preprocess"]), **preprocessing).to_json()
+    return stated
+
+
+def random_weights(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the settings with weights that are drawn instead of read. UserError for a model in a folder."""
+    if str(settings.get("model", "")).startswith(LOCAL):
+        raise UserError(
+            f"bench.weights=random: the weights of teacher.model={settings['model']} cannot be drawn; leave it out"
+        )
+    return {**settings, "pretrained" if settings["name"] == "open_clip" else "weights": "none"}
+
+
+def reference(teacher: ClipTeacher) -> Reference:
+    """Return open_clip's own loop, by batches as large as the teacher's, with a copy of its weights."""
+    network: Any = copy.deepcopy(teacher.model).to(teacher.device)
+    network.visual.output_tokens = False
+    transform: Any = image_transform_v2(PreprocessCfg(**teacher.config["preprocess_cfg"]), is_train=False)
+
+    @torch.no_grad()
+    def embed(pictures: Sequence[Image.Image]) -> Tensor:
+        embeddings = []
+        for start in range(0, len(pictures), teacher.batch):
+            batch = torch.stack([transform(picture) for picture in pictures[start : start + teacher.batch]])
+            embeddings.append(network.encode_image(batch.to(teacher.device)).float().cpu())
+        return torch.cat(embeddings)
+
+    side = teacher.preprocess.image_size
+    blank = torch.zeros(1, 3, side, side, device=teacher.device)
+    return Reference(
+        "open_clip encode_image",
+        embed,
+        lambda data: transform(Image.open(io.BytesIO(data))),
+        lambda: flops(network.encode_image, blank),
+    )
 
 
 def _kind(model: str) -> str:
@@ -187,3 +232,16 @@ def _grid(visual: Any) -> int | None:
     if not isinstance(visual, VisionTransformer) or visual.attn_pool is not None or visual.pool_type == "none":
         return None
     return visual.grid_size[0] if visual.grid_size[0] == visual.grid_size[1] else None
+
+
+FAMILY = Family(
+    name="clip",
+    teachers={"open_clip": open_clip, "clip_mini": clip_mini},
+    preprocess=ClipPreprocess,
+    head=TextHead,
+    map_setting="tokens",
+    weights_file=weights_file,
+    identity=identity,
+    random_weights=random_weights,
+    reference=reference,
+)

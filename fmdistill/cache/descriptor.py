@@ -1,0 +1,25 @@
+"""Hold a file open for reading by offset, and close it with its last use."""
+
+import os
+from functools import lru_cache
+from pathlib import Path
+
+OPEN = 64  # tars that a process holds open; a system may allow it only a thousand files
+
+
+class Descriptor:
+    """An open file, closed with its last use. Forked processes may share it: `pread` moves no position."""
+
+    def __init__(self, path: Path) -> None:
+        self.number = -1  # for `__del__`, if the next line fails
+        self.number = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if self.number >= 0:
+            os.close(self.number)
+
+
+@lru_cache(maxsize=OPEN)
+def held_open(path: Path, owner: object) -> Descriptor:
+    """Return the file at `path` opened for `owner`, and hold the last `OPEN` of them open."""
+    return Descriptor(path)
