@@ -49,7 +49,10 @@ def test_rows_of_any_shapes_decode_to_what_each_sample_reads(tmp_path, name, tri
     for rows in ([2, 0, 1, 3, 5, 4], [1, 5], [2]):
         stored = batch.read([(reader, row) for row in rows], pool)
         read = sum(reader.codecs["embedding"].nbytes(reader.shape(row, "embedding")) for row in rows)
-        assert stored["stored"]["embedding"].shape == (read,) and stored["codecs"] == {"embedding": name + trimmed}
+        assert stored["stored"]["embedding"].shape == (read,) and stored["codecs"] == {
+            "embedding": name + trimmed,
+            "vector": name,
+        }
         found = batch.decoded(stored, SHAPES)
         for output, array in arrays.items():
             assert found[output].dtype == torch.float32 and found[output].shape == (len(rows), *SHAPES[output])

@@ -122,7 +122,10 @@ def test_a_shard_of_each_codec_holds_trimmed_the_valid_tokens_of_the_full_one(tm
     sizes_of = [sum(one["outputs"]["embedding"]["size"] for one in reader.samples) for reader in readers.values()]
     assert sizes_of[1] < sizes_of[0]
     sidecars = [json.loads(r.path.with_suffix(".json").read_text()) for r in readers.values()]
-    assert sidecars[0]["statistics"] == sidecars[1]["statistics"] and sidecars[1]["codec"] == f"{name}-trimmed"
+    assert (
+        sidecars[0]["statistics"] == sidecars[1]["statistics"]
+        and sidecars[1]["codecs"]["embedding"] == f"{name}-trimmed"
+    )
     samples = [s for s in webdataset.WebDataset(str(readers["trimmed"].path), shardshuffle=False).decode()]
     for index, (height, width) in enumerate(sizes):
         read = by_numpy(name, samples[index]["embedding.npy"], width)
@@ -253,6 +256,7 @@ def unpadded() -> tiny.SamTeacher:
     """A teacher of someone's own whose images fill the square."""
     made = tiny.teacher()
     made.preprocess = Filled(made.preprocess.image_size, made.preprocess.stride)
+    made.outputs = {"embedding": Output(made.outputs["embedding"].shape, "all")}
     return made
 
 

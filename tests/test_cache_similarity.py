@@ -106,8 +106,8 @@ def test_kept_similarities_give_a_lossy_trimmed_cache_the_weights_of_the_exact_o
 
 def test_they_serve_the_group_image_of_their_own_map_alone(tmp_path):
     kept = seen(images(tmp_path / "cache"), "exclude")
-    drawn = torch.rand(kept.outputs[MAP].shape, generator=torch.Generator().manual_seed(0))
-    planted = dataclasses.replace(kept, outputs={**kept.outputs, MAP: drawn})
+    drawn = torch.rand(kept.similarity[NAME].shape, generator=torch.Generator().manual_seed(0))
+    planted = dataclasses.replace(kept, similarity={NAME: drawn})
     for weigh in (SRW(), SRW(group="image"), SRW(feature=NAME), SumNormalizer()):
         assert (weigh(entries(kept), planted) - weigh(entries(kept), kept)).abs().max() > 0.1
     assert torch.equal(SRW(group="batch")(entries(kept), planted), SRW(group="batch")(entries(kept), kept))
@@ -122,7 +122,7 @@ def test_patches_that_rounding_alone_parts_are_alike():
     plane = torch.tensor([[tie - 1e-6, tie + 1e-6], [tie, tie]]).half().float()
     assert float(plane.max() - plane.min()) == similarity.STEP
     valid, feature = torch.ones(1, 4, dtype=torch.bool), torch.randn(1, 3, 2, 2)
-    alike = Seen({NAME: feature, MAP: plane.expand(1, 2, 2, 2)}, valid, "embedding")
+    alike = Seen({NAME: feature}, valid, "embedding", similarity={NAME: plane.expand(1, 2, 2, 2)})
     for weigh in (SRW(temperature=0.1, relative=True), SRW(temperature=1e-3), SumNormalizer()):
         assert torch.equal(weigh(torch.zeros(1, 4), alike), torch.ones(1, 4))
 
@@ -174,7 +174,7 @@ def test_where_there_is_no_map_or_the_name_is_taken_it_is_refused(tmp_path):
     with pytest.raises(
         UserError, match=r"'embedding_similarity' is named as those of cache\.similarity are; rename it"
     ):
-        cache.load_teacher(tiny.load(tmp_path, "teacher.name=test_cache_similarity:taken"))
+        cache.load_teacher(tiny.load(tmp_path, *KEPT, "teacher.name=test_cache_similarity:taken"))
 
 
 def test_clip_s_patch_tokens_have_them_and_its_vectors_do_not():
