@@ -195,7 +195,7 @@ def chosen(setting: str, outputs: Mapping[str, Sequence[int]]) -> str:
     """Return the codec that `cache.codec` means for a teacher of these outputs.
 
     "auto" is int8 for maps: the smallest whose masks are within a point of the exact ones', and by which no student was
-    seen to lose (README). Vectors, which are small beside the images themselves, stay in fp16.
+    seen to lose (docs/results.md). Vectors, which are small beside the images themselves, stay in fp16.
     """
     if setting != "auto":
         return setting
