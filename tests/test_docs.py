@@ -44,7 +44,7 @@ def commands(text: str) -> list[list[str]]:
 def inline_commands(text: str) -> list[list[str]]:
     """The arguments of every command in backticks: `fmdistill VERB ARGUMENT ...`; a verb alone only names it."""
     quoted = re.findall(r"`([^`\n]+)`", FENCED.sub("", text))
-    calls = [shlex.split(call[1]) for one in quoted if (call := COMMAND.fullmatch(one))]
+    calls = [shlex.split(call[1]) for span in quoted if (call := COMMAND.fullmatch(span))]
     return [call for call in calls if len(call) > 1]
 
 
@@ -155,9 +155,9 @@ def test_commands_are_found():
 
 def all_commands(*verbs: str) -> list[list[str]]:
     """The commands of all pages, each once; with `verbs` those of them."""
-    found = [command for page in PAGES.values() for command in commands(page) + inline_commands(page)]
-    once = {" ".join(command): command for command in found}
-    return [command for command in once.values() if not verbs or command[0] in verbs]
+    listed = [command for page in PAGES.values() for command in commands(page) + inline_commands(page)]
+    distinct = {" ".join(command): command for command in listed}
+    return [command for command in distinct.values() if not verbs or command[0] in verbs]
 
 
 @pytest.mark.parametrize("arguments", all_commands(), ids=" ".join)
@@ -176,13 +176,13 @@ def test_commands_parse(arguments):
 OF_RECIPES = all_commands("run", "plan", "bench", "cache", "verify", "distill", "check")
 
 
-@pytest.mark.parametrize("arguments", [one for one in OF_RECIPES if one[1:] and one[1] in RECIPES], ids=" ".join)
+@pytest.mark.parametrize("arguments", [c for c in OF_RECIPES if c[1:] and c[1] in RECIPES], ids=" ".join)
 def test_commands_of_recipes_bind_every_component(arguments):
     from fmdistill import pipeline
 
     verb, path, *settings = arguments
-    settings = [one for one in settings if not one.startswith(f"{verb}.")]  # plan.images=8 is the verb's own
-    settings = [re.sub(r"\$\w+", "8", one) for one in settings]  # what the shell puts in, such as a count of CPUs
+    settings = [setting for setting in settings if not setting.startswith(f"{verb}.")]  # plan.images=8 is the verb's own
+    settings = [re.sub(r"\$\w+", "8", setting) for setting in settings]  # what the shell puts in, such as a count of CPUs
     assert pipeline.check_files([path], settings) == [path]
 
 
@@ -194,7 +194,7 @@ def test_commands_of_recipes_are_many():
 def test_protocols_of_commands_take_their_settings(arguments, tmp_path, monkeypatch):
     from fmdistill import evaluate
 
-    settings = recipe.parse_overrides(one for one in arguments[2:] if "=" in one)
+    settings = recipe.parse_overrides(setting for setting in arguments[2:] if "=" in setting)
     monkeypatch.chdir(tmp_path)
     for name in (value for value in settings.values() if str(value).endswith(".txt")):
         Path(name).write_text("a {}\n")
