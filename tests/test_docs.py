@@ -181,8 +181,9 @@ def test_commands_of_recipes_bind_every_component(arguments):
     from fmdistill import pipeline
 
     verb, path, *settings = arguments
-    settings = [setting for setting in settings if not setting.startswith(f"{verb}.")]  # plan.images=8 is the verb's own
-    settings = [re.sub(r"\$\w+", "8", setting) for setting in settings]  # what the shell puts in, such as a count of CPUs
+    # plan.images=8 is the verb's own; the shell puts in $SLURM_CPUS_PER_TASK
+    settings = [setting for setting in settings if not setting.startswith(f"{verb}.")]
+    settings = [re.sub(r"\$\w+", "8", setting) for setting in settings]
     assert pipeline.check_files([path], settings) == [path]
 
 
