@@ -148,7 +148,7 @@ def shard(root, codec, maps, sizes, shapes) -> ShardReader:
     return ShardReader(Folder(root), shard, finished, "", stored)
 
 
-def test_embeddings_of_a_3_2_image_take_the_bytes_that_the_readme_states():
+def test_embeddings_of_a_3_2_image_take_the_bytes_that_the_docs_state():
     full, trimmed = (256, 64, 64), (256, 43, 64)
     sizes = {name: (codec.size(full) / 1e6, codec.size(trimmed) / 1e6) for name, codec in CODECS.items()}
     assert sizes["int8"][0] < 1.1 and sizes["int8"][1] < 0.75 and sizes["int4"][0] < 0.6 and sizes["int4"][1] < 0.4

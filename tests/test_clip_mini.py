@@ -15,7 +15,7 @@ def test_the_packaged_file_is_small_and_complete():
 
 
 def test_it_names_combinations_that_it_never_saw():
-    """Far above what the colour alone gives, on other images than the README's."""
+    """Far above what the colour alone gives, on other images than those of docs/results.md."""
     settings = recipe.load("recipes/mini/clip_mini.yaml", ["images.validation=204", "images.seed=77"])
     protocol = evaluate.load("eval/clip_mini_zeroshot.yaml").settings
     assert isinstance(protocol, CaptionedZeroshot)

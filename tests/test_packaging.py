@@ -107,13 +107,14 @@ def test_the_installed_wheel_checks_its_recipes(elsewhere):
 
 
 @pytest.mark.slow
-def test_the_installed_wheel_runs_a_small_demo_and_the_readme_s_code(elsewhere):
+def test_the_installed_wheel_runs_a_small_demo_and_the_code_of_the_docs(elsewhere):
     folder, env = elsewhere
     (folder / "quick.yaml").write_text(QUICK)
     shown = run(sys.executable, "-m", "fmdistill", "demo", *SMALLEST, cwd=folder, env=env)
     (page,) = folder.rglob("*.html")
     assert str(page.relative_to(folder)) in shown and "<table" in page.read_text()
-    (code,) = [b for b in re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL) if "photo.jpg" in b]
+    pages = "\n".join(path.read_text() for path in [README, *sorted((ROOT / "docs").glob("*.md"))])
+    (code,) = [b for b in re.findall(r"```python\n(.*?)```", pages, re.DOTALL) if "photo.jpg" in b]
     Image.fromarray(photograph("coffee")).save(folder / "photo.jpg")
     run(sys.executable, "-c", code, cwd=folder, env=env)
     mask = np.asarray(Image.open(folder / "mask.png"))

@@ -21,7 +21,7 @@ def test_the_packaged_file_is_small_and_complete():
 
 
 def test_it_segments_unseen_scenes():
-    """Far above chance on a few scenes; the figure on 500 is the README's."""
+    """Far above chance on a few scenes; the figure on 500 is in docs/results.md."""
     settings = recipe.load("recipes/mini/sam_mini.yaml", ["images.validation=40", "images.seed=77"])
     metrics, _ = judge_scenes(SceneMiou(), settings, {"student": sam_mini_student("packaged").eval()})
     assert metrics["student/best/miou"] > FLOOR_BEST and metrics["student/picked/miou"] > FLOOR_PICKED
