@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -51,7 +52,7 @@ def check_distinct(loaded: Mapping[str, Recipe], overrides: Sequence[str] = ()) 
     for name, settings in loaded.items():
         _check_effect(name, settings, overrides)
         decisive = {
-            k: v for k, v in _complete(settings).items() if k not in free and not k.startswith("cache.executor.")
+            k: v for k, v in settled(settings).items() if k not in free and not k.startswith("cache.executor.")
         }
         for other, its in known:
             if decisive == its:
@@ -65,14 +66,14 @@ def _check_effect(name: str, settings: Recipe, overrides: Sequence[str]) -> None
     for setting in given.settings:
         rest = ",".join([*filter(None, [given.method]), *(one for one in given.settings if one != setting)])
         try:
-            without = _complete(recipe.load(f"{given.path}:{rest}".rstrip(":"), overrides))
+            without = settled(recipe.load(f"{given.path}:{rest}".rstrip(":"), overrides))
         except UserError:  # the recipe needs it
             continue
-        if {**without, "out": settings.out, "title": settings.title} == _complete(settings):
+        if {**without, "out": settings.out, "title": settings.title} == settled(settings):
             raise UserError(f"{name}: {setting}: changes nothing, the recipe has this value already; leave it out")
 
 
-def _complete(settings: Recipe) -> dict[str, Any]:
+def settled(settings: Recipe) -> dict[str, Any]:
     """Return every setting by its dotted name, texts read as values and the defaults of components filled in."""
     plain = dataclasses.asdict(settings)
     if settings.objective:
@@ -89,12 +90,15 @@ def _filled(value: Any, key: str) -> Any:
             defaults = {one.name: one.default for one in asked if one.default is not one.empty}
             value = {"name": value["name"], **defaults, **component.keywords}
         return {name: _filled(inner, name) for name, inner in value.items()}
-    if isinstance(value, str):
-        try:
-            return parse(value, key)
-        except UserError:
-            return value
-    return value
+    return _read(value) if isinstance(value, str) else value
+
+
+@functools.lru_cache(maxsize=4096)
+def _read(text: str) -> Any:
+    try:
+        return parse(text, "")
+    except UserError:
+        return text
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:
