@@ -130,8 +130,8 @@ def variants(name: str) -> list[str]:
     named = refer(name)
     if named.method or named.settings:
         return [name]
-    file = locate(name)
-    return [f"{name}:{method}" for method in methods_of(read_yaml(file).get("methods", {}), file)] or [name]
+    file, study = locate(name), name.removesuffix(f"/{STUDY}")
+    return [f"{study}:{method}" for method in methods_of(read_yaml(file).get("methods", {}), file)] or [name]
 
 
 def locate(path: str | Path) -> Path:

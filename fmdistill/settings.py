@@ -116,5 +116,5 @@ def folder_name(settings: Iterable[str]) -> str:
     """Return a folder's name for settings, the same in whatever order; what a folder's name cannot tell is hashed."""
     text = "-".join(sorted(settings))
     plain = re.sub(r"[^\w.+-]", "_", text)
-    told = len(plain) <= 120 and plain == text.replace("=", "_")
-    return plain if told else f"{plain[:120]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    lossless = len(plain) <= 120 and plain == text.replace("=", "_")
+    return plain if lossless else f"{plain[:120]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

@@ -145,6 +145,10 @@ def test_a_study_runs_all_its_methods_and_each_is_a_recipe_of_its_own(recipes, c
     assert (folder / "study/kd-optimizer.lr_0.1/seed-0/student.safetensors").is_file()
     methods = [line["method"] for line in json.loads(table.with_suffix(".json").read_text())["top1"]]
     assert list(dict.fromkeys(methods)) == ["hot", "hot, weighting=soft_poly, alpha=2", "kd, lr=0.1"]
+    assert cli.main(["evaluate", f"{study}:hot", f"out={folder}/study/hot/seed-0", *QUICK]) == 0
+    assert cli.main(["check", str(study), f"{study}:kd,optimizer.lr=0.1", f"{folder}/top1.yaml", *QUICK]) == 0
+    checked = ["toys:kd: ok", "toys:hot: ok", "toys:hot_srw: ok", "toys:kd,optimizer.lr=0.1: ok", "top1.yaml: ok"]
+    assert [line.rpartition("/")[2] for line in capsys.readouterr().out.splitlines()[-5:]] == checked
     elsewhere = compare.run([str(study)], 1, [*QUICK, f"out={folder}/elsewhere"])
     assert elsewhere == folder / "elsewhere/comparison.md"
     assert sorted(p.name for p in elsewhere.parent.iterdir() if p.is_dir()) == ["hot", "hot_srw", "kd"]

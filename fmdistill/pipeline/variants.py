@@ -51,11 +51,9 @@ def check_distinct(loaded: Mapping[str, Recipe], overrides: Sequence[str] = ()) 
     free = {"title", *recipe.free_settings()}
     for name, settings in loaded.items():
         _check_effect(name, settings, overrides)
-        decisive = {
-            k: v for k, v in settled(settings).items() if k not in free and not k.startswith("cache.executor.")
-        }
-        for other, its in known:
-            if decisive == its:
+        decisive = {k: v for k, v in settled(settings).items() if k not in free and not k.startswith("cache.executor.")}
+        for other, other_decisive in known:
+            if decisive == other_decisive:
                 raise UserError(f"{name}: trains the same student as {other}; change a setting of it, or leave it out")
         known.append((name, decisive))
 
@@ -86,8 +84,8 @@ def _filled(value: Any, key: str) -> Any:
     if isinstance(value, Mapping):
         if key in TABLES and "name" in value:
             component = bind(value, TABLES[key], key, SUPPLIED)
-            asked = inspect.signature(component.func).parameters.values()
-            defaults = {one.name: one.default for one in asked if one.default is not one.empty}
+            parameters = inspect.signature(component.func).parameters.values()
+            defaults = {one.name: one.default for one in parameters if one.default is not one.empty}
             value = {"name": value["name"], **defaults, **component.keywords}
         return {name: _filled(inner, name) for name, inner in value.items()}
     return _read(value) if isinstance(value, str) else value
@@ -107,7 +105,7 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
     for name in names:
         given = refer(name)
         parts = [setting.partition("=") for setting in given.settings]
-        told = [f"{key.removesuffix('.name').rpartition('.')[2]}={value}" for key, _, value in parts]
-        short[name] = ", ".join([given.method or Path(given.path).stem, *told])
+        shown = [f"{key.removesuffix('.name').rpartition('.')[2]}={value}" for key, _, value in parts]
+        short[name] = ", ".join([given.method or Path(given.path).stem, *shown])
     called = list(short.values())
     return {name: one if called.count(one) == 1 else name for name, one in short.items()}
