@@ -73,7 +73,7 @@ def recipe(folder: Path) -> str:
     base = "".join(line + "\n" for line in base.splitlines() if not line.startswith(("optimizer", "train")))
     (folder / "grid.yaml").write_text(GRID)
     (folder / "toy.yaml").write_text((base + TRAINING).format(folder=folder))
-    (folder / "other.yaml").write_text(f"extends: {folder}/toy.yaml\nout: {folder}/other\nseed: 3\n")
+    (folder / "other.yaml").write_text(f"extends: {folder}/toy.yaml\nout: {folder}/other\noptimizer: {{lr: 0.001}}\n")
     return str(folder / "toy.yaml")
 
 

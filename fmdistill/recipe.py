@@ -13,9 +13,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fmdistill.files import write_whole
-from fmdistill.registry import UserError, typed
+from fmdistill.registry import UserError, suggest, typed
+from fmdistill.settings import folder_name, merge, methods_of, refer, with_method
 
 SAVED = "recipe.yaml"  # the name of a resolved recipe in a run or cache; a file of this name is not trusted
+STUDY = "study.yaml"  # the name of a study's file: a recipe, and `methods`, which are variants of it by name
 LOCAL_GB = 50.0  # of a cache whose root is a URL, unless the recipe says otherwise
 CodecName = Literal["auto", "fp32", "fp16", "bf16", "int8", "int4"]
 Component = dict  # {"name": ..., argument: value, ...}; typed when it is bound to its class
@@ -124,24 +126,42 @@ class Recipe:
             raise UserError(f"seed={self.seed}: expected 0 or more")
 
 
+def variants(name: str) -> list[str]:
+    """Return the names of all recipes that `name` stands for: of a study its methods', the baseline first."""
+    named = refer(name)
+    if named.method or named.settings:
+        return [name]
+    file, study = locate(name), name.removesuffix(f"/{STUDY}")
+    return [f"{study}:{method}" for method in methods_of(read_yaml(file).get("methods", {}), file)] or [name]
+
+
 def locate(path: str | Path) -> Path:
-    """Return the recipe or protocol file `path`, looked up in the working folder first, then in the package."""
+    """Return the recipe or protocol file `path`, looked up in the working folder first, then in the package.
+
+    A folder stands for the study in it.
+    """
     path, package = Path(path).expanduser(), Path(__file__).parent
     for base in (Path.cwd(), package, package.parent):
-        if (base / path).is_file():
-            return base / path
+        for file in (base / path, base / path / STUDY):
+            if file.is_file():
+                return file
     raise UserError(f"{path}: no such file here or in the package; `fmdistill check` lists those that ship")
 
 
-def load(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """Return the recipe at `path` with `key=value` overrides applied; every field is typed and known.
+def load(name: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Return the recipe called `name` with `key=value` overrides applied; every field is typed and known.
 
-    One that a run or cache saved, or that extends such a recipe, may not name code unless `trust=true` is given. A
-    path may begin with ~.
+    The run of a study's method lies in the study's `out`/METHOD, that of a name with settings beside the run without
+    them. A recipe that a run or cache saved, or that extends such a recipe, may not name code unless `trust=true` is
+    given. A path may begin with ~.
     """
-    file, given = locate(path), parse_overrides(overrides)
+    named, given = refer(name), parse_overrides(overrides)
     trust = str(given.pop("trust", "false")).lower() == "true"
-    return freeze(merge(_read(file, trust), given), str(path))
+    settings = _read(locate(named.path), trust, named.method)
+    if named.settings:
+        apart = _apart(settings, f"-{folder_name(named.settings)}", ", ".join(named.settings))
+        settings = merge(settings, {**apart, **parse_overrides(named.settings)})
+    return freeze(merge(settings, given), str(name))
 
 
 def load_saved(folder: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -222,45 +242,45 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
     return nested
 
 
-def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `base` with `over` laid on top; a mapping whose `name` changes is replaced, arguments and all.
-
-    Of the alternatives `steps` and `epochs`, setting one takes the other back.
-    """
-    merged = dict(base)
-    for one, other in (("steps", "epochs"), ("epochs", "steps")):
-        if one in over and other in merged and other not in over:
-            merged[other] = None
-    for key, value in over.items():
-        old = merged.get(key)
-        replaced = isinstance(value, Mapping) and isinstance(old, Mapping) and _renamed(old, value)
-        if isinstance(value, Mapping) and isinstance(old, Mapping) and not replaced:
-            merged[key] = merge(old, value)
-        else:
-            merged[key] = merge({}, value) if isinstance(value, Mapping) else value
-    return merged
-
-
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _renamed(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    return "name" in new and new["name"] != old.get("name")
-
-
-def _read(path: Path, trust: bool, below: tuple[Path, ...] = ()) -> dict[str, Any]:
+def _read(path: Path, trust: bool, method: str = "", below: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Return the settings of a recipe's file, or of a method of the study in it, on top of what they extend."""
     settings = read_yaml(path)
-    foreign = [name for name in _names(settings) if ":" in name]
+    methods = methods_of(settings.pop("methods", {}), path)
+    foreign = [name for name in _names([settings, *methods.values()]) if ":" in name]
     saved = any(one.name == SAVED for one in (*below, path))  # who saved it may have chosen what it extends
     if saved and foreign and not trust:
         raise UserError(f"{path}: names code outside fmdistill ({', '.join(foreign)}); add trust=true to import it")
     parent = settings.pop("extends", None)
-    if parent is None:
+    if parent is not None:
+        if path in below:
+            raise UserError(
+                f"{path}: extends itself, by way of {' and '.join(map(str, below))}; take one `extends` out"
+            )
+        named = refer(str(parent))
+        if named.settings:
+            raise UserError(
+                f"{path}: extends={parent}: name a recipe or a study's method, and set {named.settings[0]} here"
+            )
+        settings = merge(_read(locate(named.path), trust, named.method, (*below, path)), settings)
+    if not methods and not method:
         return settings
-    if path in below:
-        raise UserError(f"{path}: extends itself, by way of {' and '.join(map(str, below))}; take one `extends` out")
-    return merge(_read(locate(str(parent)), trust, (*below, path)), settings)
+    if not method:
+        wrong = f"a study of several recipes; name one as {path}:METHOD, or `fmdistill compare` them all"
+        raise UserError(f"{path}: {wrong}.{suggest('', methods)}")
+    if method not in methods:
+        raise UserError(f"{path}: no method '{method}'.{suggest(method, methods)}")
+    own = {key: value for key, value in methods[method].items() if key in ("out", "title")}
+    return {**with_method(settings, methods, method, path), **_apart(settings, f"/{method}", method), **own}
+
+
+def _apart(settings: Mapping[str, Any], out: str, title: str) -> dict[str, Any]:
+    """Return the folder and the title of a variant of a recipe with these settings."""
+    apart = {"title": ", ".join(filter(None, [settings.get("title"), title]))}
+    return {**apart, "out": f"{settings['out']}{out}"} if "out" in settings else apart
 
 
 def _at_home(value: Any) -> Any:

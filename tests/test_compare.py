@@ -6,8 +6,9 @@ import logging
 import pytest
 import toy_digits
 
-from fmdistill import cli, distill, evaluate, pipeline
+from fmdistill import cli, distill, evaluate, recipe
 from fmdistill.evaluate import top1
+from fmdistill.pipeline import compare, variants
 from fmdistill.registry import UserError
 
 QUICK = ["train.steps=3"]
@@ -37,16 +38,16 @@ def test_a_comparison_caches_once_pairs_its_seeds_and_continues(recipes, caplog,
         trained.append(settings.out)
         return run(settings, *args)
 
-    monkeypatch.setattr(pipeline.distill, "run", counted)
+    monkeypatch.setattr(distill, "run", counted)
     monkeypatch.setattr(evaluate, "_call", lambda *args: judged.append(args[3].parent.parent) or judge(*args))
     with caplog.at_level(logging.INFO, logger="fmdistill"):
         with pytest.raises(KeyboardInterrupt):
-            pipeline.compare(both, 2, QUICK)
+            compare.run(both, 2, QUICK)
         assert sum("images cached" in line for line in caplog.messages) == 1
         first = {
             path: (folder / path / "student.safetensors").stat().st_mtime_ns for path in ("plain/seed-0", "rare/seed-0")
         }
-        monkeypatch.setattr(pipeline.distill, "run", run)
+        monkeypatch.setattr(distill, "run", run)
         assert cli.main(["compare", *both, "--seeds", "2", *QUICK]) == 0
     assert sum("images cached" in line for line in caplog.messages) == 1  # one teacher pass in all
     assert all((folder / path / "student.safetensors").stat().st_mtime_ns == time for path, time in first.items())
@@ -67,7 +68,7 @@ def test_a_comparison_caches_once_pairs_its_seeds_and_continues(recipes, caplog,
 
 def test_the_accuracy_of_parts_is_that_of_their_rows(recipes, monkeypatch):
     folder, both = recipes
-    out = pipeline.compare(both, 1, QUICK).parent / "plain/seed-0"
+    out = compare.run(both, 1, QUICK).parent / "plain/seed-0"
     kept = json.loads((out / "evaluation/top1.json").read_text())
     metrics, rows = kept["metrics"], [row for row in kept["rows"] if row["student"] == "student"]
     assert len(rows) == 60
@@ -90,17 +91,99 @@ def test_the_accuracy_of_parts_is_that_of_their_rows(recipes, monkeypatch):
 def test_what_cannot_be_compared_is_said(recipes):
     folder, both = recipes
     with pytest.raises(UserError, match="give two recipes"):
-        pipeline.compare(both[:1] * 2, 2)
-    with pytest.raises(UserError, match="two recipes write to one folder"):
-        pipeline.compare(both, 2, [f"out={folder}/same"])
+        compare.run(both[:1] * 2, 2)
+    (folder / "deep").mkdir(exist_ok=True)
+    same = folder / "deep/third.yaml"
+    same.write_text(f"extends: {both[0]}\nseed: 3\n")
+    with pytest.raises(UserError, match="third.yaml: trains the same student as .*/plain.yaml; change a setting"):
+        compare.run([both[0], str(same)], 2)
+    same.write_text(f"extends: {both[0]}\noptimizer: {{lr: 0.2}}\n")
+    for overrides in ([], [f"out={folder}/elsewhere"]):
+        with pytest.raises(UserError, match="/plain.yaml and .*/third.yaml write to one folder, .*; give each its own"):
+            compare.run([both[0], str(same)], 2, overrides)
     other = folder / "other.yaml"
-    other.write_text(f"extends: {both[0]}\nout: {folder}/other\nprotocols: []\n")
+    other.write_text(f"extends: {both[0]}\nout: {folder}/other\noptimizer: {{lr: 0.3}}\nprotocols: []\n")
     with pytest.raises(UserError, match="different protocols, or none"):
-        pipeline.compare([both[0], str(other)], 2)
+        compare.run([both[0], str(other)], 2)
     wrong = folder / "hundred.yaml"
     wrong.write_text(toy_digits.TOP1 + "classes: 100\n")
-    out = pipeline.compare(both, 1, QUICK).parent / "plain/seed-0"
+    out = compare.run(both, 1, QUICK).parent / "plain/seed-0"
     with pytest.raises(UserError, match="classes=100, but .* tells 10 apart"):
         evaluate.run(wrong, out)
     with pytest.raises(UserError, match="0 < few <= many"):
         top1.Top1(few=0)
+
+
+STUDY = """
+extends: {folder}/student.yaml
+title: toys
+out: {folder}/study
+methods:
+  kd: {{}}
+  hot: {{objective.kd.distance.temperature: 8.0}}
+  hot_srw: {{extends: hot, objective.kd.weighting: {{name: srw}}}}
+"""
+
+
+def test_a_study_runs_all_its_methods_and_each_is_a_recipe_of_its_own(recipes, capsys):
+    folder, _ = recipes
+    study = folder / "toys"
+    study.mkdir()
+    (study / "study.yaml").write_text(STUDY.format(folder=folder))
+    assert cli.main(["compare", str(study), "--seeds", "1", *QUICK]) == 0
+    shown = capsys.readouterr().out
+    assert "differences to kd" in shown and "| hot_srw |" in shown and f"{folder}/study/comparison.md" in shown
+    saved = recipe.load_saved(folder / "study/hot_srw/seed-0")
+    kd = saved.objective["kd"]
+    assert (kd["distance"]["temperature"], kd["weighting"]["name"], saved.title) == (8.0, "srw", "toys, hot_srw")
+    before = (folder / "study/hot/seed-0/student.safetensors").stat().st_mtime_ns
+    own = f"{study}:hot,objective.kd.weighting.name=soft_poly,objective.kd.weighting.alpha=2"
+    table = compare.run([f"{study}:hot", own, f"{study}:kd,optimizer.lr=0.1"], 1, QUICK)
+    assert (folder / "study/hot/seed-0/student.safetensors").stat().st_mtime_ns == before  # continued
+    made = "hot-objective.kd.weighting.alpha_2-objective.kd.weighting.name_soft_poly"
+    assert (folder / "study" / made / "seed-0/student.safetensors").is_file()
+    assert (folder / "study/kd-optimizer.lr_0.1/seed-0/student.safetensors").is_file()
+    methods = [line["method"] for line in json.loads(table.with_suffix(".json").read_text())["top1"]]
+    assert list(dict.fromkeys(methods)) == ["hot", "hot, weighting=soft_poly, alpha=2", "kd, lr=0.1"]
+    assert cli.main(["evaluate", f"{study}:hot", f"out={folder}/study/hot/seed-0", *QUICK]) == 0
+    assert cli.main(["check", str(study), f"{study}:kd,optimizer.lr=0.1", f"{folder}/top1.yaml", *QUICK]) == 0
+    checked = ["toys:kd: ok", "toys:hot: ok", "toys:hot_srw: ok", "toys:kd,optimizer.lr=0.1: ok", "top1.yaml: ok"]
+    assert [line.rpartition("/")[2] for line in capsys.readouterr().out.splitlines()[-5:]] == checked
+    elsewhere = compare.run([str(study)], 1, [*QUICK, f"out={folder}/elsewhere"])
+    assert elsewhere == folder / "elsewhere/comparison.md"
+    assert sorted(p.name for p in elsewhere.parent.iterdir() if p.is_dir()) == ["hot", "hot_srw", "kd"]
+
+
+def test_what_a_name_cannot_tell_apart_is_named_in_full():
+    names = ["a.yaml:train.clip=1", "b/a.yaml:train.clip=1", "a.yaml", "s:m", "s:m,x.name=srw,y=[1,2]"]
+    called = variants.short_names(names)
+    assert called == {
+        names[0]: names[0], names[1]: names[1], "a.yaml": "a", "s:m": "m", names[4]: "m, x=srw, y=[1,2]"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ("objective.kd.distance.temperature=4.0", "temperature=4.0: changes nothing"),  # KD's default
+        ("objective.kd.distance.temperature=4", "temperature=4: changes nothing"),
+        ("optimizer.lr=5e-2", "optimizer.lr=5e-2: changes nothing"),
+        ("train.steps=9,objective.kd.scale=1.0", "objective.kd.scale=1.0: changes nothing"),
+        ("train.workers=1", "trains the same student as"),  # it moves no weight
+        ("objective.kd.weighting={name: uniform}", "changes nothing"),
+        ("objective.kd.distance.temprature=2", "temprature: no such setting here.* 'temperature'"),
+    ],
+)
+def test_a_variant_without_effect_is_refused(recipes, settings, says):
+    _, both = recipes
+    with pytest.raises(UserError, match=says) as error:
+        compare.run([both[0], f"{both[0]}:{settings}"], 1)
+    assert "\n" not in str(error.value)
+
+
+def test_a_run_of_another_recipe_is_refused_before_any_training(recipes, monkeypatch):
+    folder, both = recipes
+    compare.run(both, 1, QUICK)
+    monkeypatch.setattr(distill, "run", lambda *_: pytest.fail("a student is trained"))
+    with pytest.raises(UserError, match="seed-0: holds a run of another recipe: .*optimizer.lr"):
+        compare.run(both, 2, [*QUICK, "optimizer.lr=0.3"])

@@ -12,7 +12,7 @@ import fmdistill
 PACKAGE = Path(fmdistill.__file__).parent
 LAYERS = [
     {"registry", "files"},
-    {"text"},
+    {"text", "settings"},
     {"recipe", "images", "logs", "stop", "launcher"},
     {"backbones"},
     {"teachers"},

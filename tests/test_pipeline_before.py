@@ -12,6 +12,7 @@ import toy_digits
 from fmdistill import cache, export, pipeline, recipe, report, teachers
 from fmdistill.cli import main
 from fmdistill.distill import tasks
+from fmdistill.pipeline import compare
 from fmdistill.registry import UserError
 
 
@@ -66,7 +67,7 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path, capsys):
         ("compare", path, tmp_path / "other.yaml", f"out={file}/run"),
         ("bench", path, f"out={file}/run"),
     ):
-        (tmp_path / "other.yaml").write_text(f"extends: {path}\nseed: 1\n")
+        (tmp_path / "other.yaml").write_text(f"extends: {path}\nout: other\noptimizer: {{lr: 0.1}}\n")
         assert "file" in line(capsys, *argv)
     with pytest.raises(OSError, match="the report cannot be written"):
         report.run([str(tmp_path / "none")], str(file))
@@ -78,14 +79,14 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path, capsys):
 
 def test_compare_refuses_several_processes_and_a_table_that_cannot_be_written(tmp_path, monkeypatch):
     first = tiny.write(tmp_path)
-    (tmp_path / "other.yaml").write_text(f"extends: {first}\nout: {tmp_path}/file/other\n")
+    (tmp_path / "other.yaml").write_text(f"extends: {first}\nout: {tmp_path}/file/other\noptimizer: {{lr: 0.1}}\n")
     (tmp_path / "file").touch()
     both = [str(first), str(tmp_path / "other.yaml")]
     with pytest.raises(OSError, match="cannot be written"):
-        pipeline.compare(both, 2)
+        compare.run(both, 2)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="compare: .*without a launcher"):
-        pipeline.compare(both, 2)
+        compare.run(both, 2)
 
 
 def test_a_recipe_that_only_caches_is_cached_with_a_warning_about_its_training(tmp_path, capsys, monkeypatch):

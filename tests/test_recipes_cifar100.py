@@ -1,9 +1,9 @@
 """The recipes of the CIFAR-100 and ImageNet tables: their settings, a toy run, and the published figures beside it."""
 
+import dataclasses
 import hashlib
 import json
 import pickle
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,9 +17,13 @@ from fmdistill.images.cifar100 import FILES
 from fmdistill.recipe import locate
 from fmdistill.report import rows
 
-RECIPES = sorted(path.stem for path in Path(locate("recipes/cifar100/kd.yaml")).parent.glob("*.yaml"))
+FILES_OF_RECIPES = [f"recipes/cifar100/{p.name}" for p in locate("recipes/cifar100/kd.yaml").parent.glob("*.yaml")]
+METHODS = [name for study in ("srw", "pad") for name in recipe.variants(f"recipes/studies/cifar100_{study}")]
+RECIPES = {recipe.load(name).out.removeprefix("runs/"): name for name in sorted([*METHODS, *FILES_OF_RECIPES])}
 COUNTS = {"train": 24, "test": 12}
-WITHOUT_TEACHER = {"label", "teacher"}
+TEACHER = "cifar100/teachers/resnet32x4"
+WITHOUT_TEACHER = {"cifar100/label", TEACHER}
+RUN = {TEACHER, *(f"cifar100/{name}" for name in ("kd_srw", "fitnet", "dkd", "pad_l2"))}  # by tests of their own
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +42,7 @@ def folder(tmp_path_factory):
         patch.setattr(CIFAR100, "train_list", [["train", md5["train"]]])
         patch.setattr(CIFAR100, "test_list", [["test", md5["test"]]])
         patch.setattr(CIFAR100, "meta", {**CIFAR100.meta, "md5": md5["meta"]})
-        pipeline.run(load(folder, "teacher"))
+        pipeline.run(load(folder, TEACHER))
         yield folder
 
 
@@ -46,22 +50,28 @@ def load(folder, name, *overrides):
     quick = [f"images.root={folder}", f"out={folder}/{name}", "train.steps=2", "train.batch_size=8"]
     quick += ["train.workers=0", "train.device=cpu", "train.log_every=1", "student.name=resnet20"]
     if name not in WITHOUT_TEACHER:
-        quick += [f"teacher.weights={folder}/teacher", "teacher.network.name=resnet20", "teacher.device=cpu"]
-    return recipe.load(f"recipes/cifar100/{name}.yaml", [*quick, *overrides])
+        quick += [
+            f"teacher.weights={folder}/{TEACHER}",
+            "teacher.network.name=resnet20",
+            "teacher.device=cpu",
+        ]
+    return recipe.load(RECIPES[name], [*quick, *overrides])
 
 
 def test_every_recipe_names_a_run_of_its_own_and_what_it_extends():
-    loaded = {name: recipe.load(f"recipes/cifar100/{name}.yaml") for name in RECIPES}
-    outs = {name: one.out for name, one in loaded.items()}
-    assert outs.pop("teacher") == loaded["kd"].teacher["weights"]
-    assert outs == {name: f"runs/cifar100/{name}" for name in RECIPES if name != "teacher"}
+    loaded = {name: recipe.load(path) for name, path in RECIPES.items()}
+    # kd.yaml is also the study's baseline, and a run of both is one run
+    assert len(loaded) == len(METHODS) + len(FILES_OF_RECIPES) - 1
+    assert loaded[TEACHER].out == loaded["cifar100/kd"].teacher["weights"]
+    both = [recipe.load(name) for name in ("recipes/cifar100/kd.yaml", "recipes/studies/cifar100_srw:kd")]
+    assert both[0] == dataclasses.replace(both[1], title=both[0].title)
     for name, one in loaded.items():
         pad = one.train.epochs != 240
         rates = (one.optimizer["lr"], one.train.batch_size, one.optimizer["weight_decay"])
         assert rates == (0.05, 64, 0.0005) or (pad and rates[1:] == (128, 0.0005))
         assert (one.teacher is None) == (name in WITHOUT_TEACHER) == (one.protocols == ["eval/labels_top1.yaml"])
         assert one.task == {"name": "classify", "statistics": "cifar100", "crop": 4, "flip": True}
-    assert loaded["pad_l2"].student["pretrained"] == outs["pad_l2_stage1"]
+    assert loaded["cifar100/pad_l2"].student["pretrained"] == loaded["cifar100/pad_l2_stage1"].out
 
 
 @pytest.mark.parametrize(
@@ -75,17 +85,17 @@ def test_every_recipe_names_a_run_of_its_own_and_what_it_extends():
     ],
 )
 def test_the_terms_are_the_tables(name, label, scale, output, distance):
-    plain = recipe.load(f"recipes/cifar100/{name}.yaml").objective
+    plain = recipe.load(RECIPES[f"cifar100/{name}"]).objective
     assert (plain["label"]["scale"], plain["teacher"]["scale"]) == (label, scale)
     assert (plain["teacher"]["output"], plain["teacher"]["distance"]) == (output, distance)
     assert plain["teacher"]["weighting"] == {"name": "uniform"}
-    if f"{name}_srw" in RECIPES:
-        weighed = recipe.load(f"recipes/cifar100/{name}_srw.yaml").objective
+    if name in ("kd", "dkd", "fitnet"):
+        weighed = recipe.load(RECIPES[f"cifar100/{name}_srw"]).objective
         assert weighed["teacher"].pop("weighting")["name"] == "srw" and plain["teacher"].pop("weighting")
         assert weighed == plain
 
 
-@pytest.mark.parametrize("name", ["kd_srw", "fitnet", "dkd"])
+@pytest.mark.parametrize("name", ["cifar100/kd_srw", "cifar100/fitnet", "cifar100/dkd"])
 def test_a_recipe_runs_from_teacher_to_table(folder, name):
     (metrics,) = pipeline.run(load(folder, name)).values()
     assert {"student/top1", "teacher/top1", "student/q1/top1", "student/q4/top5"} <= metrics.keys()
@@ -95,8 +105,8 @@ def test_a_recipe_runs_from_teacher_to_table(folder, name):
 
 
 def test_pad_trains_on_from_its_first_stage(folder):
-    first = distill.run(load(folder, "pad_l2_stage1"))
-    settings = load(folder, "pad_l2", f"student.pretrained={first}")
+    first = distill.run(load(folder, "cifar100/pad_l2_stage1"))
+    settings = load(folder, "cifar100/pad_l2", f"student.pretrained={first}")
     start = tasks.build(settings).student.state_dict()
     assert all(torch.equal(start[name], value) for name, value in distill.load_student(first).state_dict().items())
     (metrics,) = pipeline.run(settings).values()
@@ -105,7 +115,7 @@ def test_pad_trains_on_from_its_first_stage(folder):
     assert any(not torch.equal(start[name], value) for name, value in ended.items())
 
 
-@pytest.mark.parametrize("name", sorted(set(RECIPES) - {"teacher", "kd_srw", "fitnet", "dkd", "pad_l2"}))
+@pytest.mark.parametrize("name", sorted({*RECIPES} - RUN))
 def test_every_other_recipe_gives_a_loss_and_gradients(folder, name):
     job = tasks.build(load(folder, name))
     batch = next(batches(job.train, [[(0, 0, index) for index in range(6)]], 0))
@@ -123,14 +133,14 @@ def test_the_papers_tables_stand_beside_their_data_alone(folder):
     assert tables["digits_top1"] == tables["labels_top1"] == []
     assert len(tables["cifar100_top1"]) == 9 and not any("Table 3" in one for one in tables["cifar100_top1"])
     assert len(tables["imagenet_top1"]) == 3 and all("Table 3" in one for one in tables["imagenet_top1"])
-    pipeline.run(load(folder, "kd_srw"))
-    shown = report.text([str(folder / "kd_srw")])
+    pipeline.run(load(folder, "cifar100/kd_srw"))
+    shown = report.text([str(folder / "cifar100/kd_srw")])
     assert "Published, not ours" in shown and "ResNet32x4 79.42 to ResNet8x4 72.50" in shown and "73.93" in shown
 
 
 @pytest.mark.parametrize("name", ["kd", "kd_srw", "pad_l2_stage1", "pad_l2"])
 def test_the_imagenet_recipes_have_the_papers_settings(name):
-    loaded = recipe.load(f"recipes/imagenet/{name}.yaml")
+    loaded = recipe.load(f"recipes/studies/imagenet_srw:{name}" if "kd" in name else f"recipes/imagenet/{name}.yaml")
     pipeline.check(loaded)
     assert loaded.out == f"runs/imagenet/{name}" and loaded.train.batch_size == 512
     assert loaded.optimizer["weight_decay"] == 0.0001 and loaded.train.image_memory == 0

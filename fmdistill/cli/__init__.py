@@ -9,7 +9,9 @@ from fmdistill import stop
 from fmdistill.cli import failures
 
 EPILOG = """A recipe is looked up in the working folder first, then in the package. A setting is changed as key=value,
-such as train.steps=1000; changing a component's name (teacher.name=sam_mini) drops its other settings.
+such as train.steps=1000; changing a component's name (teacher.name=sam_mini) drops its other settings. A recipe's name
+may hold settings too, RECIPE:key=value,key=value, and its run then has a folder of its own; recipes/studies/digits:kd
+is one method of a study.
 Ctrl-C and SIGTERM stop between two steps, and the same command continues. In a container, docker run --ipc=host gives
 the processes that load images the shared memory that they need; else threads load them.
 FMDISTILL_TRACEBACK=1 in the environment shows where an error came from."""
@@ -29,8 +31,9 @@ def parser() -> argparse.ArgumentParser:
     overrides = ("overrides", "settings as key=value", "*")
     trust = ("settings", "trust=true where the run names code outside fmdistill", "*")
     verb("run", "cache, distil and evaluate", recipe, overrides)
-    verb("compare", "run recipes over the same seeds from one cache and write one paired table",
-         ("recipes", "recipes' paths, the first the baseline, and settings of all as key=value", "+"))  # fmt: skip
+    verb("compare", "run recipes, or all methods of a study, over the same seeds and write one paired table",
+         ("recipes", "STUDY, STUDY:METHOD, RECIPE or RECIPE:key=value,key=value, the first the baseline; and settings "
+          "of all as key=value (out=FOLDER puts all runs and the table there)", "+"))  # fmt: skip
     verbs.choices["compare"].add_argument("--seeds", type=int, default=8, help="how many seeds, from 0 on (8)")
     verb("plan", "tell images, bytes and hours of a recipe from a handful of images, before anything is spent", recipe,
          ("overrides", "settings as key=value; of the plan itself plan.images, plan.steps, plan.gpus=[1,8]", "*")
@@ -57,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     verb("report", "write one HTML page about runs", ("out", "the page's folder", None),
          ("runs", "runs' folders, and trust=true where one names code outside fmdistill", "+"))  # fmt: skip
     verb("check", "bind every component without touching data, of all that ships if nothing is named",
-         ("paths", "recipes and protocols, and settings of each recipe as key=value", "*"))  # fmt: skip
+         ("paths", "recipes, studies and protocols, and settings of each recipe as key=value", "*"))  # fmt: skip
     verb("demo", "run the main job on the embedded default", ("overrides", "sam or clip; settings as key=value", "*"))
     return top
 
@@ -109,10 +112,11 @@ def _run(recipe: str, overrides: list[str]) -> None:
 
 
 def _compare(recipes: list[str], seeds: int) -> None:
-    from fmdistill import pipeline
+    from fmdistill.pipeline import compare
+    from fmdistill.settings import is_override
 
-    paths = [one for one in recipes if "=" not in one]
-    table = pipeline.compare(paths, seeds, [one for one in recipes if "=" in one])
+    names = [one for one in recipes if not is_override(one)]
+    table = compare.run(names, seeds, [one for one in recipes if is_override(one)])
     print(f"{table.read_text()}\n{table}")
 
 
@@ -174,10 +178,11 @@ def _evaluate(protocol: str, subject: list[str]) -> None:
     from fmdistill import evaluate, pipeline
     from fmdistill.recipe import load, locate, read_yaml
     from fmdistill.registry import UserError
+    from fmdistill.settings import refer
 
     if subject and "=" not in subject[0]:
         results = {protocol: evaluate.run(protocol, subject[0], subject[1:])}
-    elif "name" in read_yaml(locate(protocol)):  # a protocol; a recipe has none
+    elif "name" in read_yaml(locate(refer(protocol).path)):  # a protocol; a recipe has none
         raise UserError(f"{protocol}: a protocol judges something; give it: fmdistill evaluate {protocol} RUN")
     else:
         results = pipeline.evaluate_recipe(load(protocol, subject))
@@ -225,9 +230,10 @@ def _trust(settings: list[str]) -> bool:
 
 def _check(paths: list[str]) -> None:
     from fmdistill import pipeline
+    from fmdistill.settings import is_override
 
-    overrides = [one for one in paths if "=" in one]
-    for name in pipeline.check_files([one for one in paths if "=" not in one], overrides):
+    overrides = [one for one in paths if is_override(one)]
+    for name in pipeline.check_files([one for one in paths if not is_override(one)], overrides):
         print(f"{name}: ok")
 
 

@@ -16,8 +16,9 @@ from fmdistill.launcher import check_training
 from fmdistill.logs import log
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError
+from fmdistill.settings import flat
 
-__all__ = ["check_machine", "check_run", "load_student", "run"]
+__all__ = ["check_claim", "check_machine", "check_run", "load_student", "run"]
 
 # Beside the fields that the recipe marks: settings of a component, whose values the cache holds, or every image's hash.
 FREE = {f"teacher.{key}" for key in ("weights", "device", "batch", "workers")}
@@ -51,12 +52,17 @@ def check_machine(recipe: Recipe) -> None:
 
 def _claim(recipe: Recipe, out: Path, resume: bool) -> None:
     """Make `out` this recipe's run. What was never trained, having no checkpoint, belongs to nobody."""
-    if _is_trained(out):
-        if not resume:
-            raise UserError(f"{out}: holds a run already; choose another out=FOLDER, or delete it")
-        check_run(recipe, out)
+    if _is_trained(out) and not resume:
+        raise UserError(f"{out}: holds a run already; choose another out=FOLDER, or delete it")
+    check_claim(recipe)
     if not (out / WEIGHTS).is_file() or os.access(out, os.W_OK):  # a finished run may be lent for reading only
         recipes.save(recipe, out)  # with the place where its images are now
+
+
+def check_claim(recipe: Recipe) -> None:
+    """Raise a UserError if the recipe's folder holds a run of another recipe, begun or finished."""
+    if _is_trained(Path(recipe.out)):
+        check_run(recipe, Path(recipe.out))
 
 
 def _is_trained(out: Path) -> bool:
@@ -65,7 +71,8 @@ def _is_trained(out: Path) -> bool:
 
 def check_run(recipe: Recipe, out: Path) -> None:
     """Raise a UserError unless the run in `out` is of this recipe, in all that moves a weight."""
-    old, new = _flat(recipes.load_saved(out, ["trust=true"])), _flat(recipe)
+    saved = recipes.load_saved(out, ["trust=true"])
+    old, new = (flat(dataclasses.asdict(one)) for one in (saved, recipe))
     free = FREE | recipes.free_settings()
     if finished.is_live(recipe.teacher):  # no cache stands for it
         free -= {"teacher.weights"}
@@ -79,14 +86,3 @@ def check_run(recipe: Recipe, out: Path) -> None:
 def _is_free(key: str, free: set[str]) -> bool:
     parents = accumulate(key.split("."), lambda above, name: f"{above}.{name}")
     return any(parent in free for parent in parents) or bool(re.match(r"images\..*root$", key))
-
-
-def _flat(recipe: Recipe) -> dict[str, object]:
-    def walk(value: object, where: str) -> dict[str, object]:
-        if isinstance(value, dict):
-            return {
-                k: v for key, inner in value.items() for k, v in walk(inner, f"{where}.{key}" if where else key).items()
-            }
-        return {where: value}
-
-    return walk(dataclasses.asdict(recipe), "")

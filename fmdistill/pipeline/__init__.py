@@ -1,10 +1,8 @@
-"""The verbs that join stages: check, run, compare, demo."""
+"""The verbs that join stages: check, run and demo here, compare, plan and bench in files of their own."""
 
-import dataclasses
-import json
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fmdistill import cache, distill, evaluate, images, recipe, report, stop, teachers
@@ -15,12 +13,13 @@ from fmdistill.distill import objective, student, tasks
 from fmdistill.distill.optim import OPTIMIZERS, SCHEDULES
 from fmdistill.distill.train import check_share, too_few_images, total_steps
 from fmdistill.evaluate import teacher_score
-from fmdistill.files import check_folder, write_whole
+from fmdistill.files import check_folder
 from fmdistill.launcher import processes
 from fmdistill.logs import log
+from fmdistill.pipeline import variants
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError, bind
-from fmdistill.report import paired, rows
+from fmdistill.settings import refer
 
 TRUSTED = ["trust=true"]  # of a run that was checked to be of the recipe that the user gave
 RECIPE_KEYS = {"extends", "out", "student", "task", "teacher"}  # a protocol has none of these
@@ -104,17 +103,21 @@ def check_caching(settings: Recipe) -> None:
 
 
 def check_files(paths: Iterable[str], overrides: Sequence[str] = ()) -> list[str]:
-    """Check recipes, each with `overrides`, and protocols by path, or all that ship; return their names."""
-    names, recipes = [name for path in paths for name in _files_of(path)] or shipped(), 0
-    for name in names:
-        try:
-            if RECIPE_KEYS & recipe.read_yaml(recipe.locate(name)).keys():
-                check(recipe.load(name, overrides))
-                recipes += 1
-            else:
-                evaluate.load(name)
-        except UserError as error:
-            raise UserError(str(error) if str(error).startswith(name) else f"{name}: {error}") from None
+    """Check recipes, each with `overrides`, studies and protocols by path, or all that ship; return their names."""
+    names, recipes = [], 0
+    for path in [file for given in paths for file in _files_of(given)] or shipped():
+        if not RECIPE_KEYS & recipe.read_yaml(recipe.locate(refer(path).path)).keys():
+            with variants.named(path):
+                evaluate.load(path)
+            names.append(path)
+            continue
+        loaded = variants.load(recipe.variants(path), overrides)
+        for name, settings in loaded.items():
+            with variants.named(name):
+                check(settings)
+        variants.check_distinct(loaded, overrides)
+        names += loaded
+        recipes += len(loaded)
     if overrides and not recipes:
         raise UserError(f"check: {overrides[0]}: a recipe's setting, and only protocols are given; name a recipe too")
     return names
@@ -170,57 +173,6 @@ def evaluate_recipe(settings: Recipe) -> dict[str, dict[str, float]]:
         raise UserError("this recipe names no protocols; give one: fmdistill evaluate PROTOCOL RUN")
     distill.check_run(settings, Path(settings.out))
     return {protocol: evaluate.run(protocol, settings.out, TRUSTED) for protocol in stop.between(settings.protocols)}
-
-
-def compare(paths: Sequence[str], seeds: int, overrides: Sequence[str] = ()) -> Path:
-    """Run several recipes over the seeds 0 to `seeds` - 1, judge each run, and write one paired table; return its path.
-
-    The first recipe is the baseline. The run of a recipe with out=FOLDER and seed S lies in FOLDER/seed-S; what is
-    there and finished is left as it is, so an interrupted comparison continues. The recipes share their caches.
-    """
-    if processes()[1] > 1:
-        raise UserError("compare: runs one training after the other in one process; start it without a launcher")
-    if seeds < 1 or len(set(paths)) < 2:
-        raise UserError(f"compare: {len(set(paths))} recipes over {seeds} seeds; give two recipes and one seed or more")
-    planned = {path: [_seeded(path, seed, overrides) for seed in range(seeds)] for path in dict.fromkeys(paths)}
-    names = _method_names(planned)
-    first = [several[0] for several in planned.values()]
-    for settings in first:
-        check_before(settings)
-    table = Path(os.path.commonpath([one.out for one in first])) / "comparison.md"
-    check_folder(table.parent, "the comparison")
-    if any(one.protocols != first[0].protocols for one in first) or not first[0].protocols:
-        raise UserError("compare: the recipes name different protocols, or none; what is compared is judged alike")
-    for settings in {str((one.cache, one.teacher, one.images)): one for one in first}.values():
-        if settings.teacher is not None and not finished.is_live(settings.teacher):
-            cache.run(settings)
-    for seed in range(seeds):
-        for path, several in stop.between(planned.items()):
-            log.info("%s, seed %d", names[path], seed)
-            out = distill.run(several[seed])
-            for protocol in stop.between(several[seed].protocols):
-                evaluate.run(protocol, out, TRUSTED)
-    found = {names[path]: rows.read_runs([one.out for one in several]) for path, several in planned.items()}
-    lines = {Path(one).stem: paired.compare(found, Path(one).stem) for one in first[0].protocols}
-    table.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(table, "\n\n".join(paired.text(some) for some in lines.values()) + "\n")
-    plain = {name: [dataclasses.asdict(line) for line in some] for name, some in lines.items()}
-    write_whole(table.with_suffix(".json"), json.dumps(plain, indent=1))
-    return table
-
-
-def _seeded(path: str, seed: int, overrides: Sequence[str]) -> Recipe:
-    settings = recipe.load(path, [*overrides, f"seed={seed}"])
-    return dataclasses.replace(settings, out=str(Path(settings.out) / f"seed-{seed}"))
-
-
-def _method_names(planned: Mapping[str, Sequence[Recipe]]) -> dict[str, str]:
-    """Return a short name for each recipe: its file's, or where two files share one, its whole path."""
-    outs = [several[0].out for several in planned.values()]
-    if len(set(outs)) < len(outs):
-        raise UserError(f"compare: two recipes write to one folder, such as {outs[0]}; give each its own `out`")
-    short = {path: Path(path).stem for path in planned}
-    return short if len(set(short.values())) == len(short) else {path: path for path in planned}
 
 
 def demo(kind: str = "sam", overrides: Sequence[str] = ()) -> Path:
