@@ -24,10 +24,17 @@ def suggest(name: str, known: Collection[str]) -> str:
     return f"{hint} Known: {', '.join(sorted(map(str, known))) or 'none'}."
 
 
-def resolve(name: str, table: Mapping[str, Callable], where: str) -> Callable:
-    """Return the component called `name` in `table`, or the object at "package.module:Name"."""
+def resolve(name: str, table: Mapping[str, Callable | str], where: str) -> Callable:
+    """Return the component called `name` in `table`, or the object at "package.module:Name".
+
+    A text in `table` is the "module:Name" of a component of this package, imported when it is first used.
+    """
     if name in table:
-        return table[name]
+        listed = table[name]
+        if isinstance(listed, str):
+            module, _, attribute = listed.partition(":")
+            return getattr(importlib.import_module(module), attribute)
+        return listed
     module, colon, attribute = name.partition(":")
     if not colon:
         raise UserError(
@@ -49,7 +56,7 @@ def _import(module: str) -> types.ModuleType:
 
 
 def bind(
-    settings: Mapping[str, Any], table: Mapping[str, Callable], where: str, context: Collection[str] = ()
+    settings: Mapping[str, Any], table: Mapping[str, Callable | str], where: str, context: Collection[str] = ()
 ) -> functools.partial:
     """Check `settings` ({"name": ..., argument: value, ...}) and return the component with its arguments bound.
 
