@@ -1,18 +1,22 @@
 """What an evaluation leaves behind, and what is refused: own protocols without a judge, students that do not fit."""
 
 import dataclasses
+import html
 import json
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
 from fmdistill import cache, distill, evaluate, recipe, report, stop
+from fmdistill.cache.dataset import CachedImages
 from fmdistill.evaluate import grid_miou
 from fmdistill.evaluate.results import Metric, row
 from fmdistill.registry import UserError, resolve
@@ -249,3 +253,37 @@ def test_the_paper_s_protocol_ends_on_a_whole_tar_of_sa1b():
     assert settings.images == 500 and settings.grids == (5, 16, 32)
     (paper,) = rows.published({"name": "grid_miou"})
     assert "5M" not in paper.setting  # the paper does not say which TinyViT
+
+
+DOCS = (Path(__file__).parent.parent / "docs/evaluators.md").read_text()
+
+
+def test_the_page_s_own_evaluator_judges_and_is_reported(ran, monkeypatch):
+    blocks = dict(reversed(re.findall(r"^```(\w+)\n(.*?)^```", DOCS, re.DOTALL | re.MULTILINE)))
+    (source,) = re.findall(r"^```python\n(from dataclasses.*?)^```", DOCS, re.DOTALL | re.MULTILINE)
+    assert len([line for line in source.partition("@dataclass")[2].splitlines() if line.strip()]) <= 20
+    (ran / "lengths.py").write_text(source)
+    (ran / "lengths.yaml").write_text(blocks["yaml"])
+    monkeypatch.syspath_prepend(ran)
+    rows = evaluate.run(ran / "lengths.yaml", ran / "run", ["trust=true", "images=3"])
+    opened = cache.open_cache(tiny.load(ran))
+    data, student = CachedImages(opened, "validation"), distill.load_student(ran / "run", trust=True)
+    expected = []
+    for index in range(3):
+        item = data.item(0, 0, index)
+        with torch.no_grad():
+            made = student(opened.preprocess.normalize(item["pixels"][None], item["sizes"][None]))["embedding"][0]
+        expected.append(np.linalg.norm(made) / np.linalg.norm(item["outputs"]["sam.embedding"]))
+    (one,) = rows
+    assert one == {"subject": "student", "metric": "length", "value": pytest.approx(np.mean(expected)), "count": 3}
+    assert f"{100 * one['value']:.2f}" in report.text([str(ran / "run")]).partition("lengths")[2]
+    assert "the teacher's is 100" in html.unescape(report.run([str(ran / "run")], str(ran / "page")).read_text())
+    (ran / "run/evaluation/lengths.json").unlink()
+
+
+def test_the_page_lists_every_evaluator_with_its_metrics_and_protocols():
+    table = {line.split("`")[1]: line for line in DOCS.splitlines() if line.startswith("| `")}
+    assert table.keys() == evaluate.EVALUATORS.keys()
+    for name, line in table.items():
+        for metric in resolve(name, evaluate.EVALUATORS, "name").metrics:
+            assert f"`{metric}`" in line or "as `zeroshot`" in line, f"{name}: {metric}"

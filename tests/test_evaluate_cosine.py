@@ -104,9 +104,13 @@ def test_a_trimmed_cache_has_the_same_floor(ran, tmp_path):
 
 def test_the_share_of_the_way_ends_at_one_and_at_zero(ran):
     evaluate.run(ran / "cosine.yaml", ran / "run", ["trust=true"])
-    text = report.text([str(ran / "run")])
-    table = text.partition("Share of the way")[2]
-    assert "cosine" in text and "MSE" in text and "mean embedding" in text and len(table.split("\n")[1].split()) > 4
+    rows = json.loads((ran / "run/evaluation/cosine.json").read_text())["rows"]
+    line = report.text([str(ran / "run")]).partition("Share of the way")[2].splitlines()[1]
+    shares = []
+    for metric, end in (("cosine", 1.0), ("mse", 0.0)):
+        floor = value(rows, metric, "mean embedding")
+        shares.append(f"{100 * (value(rows, metric) - floor) / (end - floor):.2f}".replace("-", "−"))
+    assert line.split()[1] == shares[0] and shares[1] in line.split()
 
 
 def test_vectors_have_one_cosine(tmp_path):

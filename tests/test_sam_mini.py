@@ -78,4 +78,4 @@ def iou(a: np.ndarray, b: np.ndarray) -> float:
 
 def test_its_protocol_is_the_one_that_the_recipe_names():
     assert recipe.load("recipes/mini/sam_mini.yaml").protocols == ["eval/scene_miou.yaml"]
-    assert isinstance(evaluate.load("eval/scene_miou.yaml").settings, SceneMiou)
+    assert isinstance(evaluate.load("eval/scene_miou.yaml").evaluator, SceneMiou)

@@ -150,13 +150,14 @@ def _combine(function: Callable[[float, Any], float], a: dict[Key, float], b: di
 
 
 def _cells(row: TableRow, table: Table, section: Section) -> list[str]:
-    return [_number(row.cells.get(column.key), column, section.signed) for column in table.columns]
+    shares = section.kind == "closed"  # whatever the metric
+    return [_number(row.cells.get(one.key), one.percent or shares, section.signed) for one in table.columns]
 
 
-def _number(value: float | None, column: Column, signed: bool) -> str:
+def _number(value: float | None, percent: bool, signed: bool) -> str:
     if value is None:
         return ""
-    shown = f"{100 * value:.2f}" if column.percent else f"{value:.4f}"
+    shown = f"{100 * value:.2f}" if percent else f"{value:.4f}"
     return ("+" if signed and not shown.startswith("-") else "") + shown.replace("-", "−")
 
 
