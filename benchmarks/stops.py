@@ -4,7 +4,7 @@ Run: OMP_NUM_THREADS=1 python benchmarks/stops.py [cache=40 distill=40 evaluate=
 Each signal strikes a child that is forked from this process, which has imported torch and never computed with it. The
 child is the command line. It ends with 130 or 143 and the one line, or with 0 if it had finished. A few strikes hit the
 same folder, then the verb is completed undisturbed, and what it leaves is compared with an undisturbed run: shards byte
-for byte, the student's weights and the metrics of an evaluation value for value.
+for byte, the student's weights and the rows of an evaluation value for value.
 """
 
 import json
@@ -90,9 +90,9 @@ def trained(folder: Path) -> Any:
 
 
 def judged(folder: Path, run: str = "run") -> Any:
-    """Return the metrics and rows of the evaluation."""
-    found = json.loads((folder / run / "evaluation/grid.json").read_text())
-    return found["metrics"], found["rows"]
+    """Return the rows of the evaluation and the scores of its images."""
+    stored = json.loads((folder / run / "evaluation/grid.json").read_text())
+    return stored["rows"], stored["images"]
 
 
 VERBS = {

@@ -24,14 +24,14 @@ def suggest(name: str, known: Collection[str]) -> str:
     return f"{hint} Known: {', '.join(sorted(map(str, known))) or 'none'}."
 
 
-Entry = Callable | str  # a class or function, or the "module:Name" of one, imported when it is used
+Entry = Callable | str  # a class or function, or the "module:Name" of one in fmdistill, imported when it is used
 
 
 def resolve(name: str, table: Mapping[str, Entry], where: str) -> Callable:
     """Return the component called `name` in `table`, or the class or function at "package.module:Name"."""
     if name in table:
         component = table[name]
-        return load(component, where) if isinstance(component, str) else component
+        return _own(component) if isinstance(component, str) else component
     if ":" not in name:
         raise UserError(
             f"{where}: unknown name '{name}'.{suggest(name, table)} Your own component is named 'package.module:Name'."
@@ -42,8 +42,13 @@ def resolve(name: str, table: Mapping[str, Entry], where: str) -> Callable:
     return component
 
 
+def _own(reference: str) -> Any:
+    module, _, attribute = reference.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
 def load(reference: str, where: str) -> Any:
-    """Return the object at "module:Name", importing its module."""
+    """Return the object at a user's "module:Name", which may lie in the working folder."""
     module, _, attribute = reference.partition(":")
     try:
         return getattr(_import(module), attribute)

@@ -62,8 +62,8 @@ def test_every_verb_works(done, capsys, tmp_path):
     succeeded(capsys, "cache", recipe)
     assert "largest_error" in succeeded(capsys, "verify", recipe)
     assert str(run) in succeeded(capsys, "distill", recipe)
-    assert "student/2x2/miou" in succeeded(capsys, "evaluate", done / "grid.yaml", run, "trust=true", "images=1")
-    assert "student/2x2/miou" in succeeded(capsys, "evaluate", recipe, f"protocols=[{done}/grid.yaml]")
+    assert "student  miou, 2x2 " in succeeded(capsys, "evaluate", done / "grid.yaml", run, "trust=true", "images=1")
+    assert "student  miou, 2x2 " in succeeded(capsys, "evaluate", recipe, f"protocols=[{done}/grid.yaml]")
     assert "index.html" in succeeded(capsys, "report", tmp_path / "page", run, "trust=true")
     assert "<table" in (tmp_path / "page/index.html").read_text()
     assert "ok" in succeeded(capsys, "check", recipe, done / "grid.yaml")
@@ -85,7 +85,7 @@ def test_export_writes_a_file_that_opens(tmp_path, capsys):
     protocol.write_text(PROTOCOL)
     judged = ["evaluate", protocol, tmp_path / "out.pt"]
     assert "recipe=RECIPE" in refused(capsys, *judged)
-    assert "student/2x2/miou" in succeeded(capsys, *judged, f"recipe={tmp_path}/run/recipe.yaml", "images=1")
+    assert "student  miou, 2x2 " in succeeded(capsys, *judged, f"recipe={tmp_path}/run/recipe.yaml", "images=1")
     assert (tmp_path / "out.evaluation/grid.json").is_file()
 
 

@@ -8,6 +8,7 @@ import toy_digits
 
 from fmdistill import cli, distill, evaluate, recipe
 from fmdistill.evaluate import top1
+from fmdistill.evaluate.results import value
 from fmdistill.pipeline import compare, variants
 from fmdistill.registry import UserError
 
@@ -57,31 +58,31 @@ def test_a_comparison_caches_once_pairs_its_seeds_and_continues(recipes, caplog,
     written = json.loads((folder / "comparison.json").read_text())["top1"]
     for line in written:
         own = [
-            json.loads((folder / line["method"] / f"seed-{s}/evaluation/top1.json").read_text())["metrics"]
-            for s in (0, 1)
+            json.loads((folder / line["method"] / f"seed-{s}/evaluation/top1.json").read_text())["rows"] for s in (0, 1)
         ]
-        values = [metrics[f"student/{line['metric']}"] for metrics in own]
+        values = [value(rows, line["metric"], **line["dimensions"]) for rows in own]
         assert line["mean"] == pytest.approx(sum(values) / 2) and line["seeds"] == 2
     starts = {m: (folder / m / "seed-1/recipe.yaml").read_text() for m in ("plain", "rare")}
     assert all("seed: 1" in text for text in starts.values())
 
 
-def test_the_accuracy_of_parts_is_that_of_their_rows(recipes, monkeypatch):
+def test_the_accuracy_of_parts_is_that_of_their_images(recipes, monkeypatch):
     folder, both = recipes
     out = compare.run(both, 1, QUICK).parent / "plain/seed-0"
     kept = json.loads((out / "evaluation/top1.json").read_text())
-    metrics, rows = kept["metrics"], [row for row in kept["rows"] if row["student"] == "student"]
-    assert len(rows) == 60
+    rows, images = kept["rows"], [image for image in kept["images"] if image["subject"] == "student"]
+    assert len(images) == 60
     judged: list[object] = []
     call = evaluate._call
     monkeypatch.setattr(evaluate, "_call", lambda *args: judged.append(args) or call(*args))
-    assert evaluate.run(folder / "top1.yaml", out) == metrics and not judged
-    assert metrics["student/top1"] == pytest.approx(sum(r["label"] == r["prediction"] for r in rows) / 60)
-    assert metrics["teacher/top1"] > 0.5
-    quarters = [metrics[f"student/q{n}/top1"] for n in range(1, 5)]
-    assert sum(quarters) / 4 == pytest.approx(metrics["student/top1"])  # 60 images make four equal quarters
+    assert evaluate.run(folder / "top1.yaml", out) == rows and not judged
+    assert value(rows, "top1") == pytest.approx(sum(i["label"] == i["prediction"] for i in images) / 60)
+    assert value(rows, "top1", "teacher") > 0.5
+    quarters = [value(rows, "top1", quartile=f"q{n}") for n in range(1, 5)]
+    assert sum(quarters) / 4 == pytest.approx(value(rows, "top1"))  # 60 images make four equal quarters
     # Of 120 training digits, 12 classes' counts are 11 to 13: many is above 12, few below 11, and nothing else is left.
-    assert {name.split("/")[1] for name in metrics if name.count("/") == 2} >= {"q1", "q4", "medium"}
+    assert "medium" in {row.get("frequency") for row in rows}
+    assert sum(row["count"] for row in rows if "frequency" in row and row["metric"] == "top1") == 2 * 60
     (folder / "top1.yaml").write_text(toy_digits.TOP1.replace("quartiles: true", "quartiles: false"))
     evaluate.run(folder / "top1.yaml", out)
     assert len(judged) == 1  # by another protocol

@@ -1,17 +1,25 @@
 """What an evaluation leaves behind, and what is refused: own protocols without a judge, students that do not fit."""
 
+import dataclasses
+import html
 import json
+import re
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
 from fmdistill import cache, distill, evaluate, recipe, report, stop
+from fmdistill.cache.dataset import CachedImages
 from fmdistill.evaluate import grid_miou
-from fmdistill.registry import UserError
+from fmdistill.evaluate.results import Metric, row
+from fmdistill.registry import UserError, resolve
 from fmdistill.report import rows
 
 
@@ -33,8 +41,10 @@ def test_a_real_evaluation_stands_beside_the_paper_s_table(ran):
     kept = json.loads((ran / "run/evaluation/short.json").read_text())
     assert kept["protocol"]["name"] == "grid_miou" and kept["protocol"]["images"] == 1
     (run,) = rows.read_runs([ran / "run"])
-    assert {stem: one["name"] for stem, one in run.protocols.items()} == dict.fromkeys(run.evaluations, "grid_miou")
-    assert run.evaluations.keys() == {"full", "short"} and run.protocols["short"] == kept["protocol"]
+    assert {stem: one.protocol["name"] for stem, one in run.evaluations.items()} == {
+        "full": "grid_miou", "short": "grid_miou",
+    }  # fmt: skip
+    assert run.evaluations["short"].protocol == kept["protocol"] and run.evaluations["short"].rows == kept["rows"]
     assert {row.name for row in rows.rows([run], "full")} > {row.name for row in rows.rows([run], "short")}
     sections = report.text([str(ran / "run")]).split("\nshort\n")
     assert len(sections) == 2
@@ -77,7 +87,7 @@ def test_what_an_interrupted_evaluation_of_another_protocol_left_is_not_used(ran
     monkeypatch.undo()
     (ran / "cut.yaml").write_text("name: grid_miou\ngrids: [3]\n")
     found = evaluate.run(ran / "cut.yaml", ran / "run", ["trust=true"])
-    assert {name.split("/")[1] for name in found if name.endswith("miou")} == {"3x3"}
+    assert {row["grid"] for row in found if row["metric"] == "miou"} == {"3x3"}
 
 
 class Later:
@@ -130,18 +140,34 @@ class NoDataclass:
 class Judged:
     size: int = 1
 
+    def judge(self, recipe, students):
+        return [row(name, "size", self.size) for name in students], {}
 
-evaluate.JUDGES[Judged] = lambda protocol, recipe, models: ({f"{name}/size": protocol.size for name in models}, {})
+
+@dataclass(frozen=True)
+class Odd:
+    returns: str = "number"
+
+    def judge(self, recipe, students):
+        one = {"subject": "student", "metric": "size", "value": 1.0}
+        return {
+            "number": 3,
+            "no value": ([{"subject": "student", "metric": "size"}], {}),
+            "text": ([{**one, "value": "1"}], {}),
+            "twice": ([one, dict(one)], {}),
+            "clash": ([one], {"rows": []}),
+            "two dimensions": ([one, {**one, "k": 1}], {"images": []}),
+        }[self.returns]
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("Mine", r"Mine has no judge; .*JUDGES\[Mine\]"),
-        ("NoDataclass", "makes a NoDataclass; a protocol is a dataclass"),
+        ("Mine", r"Mine has no method judge\(self, recipe, students\) -> \(rows, details\)"),
+        ("NoDataclass", "makes a NoDataclass; an evaluator is a dataclass"),
     ],
 )
-def test_an_own_protocol_without_a_judge_is_one_line(tmp_path, name, message):
+def test_an_own_evaluator_without_a_judge_is_one_line(tmp_path, name, message):
     path = tmp_path / "own.yaml"
     path.write_text(f"name: test_evaluate:{name}\n")
     with pytest.raises(UserError, match=message) as caught:
@@ -149,12 +175,52 @@ def test_an_own_protocol_without_a_judge_is_one_line(tmp_path, name, message):
     assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
 
 
-def test_an_own_protocol_with_a_judge_is_used(ran):
+def test_an_own_evaluator_is_used_by_its_name_and_nothing_else(ran):
     (ran / "own.yaml").write_text("name: test_evaluate:Judged\nsize: 3\n")
-    assert evaluate.run(ran / "own.yaml", ran / "run", ["trust=true"]) == {"student/size": 3}
+    expected = [{"subject": "student", "metric": "size", "value": 3.0}]
+    assert evaluate.run(ran / "own.yaml", ran / "run", ["trust=true"]) == expected
     kept = json.loads((ran / "run/evaluation/own.json").read_text())
     assert kept["protocol"] == {"name": "test_evaluate:Judged", "size": 3}
     (ran / "run/evaluation/own.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("returns", "message"),
+    [
+        ("number", r"judge returned int; expected \(rows, details\)"),
+        ("no value", "returned the row .*; a row has subject, metric and a number as value"),
+        ("text", "a row has subject, metric and a number as value"),
+        ("twice", "two rows of student size 1.0000; tell them apart by a dimension"),
+        ("clash", "details named rows"),
+        ("two dimensions", None),
+    ],
+)
+def test_what_an_own_evaluator_returns_is_checked(ran, returns, message):
+    (ran / "odd.yaml").write_text(f"name: test_evaluate:Odd\nreturns: {returns}\n")
+    if message is None:
+        assert len(evaluate.run(ran / "odd.yaml", ran / "run", ["trust=true"])) == 2
+        (ran / "run/evaluation/odd.json").unlink()
+        return
+    with pytest.raises(UserError, match=message) as caught:
+        evaluate.run(ran / "odd.yaml", ran / "run", ["trust=true"])
+    assert "test_evaluate:Odd" in str(caught.value) and "\n" not in str(caught.value)
+    assert not (ran / "run/evaluation/odd.json").exists()
+
+
+@pytest.mark.parametrize("name", evaluate.EVALUATORS)
+def test_every_evaluator_of_the_registry_states_its_metrics(name):
+    kind = resolve(name, evaluate.EVALUATORS, "name")
+    assert dataclasses.is_dataclass(kind) and callable(kind.judge) and callable(kind.check)
+    for metric in kind.metrics.values():
+        assert isinstance(metric, Metric) and metric.heading and metric.better
+        assert metric.help.endswith((".", "")) and (metric.help or not metric.shown)
+
+
+def test_naming_an_evaluator_imports_none():
+    names = {reference.partition(":")[0] for reference in evaluate.EVALUATORS.values()}
+    script = f"import sys\nfrom fmdistill import evaluate\nassert not {names} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
 
 
 class Wide(tiny.Student):
@@ -183,7 +249,41 @@ def test_a_student_whose_output_does_not_fit_is_one_line(ran, student, message):
 
 
 def test_the_paper_s_protocol_ends_on_a_whole_tar_of_sa1b():
-    settings = evaluate.load("eval/sam_grid_miou.yaml").settings
+    settings = evaluate.load("eval/sam_grid_miou.yaml").evaluator
     assert settings.images == 500 and settings.grids == (5, 16, 32)
     (paper,) = rows.published({"name": "grid_miou"})
     assert "5M" not in paper.setting  # the paper does not say which TinyViT
+
+
+DOCS = (Path(__file__).parent.parent / "docs/evaluators.md").read_text()
+
+
+def test_the_page_s_own_evaluator_judges_and_is_reported(ran, monkeypatch):
+    blocks = dict(reversed(re.findall(r"^```(\w+)\n(.*?)^```", DOCS, re.DOTALL | re.MULTILINE)))
+    (source,) = re.findall(r"^```python\n(from dataclasses.*?)^```", DOCS, re.DOTALL | re.MULTILINE)
+    assert len([line for line in source.partition("@dataclass")[2].splitlines() if line.strip()]) <= 20
+    (ran / "lengths.py").write_text(source)
+    (ran / "lengths.yaml").write_text(blocks["yaml"])
+    monkeypatch.syspath_prepend(ran)
+    rows = evaluate.run(ran / "lengths.yaml", ran / "run", ["trust=true", "images=3"])
+    opened = cache.open_cache(tiny.load(ran))
+    data, student = CachedImages(opened, "validation"), distill.load_student(ran / "run", trust=True)
+    expected = []
+    for index in range(3):
+        item = data.item(0, 0, index)
+        with torch.no_grad():
+            made = student(opened.preprocess.normalize(item["pixels"][None], item["sizes"][None]))["embedding"][0]
+        expected.append(np.linalg.norm(made) / np.linalg.norm(item["outputs"]["sam.embedding"]))
+    (one,) = rows
+    assert one == {"subject": "student", "metric": "length", "value": pytest.approx(np.mean(expected)), "count": 3}
+    assert f"{100 * one['value']:.2f}" in report.text([str(ran / "run")]).partition("lengths")[2]
+    assert "the teacher's is 100" in html.unescape(report.run([str(ran / "run")], str(ran / "page")).read_text())
+    (ran / "run/evaluation/lengths.json").unlink()
+
+
+def test_the_page_lists_every_evaluator_with_its_metrics_and_protocols():
+    table = {line.split("`")[1]: line for line in DOCS.splitlines() if line.startswith("| `")}
+    assert table.keys() == evaluate.EVALUATORS.keys()
+    for name, line in table.items():
+        for metric in resolve(name, evaluate.EVALUATORS, "name").metrics:
+            assert f"`{metric}`" in line or "as `zeroshot`" in line, f"{name}: {metric}"

@@ -4,8 +4,8 @@ import torch
 
 from fmdistill import evaluate, recipe
 from fmdistill.backbones.clip_mini import clip_mini_student
-from fmdistill.evaluate import colour_baseline, zeroshot
 from fmdistill.evaluate.colour_baseline import CaptionedZeroshot, guess, nearest_colour
+from fmdistill.evaluate.results import value
 from fmdistill.evaluate.zeroshot import Zeroshot
 from fmdistill.images.captioned import Captioned, class_names
 from fmdistill.images.figures import COLOURS
@@ -17,8 +17,8 @@ PROTOCOL = "eval/clip_mini_zeroshot.yaml"
 
 def test_the_class_file_is_the_sources_labels():
     for path in (PROTOCOL, "eval/clip_zeroshot_demo.yaml"):
-        settings = evaluate.load(path).settings
-        names = (settings.zeroshot if path == PROTOCOL else settings).classnames
+        evaluator = evaluate.load(path).evaluator
+        names = (evaluator.zeroshot if path == PROTOCOL else evaluator).classnames
         assert locate(names).read_text().splitlines() == class_names()
 
 
@@ -39,20 +39,20 @@ def test_a_guess_is_worth_its_share_of_the_classes_of_that_colour():
 
 def test_the_baselines_stand_beside_the_students_score(tmp_path):
     settings = recipe.load("recipes/mini/clip_mini.yaml", ["images.validation=51", f"out={tmp_path}"])
-    protocol = evaluate.load(PROTOCOL, {"zeroshot": {"workers": 0}})
-    assert isinstance(protocol.settings, CaptionedZeroshot) and protocol.judge is colour_baseline.judge
+    evaluator = evaluate.load(PROTOCOL, {"zeroshot": {"workers": 0}}).evaluator
+    assert isinstance(evaluator, CaptionedZeroshot)
     torch.manual_seed(0)
     models = {"student": clip_mini_student().eval()}
-    metrics, details = colour_baseline.judge(protocol.settings, settings, models)
-    alone, rows = zeroshot.judge(protocol.settings.zeroshot, settings, models)
-    assert {key: metrics[key] for key in alone} == alone and details == rows
-    assert metrics["chance/top1"] == 1 / 256 and metrics["chance/top5"] == 5 / 256
+    rows, details = evaluator.judge(settings, models)
+    alone, images = evaluator.zeroshot.judge(settings, models)
+    assert rows[: len(alone)] == alone and details == images
+    assert value(rows, "top1", "chance") == 1 / 256 and value(rows, "top5", "chance") == 5 / 256
     source = Captioned(validation=51, validation_combinations="unseen")
     shown = [source.attributes("validation", index) for index in range(51)]
-    assert [row["label"] for row in details["rows"]] == [class_names().index(one.name) for one in shown]
+    assert [image["label"] for image in details["images"]] == [class_names().index(one.name) for one in shown]
     # Above a guess among all, and far below the 1/32 of naming every colour.
-    assert 1 / 256 < metrics["nearest colour/top1"] < 1 / 32
-    assert metrics["nearest colour/top5"] == pytest.approx(5 * metrics["nearest colour/top1"])
+    top1, top5 = (value(rows, metric, "nearest colour") for metric in ("top1", "top5"))
+    assert 1 / 256 < top1 < 1 / 32 and top5 == pytest.approx(5 * top1)
 
 
 def test_classes_without_colours_are_refused():

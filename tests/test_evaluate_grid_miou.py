@@ -14,6 +14,7 @@ from fmdistill.backbones.promptable import PromptHead
 from fmdistill.evaluate import tails
 from fmdistill.evaluate.grid_miou import Case, GridMiou, compare, grid_points, image_iou, run
 from fmdistill.evaluate.masks import iou, pack, to_rle
+from fmdistill.evaluate.results import value
 from fmdistill.registry import UserError
 
 GRID, SIZE, CHANNELS = 8, 128, 32
@@ -176,8 +177,8 @@ def test_feature_figures_ignore_padded_tokens():
     student = teacher.clone()
     student[:, 6:] = 99.0  # 85 rows of pixels are ceil(85 / 16) = 6 rows of tokens
     cases = [Case("a", "photos", teacher, {"student": student}, *SHAPES["3:2"])]
-    metrics, _ = run(GridMiou(grids=(2,), device="cpu"), head, cases)
-    assert metrics["student/feature/cosine"] == pytest.approx(1.0) and metrics["student/feature/mse"] == 0.0
+    rows, _ = run(GridMiou(grids=(2,), device="cpu"), head, cases)
+    assert value(rows, "cosine") == pytest.approx(1.0) and value(rows, "mse") == 0.0
 
 
 def test_run_averages_points_images_and_groups():
@@ -185,22 +186,26 @@ def test_run_averages_points_images_and_groups():
     for seed, (group, shape) in enumerate([("photos", "3:2"), ("photos", "square"), ("scenes", "2:3")]):
         teacher, student = embeddings(seed)
         cases.append(Case(str(seed), group, teacher, {"student": student, "self": teacher}, *SHAPES[shape]))
-    metrics, details = run(GridMiou(grids=(2, 3), device="cpu"), head, cases)
-    rows = {(row["key"], row["student"]): row for row in details["rows"]}
-    means = [rows[str(i), "student"]["3x3/miou"] for i in range(3)]
-    assert metrics["student/3x3/miou"] == pytest.approx(np.mean(means))
-    assert metrics["student/3x3/miou_per_image"] == pytest.approx(np.mean(means))
-    assert metrics["student/3x3/photos/miou"] == pytest.approx(np.mean(means[:2]))
-    assert metrics["student/3x3/scenes/miou"] == pytest.approx(means[2])
-    assert metrics["self/2x2/miou"] == 1.0 and all(isinstance(v, float) for v in metrics.values())
-    assert run(GridMiou(grids=(2,), images=1, device="cpu"), head, cases)[1]["rows"][0]["key"] == "0"
+    rows, details = run(GridMiou(grids=(2, 3), device="cpu"), head, cases)
+    images = {(image["key"], image["subject"]): image for image in details["images"]}
+    means = [images[str(i), "student"]["miou"]["3x3"] for i in range(3)]
+    assert value(rows, "miou", grid="3x3") == pytest.approx(np.mean(means))
+    assert value(rows, "miou_per_image", grid="3x3") == pytest.approx(np.mean(means))
+    assert value(rows, "miou", grid="3x3", group="photos") == pytest.approx(np.mean(means[:2]))
+    assert value(rows, "miou", grid="3x3", group="scenes") == pytest.approx(means[2])
+    assert value(rows, "miou", "self", grid="2x2") == 1.0 and all(isinstance(row["value"], float) for row in rows)
+    counts = {(row["metric"], row.get("grid"), row.get("group")): row["count"] for row in rows}
+    assert (
+        counts["miou", "3x3", None] == 27 and counts["miou", "2x2", "photos"] == 8 and counts["cosine", None, None] == 3
+    )
+    assert run(GridMiou(grids=(2,), images=1, device="cpu"), head, cases)[1]["images"][0]["key"] == "0"
 
 
 @pytest.mark.parametrize(("mode", "counts"), [("best_predicted", (1, 1)), ("paired", (3, 3)), ("oracle", (1, 3))])
 def test_written_masks_survive_json_and_give_the_scores(mode, counts):
     head, (teacher, student) = PromptHead.from_sam(tiny_sam()), embeddings()
     case = Case("a", "photos", teacher, {"student": student}, *SHAPES["3:2"])
-    metrics, details = run(GridMiou(grids=(2,), select=mode, write_masks=True, device="cpu"), head, [case])
+    rows, details = run(GridMiou(grids=(2,), select=mode, write_masks=True, device="cpu"), head, [case])
     scores = []
     for entry in json.loads(json.dumps(details["masks"])):
         t, s = ([coco.decode(rle).astype(bool) for rle in entry[side]] for side in ("teacher", "student"))
@@ -208,7 +213,7 @@ def test_written_masks_survive_json_and_give_the_scores(mode, counts):
         pairs = zip(t * (len(s) // len(t)), s, strict=True)
         found = [(a & b).sum() / (a | b).sum() if (a | b).any() else 1.0 for a, b in pairs]
         scores.append(max(found) if mode == "oracle" else np.mean(found))
-    assert metrics["student/2x2/miou"] == pytest.approx(np.mean(scores))
+    assert value(rows, "miou", grid="2x2") == pytest.approx(np.mean(scores))
 
 
 def test_rle_round_trip():

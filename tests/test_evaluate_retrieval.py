@@ -12,6 +12,7 @@ from nondegenerate import randomize
 from fmdistill import cache, evaluate, pipeline
 from fmdistill.cache.dataset import CachedImages
 from fmdistill.evaluate import retrieval, teacher_score
+from fmdistill.evaluate.results import value
 from fmdistill.evaluate.zeroshot import Zeroshot
 from fmdistill.registry import UserError
 
@@ -46,7 +47,7 @@ def own_captions(caption: str | None) -> list[str]:
 
 def test_recalls_are_those_of_a_plain_loop(ran, caplog):
     caplog.set_level("INFO")
-    metrics = evaluate.run("eval/clip_retrieval.yaml", ran / "run", ["trust=true", "workers=0", "batch=4"])
+    rows = evaluate.run("eval/clip_retrieval.yaml", ran / "run", ["trust=true", "workers=0", "batch=4"])
     assert "3 of 15 images have no caption and are left out" in caplog.text
     kept = json.loads((ran / "run/evaluation/clip_retrieval.json").read_text())
     assert (kept["empty"], kept["captions"]) == (3, 10)
@@ -67,12 +68,14 @@ def test_recalls_are_those_of_a_plain_loop(ran, caplog):
     for k in (1, 5, 10):
         by_image = [bool(own[i] & set(np.argsort(-cosine[i])[:k])) for i in range(12)]
         by_text = [any(u in own[i] for i in np.argsort(-cosine[:, u])[:k]) for u in range(10)]
-        assert metrics[f"teacher/text_retrieval@{k}"] == pytest.approx(np.mean(by_image))
-        assert metrics[f"teacher/image_retrieval@{k}"] == pytest.approx(np.mean(by_text))
-    rows = [row for row in kept["rows"] if row["student"] == "teacher"]
-    assert [row["key"] for row in rows] == [f"{number:05d}" for number in chosen]
-    assert [set(row["captions"]) for row in rows] == [set(texts[number]) for number in chosen]
-    assert np.mean([row["text_rank"] <= 1 for row in rows]) == pytest.approx(metrics["teacher/text_retrieval@1"])
+        assert value(rows, "text_retrieval", "teacher", k=k) == pytest.approx(np.mean(by_image))
+        assert value(rows, "image_retrieval", "teacher", k=k) == pytest.approx(np.mean(by_text))
+    assert {(row["metric"], row["count"]) for row in rows} == {("text_retrieval", 12), ("image_retrieval", 10)}
+    images = [image for image in kept["images"] if image["subject"] == "teacher"]
+    assert [image["key"] for image in images] == [f"{number:05d}" for number in chosen]
+    assert [set(image["captions"]) for image in images] == [set(texts[number]) for number in chosen]
+    first = np.mean([image["text_rank"] <= 1 for image in images])
+    assert first == pytest.approx(value(rows, "text_retrieval", "teacher", k=1))
 
 
 def pairs(own: list[list[int]]) -> torch.Tensor:
@@ -123,13 +126,13 @@ def test_images_without_captions_are_one_clear_line(ran):
 def test_the_teacher_s_captions_and_labels_are_scored_before_training(ran, caplog):
     caplog.set_level("INFO")
     (ran / "names.txt").write_text("\n".join(sorted(clip_run.CLASSES)))
-    others = evaluate.load("eval/imagenet_zeroshot.yaml").settings  # names of class folders, not of this tar
-    found = teacher_score.judge_teacher(clip_run.load(ran, *tars(ran)), [others])
-    assert found is not None and {"text_retrieval@1", "image_retrieval@1"} <= found.keys() and "top1" not in found
+    others = evaluate.load("eval/imagenet_zeroshot.yaml").evaluator  # names of class folders, not of this tar
+    rows = teacher_score.judge_teacher(clip_run.load(ran, *tars(ran)), [others])
+    assert {row["metric"] for row in rows} == {"text_retrieval", "image_retrieval"}
     assert "(recall@1, 12 images, 10 captions)" in caplog.text
     named = Zeroshot(classnames=str(ran / "names.txt"), templates=["a {}"], device="cpu")
-    found = teacher_score.judge_teacher(clip_run.load(ran, *tars(ran)), [others, named])
-    assert found is not None and {"text_retrieval@1", "top1"} <= found.keys() and "(15 images" in caplog.text
+    rows = teacher_score.judge_teacher(clip_run.load(ran, *tars(ran)), [others, named])
+    assert {"text_retrieval", "top1"} <= {row["metric"] for row in rows} and "(15 images" in caplog.text
 
 
 def test_a_run_scores_its_teacher_before_it_trains(ran, monkeypatch):

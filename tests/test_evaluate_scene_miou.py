@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from fmdistill.evaluate.results import value
 from fmdistill.evaluate.scene_miou import MEASURES, SceneCase, SceneMiou, bucket, object_points, run, scene_rows
 from fmdistill.registry import UserError
 
@@ -107,13 +108,14 @@ def test_area_buckets():
 def test_run_counts_every_object_once():
     labels, resized = scene(), (43, 64)
     cases = [SceneCase(str(i), torch.zeros(4, GRID, GRID), labels, resized) for i in range(3)]
-    metrics, details = run(SceneMiou(images=2, device="cpu"), Oracle(labels, resized), cases)
-    assert metrics["objects"] == 6 and len(details["rows"]) == 6
-    assert sum(v for name, v in metrics.items() if name.endswith("%/objects")) == 6
+    rows, details = run(SceneMiou(images=2, device="cpu"), Oracle(labels, resized), cases)
+    objects = details["objects"]
+    assert len(objects) == 6 and {row["count"] for row in rows if "bucket" not in row} == {6}
     for measure in MEASURES:
-        assert metrics[f"{measure}/miou"] == pytest.approx(np.mean([row[measure] for row in details["rows"]]))
-        members = [row[measure] for row in details["rows"] if row["bucket"] == "above_10%"]
-        assert metrics[f"{measure}/above_10%/miou"] == pytest.approx(np.mean(members))
+        assert sum(row["count"] for row in rows if row["mask"] == measure and "bucket" in row) == 6
+        assert value(rows, "miou", mask=measure) == pytest.approx(np.mean([one[measure] for one in objects]))
+        members = [one[measure] for one in objects if one["bucket"] == "above_10%"]
+        assert value(rows, "miou", mask=measure, bucket="above_10%") == pytest.approx(np.mean(members))
 
 
 def test_what_would_measure_nothing_is_refused():

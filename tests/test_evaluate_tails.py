@@ -9,12 +9,12 @@ import torch
 from scipy import ndimage
 
 from fmdistill import evaluate
-from fmdistill.evaluate import tails
+from fmdistill.evaluate import grid_miou, results, tails
 from fmdistill.evaluate.grid_miou import Case, GridMiou, run
 from fmdistill.evaluate.scene_miou import bucket
 from fmdistill.registry import UserError
 from fmdistill.report import tables
-from fmdistill.report.rows import Row
+from fmdistill.report.rows import TableRow
 
 SIZE, GRID, K = 128, 8, 8
 SHAPES = {"3:2": ((120, 180), (85, 128)), "1:2": ((170, 85), (128, 64)), "square": ((130, 130), (128, 128))}
@@ -94,12 +94,16 @@ def loop(growth: float) -> dict[str, list[float]]:
 
 def check() -> None:
     expected, head = loop(GROWTH), Disks()
-    metrics, _ = run(BOTH, head, cases(head, {"student": GROWTH}))
-    found = {key.split("/")[2] for key in metrics if key.endswith("%/miou")}
-    assert found == set(expected)
+    rows, _ = run(BOTH, head, cases(head, {"student": GROWTH}))
+    buckets = {row["bucket"]: row for row in rows if "bucket" in row}
+    assert buckets.keys() == expected.keys()
     for name, scores in expected.items():
-        assert metrics[f"student/{K}x{K}/{name}/points"] == len(scores), name
-        assert metrics[f"student/{K}x{K}/{name}/miou"] == pytest.approx(np.mean(scores), abs=1e-12), name
+        assert (buckets[name]["metric"], buckets[name]["grid"], buckets[name]["count"]) == (
+            "miou",
+            f"{K}x{K}",
+            len(scores),
+        )
+        assert buckets[name]["value"] == pytest.approx(np.mean(scores), abs=1e-12), name
 
 
 def test_every_bucket_equals_a_loop_over_the_points():
@@ -139,15 +143,18 @@ def test_a_wrong_bucket_fails(planted, monkeypatch):
 
 def test_the_teacher_is_one_everywhere_and_the_buckets_add_up():
     head = Disks()
-    metrics, _ = run(BOTH, head, cases(head, {"self": 0.0, "student": GROWTH}))
+    rows, _ = run(BOTH, head, cases(head, {"self": 0.0, "student": GROWTH}))
     for name in ("self", "student"):
         for kind in (tails.AREAS, tails.EDGES):
-            start = [f"{name}/{K}x{K}/{one}" for _, one in kind]
-            points = [metrics.get(f"{s}/points", 0.0) for s in start]
-            means = [metrics.get(f"{s}/miou", 0.0) for s in start]
+            names = {bucket for _, bucket in kind}
+            members = [row for row in rows if row["subject"] == name and row.get("bucket") in names]
+            points, means = [row["count"] for row in members], [row["value"] for row in members]
             assert sum(points) == K * K * len(SHAPES)
-            assert np.dot(points, means) / sum(points) == pytest.approx(metrics[f"{name}/{K}x{K}/miou"], abs=1e-12)
-    assert {v for key, v in metrics.items() if key.startswith("self/") and key.endswith("miou")} == {1.0}
+            assert np.dot(points, means) / sum(points) == pytest.approx(
+                results.value(rows, "miou", name, grid=f"{K}x{K}"), abs=1e-12
+            )
+    own = [row for row in rows if row["subject"] == "self" and row["metric"] == "miou"]
+    assert {row["value"] for row in own} == {1.0}
 
 
 @pytest.mark.parametrize("asked", [{}, {"by_size": True}, {"by_edge": True}, {"by_size": True, "by_edge": True}])
@@ -157,15 +164,18 @@ def test_only_what_is_asked_is_computed_and_the_rest_stays(asked, monkeypatch):
         if setting not in asked:
             monkeypatch.delattr(tails, function)
     expected, _ = run(off, head, cases(head, {"student": GROWTH}))
-    metrics, details = run(GridMiou(grids=(K,), device="cpu", **asked), head, cases(head, {"student": GROWTH}))
-    assert {key: metrics[key] for key in expected} == expected
-    added = {key.split("/")[2].split("_")[0] for key in metrics.keys() - expected.keys()}
+    rows, details = run(GridMiou(grids=(K,), device="cpu", **asked), head, cases(head, {"student": GROWTH}))
+    assert [row for row in rows if "bucket" not in row] == expected
+    added = {row["bucket"].split("_")[0] for row in rows if "bucket" in row}
     assert added == {setting.replace("by_size", "area").replace("by_", "") for setting in asked}
-    assert len(details["rows"]) == len(SHAPES)
+    assert len(details["images"]) == len(SHAPES)
 
 
-def test_an_empty_bucket_is_left_out():
-    assert tails.metrics({"a": np.array([0.5, 1.0]), "b": np.zeros(0)}) == {"a/miou": 0.75, "a/points": 2.0}
+def test_an_empty_bucket_has_no_row():
+    image = {"group": "photos", "iou": {"2x2": {"a": [0.5, 1.0, 0.0, 0.0]}}}
+    held = {"full": [True, True, False, False], "empty": [False] * 4}
+    rows = grid_miou._miou_rows([{**image, "buckets": {"2x2": held}}])
+    assert [(row["bucket"], row["value"], row["count"]) for row in rows if "bucket" in row] == [("full", 0.75, 2)]
 
 
 @pytest.mark.parametrize("shape", [(60, 200), (130, 90)])
@@ -199,8 +209,9 @@ def test_areas_are_those_of_scenes_and_a_bound_belongs_above():
 
 def test_the_table_heads_each_bucket():
     head = Disks()
-    metrics, _ = run(BOTH, head, cases(head, {"student": GROWTH}))
-    table = tables.build([Row("run", "run", {key.partition("/")[2]: value for key, value in metrics.items()})])
+    judged, _ = run(BOTH, head, cases(head, {"student": GROWTH}))
+    cells = {results.key(row): row["value"] for row in judged}
+    table = tables.build([TableRow("run", "run", cells)], GridMiou.metrics)
     shown = [(column.group, column.label) for column in table.columns if column.percent]
     names = [name for _, name in (*tails.AREAS, *tails.EDGES)]
     heads = [f"mIoU, {name}" for name in ("all images", "photos", *names)]
@@ -208,7 +219,7 @@ def test_the_table_heads_each_bucket():
 
 
 def test_the_protocol_asks_for_both_and_paired_masks_are_refused():
-    settings = evaluate.load("eval/sam_grid_tail.yaml").settings
+    settings = evaluate.load("eval/sam_grid_tail.yaml").evaluator
     assert settings.by_size and settings.by_edge and settings.grids == (16,) and not settings.floors
     for setting in ("by_size", "by_edge"):
         with pytest.raises(UserError, match="select=paired"):

@@ -15,6 +15,7 @@ from nondegenerate import randomize
 
 from fmdistill import cache, distill, evaluate
 from fmdistill.evaluate import clip_teacher, rarity, teacher_score, text_classifier, zeroshot
+from fmdistill.evaluate.results import Row, value
 from fmdistill.evaluate.zeroshot import Zeroshot
 from fmdistill.registry import UserError
 
@@ -39,9 +40,9 @@ def ran(tmp_path_factory) -> Path:
     return folder
 
 
-def judged(folder: Path, protocol: str, *overrides: str) -> tuple[dict[str, float], list[dict]]:
-    metrics = evaluate.run(folder / f"{protocol}.yaml", folder / "run", ["trust=true", *overrides])
-    return metrics, json.loads((folder / f"run/evaluation/{protocol}.json").read_text())["rows"]
+def judged(folder: Path, protocol: str, *overrides: str) -> tuple[list[Row], list[dict]]:
+    rows = evaluate.run(folder / f"{protocol}.yaml", folder / "run", ["trust=true", *overrides])
+    return rows, json.loads((folder / f"run/evaluation/{protocol}.json").read_text())["images"]
 
 
 def plain_loop(folder: Path, tower: str) -> dict[str, tuple[int, list[int]]]:
@@ -64,41 +65,41 @@ def plain_loop(folder: Path, tower: str) -> dict[str, tuple[int, list[int]]]:
 
 @pytest.mark.parametrize("tower", ["student", "teacher"])
 def test_every_prediction_is_a_plain_open_clip_loop_s(ran, tower):
-    metrics, rows = judged(ran, "own")
+    rows, images = judged(ran, "own")
     expected = plain_loop(ran, tower)
-    ours = {row["key"]: row for row in rows if row["student"] == tower}
+    ours = {image["key"]: image for image in images if image["subject"] == tower}
     assert ours.keys() == expected.keys() and len(ours) == 42
     assert {k: (r["label"], r["prediction"]) for k, r in ours.items()} == {
         k: (label, best[0]) for k, (label, best) in expected.items()
     }
-    assert len({row["prediction"] for row in ours.values()}) > 1  # else the comparison says nothing
+    assert len({image["prediction"] for image in ours.values()}) > 1  # else the comparison says nothing
     top1 = np.mean([best[0] == label for label, best in expected.values()])
     top5 = np.mean([label in best[:5] for label, best in expected.values()])
-    assert metrics[f"{tower}/top1"] == pytest.approx(top1) and metrics[f"{tower}/top5"] == pytest.approx(top5)
+    assert value(rows, "top1", tower) == pytest.approx(top1) and value(rows, "top5", tower) == pytest.approx(top5)
     recalls = [np.mean([b[0] == lab for lab, b in expected.values() if lab == c]) for c in range(6)]
-    assert metrics[f"{tower}/mean_per_class_recall"] == pytest.approx(np.mean(recalls))
+    assert value(rows, "mean_per_class_recall", tower) == pytest.approx(np.mean(recalls))
 
 
 def test_other_images_are_given_on_the_command_line_and_have_no_teacher(ran):
-    metrics, rows = judged(ran, "other", f"images.root={ran}/val")
+    rows, _ = judged(ran, "other", f"images.root={ran}/val")
     own, _ = judged(ran, "own")
-    assert {name.split("/")[0] for name in metrics} == {"student"}
-    assert metrics == {name: value for name, value in own.items() if name.startswith("student/")}
+    assert {row["subject"] for row in rows} == {"student"} and {row["count"] for row in rows} == {42}
+    assert rows == [row for row in own if row["subject"] == "student"]
     assert len(judged(ran, "other", f"images.root={ran}/val", "limit=9")[1]) == 9
     with pytest.raises(UserError, match="images.root=nowhere: no such folder"):
         judged(ran, "other")
 
 
 def test_quartiles_split_the_images_by_the_teacher_s_own_similarity(ran):
-    metrics, rows = judged(ran, "own", "quartiles=true", "seed=3")
+    rows, images = judged(ran, "own", "quartiles=true", "seed=3")
     for subject in ("student", "teacher"):
-        ours = [row for row in rows if row["student"] == subject]
-        sizes = np.bincount([row["quartile"] for row in ours], minlength=5)[1:]
+        ours = [image for image in images if image["subject"] == subject]
+        sizes = np.bincount([image["quartile"] for image in ours], minlength=5)[1:]
         assert sorted(sizes) == [10, 10, 11, 11]
         for number in range(1, 5):
-            right = [row["prediction"] == row["label"] for row in ours if row["quartile"] == number]
-            assert metrics[f"{subject}/q{number}/top1"] == pytest.approx(np.mean(right))
-    assert judged(ran, "own", "quartiles=true", "seed=3")[0] == metrics
+            right = [image["prediction"] == image["label"] for image in ours if image["quartile"] == number]
+            assert value(rows, "top1", subject, quartile=f"q{number}") == pytest.approx(np.mean(right))
+    assert judged(ran, "own", "quartiles=true", "seed=3")[0] == rows
     with pytest.raises(UserError, match="quartiles=true: they come from the teacher's cached"):
         judged(ran, "other", f"images.root={ran}/val", "quartiles=true")
 
@@ -247,7 +248,7 @@ def test_a_sam_run_has_no_text_tower_and_a_clip_run_no_masks(ran, tmp_path):
         evaluate.run("eval/sam_grid_demo.yaml", ran / "run", ["trust=true"])
     bare = dataclasses.replace(clip_run.load(ran), cache=None, teacher=None)
     with pytest.raises(UserError, match="has no text tower, and its recipe no cache"):
-        zeroshot.judge(evaluate.load(ran / "own.yaml").settings, bare, {"student": clip_run.Student()})
+        evaluate.load(ran / "own.yaml").evaluator.judge(bare, {"student": clip_run.Student()})
 
 
 class Wide(clip_run.Student):
@@ -264,24 +265,24 @@ class Wide(clip_run.Student):
 )
 def test_a_student_that_does_not_fit_is_one_line(ran, student, says):
     with pytest.raises(UserError, match=says):
-        zeroshot.judge(evaluate.load(ran / "own.yaml").settings, clip_run.load(ran), {"student": student})
+        evaluate.load(ran / "own.yaml").evaluator.judge(clip_run.load(ran), {"student": student})
 
 
 def test_the_teacher_s_own_score_is_logged_from_the_cache(ran, caplog):
     caplog.set_level("INFO")
-    protocol = evaluate.load(ran / "own.yaml").settings
-    found = teacher_score.judge_teacher(clip_run.load(ran), [protocol])
+    rows = teacher_score.judge_teacher(clip_run.load(ran), [evaluate.load(ran / "own.yaml").evaluator])
     expected = plain_loop(ran, "teacher")
-    assert found is not None
-    assert found["top1"] == pytest.approx(np.mean([best[0] == label for label, best in expected.values()]))
+    assert value(rows, "top1", "teacher") == pytest.approx(
+        np.mean([best[0] == label for label, best in expected.values()])
+    )
     assert "the teacher, from the cache: zero-shot top1 " in caplog.text and "(42 images" in caplog.text
     assert "below twice chance" in caplog.text and "QuickGELU" in caplog.text  # its weights are random
 
     caplog.clear()
-    assert teacher_score.judge_teacher(clip_run.load(ran)) is None
+    assert teacher_score.judge_teacher(clip_run.load(ran)) == []
     assert "the teacher is not scored" in caplog.text and "no zeroshot protocol names their classes" in caplog.text
     caplog.clear()
-    assert clip_teacher.judge_teacher(clip_run.load(ran), [Zeroshot()]) == {}
+    assert clip_teacher.judge_teacher(clip_run.load(ran), [Zeroshot()]) == []
     assert "not scored zero-shot: images.root=" in caplog.text and "1000 names" in caplog.text
 
 
@@ -290,5 +291,6 @@ def test_runs_of_one_cache_are_judged_together(ran):
     clip_run.finish(other, randomize(clip_run.Student(), 4))
     evaluate.run_together(ran / "own.yaml", [ran / "run", ran / "second"], trust=True)
     kept = json.loads((ran / "second/evaluation/own.json").read_text())
-    assert {row["student"] for row in kept["rows"]} == {"student", "teacher"}
-    assert kept["metrics"] == evaluate.run(ran / "own.yaml", ran / "second", ["trust=true"])
+    for part in ("rows", "images"):
+        assert {one["subject"] for one in kept[part]} == {"student", "teacher"}
+    assert kept["rows"] == evaluate.run(ran / "own.yaml", ran / "second", ["trust=true"])

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from fmdistill import cache, distill, evaluate, pipeline, teachers
 from fmdistill.cache import unchanged
 from fmdistill.cli import main
-from fmdistill.evaluate import teacher_score
+from fmdistill.evaluate import sa1b
+from fmdistill.evaluate.results import value
 from fmdistill.evaluate.subjects import mean_embedding
 from fmdistill.registry import UserError
 
@@ -60,49 +61,50 @@ def load(folder: Path, *overrides: str):
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    """A folder with a finished run, and the metrics that the pipeline returned."""
+    """A folder with a finished run, and the rows that the pipeline returned."""
     folder = tmp_path_factory.mktemp("pipeline")
-    (metrics,) = pipeline.run(load(folder, "train.steps=60")).values()
-    return folder, metrics
+    (rows,) = pipeline.run(load(folder, "train.steps=60")).values()
+    return folder, rows
 
 
 def test_a_run_gives_each_group_s_metrics_for_the_student_and_every_floor(ran):
-    folder, metrics = ran
+    folder, rows = ran
     wanted = {
-        f"{subject}/{k}x{k}{group}/{figure}"
+        (subject, metric, f"{k}x{k}", group)
         for subject in ("student", *FLOORS)
         for k in (2, 3)
-        for group in ("", "/photos", "/scenes")
-        for figure in ("miou", "miou_per_image")
-    } | {f"{subject}/feature/{figure}" for subject in ("student", *FLOORS) for figure in ("cosine", "mse")}
-    assert metrics.keys() == wanted
-    assert all(math.isfinite(value) for value in metrics.values())
-    assert all(0 <= value <= 1 for name, value in metrics.items() if "miou" in name)
-    assert metrics["student/feature/mse"] < metrics["untrained/feature/mse"]
+        for group in (None, "photos", "scenes")
+        for metric in ("miou", "miou_per_image")
+    } | {(subject, metric, None, None) for subject in ("student", *FLOORS) for metric in ("cosine", "mse")}
+    assert {(row["subject"], row["metric"], row.get("grid"), row.get("group")) for row in rows} == wanted
+    assert len(rows) == len(wanted)
+    assert all(math.isfinite(row["value"]) for row in rows)
+    assert all(0 <= row["value"] <= 1 for row in rows if "miou" in row["metric"])
+    assert value(rows, "mse") < value(rows, "mse", "untrained")
     for subject in ("student", *FLOORS):
-        groups = [metrics[f"{subject}/3x3/{group}/miou"] for group in ("photos", "scenes")]
-        assert metrics[f"{subject}/3x3/miou"] == pytest.approx((5 * groups[0] + 3 * groups[1]) / 8)
+        groups = [value(rows, "miou", subject, grid="3x3", group=group) for group in ("photos", "scenes")]
+        assert value(rows, "miou", subject, grid="3x3") == pytest.approx((5 * groups[0] + 3 * groups[1]) / 8)
 
 
 def test_the_result_is_kept_in_the_run_with_its_protocol_and_rows(ran):
-    folder, metrics = ran
+    folder, rows = ran
     kept = json.loads((folder / "run/evaluation/grid.json").read_text())
-    assert kept["metrics"] == metrics
+    assert kept["rows"] == rows
     assert kept["protocol"]["grids"] == [2, 3] and kept["protocol"]["select"] == "best_predicted"
-    rows = kept["rows"]
-    assert len(rows) == 8 * 4 and {row["group"] for row in rows} == {"photos", "scenes"}
-    ours = [row["2x2/miou"] for row in rows if row["student"] == "student" and row["group"] == "scenes"]
-    assert metrics["student/2x2/scenes/miou"] == pytest.approx(np.mean(ours))
+    images = kept["images"]
+    assert len(images) == 8 * 4 and {image["group"] for image in images} == {"photos", "scenes"}
+    own = [one["miou"]["2x2"] for one in images if one["subject"] == "student" and one["group"] == "scenes"]
+    assert value(rows, "miou", grid="2x2", group="scenes") == pytest.approx(np.mean(own))
     assert [path.name for path in (folder / "run/evaluation").iterdir()] == ["grid.json"]
 
 
 def test_running_again_gives_the_same_numbers_without_training(ran, monkeypatch):
-    folder, metrics = ran
+    folder, rows = ran
     monkeypatch.setattr(distill.tasks, "build", lambda recipe: pytest.fail("trains again"))
     (again,) = pipeline.run(load(folder, "train.steps=60")).values()
-    assert again == metrics
+    assert again == rows
     (judged,) = pipeline.evaluate_recipe(load(folder, "train.steps=60")).values()
-    assert judged == metrics
+    assert judged == rows
     with pytest.raises(UserError, match=r"holds a run of another recipe: train\.steps is 60 there and 61 here"):
         pipeline.evaluate_recipe(load(folder, "train.steps=61"))
 
@@ -115,22 +117,22 @@ def test_the_teacher_against_itself_is_exactly_one(ran):
     (folder / "self.yaml").write_text(text)
     settings = [f"recipe={folder}/self.yaml", "floors=false"]
     found = evaluate.run(folder / "grid.yaml", path, settings)
-    scores = {name: value for name, value in found.items() if "miou" in name}
-    assert len(scores) == 12 and set(scores.values()) == {1.0}
-    assert found["student/feature/mse"] < 1e-8
+    scores = [row["value"] for row in found if "miou" in row["metric"]]
+    assert len(scores) == 12 and set(scores) == {1.0}
+    assert value(found, "mse") < 1e-8
     for mode in ("single", "paired", "oracle"):
         again = evaluate.run(folder / "grid.yaml", path, [*settings, f"select={mode}", "grids=[2]"])
-        assert {value for name, value in again.items() if "miou" in name} == {1.0}
+        assert {row["value"] for row in again if "miou" in row["metric"]} == {1.0}
     assert (folder / "teacher.evaluation/grid.json").is_file()
 
 
 def test_a_checkpoint_file_scores_what_its_run_does(ran):
-    folder, metrics = ran
+    folder, rows = ran
     copy = folder / "copy.safetensors"
     copy.write_bytes((folder / "run/student.safetensors").read_bytes())
     found = evaluate.run(folder / "grid.yaml", copy, [f"recipe={folder}/tiny.yaml"])
-    assert found == metrics
-    assert json.loads((folder / "copy.evaluation/grid.json").read_text())["metrics"] == metrics
+    assert found == rows
+    assert json.loads((folder / "copy.evaluation/grid.json").read_text())["rows"] == rows
     copy.write_bytes(copy.read_bytes()[:-40])
     with pytest.raises(UserError, match=r"copy\.safetensors: not a readable checkpoint of plain tensors"):
         evaluate.run(folder / "grid.yaml", copy, [f"recipe={folder}/tiny.yaml"])
@@ -152,18 +154,18 @@ def test_the_mean_embedding_is_the_plain_mean_over_the_training_images(ran):
 
 def test_the_floor_of_another_image_is_never_the_image_itself(ran):
     folder, _ = ran
-    rows = json.loads((folder / "run/evaluation/grid.json").read_text())["rows"]
-    other = [row for row in rows if row["student"] == "another image"]
-    assert len(other) == 8 and all(row["feature/mse"] > 1e-3 for row in other)
+    images = json.loads((folder / "run/evaluation/grid.json").read_text())["images"]
+    other = [image for image in images if image["subject"] == "another image"]
+    assert len(other) == 8 and all(image["mse"] > 1e-3 for image in other)
 
 
 def test_of_several_processes_only_the_first_evaluates(ran, monkeypatch, capsys):
-    folder, metrics = ran
+    folder, rows = ran
     result = folder / "run/evaluation/grid.json"
     launched = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
-    for name, value in launched.items():
-        monkeypatch.setenv(name, value)
-    for rank, expected in (("1", {}), ("0", {f"{folder}/grid.yaml": metrics})):
+    for name, text in launched.items():
+        monkeypatch.setenv(name, text)
+    for rank, expected in (("1", {}), ("0", {f"{folder}/grid.yaml": rows})):
         result.unlink(missing_ok=True)
         monkeypatch.setenv("RANK", rank)
         assert pipeline.is_main() == (rank == "0")
@@ -182,13 +184,13 @@ def everything(folder: Path) -> dict[str, tuple[int, int, int]]:
 
 
 def test_a_second_run_writes_nothing_loads_no_teacher_and_judges_nothing(ran, monkeypatch):
-    folder, metrics = ran
+    folder, rows = ran
     monkeypatch.setattr(unchanged, "is_noted", lambda settings, root: True)  # as of one whose code is the package's own
     first = pipeline.run(load(folder, "train.steps=60"))
     before = everything(folder / "run") | everything(folder / "cache")
-    for module, name in ((teachers, "build"), (evaluate, "_call"), (teacher_score.sa1b, "judge_teacher")):
+    for module, name in ((teachers, "build"), (evaluate, "_call"), (sa1b, "judge_teacher")):
         monkeypatch.setattr(module, name, lambda *arguments, **named: pytest.fail("made again"))
-    assert pipeline.run(load(folder, "train.steps=60")) == first == {f"{folder}/grid.yaml": metrics}
+    assert pipeline.run(load(folder, "train.steps=60")) == first == {f"{folder}/grid.yaml": rows}
     assert everything(folder / "run") | everything(folder / "cache") == before
 
 
@@ -227,14 +229,14 @@ def test_the_clip_demo_judges_both_runs_and_their_teacher(tmp_path, monkeypatch)
     small = ["images.train=16", "images.validation=12", "train.steps=2", "train.batch_size=8", "train.workers=0"]
     page = pipeline.demo("clip", small)
     assert page == Path("report/demo_clip/index.html") and "image weights" in page.read_text()
-    rows = {}
+    teachers = {}
     for name in ("clip_mse", "clip_srw"):
         found = json.loads((tmp_path / "runs" / "demo" / name / "evaluation" / "clip_zeroshot_demo.json").read_text())
-        subjects = {key.split("/")[0] for key in found["metrics"]}
-        assert subjects == {"student", "teacher"}
-        assert {f"student/q{quarter}/top1" for quarter in (1, 2, 3, 4)} <= found["metrics"].keys()
-        rows[name] = [row for row in found["rows"] if row["student"] == "teacher"]
-    assert rows["clip_mse"] == rows["clip_srw"] and len(rows["clip_mse"]) == 12
+        assert {row["subject"] for row in found["rows"]} == {"student", "teacher"}
+        quarters = {row["quartile"] for row in found["rows"] if "quartile" in row and row["subject"] == "student"}
+        assert quarters == {"q1", "q2", "q3", "q4"}
+        teachers[name] = [image for image in found["images"] if image["subject"] == "teacher"]
+    assert teachers["clip_mse"] == teachers["clip_srw"] and len(teachers["clip_mse"]) == 12
     logs = [
         json.loads(line)
         for line in (tmp_path / "runs" / "demo" / "clip_srw" / "metrics.jsonl").read_text().splitlines()

@@ -15,10 +15,13 @@ from fmdistill import cache, distill, recipe, report
 from fmdistill.backbones.promptable import PromptHead
 from fmdistill.cache.dataset import CachedImages
 from fmdistill.distill import student as students
+from fmdistill.evaluate.grid_miou import GridMiou
+from fmdistill.evaluate.results import Metric, Result, row
+from fmdistill.evaluate.top1 import Top1
 from fmdistill.registry import UserError
 from fmdistill.report import examples, page, plots, ranked, rows, tables
 
-GROUPS = ("", "photos/", "scenes/")
+GROUPS = (None, "photos", "scenes")
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 
 
@@ -68,16 +71,19 @@ objective: {{embedding: {{distance: {{name: mse}}, weighting: {{name: {weighting
     lines = [{"step": s, "loss": 1 / s, "embedding": 1 / s, "learning_rate": 0.1 / s} for s in range(1, 30)]
     lines += [{"step": 29, "validation/loss": 0.1}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3')
-    metrics = {}
+    judged = []
     for subject, value in {"student": miou, **({"mean": 0.2, "untrained": 0.4} if floors else {})}.items():
         for k in (5, 16):
-            metrics |= {f"{subject}/{k}x{k}/{group}miou": value for group in GROUPS}
-            metrics[f"{subject}/{k}x{k}/miou_per_image"] = value
-        metrics[f"{subject}/feature/mse"] = 1 - value
+            judged += [row(subject, "miou", value, grid=f"{k}x{k}", group=group) for group in GROUPS]
+            judged.append(row(subject, "miou_per_image", value, grid=f"{k}x{k}"))
+        judged.append(row(subject, "mse", 1 - value))
     (folder / "evaluation").mkdir()
-    found = {"protocol": {"name": "grid_miou"}, "metrics": metrics}
-    (folder / "evaluation" / "sam_grid_miou.json").write_text(json.dumps(found))
+    store(folder / "evaluation" / "sam_grid_miou.json", Result({"name": "grid_miou"}, judged, dict(GridMiou.metrics)))
     return folder
+
+
+def store(path, result):
+    path.write_text(json.dumps(result.to_json()))
 
 
 @pytest.fixture
@@ -131,12 +137,16 @@ def test_table_says_what_was_won(two):
     assert [(row.name, row.kind) for row in found] == [
         ("mse", "run"), ("srw", "run"), ("mean", "floor"), ("untrained", "floor"),
     ]  # fmt: skip
-    table = tables.build(found)
-    assert [c.key for c in table.columns][:4] == ["5x5/miou", "16x16/miou", "5x5/photos/miou", "16x16/photos/miou"]
+    table = tables.build(found, GridMiou.metrics)
+    groups = ("mIoU, all images", "mIoU, photos", "mIoU, scenes")
+    assert [(c.group, c.label) for c in table.columns] == [
+        *((group, label) for group in groups for label in ("5×5", "16×16")), ("feature", "mse"),
+    ]  # fmt: skip
     by_kind = {section.kind: section.rows for section in table.sections}
-    assert by_kind["difference"][0].metrics["5x5/miou"] == pytest.approx(0.06)
-    assert by_kind["closed"][1].metrics["16x16/scenes/miou"] == pytest.approx((0.76 - 0.4) / (1 - 0.4))
-    assert "feature/mse" not in by_kind["closed"][0].metrics  # less is better there, and nothing ends at 1
+    assert by_kind["difference"][0].cells["miou", (("grid", "5x5"),)] == pytest.approx(0.06)
+    scenes = ("miou", (("grid", "16x16"), ("group", "scenes")))
+    assert by_kind["closed"][1].cells[scenes] == pytest.approx((0.76 - 0.4) / (1 - 0.4))
+    assert ("mse", ()) not in by_kind["closed"][0].cells  # the evaluator states no end
 
 
 def test_text_fits_a_terminal_and_warns_of_one_seed(two):
@@ -149,15 +159,15 @@ def test_text_fits_a_terminal_and_warns_of_one_seed(two):
 
 
 def classified(folder, name, top1, teacher=0.9, floors=("chance",), protocol="top"):
-    metrics = {}
+    judged = []
     for subject, value in {"student": top1, "teacher": teacher, **dict.fromkeys(floors, 0.1)}.items():
-        metrics |= {f"{subject}/top1": value, f"{subject}/top5": value, f"{subject}/mean_per_class_recall": value}
+        judged += [row(subject, metric, value) for metric in ("top1", "top5", "mean_per_class_recall")]
         if subject not in floors:
-            metrics |= {f"{subject}/q{n}/top1": value - 0.1 + n / 50 for n in range(1, 5)}
+            judged += [row(subject, "top1", value - 0.1 + n / 50, quartile=f"q{n}") for n in range(1, 5)]
     run = fabricate(folder / name)
-    found = {"protocol": {"name": protocol}, "metrics": metrics}
     (run / "evaluation" / "sam_grid_miou.json").unlink()
-    (run / "evaluation" / "top.json").write_text(json.dumps(found))
+    stated = (dict(Top1.metrics), dict(Top1.dimensions))
+    store(run / "evaluation" / "top.json", Result({"name": protocol}, judged, *stated))
     return str(run)
 
 
@@ -167,13 +177,13 @@ def test_shares_of_a_classifier_are_percent_beside_their_teacher(tmp_path):
     assert [(row.name, row.kind) for row in found] == [
         ("mse", "run"), ("srw", "run"), ("teacher", "teacher"), ("chance", "floor"),
     ]  # fmt: skip
-    table = tables.build(found)
+    table = tables.build(found, Top1.metrics)
     shown = [(column.group, column.label, column.percent) for column in table.columns]
     assert shown[:5] == [("top-1", label, True) for label in ("all", "q1", "q2", "q3", "q4")]
     assert shown[5:] == [("top-5", "all", True), ("class recall", "all", True)]
     by_kind = {section.kind: section.rows for section in table.sections}
-    assert by_kind["closed"][0].metrics["top1"] == pytest.approx((0.5 - 0.1) / (0.9 - 0.1))
-    assert "q1/top1" not in by_kind["closed"][0].metrics  # no floor says where that way begins
+    assert by_kind["closed"][0].cells["top1", ()] == pytest.approx((0.5 - 0.1) / (0.9 - 0.1))
+    assert ("top1", (("quartile", "q1"),)) not in by_kind["closed"][0].cells  # no floor says where that way begins
     text = report.text(runs)
     assert "55.00" in text and "+5.00" in text and "62.50" not in text.split("Share")[0]
     assert max(map(len, text.split(report.ONE_SEED)[0].splitlines())) <= 110
@@ -184,9 +194,47 @@ def test_shares_of_a_classifier_are_percent_beside_their_teacher(tmp_path):
 def test_without_a_teacher_no_share_of_the_way_is_claimed(tmp_path):
     run = classified(tmp_path, "mse", 0.5)
     path = tmp_path / "mse" / "evaluation" / "top.json"
-    path.write_text(path.read_text().replace("teacher/", "another/"))
-    table = tables.build(rows.rows(rows.read_runs([run]), "top"))
+    path.write_text(path.read_text().replace('"subject": "teacher"', '"subject": "another"'))
+    table = tables.build(rows.rows(rows.read_runs([run]), "top"), Top1.metrics)
     assert [section.kind for section in table.sections] == ["run", "floor"]
+
+
+def test_the_way_of_a_metric_that_is_better_lower_begins_at_the_lowest_floor(tmp_path):
+    run = fabricate(tmp_path / "run")
+    judged = [row(name, "error", value) for name, value in {"student": 0.3, "low": 0.5, "high": 0.9}.items()]
+    judged += [row(name, "odd", value) for name, value in {"student": 2, "low": 1, "high": 0}.items()]
+    store(
+        run / "evaluation" / "e.json", Result({"name": "e"}, judged, {"error": Metric("error", better="lower", end=0)})
+    )
+    (read,) = rows.read_runs([run])
+    table = tables.build(rows.rows([read], "e"), read.evaluations["e"].metrics)
+    (closed,) = next(section.rows for section in table.sections if section.kind == "closed")
+    assert closed.cells == {("error", ()): pytest.approx(0.4)}  # nothing is stated of the other one
+    assert [(c.group, c.label, c.percent) for c in table.columns] == [("error", "all", False), ("odd", "all", False)]
+
+
+def test_the_statement_of_a_result_heads_its_columns_and_ends_up_in_the_page(tmp_path):
+    run = fabricate(tmp_path / "run")
+    judged = [row("student", "pck", 0.25, k=k, joint=joint) for k in (1, 2) for joint in ("hand", "foot")]
+    metrics = {"pck": Metric("PCK", across="joint", percent=True, help="PCK: keypoints within reach, × 100.")}
+    dimensions = {"k": "k: the reach in pixels.", "other": "No column has it."}
+    store(run / "evaluation" / "own.json", Result({"name": "a.b:C"}, judged, metrics, dimensions))
+    assert "run  25.00  25.00  25.00  25.00" in report.text([str(run)])
+    (read,) = rows.read_runs([run])
+    table = tables.build(rows.rows([read], "own"), read.evaluations["own"].metrics)
+    assert [(c.group, c.label) for c in table.columns] == [
+        ("PCK, k=1", "hand"), ("PCK, k=1", "foot"), ("PCK, k=2", "hand"), ("PCK, k=2", "foot"),
+    ]  # fmt: skip
+    shown = report.run([str(run)], str(tmp_path / "out")).read_text()
+    assert "PCK: keypoints within reach" in shown and "the reach in pixels" in shown and "No column" not in shown
+
+
+def test_a_result_of_an_older_format_is_one_clear_line(tmp_path):
+    run = fabricate(tmp_path / "run")
+    path = run / "evaluation" / "sam_grid_miou.json"
+    path.write_text(json.dumps({"protocol": {"name": "grid_miou"}, "metrics": {"student/5x5/miou": 0.5}}))
+    with pytest.raises(UserError, match=r"sam_grid_miou\.json: a result of another version .* evaluate` again"):
+        rows.read_runs([run])
 
 
 def test_differing_floors_are_all_listed(tmp_path):
@@ -227,14 +275,22 @@ def test_a_run_without_evaluation_still_has_curves(tmp_path):
 
 def test_published_tables_load_and_bad_ones_do_not(tmp_path):
     [table] = rows.published({"name": "grid_miou", "k": [5, 16, 32]})
-    assert table.rows[1].metrics["32x32/miou"] == pytest.approx(0.7405)
+    assert table.rows[1].cells["miou", (("grid", "32x32"),)] == pytest.approx(0.7405)
     [imagenet] = rows.published({"name": "zeroshot", "classnames": "imagenet", "limit": None})
-    assert imagenet.rows[0].metrics["top1"] == pytest.approx(0.218)
+    assert imagenet.rows[0].cells["top1", ()] == pytest.approx(0.218)
     assert rows.published({"name": "zeroshot", "classnames": "eval/clip_mini.classes.txt"}) == []
     bad = tmp_path / "bad.yaml"
     bad.write_text("source: x\n")
     with pytest.raises(UserError, match="unit"):
         rows.read_published(bad)
+    for listed, message in (
+        ("{KD: {top1: 1}}", r"rows \(a list\)"),
+        ("[{subject: KD, top1: 1}]", "rows: expected {subject: NAME"),
+        ("[{subject: KD, metric: top1, value: high}]", "rows: expected .* got .*'high'"),
+    ):
+        bad.write_text(f"source: x\nsetting: y\nprotocol: {{name: top1}}\nunit: percent\nrows: {listed}\n")
+        with pytest.raises(UserError, match=message):
+            rows.read_published(bad)
 
 
 def test_curves_draw_each_quantity_once():

@@ -8,6 +8,7 @@ import pytest
 from scipy import stats
 
 from fmdistill import recipe
+from fmdistill.evaluate.results import Metric, Result, row
 from fmdistill.report import paired
 from fmdistill.report.rows import Run
 
@@ -22,9 +23,9 @@ def run(value: float, seconds: float = 10.0, ess: float = 0.5) -> Run:
             "b/effective_sample_size": 1.0,
         }
     ]
-    return Run(
-        "x", Path("x"), settings, log, {"p": {"student/top1": value, "student/feature/mse": 1.0, "teacher/top1": 1}}
-    )
+    rows = [row("student", "top1", value), row("student", "mse", 1.0), row("teacher", "top1", 1)]
+    metrics = {"top1": Metric("top-1", percent=True, better="higher"), "mse": Metric("feature", better="lower")}
+    return Run("x", Path("x"), settings, log, {"p": Result({"name": "p"}, rows, metrics)})
 
 
 def lines(*values: list[float], seconds: float = 10.0) -> dict[str, paired.Line]:
@@ -67,7 +68,7 @@ def test_the_table_has_a_row_for_each_method_and_metric_of_the_student():
     runs = {"kd": [run(v) for v in BASE], "srw": [run(v + 0.1) for v in BASE]}
     table = paired.text(paired.compare(runs, "p"))
     assert table.count("**") == 4 and "**top1**, 8 seeds, differences to kd" in table  # no teacher
-    assert "**feature/mse**, 8 seeds" in table and "| srw | 1 | 0 | +0 | +0 to +0 | not decided |" in table
+    assert "**mse**, 8 seeds" in table and "| srw | 1 | 0 | +0 | +0 to +0 | not decided |" in table
     assert "| srw |" in table and "+10.00 | +10.00 to +10.00 | better | 0.500 |" in table
 
 
@@ -75,10 +76,27 @@ def test_a_metric_of_an_unknown_name_is_shown_as_it_is_and_called_higher_or_lowe
     runs = {"kd": [run(v) for v in BASE], "srw": [run(v) for v in BASE]}
     for number, several in enumerate(runs.values()):
         for seed, one in enumerate(several):
-            errors = {"student/chamfer": 0.004 - 0.003 * number + 1e-5 * seed, "student/latency": 3 + number}
-            one.evaluations["p"].update(errors, **{"student/odd": None if seed == 3 else 1.0, "student/only": True})
-    lines = {(line.metric, line.method): line for line in paired.compare(runs, "p")}
-    assert {metric for metric, _ in lines} == {"top1", "feature/mse", "chamfer", "latency"}
+            rows = one.evaluations["p"].rows
+            rows += [row("student", "chamfer", 0.004 - 0.003 * number + 1e-5 * seed)]
+            rows += [row("student", "latency", 3 + number), row("student", "latency", 9 - number, device="phone")]
+            rows += [{"subject": "student", "metric": "odd", "value": None if seed == 3 else 1.0}]
+            rows += [{"subject": "student", "metric": "only", "value": True}]
+    compared = paired.compare(runs, "p")
+    lines = {(line.metric, line.method): line for line in compared if not line.dimensions}
+    assert {metric for metric, _ in lines} == {"top1", "mse", "chamfer", "latency"}
+    (phone,) = (line for line in compared if line.dimensions and line.method == "srw")
+    assert phone.dimensions == {"device": "phone"} and phone.verdict == "lower" and phone.difference == -1
+    assert "**latency, phone**, 8 seeds" in paired.text(compared)
     assert lines["chamfer", "srw"].verdict == "lower" and lines["latency", "srw"].verdict == "higher"
     assert lines["chamfer", "srw"].difference == pytest.approx(-0.003)
     assert "| srw | 0.001035 | 2.449e-05 | -0.003 | -0.003 to -0.003 | lower |" in paired.text(list(lines.values()))
+
+
+def test_of_a_metric_that_is_better_lower_less_is_better():
+    runs = {"kd": [run(v) for v in BASE], "srw": [run(v) for v in BASE]}
+    for one in runs["srw"]:
+        one.evaluations["p"].rows[1]["value"] = 0.5
+    lines = {(line.metric, line.method): line for line in paired.compare(runs, "p")}
+    assert lines["mse", "srw"].verdict == "better" and lines["mse", "srw"].difference == -0.5
+    swapped = {line.method: line for line in paired.compare(dict(reversed(runs.items())), "p") if line.metric == "mse"}
+    assert swapped["kd"].verdict == "worse"

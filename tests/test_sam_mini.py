@@ -9,8 +9,8 @@ from fmdistill import evaluate, recipe
 from fmdistill.backbones.mini import PACKAGED, build_sam_mini, sam_mini_student
 from fmdistill.backbones.promptable import PromptHead
 from fmdistill.evaluate.grid_miou import GridMiou, image_iou
+from fmdistill.evaluate.results import value
 from fmdistill.evaluate.scene_miou import SceneMiou
-from fmdistill.evaluate.subjects import judge_scenes
 from fmdistill.images.photos import photograph
 
 
@@ -23,9 +23,9 @@ def test_the_packaged_file_is_small_and_complete():
 def test_it_segments_unseen_scenes():
     """Far above chance on a few scenes; the figure on 500 is in docs/results.md."""
     settings = recipe.load("recipes/mini/sam_mini.yaml", ["images.validation=40", "images.seed=77"])
-    metrics, _ = judge_scenes(SceneMiou(), settings, {"student": sam_mini_student("packaged").eval()})
-    assert metrics["student/best/miou"] > FLOOR_BEST and metrics["student/picked/miou"] > FLOOR_PICKED
-    assert metrics["student/ceiling/miou"] > metrics["student/best/miou"]
+    rows, _ = SceneMiou().judge(settings, {"student": sam_mini_student("packaged").eval()})
+    best, picked, ceiling = (value(rows, "miou", mask=mask) for mask in ("best", "picked", "ceiling"))
+    assert best > FLOOR_BEST and picked > FLOOR_PICKED and ceiling > best
 
 
 FLOOR_BEST, FLOOR_PICKED = 0.60, 0.53
@@ -78,4 +78,4 @@ def iou(a: np.ndarray, b: np.ndarray) -> float:
 
 def test_its_protocol_is_the_one_that_the_recipe_names():
     assert recipe.load("recipes/mini/sam_mini.yaml").protocols == ["eval/scene_miou.yaml"]
-    assert isinstance(evaluate.load("eval/scene_miou.yaml").settings, SceneMiou)
+    assert isinstance(evaluate.load("eval/scene_miou.yaml").evaluator, SceneMiou)

@@ -11,12 +11,12 @@ class Descriptor:
     """An open file, closed with its last use. Forked processes may share it: `pread` moves no position."""
 
     def __init__(self, path: Path) -> None:
-        self.number = -1  # for `__del__`, if the next line fails
+        self.number, self._close = -1, os.close  # for `__del__`, if the next line fails, or `os` is gone at the end
         self.number = os.open(path, os.O_RDONLY)
 
     def __del__(self) -> None:
         if self.number >= 0:
-            os.close(self.number)
+            self._close(self.number)
 
 
 @lru_cache(maxsize=OPEN)

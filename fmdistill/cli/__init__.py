@@ -176,6 +176,7 @@ def _distill(recipe: str, overrides: list[str]) -> None:
 
 def _evaluate(protocol: str, subject: list[str]) -> None:
     from fmdistill import evaluate, pipeline
+    from fmdistill.evaluate.results import text
     from fmdistill.recipe import load, locate, read_yaml
     from fmdistill.registry import UserError
     from fmdistill.settings import refer
@@ -186,10 +187,8 @@ def _evaluate(protocol: str, subject: list[str]) -> None:
         raise UserError(f"{protocol}: a protocol judges something; give it: fmdistill evaluate {protocol} RUN")
     else:
         results = pipeline.evaluate_recipe(load(protocol, subject))
-    for name, metrics in results.items():
-        print(name)
-        for key, value in metrics.items():
-            print(f"  {key:48} {value:.4f}")
+    for name, rows in results.items():
+        print(f"{name}\n{text(rows)}")
 
 
 def _weigh(kind: str, arguments: list[str]) -> None:

@@ -16,31 +16,34 @@ from fmdistill import stop
 from fmdistill.cache.dataset import CachedImages
 from fmdistill.distill.data import every, to_device
 from fmdistill.distill.loader import batches
-from fmdistill.evaluate.subjects import forward
+from fmdistill.evaluate.results import TEACHER
+from fmdistill.evaluate.subjects import forward, pooled
 from fmdistill.images import DecodeError, Encoded, Images, Shard, captions
 from fmdistill.logs import progress
 from fmdistill.registry import UserError
 from fmdistill.teachers.compute import computing
 from fmdistill.teachers.family import Preprocess
 
-TEACHER = "teacher"  # the subject whose embeddings come from the cache
 DType = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)
 class Annotated:
-    """The validation images of a source, or those of a cache beside the teacher's embeddings, joined by key."""
+    """One split's images of a source, or those of a cache beside the teacher's embeddings, joined by key."""
 
     images: Images
     preprocess: Preprocess
     cached: CachedImages | None = None
     pixels: bool = True  # False if only the teacher's embeddings are asked for
     captioned: bool = False  # whether captions are asked for
+    split: str = "validation"
+    output: str = "embedding"  # what the teacher and the students make that is compared
+    pooled: bool = False  # whether maps are averaged over their valid tokens; else they are refused
 
     @cached_property
     def shards(self) -> list[Shard]:
-        """The source's validation shards in the order of their names."""
-        return sorted((s for s in self.images.shards() if s.split == "validation"), key=lambda s: s.name)
+        """The source's shards of the split in the order of their names."""
+        return sorted((s for s in self.images.shards() if s.split == self.split), key=lambda s: s.name)
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -55,7 +58,7 @@ class Annotated:
         texts = captions(self._name(shard), encoded) if self.captioned else []
         item: dict[str, Any] = {"keys": encoded.key, "labels": encoded.label, "captions": texts}
         if self.cached is not None:
-            item[TEACHER] = torch.from_numpy(self.cached.shards[shard].read(index)["embedding"])
+            item[TEACHER] = torch.from_numpy(self.cached.shards[shard].read(index)[self.output])
         if self.pixels:
             try:
                 pixels, size = self.preprocess.prepare(self.images.picture(encoded).pixels)
@@ -81,12 +84,17 @@ class Annotated:
         return {}
 
 
-def first_image(images: Images, protocol: str) -> Encoded:
-    """Return the first validation image; UserError that names the `protocol` if there is none."""
+def first_image(images: Images, protocol: str, split: str = "validation") -> Encoded:
+    """Return the first image of the split; UserError that names the `protocol` if there is none."""
     for shard in images.shards():
-        if shard.split == "validation" and (keys := images.source.keys(shard.name)):
+        if shard.split == split and (keys := images.source.keys(shard.name)):
             return images.source.fetch(shard.name, keys[0])
-    raise UserError(f"{protocol}: there are no validation images; name some by the protocol's or the recipe's `images`")
+    raise _no_images(protocol, split)
+
+
+def _no_images(protocol: str, split: str) -> UserError:
+    named = "training" if split == "train" else split
+    return UserError(f"{protocol}: there are no {named} images; name some by the protocol's or the recipe's `images`")
 
 
 @dataclass(frozen=True)
@@ -112,35 +120,37 @@ def embed(
     """Return the embeddings of the first `limit` images by every model and, from a cache, by its teacher."""
     total = min(sum(data.counts), limit or sum(data.counts))
     if total == 0:
-        raise UserError(
-            f"{title}: there are no validation images; name some by the protocol's or the recipe's `images`"
-        )
+        raise _no_images(title, data.split)
     models = {name: model.to(device).eval() for name, model in models.items()}
-    found: dict[str, list[Any]] = {"keys": [], "labels": [], "captions": []}
+    known: dict[str, list[Any]] = {"keys": [], "labels": [], "captions": []}
     parts: dict[str, list[Tensor]] = {name: [] for name in [*models, *([TEACHER] if data.cached else [])]}
     places = list(islice((place for (place,) in every(data, 1)), total))
     groups = [places[start : start + batch] for start in range(0, total, batch)]
     with progress(total=total, description=title, unit="image") as bar:
         for items in stop.between(batches(data, groups, workers)):
-            for name, values in found.items():
+            for name, values in known.items():
                 values += items[name]
             if data.cached:
-                parts[TEACHER].append(items[TEACHER].float())
+                output = items[TEACHER].float()
+                parts[TEACHER].append(pooled(output, data.preprocess, items["sizes"]) if data.pooled else output)
             if models:
-                image = data.preprocess.normalize(*(to_device(items[name], device) for name in ("pixels", "sizes")))
+                pixels, sizes = (to_device(items[name], device) for name in ("pixels", "sizes"))
+                image = data.preprocess.normalize(pixels, sizes)
                 for name, model in models.items():
-                    parts[name].append(_vectors(model, image, dtype))
+                    parts[name].append(_vectors(model, image, sizes, data, dtype))
             bar.update(len(items["keys"]))
-    return Embedded(**found, embeddings={name: torch.cat(vectors) for name, vectors in parts.items()})
+    return Embedded(**known, embeddings={name: torch.cat(vectors) for name, vectors in parts.items()})
 
 
 @torch.inference_mode()
-def _vectors(model: nn.Module, image: Tensor, dtype: DType) -> Tensor:
+def _vectors(model: nn.Module, image: Tensor, sizes: Tensor, data: Annotated, dtype: DType) -> Tensor:
     with computing(dtype, image.device):
-        embedding = forward(model, image)["embedding"].float().cpu()
+        embedding = forward(model, image, data.output)[data.output].float()
+    if data.pooled:
+        return pooled(embedding, data.preprocess, sizes).cpu()
     if embedding.ndim != 2:
         raise UserError(
             f"{type(model).__name__}: gives an embedding of {tuple(embedding.shape[1:])} for an image; this protocol "
             f"compares vectors with texts, so judge a student of CLIP"
         )
-    return embedding
+    return embedding.cpu()

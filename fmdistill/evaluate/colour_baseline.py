@@ -4,14 +4,16 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 from torch import nn
 
 from fmdistill.distill.data import every
-from fmdistill.evaluate import text_side, zeroshot
+from fmdistill.evaluate import results, text_side, zeroshot
+from fmdistill.evaluate.results import Judged, Metric
 from fmdistill.evaluate.text_classifier import class_names
-from fmdistill.evaluate.zeroshot import Judged, Zeroshot
+from fmdistill.evaluate.zeroshot import Zeroshot
 from fmdistill.images.figures import COLOURS
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError
@@ -21,13 +23,16 @@ CENTRE = 0.5  # of the image's side
 
 @dataclass(frozen=True)
 class CaptionedZeroshot:
-    """How to judge: `zeroshot` as its own protocol, and two subjects beside the student that never saw a picture.
+    """Judge by `zeroshot`, as its own protocol does, and by two subjects beside the student that never saw a picture.
 
     "chance" guesses among all classes; "nearest colour" compares the mean colour of the image's centre with the
     colours' reference values and guesses among the classes that name the nearest one.
     """
 
     zeroshot: Zeroshot = field(default_factory=Zeroshot)
+
+    metrics: ClassVar[Mapping[str, Metric]] = Zeroshot.metrics
+    dimensions: ClassVar[Mapping[str, str]] = Zeroshot.dimensions
 
     def __post_init__(self) -> None:
         """Refuse class names without colours."""
@@ -38,23 +43,31 @@ class CaptionedZeroshot:
                 f"judge other classes by the protocol zeroshot"
             )
 
+    def check(self, recipe: Recipe) -> None:
+        """Raise a UserError for a recipe whose run will have no text tower."""
+        text_side.check("captioned_zeroshot", recipe)
 
-def judge(protocol: CaptionedZeroshot, recipe: Recipe, models: Mapping[str, nn.Module]) -> Judged:
-    """Score students as `zeroshot` does, and add "chance/top1", "nearest colour/top1" and their top5.
+    def check_images(self, recipe: Recipe) -> None:
+        """Raise a UserError for class folders that do not fit the names, and for a first image without a label."""
+        self.zeroshot.check_images(recipe)
 
-    The guesses are counted by their expectation, so nothing is drawn.
-    """
-    metrics, details = zeroshot.judge(protocol.zeroshot, recipe, models)
-    names = class_names(protocol.zeroshot.classnames)
-    data = text_side.of_run(recipe, models, protocol.zeroshot.images, "captioned_zeroshot").data
-    places = [place for (place,) in every(data, 1)][: protocol.zeroshot.limit]
-    items = (data.item(*place) for place in places)
-    found = [guess(item["pixels"].permute(1, 2, 0).numpy(), int(item["labels"]), names) for item in items]
-    for k in zeroshot.TOP:
-        if k <= len(names):
-            metrics[f"chance/top{k}"] = k / len(names)
-            metrics[f"nearest colour/top{k}"] = float(np.mean([min(1.0, k * chance) for chance in found]))
-    return metrics, details
+    def judge(self, recipe: Recipe, students: Mapping[str, nn.Module]) -> Judged:
+        """Score students as `zeroshot` does, and add the top-1 and top-5 of "chance" and "nearest colour".
+
+        The guesses are counted by their expectation, so nothing is drawn.
+        """
+        rows, details = self.zeroshot.judge(recipe, students)
+        names = class_names(self.zeroshot.classnames)
+        data = text_side.of_run(recipe, students, self.zeroshot.images, "captioned_zeroshot").data
+        places = [place for (place,) in every(data, 1)][: self.zeroshot.limit]
+        items = (data.item(*place) for place in places)
+        chances = [guess(item["pixels"].permute(1, 2, 0).numpy(), int(item["labels"]), names) for item in items]
+        for k in zeroshot.TOP:
+            if k <= len(names):
+                by_colour = float(np.mean([min(1.0, k * chance) for chance in chances]))
+                rows.append(results.row("chance", f"top{k}", k / len(names), len(chances)))
+                rows.append(results.row("nearest colour", f"top{k}", by_colour, len(chances)))
+        return rows, details
 
 
 def guess(pixels_hwC: np.ndarray, label: int, names: Sequence[str]) -> float:

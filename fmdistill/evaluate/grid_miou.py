@@ -9,30 +9,40 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fmdistill import stop
+from fmdistill import stop, teachers
 from fmdistill.backbones.device import pick_device
 from fmdistill.backbones.fast_decoder import Decode, image_decoder
 from fmdistill.backbones.promptable import PromptHead
-from fmdistill.evaluate import tails
+from fmdistill.cache import open_cache
+from fmdistill.evaluate import grid_cases, results, tails
+from fmdistill.evaluate.grid_cases import Case, Size
 from fmdistill.evaluate.kept import Partial
 from fmdistill.evaluate.masks import Bits, iou, join, pack, to_rle
+from fmdistill.evaluate.results import Judged, Metric, Row
+from fmdistill.logs import log, progress
+from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError
 
 Select = Literal["single", "best_predicted", "paired", "oracle"]
 Resolution = Literal["original", "low"]
-Size = tuple[int, int]
 Advance = Callable[[int], object]
+
+MIOU = (
+    "mIoU × 100 of the masks that the student's and the teacher's embeddings give for the same k×k grid of points, "
+    "both through the teacher's prompt decoder; the teacher against itself scores 100."
+)
+FEATURES = "Feature figures compare the embeddings themselves over the tokens that hold any picture."
 
 
 @dataclass(frozen=True)
 class GridMiou:
-    """How to judge: k x k points at (i + 1/2)/k of width and height, mask logits > 0, empty against empty = 1.
+    """Judge masks at k x k points at (i + 1/2)/k of width and height, mask logits > 0, empty against empty = 1.
 
     `select` says which of SAM's masks is compared: `single` = mask 0 of both; `best_predicted` = each side's own top
     predicted IoU among masks 1 to 3; `paired` = the mean over masks 1 to 3 by index; `oracle` = the student's best
@@ -53,6 +63,13 @@ class GridMiou:
     by_edge: bool = False
     device: str = "auto"
 
+    metrics: ClassVar[Mapping[str, Metric]] = {
+        "miou": Metric("mIoU", across="grid", percent=True, better="higher", end=1.0, help=MIOU),
+        "miou_per_image": Metric("mIoU per image", across="grid", percent=True, better="higher", end=1.0, shown=False),
+        "cosine": Metric("feature", "cosine", better="higher", help=FEATURES),
+        "mse": Metric("feature", "mse", better="lower", help=FEATURES),
+    }
+
     def __post_init__(self) -> None:
         """Refuse what would measure nothing."""
         if not self.grids or min(self.grids) < 1:
@@ -64,23 +81,45 @@ class GridMiou:
         if self.select == "paired" and (self.by_size or self.by_edge):
             raise UserError("select=paired: by_size and by_edge need one teacher's mask per point; try select=single")
 
+    def check(self, recipe: Recipe) -> None:
+        """Raise a UserError for a teacher that makes no masks, and for floors from a trimmed cache.
 
-@dataclass(frozen=True)
-class Case:
-    """One image: the teacher's exact full embedding and the students' by name, float32 (C, g, g); sizes as (H, W)."""
+        The mean embedding needs every token of training images.
+        """
+        if recipe.cache is None or not teachers.may_be(recipe.teacher, "sam"):
+            raise UserError(
+                f"grid_miou: judges a run that was distilled from SAM by its cache; this recipe's teacher is "
+                f"{(recipe.teacher or {}).get('name', 'none')}{', not cached' if recipe.cache is None else ''}"
+            )
+        if self.floors and recipe.cache.trim:
+            raise UserError(
+                "floors=true: the mean embedding needs the padded tokens of the training images, and a cache with "
+                "cache.trim=true keeps none; set cache.trim=false, or judge by a protocol with floors=false, such as "
+                "protocols=[eval/sam_grid_tail.yaml]"
+            )
 
-    key: str
-    group: str
-    teacher: Tensor
-    students: Mapping[str, Tensor]
-    original: Size
-    resized: Size
-    shard: str = ""
+    def judge(self, recipe: Recipe, students: Mapping[str, nn.Module], partial: Partial | None = None) -> Judged:
+        """Score students, named apart, against their teacher on the validation images of the recipe's cache.
 
-    @property
-    def image(self) -> str:
-        """What tells the image from those of other shards, whose keys may be the same."""
-        return f"{self.shard}/{self.key}"
+        Images whose result `partial` has are not looked at again.
+        """
+        cache = open_cache(recipe)
+        if cache.family != "sam":
+            raise UserError(
+                f"{cache.root}: its teacher is of the family '{cache.family}' and makes no masks; grid_miou judges a "
+                f"run that was distilled from SAM"
+            )
+        device = pick_device(self.device, "device")
+        students = {name: student.to(device) for name, student in students.items()}
+        total = sum(len(shard.samples) for shard in cache.shards["validation"])
+        done = partial.done if partial is not None else {}
+        each, images = sum(k * k for k in self.grids), min(total, self.images or total)
+        if done:
+            log.info("grid_miou: %d of %d images were judged before the last stop", len(done), images)
+        shown = {"description": f"grid_miou, {images} images", "total": images * each, "initial": len(done) * each}
+        with progress(**shown, unit="prompt") as bar:
+            cases = grid_cases.cases(cache, recipe, students, self.floors, device, done)
+            return run(self, cache.head(), cases, partial, bar.update)
 
 
 def grid_points(k: int, original: Size) -> np.ndarray:
@@ -177,70 +216,83 @@ def run(
     cases: Iterable[Case],
     partial: Partial | None = None,
     advance: Advance = lambda prompts: None,
-) -> tuple[dict[str, float], dict]:
-    """Return metrics {"STUDENT/16x16/miou": ..., "STUDENT/16x16/GROUP/miou": ..., "STUDENT/feature/cosine": ...}
-    and details {"rows": one per image and student, "masks": RLE of the first grid if the protocol writes them}.
+) -> Judged:
+    """Return rows, and details {"images": one per image and subject, "masks": RLE of the first grid if wanted}.
 
-    `miou` is the mean over all points of all images, `miou_per_image` the mean of the images' means. A bucket that
-    holds any point adds "STUDENT/16x16/BUCKET/miou", the mean over its points of all images, and ".../points", their
-    number. The feature figures are means over an image's valid tokens, then over images. `partial` stores the result
-    of each image; `cases` are then those that it lacks.
+    `miou` is the mean over all points of all images and of each group, `miou_per_image` the mean of the images' means,
+    with a row for every grid. A bucket that holds any point adds the mean over its points of all images. The feature
+    figures `cosine` and `mse` are means over an image's valid tokens, then over images. `partial` stores the result of
+    each image; `cases` are then those that it lacks.
     """
     device = pick_device(protocol.device, "device")
     head = head.to(device).eval()
-    results = list(partial.done.values()) if partial is not None else []
-    left = None if protocol.images is None else max(0, protocol.images - len(results))
+    judged = list(partial.done.values()) if partial is not None else []
+    left = None if protocol.images is None else max(0, protocol.images - len(judged))
     for case in stop.between(itertools.islice(cases, left)):
         result = _judge(protocol, head, case, device, advance)
         if partial is not None:
             partial.add(case.image, result)
-        results.append(result)
-    if not results:
+        judged.append(result)
+    if not judged:
         raise UserError("grid_miou: no images to evaluate; the cache's validation split is empty or images=0")
-    rows = [row for result in results for row in result["rows"]]
-    masks = [entry for result in results for entry in result["masks"]]
-    points: dict[str, list[np.ndarray]] = defaultdict(list)
-    tail: dict[str, list[np.ndarray]] = defaultdict(list)
-    for result in results:
-        for grid, scores in result["iou"].items():
-            for name, values in scores.items():
-                iou_P = np.array(values)
-                points[f"{name}/{grid}"].append(iou_P)
-                points[f"{name}/{grid}/{result['group']}"].append(iou_P)
-                for bucket, members in result["buckets"][grid].items():
-                    tail[f"{name}/{grid}/{bucket}"].append(iou_P[np.array(members, dtype=bool)])
-    return _metrics(rows, points, tail), {"rows": rows, "masks": masks} if protocol.write_masks else {"rows": rows}
+    images = [image for result in judged for image in result["images"]]
+    masks = [entry for result in judged for entry in result["masks"]]
+    rows = [*_miou_rows(judged), *_feature_rows(images)]
+    return rows, {"images": images, "masks": masks} if protocol.write_masks else {"images": images}
 
 
 def _judge(protocol: GridMiou, head: PromptHead, case: Case, device: torch.device, advance: Advance) -> dict[str, Any]:
-    """Return one image's result, ready for JSON: its rows, each point's IoU by grid and student, and its buckets."""
+    """Return one image's result, ready for JSON: its scores, each point's IoU by grid and subject, and its buckets."""
     teacher = case.teacher.to(device)
     students = {name: embedding.to(device) for name, embedding in case.students.items()}
-    row: dict[str, dict] = {name: {"key": case.key, "group": case.group, "student": name} for name in students}
+    image: dict[str, dict] = {name: {"key": case.key, "group": case.group, "subject": name} for name in students}
     result: dict[str, Any] = {"group": case.group, "iou": {}, "buckets": {}, "masks": []}
     for name, embedding in students.items():
-        row[name].update(_features(head, teacher, embedding, case.resized))
+        image[name].update(_features(head, teacher, embedding, case.resized), miou={})
     for k in protocol.grids:
         scores, buckets = compare(head, teacher, students, case.original, case.resized, k, protocol, advance)
         for name, values in scores.items():
-            row[name][f"{k}x{k}/miou"] = float(values.mean())
+            image[name]["miou"][f"{k}x{k}"] = float(values.mean())
         result["iou"][f"{k}x{k}"] = {name: values.tolist() for name, values in scores.items()}
         result["buckets"][f"{k}x{k}"] = {name: members.tolist() for name, members in buckets.items()}
     if protocol.write_masks:
         result["masks"] = _rles(protocol, head, case, {"teacher": teacher, **students})
-    return {"rows": list(row.values()), **result}
+    return {"images": list(image.values()), **result}
 
 
-def _metrics(rows: list[dict], points: Mapping[str, list], tail: Mapping[str, list]) -> dict[str, float]:
-    metrics = {}
-    for name, parts in points.items():
-        metrics[f"{name}/miou"] = float(np.concatenate(parts).mean())
-        metrics[f"{name}/miou_per_image"] = float(np.mean([part.mean() for part in parts]))
-    metrics |= tails.metrics(_joined(tail))
-    for name in dict.fromkeys(row["student"] for row in rows):
-        for key in ("feature/cosine", "feature/mse"):
-            metrics[f"{name}/{key}"] = float(np.mean([row[key] for row in rows if row["student"] == name]))
-    return metrics
+def _miou_rows(judged: list[dict[str, Any]]) -> list[Row]:
+    """Return the rows of each subject and grid over all images, by group, and by bucket."""
+    points: dict[tuple[str, str, str | None], list[np.ndarray]] = defaultdict(list)
+    tail: dict[tuple[str, str, str], list[np.ndarray]] = defaultdict(list)
+    for result in judged:
+        for grid, scores in result["iou"].items():
+            for name, values in scores.items():
+                iou_P = np.array(values)
+                points[name, grid, None].append(iou_P)
+                points[name, grid, result["group"]].append(iou_P)
+                for bucket, members in result["buckets"][grid].items():
+                    tail[name, grid, bucket].append(iou_P[np.array(members, dtype=bool)])
+    rows: list[Row] = []
+    for (name, grid, group), parts in points.items():
+        iou_P, place = np.concatenate(parts), {"grid": grid, "group": group}
+        rows.append(results.row(name, "miou", iou_P.mean(), len(iou_P), **place))
+        means = [part.mean() for part in parts]
+        rows.append(results.row(name, "miou_per_image", np.mean(means), len(means), **place))
+    for (name, grid, bucket), parts in tail.items():
+        iou_P = np.concatenate(parts)
+        if len(iou_P):
+            rows.append(results.row(name, "miou", iou_P.mean(), len(iou_P), grid=grid, bucket=bucket))
+    return rows
+
+
+def _feature_rows(images: list[dict]) -> list[Row]:
+    subjects = dict.fromkeys(image["subject"] for image in images)
+    each = {name: [image for image in images if image["subject"] == name] for name in subjects}
+    return [
+        results.row(name, metric, np.mean([image[metric] for image in own]), len(own))
+        for name, own in each.items()
+        for metric in ("cosine", "mse")
+    ]
 
 
 def _features(head: PromptHead, teacher: Tensor, student: Tensor, resized: Size) -> dict[str, float]:
@@ -248,7 +300,7 @@ def _features(head: PromptHead, teacher: Tensor, student: Tensor, resized: Size)
     rows, columns = (math.ceil(n / stride) for n in resized)
     t, s = teacher[:, :rows, :columns].float(), student[:, :rows, :columns].float()
     cosine = torch.nn.functional.cosine_similarity(t, s, dim=0).mean()
-    return {"feature/cosine": float(cosine), "feature/mse": float((t - s).square().mean())}
+    return {"cosine": float(cosine), "mse": float((t - s).square().mean())}
 
 
 @torch.inference_mode()
@@ -258,13 +310,13 @@ def _rles(protocol: GridMiou, head: PromptHead, case: Case, embeddings: Mapping[
     written: list[dict] = [{"key": case.key, "grid": k, "point": [float(v) for v in xy]} for xy in shown]
     for name, embedding in embeddings.items():
         side = teacher_side(protocol) if name == "teacher" else protocol
-        decode, found = image_decoder(head, embedding), []
+        decode, rles = image_decoder(head, embedding), []
         for points in _prompts(head, k, case.original, case.resized, protocol.points_per_batch):
             pieces = masks_at(side, head, decode, points, case.original, case.resized)
-            found += [to_rle(mask) for piece in pieces for mask in piece.cpu().numpy()]
-        each = len(found) // len(written)
+            rles += [to_rle(mask) for piece in pieces for mask in piece.cpu().numpy()]
+        each = len(rles) // len(written)
         for i, entry in enumerate(written):
-            entry[name] = found[i * each : (i + 1) * each]
+            entry[name] = rles[i * each : (i + 1) * each]
     return written
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,25 +11,33 @@ import fmdistill
 from fmdistill import images
 from fmdistill import recipe as recipes
 from fmdistill.cache import manifest, store
+from fmdistill.evaluate import results
+from fmdistill.evaluate.results import Row
 from fmdistill.files import file_hash, write_whole
 from fmdistill.logs import JsonLines, read_json_lines
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError
 
 
-def state(protocol: Mapping[str, Any], recipe: Recipe, weights: Mapping[str, Path]) -> dict[str, Any]:
-    """Return JSON of all that a result depends on: protocol, weights by subject, validation images, and the cache.
+def state(
+    protocol: Mapping[str, Any],
+    recipe: Recipe,
+    weights: Mapping[str, Path],
+    splits: Collection[str] = ("validation",),
+) -> dict[str, Any]:
+    """Return JSON of all that a result depends on: protocol, weights by subject, images of `splits`, and the cache.
 
     `protocol` is its JSON. Images that keep their key and their place are taken to be the same.
     """
     parts = [protocol, *(part for part in protocol.values() if isinstance(part, Mapping))]
     own = next((part["images"] for part in parts if isinstance(part.get("images"), Mapping)), None)
     listed = images.build(own or recipe.images)
-    shards = [(s.name, s.take, list(s.keys or [])) for s in listed.shards() if s.split == "validation"]
+    shards = [(s.name, s.take, list(s.keys or [])) for s in listed.shards() if s.split in splits]
     root = store.of(recipe.cache).folder if recipe.cache is not None else None
     described = root / manifest.NAME if root is not None else None
     return {
         "version": fmdistill.__version__,
+        "format": results.FORMAT,
         "protocol": json.loads(json.dumps(protocol)),
         "files": {text: file_hash(path) for part in parts for text, path in _files(part)},
         "weights": {name: file_hash(path) for name, path in weights.items()},
@@ -38,11 +46,11 @@ def state(protocol: Mapping[str, Any], recipe: Recipe, weights: Mapping[str, Pat
     }
 
 
-def stored(path: Path, of: Mapping[str, Any]) -> dict[str, float] | None:
-    """Return the metrics at `path` if they are of this state, else None."""
+def stored(path: Path, of: Mapping[str, Any]) -> list[Row] | None:
+    """Return the rows stored at `path` if they are of this state, else None."""
     try:
         found = json.loads(path.read_text())
-        return found["metrics"] if found["of"] == of else None
+        return found["rows"] if found["of"] == of else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -20,20 +20,23 @@ from fmdistill.backbones.fast_decoder import image_decoder
 from fmdistill.backbones.promptable import PromptHead
 from fmdistill.cache import open_cache
 from fmdistill.cache.dataset import CachedImages
+from fmdistill.evaluate import results
 from fmdistill.evaluate.masks import innermost, iou, pack
+from fmdistill.evaluate.results import TEACHER, Judged, Row
 from fmdistill.evaluate.segmentation import Size, decode_segmentation
 from fmdistill.logs import log, progress
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError
 
 COLUMN = "json"  # an image's annotations beside it in SA-1B's tars
+MASKS = ("picked", "best")
 LOW = 0.3  # picked mIoU below which a warning names likely causes
 BAD = (ValueError, TypeError, LookupError, OverflowError, RecursionError)  # what malformed JSON or RLE raises here
 
 
 @dataclass(frozen=True)
 class Sa1b:
-    """How to judge: each annotation's first point, masks 1 to 3 with logits > 0, IoU at the original resolution.
+    """Judge each annotation's first point, masks 1 to 3 with logits > 0, IoU at the original resolution.
 
     An annotation without `point_coords`, which only SA-1B's have, is prompted at the pixel of its mask furthest from
     the mask's edge. Masks may be in any of COCO's forms: RLE, compressed or with listed counts, and polygons. `best`
@@ -63,40 +66,43 @@ class Sa1bCase:
     resized: Size
 
 
-def judge_teacher(recipe: Recipe, protocol: Sa1b = Sa1b()) -> dict[str, float] | None:
-    """Log how the recipe's cached teacher scores on its validation images' own masks; None where they have none."""
+def judge_teacher(recipe: Recipe, evaluators: Iterable[object] = (), protocol: Sa1b = Sa1b()) -> list[Row]:
+    """Log how the recipe's cached teacher scores on its validation images' own masks; no rows if they have none.
+
+    The recipe's own `evaluators` add nothing that the images lack.
+    """
     cache = open_cache(recipe)
     data = CachedImages(cache, "validation")
     shards = annotated(data)
     if not shards:
-        return None
+        return []
     total = min(protocol.images, sum(data.counts[number] for number in shards))
     shown = progress(cases(data, shards), "SA-1B's own masks", total=total, unit="image")
-    metrics, details = run(protocol, cache.head(), shown)
+    rows, details = run(protocol, cache.head(), shown)
     for problem in details["skipped"][:3]:
         log.warning("%s: SA-1B's masks: skipped %s", cache.root, problem)
     if len(details["skipped"]) > 3:
         log.warning("%s: SA-1B's masks: skipped %d more", cache.root, len(details["skipped"]) - 3)
-    if not details["rows"]:
+    if not details["annotations"]:
         log.warning("%s: SA-1B's masks: none could be read, so the teacher is not scored against them", cache.root)
-        return metrics
+        return rows
+    picked, best = (results.value(rows, "miou", TEACHER, mask=mask) for mask in MASKS)
     log.info(
         "%s: the teacher scores %.2f (picked), %.2f (best of three) mIoU against SA-1B's own masks: "
         "%d annotations on %d images",
         cache.root,
-        metrics["picked/miou"],
-        metrics["best/miou"],
-        metrics["annotations"],
-        metrics["images"],
+        picked,
+        best,
+        *(results.value(rows, metric, TEACHER) for metric in ("annotations", "images")),
     )
-    if metrics["picked/miou"] < LOW:
+    if picked < LOW:
         log.warning(
             "%s: that is below %.1f. Likely causes: teacher.weights is another model's file or untrained; images.root "
             "holds other images than the JSON describes; the masks are not SAM's",
             cache.root,
             LOW,
         )
-    return metrics
+    return rows
 
 
 def annotated(data: CachedImages) -> list[int]:
@@ -118,13 +124,14 @@ def cases(data: CachedImages, shards: Iterable[int]) -> Iterator[Sa1bCase]:
             yield Sa1bCase(sample["key"], embedding, text, sizes[0], sizes[1])
 
 
-def run(protocol: Sa1b, head: PromptHead, cases: Iterable[Sa1bCase]) -> tuple[dict[str, float], dict]:
-    """Return metrics {"picked/miou", "best/miou", "annotations", "images", "skipped"}, means over annotations, and
-    details {"rows": one per annotation, "skipped": why each unreadable image or annotation was}.
+def run(protocol: Sa1b, head: PromptHead, cases: Iterable[Sa1bCase]) -> Judged:
+    """Return rows: `miou` of the masks "picked" and "best", and the number of annotations, images and skipped ones.
+
+    Details are {"annotations": one each, "skipped": why each unreadable image or annotation was}.
     """
     device = pick_device(protocol.device, "device")
     head = head.to(device).eval()
-    rows: list[dict] = []
+    scored: list[dict] = []
     skipped: list[str] = []
     for case in stop.between(islice(cases, protocol.images)):
         points, truth = [], []
@@ -138,10 +145,12 @@ def run(protocol: Sa1b, head: PromptHead, cases: Iterable[Sa1bCase]) -> tuple[di
             points.append(point)
             truth.append(mask_HW)
         if points:
-            rows += _scores(head, case, np.array(points), truth)
-    metrics = {f"{m}/miou": float(np.mean([row[m] for row in rows])) for m in ("picked", "best") if rows}
-    metrics["annotations"], metrics["images"] = float(len(rows)), float(len({row["key"] for row in rows}))
-    return metrics | {"skipped": float(len(skipped))}, {"rows": rows, "skipped": skipped}
+            scored += _scores(head, case, np.array(points), truth)
+    means = {mask: np.mean([one[mask] for one in scored]) for mask in MASKS if scored}
+    rows = [results.row(TEACHER, "miou", mean, len(scored), mask=mask) for mask, mean in means.items()]
+    numbers = {"annotations": len(scored), "images": len({one["key"] for one in scored}), "skipped": len(skipped)}
+    rows += [results.row(TEACHER, metric, number) for metric, number in numbers.items()]
+    return rows, {"annotations": scored, "skipped": skipped}
 
 
 def _is_annotation(extra: Mapping[str, bytes]) -> bool:

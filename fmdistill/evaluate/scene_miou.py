@@ -5,30 +5,45 @@ h x w resized pixels (before padding to SAM's square input).
 """
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
 from scipy import ndimage
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fmdistill import stop
 from fmdistill.backbones.device import pick_device
+from fmdistill.backbones.mini import MiniSam
 from fmdistill.backbones.promptable import PromptHead
+from fmdistill.distill.labelled import COLUMN, check_size
+from fmdistill.distill.student import STUDENTS
+from fmdistill.evaluate import results
 from fmdistill.evaluate.masks import innermost, iou, pack
+from fmdistill.evaluate.results import STUDENT, Judged, Metric, Row
+from fmdistill.evaluate.subjects import embed
+from fmdistill.evaluate.tails import SHARES
+from fmdistill.images import Images
+from fmdistill.images import build as build_images
+from fmdistill.images.scenes import decode_labels
+from fmdistill.logs import progress
+from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError
 
 Size = tuple[int, int]
 MEASURES = ("best", "picked", "single", "ceiling")
-# Largest share of the image, and the bucket's name.
-BUCKETS = ((0.003, "below_0.3%"), (0.01, "0.3-1%"), (0.03, "1-3%"), (0.1, "3-10%"), (float("inf"), "above_10%"))
+HELP = (
+    "mIoU × 100 with the scenes' exact masks, one point an object: `best` of three masks, `picked` by predicted IoU, "
+    "`single`, and `ceiling`, the exact mask at the resolution of the logits."
+)
 
 
 @dataclass(frozen=True)
 class SceneMiou:
-    """How to judge: one point per object, the visible pixel furthest from the object's edge; logits > 0 at H x W.
+    """Judge one point per object, the visible pixel furthest from the object's edge; logits > 0 at H x W.
 
     `best` is the best of masks 1 to 3, `picked` the one with the top predicted IoU, `single` mask 0, `ceiling` the
     true mask averaged onto the 4g x 4g logits and upsampled like them: what that resolution keeps of an object.
@@ -38,12 +53,31 @@ class SceneMiou:
     images: int | None = None
     device: str = "auto"
 
+    metrics: ClassVar[Mapping[str, Metric]] = {
+        "miou": Metric("mIoU", across="mask", percent=True, better="higher", end=1.0, help=HELP)
+    }
+
     def __post_init__(self) -> None:
         """Refuse what would measure nothing."""
         if self.points_per_batch < 1:
             raise UserError(f"points_per_batch={self.points_per_batch}: needs at least 1")
         if self.images is not None and self.images < 1:
             raise UserError(f"images={self.images}: needs at least 1, or null for all")
+
+    def check(self, recipe: Recipe) -> None:
+        """Raise a UserError for a student that makes no masks."""
+        name = recipe.student.get("name")
+        if name in STUDENTS and name != "sam_mini":
+            raise _no_masks(name)
+
+    def judge(self, recipe: Recipe, students: Mapping[str, nn.Module]) -> Judged:
+        """Score a promptable student on the exact masks of the recipe's validation images."""
+        ((name, student),) = students.items()
+        if not isinstance(student, MiniSam):
+            raise _no_masks(recipe.student["name"])
+        student.to(pick_device(self.device, "device"))
+        shown = progress(_cases(build_images(recipe.images), student), "scene_miou", total=self.images, unit="image")
+        return run(self, student.head, shown, name)
 
 
 @dataclass(frozen=True)
@@ -58,7 +92,7 @@ class SceneCase:
 
 def bucket(share: float) -> str:
     """Return the area bucket of an object that covers `share` of its image."""
-    return next(name for top, name in BUCKETS if share < top)
+    return next(name for top, name in SHARES if share < top)
 
 
 def object_points(labels_HW: np.ndarray) -> dict[int, tuple[int, int]]:
@@ -90,31 +124,28 @@ def scene_rows(
     return rows
 
 
-def run(protocol: SceneMiou, head: PromptHead, cases: Iterable[SceneCase]) -> tuple[dict[str, float], dict]:
-    """Return metrics {"best/miou": ..., "best/1-3%/miou": ..., "1-3%/objects": ...} over all objects of all images,
-    and details {"rows": one per object}.
-    """
+def run(protocol: SceneMiou, head: PromptHead, cases: Iterable[SceneCase], subject: str = STUDENT) -> Judged:
+    """Return the rows of all objects of all images, and details {"objects": one each}."""
     device = pick_device(protocol.device, "device")
     head = head.to(device).eval()
-    rows = []
+    objects = []
     for case in stop.between(itertools.islice(cases, protocol.images)):
-        found = scene_rows(head, case.embedding.to(device), case.labels, case.resized, protocol.points_per_batch)
-        rows += [{"key": case.key} | row for row in found]
-    if not rows:
+        seen = scene_rows(head, case.embedding.to(device), case.labels, case.resized, protocol.points_per_batch)
+        objects += [{"key": case.key, "subject": subject} | one for one in seen]
+    if not objects:
         raise UserError("scene_miou: no objects to evaluate; the source has no validation scenes")
-    return summarise(rows), {"rows": rows}
+    return summarise(objects, subject), {"objects": objects}
 
 
-def summarise(rows: list[dict]) -> dict[str, float]:
-    """Return the mean of each measure over all objects and by area bucket, with the number of objects."""
-    metrics: dict[str, float] = {"objects": float(len(rows))}
-    metrics |= {f"{m}/miou": float(np.mean([row[m] for row in rows])) for m in MEASURES}
-    for _, name in BUCKETS:
-        members = [row for row in rows if row["bucket"] == name]
-        metrics[f"{name}/objects"] = float(len(members))
-        if members:
-            metrics |= {f"{m}/{name}/miou": float(np.mean([row[m] for row in members])) for m in MEASURES}
-    return metrics
+def summarise(objects: list[dict], subject: str) -> list[Row]:
+    """Return rows of the mean of each measure over all objects, and over those of each area bucket that has any."""
+    rows = []
+    for name in (None, *(name for _, name in SHARES)):
+        members = [one for one in objects if name in (None, one["bucket"])]
+        for measure in MEASURES if members else ():
+            mean = float(np.mean([one[measure] for one in members]))
+            rows.append(results.row(subject, "miou", mean, len(members), mask=measure, bucket=name))
+    return rows
 
 
 def ceiling_logits(head: PromptHead, true_PHW: Tensor, resized: Size) -> Tensor:
@@ -123,6 +154,24 @@ def ceiling_logits(head: PromptHead, true_PHW: Tensor, resized: Size) -> Tensor:
     shares = F.interpolate(true_PHW[:, None].float(), resized, mode="bilinear", align_corners=False, antialias=True)
     padded = F.pad(shares, (0, size - resized[1], 0, size - resized[0]), mode="replicate")
     return F.avg_pool2d(padded, size // side) - 0.5
+
+
+def _cases(images: Images, student: MiniSam) -> Iterator[SceneCase]:
+    """Yield the validation scenes with their exact masks and the student's embeddings."""
+    for shard in (s for s in images.shards() if s.split == "validation"):
+        for encoded in images.read(shard):
+            if COLUMN not in encoded.extra:
+                raise UserError(f"{shard.name}: image '{encoded.key}' has no {COLUMN}; scene_miou needs exact masks")
+            labels: np.ndarray = decode_labels(encoded.extra[COLUMN])
+            image = images.decode(encoded, shard.name)
+            check_size(shard.name, encoded.key, (labels.shape[0], labels.shape[1]), image)
+            pixels, size = student.preprocess.prepare(image)
+            item = {"pixels": pixels, "sizes": torch.tensor(size)}
+            yield SceneCase(encoded.key, embed(student, student.preprocess, item), labels, size)
+
+
+def _no_masks(student: str) -> UserError:
+    return UserError(f"scene_miou judges a promptable model; student.name={student} makes no masks")
 
 
 def _scores(head: PromptHead, embedding: Tensor, xy: Tensor, true_PHW: Tensor, resized: Size) -> dict[str, np.ndarray]:

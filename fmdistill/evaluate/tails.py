@@ -4,18 +4,17 @@ Letters: P points with one mask each, H x W pixels, n offsets a side of a window
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fmdistill.evaluate import scene_miou
-
 Buckets = tuple[tuple[float, str], ...]  # upper bound (not included) and name, ascending
 
-# Shares of the image, the same as those of scenes; then distances as shares of the image's longer side.
-AREAS: Buckets = tuple((top, f"area_{name}") for top, name in scene_miou.BUCKETS)
+# Shares of the image that an object or a mask covers; then distances as shares of the image's longer side.
+SHARES: Buckets = ((0.003, "below_0.3%"), (0.01, "0.3-1%"), (0.03, "1-3%"), (0.1, "3-10%"), (math.inf, "above_10%"))
+AREAS: Buckets = tuple((top, f"area_{name}") for top, name in SHARES)
 EDGES: Buckets = ((0.01, "edge_below_1%"), (0.04, "edge_1-4%"), (math.inf, "edge_above_4%"))
 
 
@@ -28,12 +27,12 @@ def watched(
     """
     done = 0
     for piece in pieces:
-        found: dict[str, np.ndarray] = {}
+        held: dict[str, np.ndarray] = {}
         if by_size:
-            found |= split(area(piece), AREAS)
+            held |= split(area(piece), AREAS)
         if by_edge:
-            found |= split(edge_distance(piece, xy_P2[done : done + len(piece)]), EDGES)
-        for name, members in found.items():
+            held |= split(edge_distance(piece, xy_P2[done : done + len(piece)]), EDGES)
+        for name, members in held.items():
             into[name].append(members)
         done += len(piece)
         yield piece
@@ -73,12 +72,3 @@ def split(value_P: np.ndarray, buckets: Buckets) -> dict[str, np.ndarray]:
     """Return which values each bucket holds, bool (P,) by its name; the last one takes the rest, infinity too."""
     number_P = np.searchsorted([top for top, _ in buckets[:-1]], value_P, side="right")
     return {name: number_P == number for number, (_, name) in enumerate(buckets)}
-
-
-def metrics(iou_by_bucket: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Return {"NAME/miou": the mean over a bucket's points, "NAME/points": their number}, without empty buckets."""
-    found: dict[str, float] = {}
-    for name, iou_P in iou_by_bucket.items():
-        if len(iou_P):
-            found |= {f"{name}/miou": float(iou_P.mean()), f"{name}/points": float(len(iou_P))}
-    return found

@@ -28,18 +28,18 @@ class TextSide:
     folder: Path | None
 
 
-def check(protocol: Any, recipe: Recipe) -> None:
-    """Raise a UserError for a recipe whose run will have no text tower: neither its teacher's nor its own."""
+def check(evaluator: str, recipe: Recipe) -> None:
+    """Raise a UserError that names the `evaluator` if neither the recipe's teacher nor its student has a text tower."""
     name = recipe.student.get("name")
     if recipe.cache is None and name in STUDENTS and name != "clip_mini":
         raise UserError(
             f"student.name={name}: has no text tower, and its recipe no cache with a teacher's; "
-            f"{type(protocol).__name__.lower()} judges a run that was distilled from CLIP"
+            f"{evaluator} judges a run that was distilled from CLIP"
         )
     if recipe.cache is not None and not teachers.may_be(recipe.teacher, "clip"):
         raise UserError(
-            f"teacher.name={(recipe.teacher or {}).get('name')}: has no text tower; {type(protocol).__name__.lower()} "
-            f"judges a run that was distilled from CLIP"
+            f"teacher.name={(recipe.teacher or {}).get('name')}: has no text tower; {evaluator} judges a run "
+            f"that was distilled from CLIP"
         )
 
 

@@ -5,7 +5,7 @@ Letters: N images, K classes, T best classes.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -22,20 +22,19 @@ from fmdistill.distill.provider import Provider
 from fmdistill.distill.student import STUDENTS
 from fmdistill.evaluate import rarity
 from fmdistill.evaluate.annotated import first_image
-from fmdistill.evaluate.zeroshot import TOP, measure
+from fmdistill.evaluate.results import TEACHER, Judged, Metric, Row
+from fmdistill.evaluate.zeroshot import ACCURACY, QUARTILE, TOP, accuracy
 from fmdistill.images import build as build_images
 from fmdistill.logs import progress
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError
 
-Judged = tuple[dict[str, float], dict]
-
-TEACHER = "teacher"
+FREQUENCY = "Many, medium and few: classes by the number of their training images."
 
 
 @dataclass(frozen=True)
 class Top1:
-    """How to judge: the class of the highest logit against the label, on the recipe's validation images.
+    """Judge the class of the highest logit against the label, on the recipe's validation images.
 
     `quartiles` adds the SRW paper's Table 4: images ranked by the average cosine similarity of the teacher's `feature`
     to the others of random batches of 64 (drawn once, by `seed`; see evaluate/rarity.py), q1 the rarest quarter.
@@ -55,6 +54,9 @@ class Top1:
     workers: int = 0
     device: str = "auto"
 
+    metrics: ClassVar[Mapping[str, Metric]] = ACCURACY
+    dimensions: ClassVar[Mapping[str, str]] = {"quartile": QUARTILE, "frequency": FREQUENCY}
+
     def __post_init__(self) -> None:
         """Refuse what would judge nothing."""
         if self.batch < 1 or self.workers < 0:
@@ -62,59 +64,64 @@ class Top1:
         if not 0 < self.few <= self.many:
             raise UserError(f"few={self.few}, many={self.many}: expected 0 < few <= many training images")
 
+    def check(self, recipe: Recipe) -> None:
+        """Raise a UserError for a student that tells no classes apart."""
+        name = recipe.student.get("name")
+        if name in STUDENTS and name not in CLASSIFIERS:
+            raise UserError(f"top1: judges classifiers, and student.name={name} tells no classes apart")
 
-def check(protocol: Top1, recipe: Recipe) -> None:
-    """Raise a UserError for a student that tells no classes apart."""
-    name = recipe.student.get("name")
-    if name in STUDENTS and name not in CLASSIFIERS:
-        raise UserError(f"top1: judges classifiers, and student.name={name} tells no classes apart")
+    def check_images(self, recipe: Recipe) -> None:
+        """Raise a UserError if the first validation image has no label."""
+        encoded = first_image(build_images(recipe.images), "top1")
+        if encoded.label is None:
+            raise UserError(f"top1: image '{encoded.key}' has no label; use a source that has them")
 
-
-def check_images(protocol: Top1, recipe: Recipe) -> None:
-    """Raise a UserError if the first validation image has no label."""
-    encoded = first_image(build_images(recipe.images), "top1")
-    if encoded.label is None:
-        raise UserError(f"top1: image '{encoded.key}' has no label; use a source that has them")
-
-
-def judge(protocol: Top1, recipe: Recipe, models: Mapping[str, nn.Module]) -> Judged:
-    """Score students, named apart, and the teacher where the recipe has one.
-
-    Metrics are "STUDENT/top1", "STUDENT/top5" (of at least five classes), "STUDENT/mean_per_class_recall", and for
-    parts such as "STUDENT/q1/top1" and "STUDENT/few/top1"; details {"rows": one per image and subject}.
-    """
-    size = next(iter(models.values())).image_size
-    statistics = str(recipe.task.get("statistics", "cifar100"))
-    provider = providers.build(recipe, ClassPreprocess.of(size, statistics))  # type: ignore[arg-type]
-    labels_N, keys, logits, feature_ND = _read(protocol, provider, recipe, models)
-    classes = next(iter(logits.values())).shape[1]
-    if protocol.classes not in (None, classes):
-        raise UserError(
-            f"top1: classes={protocol.classes}, but {recipe.out} tells {classes} apart; judge it by another"
-        )
-    if labels_N.min() < 0 or labels_N.max() >= classes:
-        raise UserError(f"top1: an image's label is {labels_N.min()} or {labels_N.max()}, the classes are {classes}")
-    parts: dict[str, np.ndarray] = {"": np.ones(len(labels_N), dtype=bool)}
-    if protocol.quartiles:
-        if feature_ND is None:
+    def judge(self, recipe: Recipe, students: Mapping[str, nn.Module]) -> Judged:
+        """Score students, named apart, and the teacher if the recipe has one."""
+        size = next(iter(students.values())).image_size
+        statistics = str(recipe.task.get("statistics", "cifar100"))
+        provider = providers.build(recipe, ClassPreprocess.of(size, statistics))  # type: ignore[arg-type]
+        labels_N, keys, logits, feature_ND = _read(self, provider, recipe, students)
+        classes = next(iter(logits.values())).shape[1]
+        if self.classes not in (None, classes):
             raise UserError(
-                "quartiles=true: images are ranked by the teacher's feature, and this recipe has no teacher"
+                f"top1: classes={self.classes}, but {recipe.out} tells {classes} apart; judge it by another"
             )
-        quartile_N = rarity.quartiles(rarity.similarity(feature_ND, protocol.seed))
-        parts |= {f"q{number}/": quartile_N == number for number in range(1, 5)}
-    if protocol.frequency:
-        parts |= _by_frequency(protocol, provider.labels(), labels_N, classes)
-    metrics: dict[str, float] = {}
-    rows: list[dict[str, Any]] = []
+        if labels_N.min() < 0 or labels_N.max() >= classes:
+            raise UserError(
+                f"top1: an image's label is {labels_N.min()} or {labels_N.max()}, the classes are {classes}"
+            )
+        parts: list[tuple[dict[str, str], np.ndarray]] = [({}, np.ones(len(labels_N), dtype=bool))]
+        if self.quartiles:
+            if feature_ND is None:
+                raise UserError(
+                    "quartiles=true: images are ranked by the teacher's feature, and this recipe has no teacher"
+                )
+            quartile_N = rarity.quartiles(rarity.similarity(feature_ND, self.seed))
+            parts += [({"quartile": f"q{number}"}, quartile_N == number) for number in range(1, 5)]
+        if self.frequency:
+            parts += _by_frequency(self, provider.labels(), labels_N, classes)
+        return _scored(logits, labels_N, keys, parts)
+
+
+def _scored(
+    logits: Mapping[str, Tensor],
+    labels_N: np.ndarray,
+    keys: list[str],
+    parts: list[tuple[dict[str, str], np.ndarray]],
+) -> Judged:
+    """Return the rows of every subject's logits (N, K) over each part, and details {"images": one each}."""
+    rows: list[Row] = []
+    images: list[dict[str, Any]] = []
     for name, logits_NK in logits.items():
+        classes = logits_NK.shape[1]
         best_NT = logits_NK.topk(min(max(TOP), classes), dim=1).indices.numpy()
-        for part, members_N in parts.items():
+        for part, members_N in parts:
             if members_N.any():
-                found = measure(best_NT[members_N], labels_N[members_N], classes)
-                metrics |= {f"{name}/{part}{k}": v for k, v in found.items() if not part or k.startswith("top")}
+                rows += accuracy(name, best_NT[members_N], labels_N[members_N], classes, **part)
         for key, label, best in zip(keys, labels_N.tolist(), best_NT[:, 0].tolist(), strict=True):
-            rows.append({"key": key, "student": name, "label": label, "prediction": best})
-    return metrics, {"rows": rows}
+            images.append({"key": key, "subject": name, "label": label, "prediction": best})
+    return rows, {"images": images}
 
 
 def _read(
@@ -131,13 +138,13 @@ def _read(
         labels.append(batch["label"].cpu())
         keys += batch["keys"]
         image = provider.preprocess.normalize(batch["pixels"], batch["sizes"])
-        found = {name: model(image)["logits"] for name, model in models.items()}
+        made = {name: model(image)["logits"] for name, model in models.items()}
         for name, output in batch["outputs"].items():
             if name.endswith(".logits"):
-                found[TEACHER] = output
+                made[TEACHER] = output
             if name.endswith(f".{protocol.feature}"):
                 features.append(output.flatten(1).float().cpu())
-        for name, value in found.items():
+        for name, value in made.items():
             logits.setdefault(name, []).append(value.float().cpu())
     if protocol.quartiles and recipe.teacher is not None and not features:
         known = ", ".join(name.partition(".")[2] for name in provider.outputs)
@@ -155,8 +162,10 @@ def _batches(protocol: Top1, provider: Provider, device: torch.device) -> Iterat
         yield batch if provider.complete is None else provider.complete(batch)
 
 
-def _by_frequency(protocol: Top1, trained_N: np.ndarray, labels_N: np.ndarray, classes: int) -> dict[str, np.ndarray]:
+def _by_frequency(
+    protocol: Top1, trained_N: np.ndarray, labels_N: np.ndarray, classes: int
+) -> list[tuple[dict[str, str], np.ndarray]]:
     counts_K = np.bincount(trained_N[trained_N >= 0], minlength=classes)
     many_K, few_K = counts_K > protocol.many, counts_K < protocol.few
-    kinds = {"many/": many_K, "medium/": ~many_K & ~few_K, "few/": few_K}
-    return {name: members_K[labels_N] for name, members_K in kinds.items()}
+    kinds = {"many": many_K, "medium": ~many_K & ~few_K, "few": few_K}
+    return [({"frequency": name}, members_K[labels_N]) for name, members_K in kinds.items()]

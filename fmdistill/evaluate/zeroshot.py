@@ -5,7 +5,7 @@ Letters: N images, K classes, D the shared embedding's width.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor, nn
@@ -14,20 +14,31 @@ from torch.nn import functional as F
 from fmdistill import images as image_sources
 from fmdistill.backbones.device import pick_device
 from fmdistill.cache import Cache
-from fmdistill.evaluate import annotated, rarity, text_side
+from fmdistill.evaluate import annotated, rarity, results, text_side
+from fmdistill.evaluate.results import TEACHER, Judged, Metric, Row
 from fmdistill.evaluate.text_classifier import check_classes, class_names, classifier, templates
 from fmdistill.recipe import Component, Recipe
 from fmdistill.registry import UserError
 
-Judged = tuple[dict[str, float], dict]
-
 TOP = (1, 5)
 CHUNK = 4096  # images whose logits are in memory at once
+
+TOP_K = "Top-k: the share of images, × 100, whose class is among the k best answers of a classifier."
+RECALL = "Class recall: top-1 class by class, their mean."
+ACCURACY = {  # how the rows of `accuracy` read
+    "top1": Metric("top-1", percent=True, better="higher", end=TEACHER, help=TOP_K),
+    "top5": Metric("top-5", percent=True, better="higher", end=TEACHER, help=TOP_K),
+    "mean_per_class_recall": Metric("class recall", percent=True, better="higher", end=TEACHER, help=RECALL),
+}
+QUARTILE = (
+    "Quarters of the images by their similarity to the others in the teacher's embedding: q1 is the least similar, "
+    "the rare images, q4 the most."
+)
 
 
 @dataclass(frozen=True)
 class Zeroshot:
-    """How to judge: logits = 100 * e @ W, e the image's unit embedding, W open_clip's own zero-shot classifier.
+    """Judge by class names: logits = 100 * e @ W, e the image's unit embedding, W open_clip's own zero-shot classifier.
 
     `images` is a source whose validation images are judged, or null for those of the run's cache, where the teacher is
     judged too, from its cached embeddings. `classnames` is "imagenet" or a text file with a name a line, label 0
@@ -48,6 +59,9 @@ class Zeroshot:
     device: str = "auto"
     dtype: annotated.DType = "fp32"
 
+    metrics: ClassVar[Mapping[str, Metric]] = ACCURACY
+    dimensions: ClassVar[Mapping[str, str]] = {"quartile": QUARTILE}
+
     def __post_init__(self) -> None:
         """Refuse what would measure nothing, and names that are not there, before hours of training."""
         text_side.check_reading(self.batch, self.workers, self.limit)
@@ -58,27 +72,25 @@ class Zeroshot:
         class_names(self.classnames)
         templates(self.templates)
 
+    def check(self, recipe: Recipe) -> None:
+        """Raise a UserError for a recipe whose run will have no text tower."""
+        text_side.check("zeroshot", recipe)
 
-def check_images(protocol: Zeroshot, recipe: Recipe) -> None:
-    """Raise a UserError for class folders that do not fit the names, and for a first image without a label."""
-    images = image_sources.build(recipe.images if protocol.images is None else protocol.images)
-    encoded = annotated.first_image(images, "zeroshot")
-    names = class_names(protocol.classnames)
-    check_classes(images, protocol.classnames, len(names))
-    _check_label(encoded.key, encoded.label, len(names))
+    def check_images(self, recipe: Recipe) -> None:
+        """Raise a UserError for class folders that do not fit the names, and for a first image without a label."""
+        images = image_sources.build(recipe.images if self.images is None else self.images)
+        encoded = annotated.first_image(images, "zeroshot")
+        names = class_names(self.classnames)
+        check_classes(images, self.classnames, len(names))
+        _check_label(encoded.key, encoded.label, len(names))
 
-
-def judge(protocol: Zeroshot, recipe: Recipe, models: Mapping[str, nn.Module]) -> Judged:
-    """Score students, named apart, and from a cache the teacher, on labelled images.
-
-    Metrics are "STUDENT/top1", "STUDENT/top5" (with at least five classes), "STUDENT/mean_per_class_recall" over the
-    classes that have images, "STUDENT/q1/top1" to q4; details {"rows": one per image and subject}.
-    """
-    side = text_side.of_run(recipe, models, protocol.images, "zeroshot")
-    weight_DK = _classifier(protocol, side)
-    device = pick_device(protocol.device, "device")
-    reading = {name: getattr(protocol, name) for name in ("batch", "workers", "limit", "dtype")}
-    return score(protocol, annotated.embed(side.data, models, device, "zeroshot", **reading), weight_DK)
+    def judge(self, recipe: Recipe, students: Mapping[str, nn.Module]) -> Judged:
+        """Score students, named apart, and from a cache the teacher, on labelled images."""
+        side = text_side.of_run(recipe, students, self.images, "zeroshot")
+        weight_DK = _classifier(self, side)
+        device = pick_device(self.device, "device")
+        reading = {name: getattr(self, name) for name in ("batch", "workers", "limit", "dtype")}
+        return score(self, annotated.embed(side.data, students, device, "zeroshot", **reading), weight_DK)
 
 
 def score_teacher(protocol: Zeroshot, cache: Cache) -> Judged:
@@ -86,8 +98,8 @@ def score_teacher(protocol: Zeroshot, cache: Cache) -> Judged:
     side = text_side.of_cache(cache, None, "zeroshot", pixels=False)
     weight_DK = _classifier(protocol, side)
     device = pick_device(protocol.device, "device")
-    found = annotated.embed(side.data, {}, device, "the teacher, zero-shot", protocol.batch, 0, protocol.limit)
-    return score(protocol, found, weight_DK)
+    embedded = annotated.embed(side.data, {}, device, "the teacher, zero-shot", protocol.batch, 0, protocol.limit)
+    return score(protocol, embedded, weight_DK)
 
 
 def _classifier(protocol: Zeroshot, side: text_side.TextSide) -> Tensor:
@@ -97,26 +109,29 @@ def _classifier(protocol: Zeroshot, side: text_side.TextSide) -> Tensor:
     return classifier(side.head, names, templates(protocol.templates), device, side.folder)
 
 
-def score(protocol: Zeroshot, found: annotated.Embedded, weight_DK: Tensor) -> Judged:
-    """Return metrics and rows of embeddings that are there already; `weight_DK` has unit columns."""
-    labels = _labels(found, weight_DK.shape[1])
+def score(protocol: Zeroshot, embedded: annotated.Embedded, weight_DK: Tensor) -> Judged:
+    """Return the rows of embeddings made before, and details {"images": one per image and subject}.
+
+    `weight_DK` has unit columns.
+    """
+    classes = weight_DK.shape[1]
+    labels = _labels(embedded, classes)
     quartile = None
     if protocol.quartiles:
-        quartile = rarity.quartiles(rarity.similarity(found.embeddings[annotated.TEACHER], protocol.seed))
-    metrics: dict[str, float] = {}
-    rows: list[dict[str, Any]] = []
-    for name, embedding_ND in found.embeddings.items():
+        quartile = rarity.quartiles(rarity.similarity(embedded.embeddings[TEACHER], protocol.seed))
+    rows: list[Row] = []
+    images: list[dict[str, Any]] = []
+    for name, embedding_ND in embedded.embeddings.items():
         best_NT = top(embedding_ND, weight_DK, name)
-        metrics |= {f"{name}/{key}": value for key, value in measure(best_NT, labels, weight_DK.shape[1]).items()}
+        rows += accuracy(name, best_NT, labels, classes)
         for number in range(1, 5) if quartile is not None else ():
-            ours = quartile == number
-            if ours.any():
-                parts = measure(best_NT[ours], labels[ours], weight_DK.shape[1])
-                metrics |= {f"{name}/q{number}/{key}": parts[key] for key in parts if key.startswith("top")}
-        for place, (key, label) in enumerate(zip(found.keys, labels.tolist(), strict=True)):
-            row = {"key": key, "student": name, "label": label, "prediction": int(best_NT[place, 0])}
-            rows.append(row if quartile is None else {**row, "quartile": int(quartile[place])})
-    return metrics, {"rows": rows}
+            members_N = quartile == number
+            if members_N.any():
+                rows += accuracy(name, best_NT[members_N], labels[members_N], classes, quartile=f"q{number}")
+        for place, (key, label) in enumerate(zip(embedded.keys, labels.tolist(), strict=True)):
+            image = {"key": key, "subject": name, "label": label, "prediction": int(best_NT[place, 0])}
+            images.append(image if quartile is None else {**image, "quartile": int(quartile[place])})
+    return rows, {"images": images}
 
 
 def top(embedding_ND: Tensor, weight_DK: Tensor, name: str) -> np.ndarray:
@@ -140,9 +155,16 @@ def measure(best_NT: np.ndarray, labels_N: np.ndarray, classes: int) -> dict[str
     return {**metrics, "mean_per_class_recall": float(recalls.mean())}
 
 
-def _labels(found: annotated.Embedded, classes: int) -> np.ndarray:
-    labels: Sequence[int | None] = found.labels
-    for key, label in zip(found.keys, labels, strict=True):
+def accuracy(name: str, best_NT: np.ndarray, labels_N: np.ndarray, classes: int, **part: Any) -> list[Row]:
+    """Return the rows of what `measure` gives for the subject `name`; of a part of the images only the top-k."""
+    measured = measure(best_NT, labels_N, classes)
+    wanted = {metric: value for metric, value in measured.items() if not part or metric.startswith("top")}
+    return [results.row(name, metric, value, len(labels_N), **part) for metric, value in wanted.items()]
+
+
+def _labels(embedded: annotated.Embedded, classes: int) -> np.ndarray:
+    labels: Sequence[int | None] = embedded.labels
+    for key, label in zip(embedded.keys, labels, strict=True):
         _check_label(key, label, classes)
     return np.array(labels, dtype=np.int64)
 

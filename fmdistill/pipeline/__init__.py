@@ -13,6 +13,7 @@ from fmdistill.distill import objective, student, tasks
 from fmdistill.distill.optim import OPTIMIZERS, SCHEDULES
 from fmdistill.distill.train import check_share, too_few_images, total_steps
 from fmdistill.evaluate import teacher_score
+from fmdistill.evaluate.results import Row
 from fmdistill.files import check_folder
 from fmdistill.launcher import processes
 from fmdistill.logs import log
@@ -63,7 +64,7 @@ def check_machine(settings: Recipe) -> None:
     """Raise a UserError unless this machine can train and judge as the recipe says, before anything is spent."""
     distill.check_machine(settings)
     for path in settings.protocols:
-        pick_device(str(getattr(evaluate.load(path).settings, "device", "auto")), f"{path}: device")
+        pick_device(str(getattr(evaluate.load(path).evaluator, "device", "auto")), f"{path}: device")
 
 
 def check_before(settings: Recipe) -> None:
@@ -142,8 +143,8 @@ def shipped() -> list[str]:
     return sorted(str(path.relative_to(base)) for path in found)
 
 
-def run(settings: Recipe) -> dict[str, dict[str, float]]:
-    """Cache, score the teacher on what its images carry, distil and evaluate; return the metrics by protocol.
+def run(settings: Recipe) -> dict[str, list[Row]]:
+    """Cache, score the teacher on what its images carry, distil and evaluate; return the rows by protocol.
 
     What is done already is left as it is. Of several training processes only the first evaluates; the others return {}.
     """
@@ -159,7 +160,7 @@ def run(settings: Recipe) -> dict[str, dict[str, float]]:
 
 def _score_teacher(settings: Recipe) -> None:
     if is_main():
-        teacher_score.judge_teacher(settings, [evaluate.load(path).settings for path in settings.protocols])
+        teacher_score.judge_teacher(settings, [evaluate.load(path).evaluator for path in settings.protocols])
 
 
 def is_main() -> bool:
@@ -167,7 +168,7 @@ def is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def evaluate_recipe(settings: Recipe) -> dict[str, dict[str, float]]:
+def evaluate_recipe(settings: Recipe) -> dict[str, list[Row]]:
     """Run the recipe's own protocols on its own run."""
     if not settings.protocols:
         raise UserError("this recipe names no protocols; give one: fmdistill evaluate PROTOCOL RUN")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from fmdistill import cache, distill, evaluate, recipe, stop
 from fmdistill.cache import finished
-from fmdistill.launcher import processes
 from fmdistill.files import check_folder, write_whole
+from fmdistill.launcher import processes
 from fmdistill.logs import log
 from fmdistill.pipeline import TRUSTED, check_before, variants
 from fmdistill.recipe import Recipe

@@ -1,8 +1,8 @@
 """runs -> what a person looks at: one self-contained HTML page, and the same tables as text."""
 
-import re
 from pathlib import Path
 
+from fmdistill.evaluate.results import Result
 from fmdistill.files import check_folder, write_whole
 from fmdistill.logs import log
 from fmdistill.registry import UserError
@@ -13,20 +13,6 @@ ONE_SEED = (
     "One seed is not a comparison: two seeds of one recipe differ by amounts like those between these rows, "
     "so a difference counts only when it holds over several seeds."
 )
-HOW_TO_READ = {  # by the metric that a table holds, as a pattern of its name
-    r"(.*/)?miou": (
-        "mIoU × 100 of the masks that the student's and the teacher's embeddings give for the same k×k grid of points, "
-        "both through the teacher's prompt decoder; the teacher against itself scores 100."
-    ),
-    r"feature/.*": "Feature figures compare the embeddings themselves over the tokens that hold any picture.",
-    r"(.*/)?top\d+": "Top-k: the share of images, × 100, whose class is among the k best answers of a classifier.",
-    r"(.*/)?mean_per_class_recall": "Class recall: top-1 class by class, their mean.",
-    r"(.*/)?q1/.*": (
-        "Quarters of the images by their similarity to the others in the teacher's embedding: q1 is the least similar, "
-        "the rare images, q4 the most."
-    ),
-    r".*@\d+": "Recall@k: the share of queries, × 100, whose right answer is among the k nearest.",
-}
 ABOUT_PUBLISHED = (
     "Shaded rows are a paper's, with another teacher, other images and a larger student: set their differences beside "
     "ours, not their values."
@@ -71,13 +57,17 @@ def run(runs: list[str], out: str, trust: bool = False) -> Path:
 def text(runs: list[str]) -> str:
     """Return the tables of the run folders for a terminal, with the sentence about seeds."""
     found = rows.read_runs(runs)
-    shown = [f"{protocol}\n{tables.plain(table)}" for protocol, table in _built(found)]
+    shown = [f"{protocol}\n{tables.plain(table)}" for protocol, _, table in _built(found)]
     return "\n\n".join([*(shown or ["no evaluation yet: `fmdistill evaluate PROTOCOL RUN`"]), ONE_SEED])
 
 
-def _built(runs: list[Run]) -> list[tuple[str, tables.Table]]:
-    protocols = {stem: settings for run in runs for stem, settings in run.protocols.items()}
-    return [(stem, tables.build(rows.rows(runs, stem), rows.published(own))) for stem, own in protocols.items()]
+def _built(runs: list[Run]) -> list[tuple[str, Result, tables.Table]]:
+    """Return each protocol with a result that states how its metrics read, and its table."""
+    stated = {stem: result for run in runs for stem, result in run.evaluations.items()}
+    return [
+        (stem, result, tables.build(rows.rows(runs, stem), result.metrics, rows.published(result.protocol)))
+        for stem, result in stated.items()
+    ]
 
 
 def _heads(runs: list[Run]) -> str:
@@ -91,13 +81,20 @@ def _tables(runs: list[Run]) -> list[str]:
     built = _built(runs)
     if not built:
         return [*parts, page.paragraph("None of these runs has been evaluated yet: fmdistill evaluate PROTOCOL RUN.")]
-    for protocol, table in built:
+    for protocol, _, table in built:
         parts += [page.heading(f"Protocol {protocol}", 3), tables.html(table)]
-    keys = [column.key for _, table in built for column in table.columns]
-    told = [text for pattern, text in HOW_TO_READ.items() if any(re.fullmatch(pattern, key) for key in keys)]
-    if any(section.kind == "published" for _, table in built for section in table.sections):
+    told = [text for _, result, table in built for text in _how_to_read(result, table)]
+    if any(section.kind == "published" for _, _, table in built for section in table.sections):
         told.append(ABOUT_PUBLISHED)
-    return [*parts, page.paragraph(" ".join(told))]
+    return [*parts, page.paragraph(" ".join(dict.fromkeys(told)))]
+
+
+def _how_to_read(result: Result, table: tables.Table) -> list[str]:
+    """Return the evaluator's sentences about the metrics and dimensions that the table shows."""
+    metrics = dict.fromkeys(column.key[0] for column in table.columns)
+    dimensions = dict.fromkeys(name for column in table.columns for name, _ in column.key[1])
+    told = [*(result.metric(name).help for name in metrics), *(result.dimensions.get(name, "") for name in dimensions)]
+    return [text for text in told if text]
 
 
 def _curves(runs: list[Run]) -> list[str]:

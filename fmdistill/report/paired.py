@@ -7,12 +7,14 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import stats
 
-from fmdistill.report.rows import STUDENT, Run
-from fmdistill.report.tables import share_heading
+from fmdistill.evaluate import results
+from fmdistill.evaluate.results import STUDENT, Key, Metric
+from fmdistill.report.rows import Run
 
 LEVEL = 0.95
 MANY = 3  # more methods than these are corrected for
@@ -30,6 +32,8 @@ class Line:
 
     method: str
     metric: str
+    dimensions: dict[str, Any]
+    percent: bool  # whether the values are shares, shown times 100
     seeds: int
     mean: float
     deviation: float  # between seeds
@@ -45,16 +49,18 @@ def compare(runs: Mapping[str, Sequence[Run]], protocol: str) -> list[Line]:
     methods = list(runs)
     enough = needed(runs)
     lines = []
-    for metric in _metrics(runs, protocol):
-        values = {name: _values(runs[name], protocol, metric) for name in methods}
+    for key in _keys(runs, protocol):
+        metric = runs[methods[0]][0].evaluations[protocol].metric(key[0])
+        values = {name: _values(runs[name], protocol, key) for name in methods}
         for name in methods:
             difference, low, high = (None, None, None)
             if name != methods[0]:
                 difference, low, high = interval(np.subtract(values[name], values[methods[0]]), len(methods))
             mean, deviation = float(np.mean(values[name])), _deviation(values[name])
-            verdict = _verdict(difference, low, high, len(values[name]), enough, _is_share(metric))
-            ess = _effective_sample_size(runs[name])
-            lines.append(Line(name, metric, len(values[name]), mean, deviation, difference, low, high, verdict, ess))
+            count, ess = len(values[name]), _effective_sample_size(runs[name])
+            verdict = _verdict(difference, low, high, count, enough, metric)
+            compared = (mean, deviation, difference, low, high, verdict, ess)
+            lines.append(Line(name, key[0], dict(key[1]), metric.percent, count, *compared))
     return lines
 
 
@@ -78,17 +84,21 @@ def needed(runs: Mapping[str, Sequence[Run]]) -> int:
 def text(lines: Sequence[Line]) -> str:
     """Return one Markdown table per metric; shares are shown times 100, other metrics as they are."""
     written = []
-    for metric in dict.fromkeys(line.metric for line in lines):
-        ours = [line for line in lines if line.metric == metric]
-        written += [f"**{metric}**, {ours[0].seeds} seeds, differences to {ours[0].method}", ""]
+    for heading in dict.fromkeys(_heading(line) for line in lines):
+        members = [line for line in lines if _heading(line) == heading]
+        written += [f"**{heading}**, {members[0].seeds} seeds, differences to {members[0].method}", ""]
         written += ["| method | mean | sd | difference | interval | | ESS |", "|---|---|---|---|---|---|---|"]
-        written += [_row(line) for line in ours] + [""]
+        written += [_row(line) for line in members] + [""]
     return "\n".join(written).rstrip()
+
+
+def _heading(line: Line) -> str:
+    return results.shown(results.key({"metric": line.metric, **line.dimensions}))
 
 
 def _row(line: Line) -> str:
     ess = "" if line.effective_sample_size is None else f"{line.effective_sample_size:.3f}"
-    scale, form = (100.0, ".2f") if _is_share(line.metric) else (1.0, ".4g")
+    scale, form = (100.0, ".2f") if line.percent else (1.0, ".4g")
     start = f"| {line.method} | {scale * line.mean:{form}} | {scale * line.deviation:{form}} |"
     if line.difference is None:
         return f"{start} | | baseline | {ess} |"
@@ -97,37 +107,34 @@ def _row(line: Line) -> str:
 
 
 def _verdict(
-    difference: float | None, low: float | None, high: float | None, seeds: int, enough: int, share: bool
+    difference: float | None, low: float | None, high: float | None, seeds: int, enough: int, metric: Metric
 ) -> str:
-    """Return what the interval decides; only of a share is it known that more is better."""
+    """Return what the interval decides; "higher" or "lower" if the metric does not state which is better."""
     if difference is None or low is None or high is None:
         return "baseline"
     if seeds < enough:
         return f"not decided: {seeds} of {enough} seeds"
-    if low > 0:
-        return "better" if share else "higher"
-    if high < 0:
-        return "worse" if share else "lower"
-    return "not decided"
+    if low <= 0 <= high:
+        return "not decided"
+    side = "higher" if low > 0 else "lower"
+    if metric.better is None:
+        return side
+    return "better" if side == metric.better else "worse"
 
 
-def _is_share(metric: str) -> bool:
-    return share_heading(metric.split("/")[-1]) is not None
+def _keys(runs: Mapping[str, Sequence[Run]], protocol: str) -> list[Key]:
+    """Return the student's metrics with their dimensions that are numbers and that every run has, in their order."""
+    several = [_student(run, protocol) for group in runs.values() for run in group]
+    return [key for key in several[0] if all(results.is_number(cells.get(key)) for cells in several)]
 
 
-def _metrics(runs: Mapping[str, Sequence[Run]], protocol: str) -> list[str]:
-    """Return the student's metrics that are numbers and that every run has, in their order."""
-    several = [run.evaluations[protocol] for group in runs.values() for run in group]
-    names = [name for name in several[0] if all(_is_number(one.get(name)) for one in several)]
-    return [name.partition("/")[2] for name in names if name.startswith(f"{STUDENT}/")]
+def _student(run: Run, protocol: str) -> dict[Key, float]:
+    rows = run.evaluations[protocol].rows
+    return {results.key(row): row["value"] for row in rows if row["subject"] == STUDENT}
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _values(runs: Sequence[Run], protocol: str, metric: str) -> np.ndarray:
-    return np.array([run.evaluations[protocol][f"{STUDENT}/{metric}"] for run in runs])
+def _values(runs: Sequence[Run], protocol: str, key: Key) -> np.ndarray:
+    return np.array([_student(run, protocol)[key] for run in runs])
 
 
 def _deviation(values_S: np.ndarray) -> float:
@@ -141,8 +148,8 @@ def _effective_sample_size(runs: Sequence[Run]) -> float | None:
         for run in runs
         for row in run.log
     ]
-    found = [min(row) for row in rows if row]  # a term by labels, which nothing weighs, would water it down
-    return statistics.fmean(found) if found else None
+    smallest = [min(row) for row in rows if row]  # a term by labels, which nothing weighs, would water it down
+    return statistics.fmean(smallest) if smallest else None
 
 
 def _seconds(run: Run) -> float | None:

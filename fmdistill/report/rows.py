@@ -1,43 +1,38 @@
-"""Read runs and published tables into rows of numbers."""
+"""Read runs and published tables into the lines of tables."""
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from fmdistill import recipe as recipes
+from fmdistill.evaluate import results
+from fmdistill.evaluate.results import STUDENT, TEACHER, Key, Result
 from fmdistill.logs import read_json_lines
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError
 
-# The subjects of an evaluation's metrics: the run's own network, its teacher where that is judged too, and floors.
-STUDENT, TEACHER = "student", "teacher"
 Kind = Literal["run", "teacher", "floor", "published"]
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run as it lies on disk; evaluations by their file's stem, metrics as the evaluator named them.
-
-    `protocols` holds by stem the settings of the protocol that judged: one may have several files, such as a short one.
-    """
+    """A run as it lies on disk; evaluations by their file's stem, since one evaluator may have several protocols."""
 
     name: str
     folder: Path
     recipe: Recipe
     log: list[dict[str, Any]] = field(default_factory=list)
-    evaluations: dict[str, dict[str, float]] = field(default_factory=dict)
-    protocols: dict[str, dict[str, Any]] = field(default_factory=dict)
+    evaluations: dict[str, Result] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of a table: metrics without their subject, such as {"16x16/photos/miou": 0.74}."""
+class TableRow:
+    """One line of a table: the values of one subject by metric and dimensions."""
 
     name: str
     kind: Kind
-    metrics: dict[str, float]
+    cells: dict[Key, float]
 
 
 @dataclass(frozen=True)
@@ -50,7 +45,7 @@ class Published:
     source: str
     setting: str
     protocol: dict[str, Any]
-    rows: list[Row]
+    rows: list[TableRow]
 
 
 def read_runs(folders: Iterable[str | Path]) -> list[Run]:
@@ -64,21 +59,21 @@ def read_runs(folders: Iterable[str | Path]) -> list[Run]:
     return [_read_run("/".join(path.resolve().parts[-depth:]), path) for path in paths]
 
 
-def rows(runs: list[Run], evaluation: str) -> list[Row]:
+def rows(runs: list[Run], evaluation: str) -> list[TableRow]:
     """Return one row per run and subject of an evaluation; a teacher or floor that the runs share is listed once."""
-    found: list[Row] = []
+    listed: list[TableRow] = []
     for run in runs:
-        subjects = _by_subject(run.evaluations.get(evaluation, {}))
-        for subject, metrics in subjects.items():
+        subjects = _by_subject(run.evaluations[evaluation].rows if evaluation in run.evaluations else [])
+        for subject, cells in subjects.items():
             if subject == STUDENT:
-                found.append(Row(run.name, "run", metrics))
+                listed.append(TableRow(run.name, "run", cells))
             elif STUDENT not in subjects:
-                found.append(Row(f"{run.name}: {subject}", "run", metrics))
-            elif not any(row.kind != "run" and row.metrics == metrics for row in found):
-                known = any(row.name == subject for row in found)
+                listed.append(TableRow(f"{run.name}: {subject}", "run", cells))
+            elif not any(row.kind != "run" and row.cells == cells for row in listed):
+                known = any(row.name == subject for row in listed)
                 kind = "teacher" if subject == TEACHER else "floor"
-                found.append(Row(f"{subject} ({run.name})" if known else subject, kind, metrics))
-    return sorted(found, key=lambda row: row.kind != "run")
+                listed.append(TableRow(f"{subject} ({run.name})" if known else subject, kind, cells))
+    return sorted(listed, key=lambda row: row.kind != "run")
 
 
 def published(protocol: dict[str, Any]) -> list[Published]:
@@ -96,37 +91,34 @@ def read_published(path: Path) -> Published:
     """Return one paper's table; its numbers become fractions where it prints percent."""
     settings = recipes.read_yaml(path)
     missing = {"source", "setting", "protocol", "unit", "rows"} - settings.keys()
-    if missing or settings["unit"] not in ("percent", "fraction") or not isinstance(settings["protocol"], dict):
-        raise UserError(f"{path}: needs source, setting, protocol (a mapping), rows and unit (percent or fraction)")
+    kinds = (("protocol", dict), ("rows", list))
+    odd = missing or [name for name, kind in kinds if not isinstance(settings[name], kind)]
+    if odd or settings["unit"] not in ("percent", "fraction"):
+        raise UserError(
+            f"{path}: needs source, setting, protocol (a mapping), rows (a list) and unit (percent or fraction)"
+        )
     scale = 100.0 if settings["unit"] == "percent" else 1.0
-    found = [
-        Row(name, "published", {k: v / scale for k, v in metrics.items()}) for name, metrics in settings["rows"].items()
-    ]
-    return Published(settings["source"], settings["setting"], settings["protocol"], found)
+    subjects = _by_subject([_published_row(path, row, scale) for row in settings["rows"]])
+    lines = [TableRow(name, "published", cells) for name, cells in subjects.items()]
+    return Published(settings["source"], settings["setting"], settings["protocol"], lines)
+
+
+def _published_row(path: Path, row: Any, scale: float) -> results.Row:
+    texts = isinstance(row, dict) and all(isinstance(row.get(name), str) for name in ("subject", "metric"))
+    if not texts or not results.is_number(row.get("value")):
+        raise UserError(f"{path}: rows: expected {{subject: NAME, metric: NAME, value: NUMBER}}, got {row!r}")
+    return {**row, "value": row["value"] / scale}
 
 
 def _read_run(name: str, folder: Path) -> Run:
     recipe = recipes.load_saved(folder, ["trust=true"])  # only read here, nothing is imported
-    evaluations, protocols = {}, {}
-    for path in sorted((folder / "evaluation").glob("*.json")):
-        found = _read_json(path)
-        if "metrics" in found:
-            evaluations[path.stem] = found["metrics"]
-            protocols[path.stem] = found.get("protocol", {})
-    return Run(name, folder, recipe, read_json_lines(folder / "metrics.jsonl"), evaluations, protocols)
+    stored = {path.stem: results.read(path) for path in sorted((folder / "evaluation").glob("*.json"))}
+    evaluations = {stem: result for stem, result in stored.items() if result is not None}
+    return Run(name, folder, recipe, read_json_lines(folder / "metrics.jsonl"), evaluations)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); run `fmdistill evaluate` again") from error
-    return found if isinstance(found, dict) else {}
-
-
-def _by_subject(metrics: dict[str, float]) -> dict[str, dict[str, float]]:
-    subjects: dict[str, dict[str, float]] = {}
-    for name, value in metrics.items():
-        subject, slash, rest = name.partition("/")
-        subjects.setdefault(subject if slash else STUDENT, {})[rest or name] = float(value)
+def _by_subject(stored: Iterable[results.Row]) -> dict[str, dict[Key, float]]:
+    subjects: dict[str, dict[Key, float]] = {}
+    for row in stored:
+        subjects.setdefault(row["subject"], {})[results.key(row)] = row["value"]
     return subjects

@@ -2,30 +2,22 @@
 
 import re
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from html import escape
 from itertools import groupby
 from typing import Any
 
-from fmdistill.report.rows import Published, Row
-
-# What is a share from 0 to 1, by the last word of a metric's name, and how a column is headed.
-SHARES = {
-    "miou": "mIoU",
-    "miou_per_image": "mIoU per image",
-    "top1": "top-1",
-    "top5": "top-5",
-    "mean_per_class_recall": "class recall",
-    r"\w+@\d+": r"\g<0>",
-}
+from fmdistill.evaluate import results
+from fmdistill.evaluate.results import TEACHER, Key, Metric
+from fmdistill.report.rows import Published, TableRow
 
 
 @dataclass(frozen=True)
 class Column:
-    """One metric: the `group` heads neighbouring columns; `percent` metrics are shares, shown times 100."""
+    """One metric and its dimensions: the `group` heads neighbouring columns; `percent` values are shown times 100."""
 
-    key: str
+    key: Key
     group: str
     label: str
     percent: bool
@@ -37,7 +29,7 @@ class Section:
 
     heading: str
     kind: str
-    rows: list[Row]
+    rows: list[TableRow]
     signed: bool = False
 
 
@@ -49,10 +41,13 @@ class Table:
     sections: list[Section]
 
 
-def build(rows: list[Row], papers: list[Published] | None = None) -> Table:
-    """Return the table of `rows`: runs, differences, teachers, floors, the share of the way closed, and the papers."""
+def build(rows: list[TableRow], metrics: Mapping[str, Metric], papers: list[Published] | None = None) -> Table:
+    """Return the table of `rows`: runs, differences, teachers, floors, the share of the way closed, and the papers.
+
+    `metrics` are the evaluator's statements by name; a metric without one is shown as it is.
+    """
     runs, teachers, floors = ([r for r in rows if r.kind == kind] for kind in ("run", "teacher", "floor"))
-    columns = _columns(runs)
+    columns = _columns(runs, metrics)
     sections = [Section("Our runs", "run", runs)]
     if len(runs) > 1:
         sections.append(Section(f"Difference to {runs[0].name}", "difference", _differences(runs), signed=True))
@@ -60,11 +55,11 @@ def build(rows: list[Row], papers: list[Published] | None = None) -> Table:
         sections.append(Section("Teacher: what a student imitates", "teacher", teachers))
     if floors:
         sections.append(Section("Floors: what a student must beat", "floor", floors))
-        closed = [_closed(run, floors, teachers) for run in runs]
-        if any(row.metrics for row in closed):
+        closed = [_closed(run, floors, teachers, metrics) for run in runs]
+        if any(row.cells for row in closed):
             sections.append(Section("Share of the way from the best floor to the teacher (100)", "closed", closed))
     for paper in papers or []:
-        shown = [row for row in paper.rows if row.metrics.keys() & {column.key for column in columns}]
+        shown = [row for row in paper.rows if row.cells.keys() & {column.key for column in columns}]
         if shown:
             sections.append(Section(f"Published, not ours: {paper.source}. {paper.setting}", "published", shown))
             gains = _differences(shown)
@@ -110,62 +105,59 @@ def _body(section: Section, table: Table) -> str:
     return f'<tbody class="{section.kind}">{heading}{"".join(lines)}</tbody>'
 
 
-def _columns(runs: list[Row]) -> list[Column]:
-    keys = list(dict.fromkeys(key for run in runs for key in run.metrics))
-    wanted = [key for key in keys if key.split("/")[-1] == "miou" or key.startswith("feature/")] or keys
-    columns = []
-    for key in wanted:
-        *parts, last = key.split("/")
-        shown = share_heading(last)
-        if last == "miou":
-            first, *middle = parts or [""]
-            group = f"{shown}, {middle[0] if middle else 'all images'}"
-            columns.append(Column(key, group, first.replace("x", "×"), percent=True))
-        elif shown is not None:
-            columns.append(Column(key, shown, "/".join(parts) or "all", percent=True))
-        else:
-            columns.append(Column(key, "/".join(parts[:1]), last, percent=False))
+def _columns(runs: list[TableRow], metrics: Mapping[str, Metric]) -> list[Column]:
+    keys = list(dict.fromkeys(key for run in runs for key in run.cells))
+    stated = {key: metrics.get(key[0], Metric(key[0])) for key in keys}
+    columns = [_column(key, stated[key]) for key in keys if stated[key].shown]
     order = list(dict.fromkeys(column.group for column in columns))
-    return sorted(columns, key=lambda column: order.index(column.group))  # 5x5/miou, 5x5/photos/miou, 16x16/miou, ...
+    return sorted(columns, key=lambda column: order.index(column.group))  # 5x5, 5x5 of photos, 16x16, ...
 
 
-def share_heading(metric: str) -> str | None:
-    """Return the heading of a metric that is a share, None for any other."""
-    found = (re.sub(pattern, shown, metric) for pattern, shown in SHARES.items() if re.fullmatch(pattern, metric))
-    return next(found, None)
+def _column(key: Key, metric: Metric) -> Column:
+    dimensions = {name: results.label(name, value) for name, value in key[1]}
+    group = metric.heading
+    if metric.across is not None:
+        rest = [text for name, text in dimensions.items() if name != metric.across]
+        group = f"{metric.heading}, {', '.join(rest) or 'all images'}"
+        dimensions = {name: text for name, text in dimensions.items() if name == metric.across}
+    label = re.sub(r"(?<=\d)x(?=\d)", "×", ", ".join(dimensions.values()) or metric.label)
+    return Column(key, group, label, metric.percent)
 
 
-def _differences(rows: list[Row]) -> list[Row]:
+def _differences(rows: list[TableRow]) -> list[TableRow]:
     return [
-        Row(f"{row.name} − {rows[0].name}", row.kind, _combine(lambda a, b: a - b, row.metrics, rows[0].metrics))
+        TableRow(f"{row.name} − {rows[0].name}", row.kind, _combine(lambda a, b: a - b, row.cells, rows[0].cells))
         for row in rows[1:]
     ]
 
 
-def _closed(run: Row, floors: list[Row], teachers: list[Row]) -> Row:
-    best: dict[str, float] = {}
-    for floor in floors:
-        for key, value in floor.metrics.items():
-            best[key] = max(value, best.get(key, value))
-    # A mIoU with the teacher's masks ends at 1; any other share ends where the teacher is, if it was judged.
-    ends = {key: 1.0 for key in best if key.split("/")[-1] == "miou"}
-    ends |= {k: v for teacher in teachers for k, v in teacher.metrics.items() if share_heading(k.split("/")[-1])}
-    ways = {key: (low, ends[key] - low) for key, low in best.items() if ends.get(key, low) > low}
-    return Row(run.name, run.kind, _combine(lambda own, way: (own - way[0]) / way[1], run.metrics, ways))
+def _closed(run: TableRow, floors: list[TableRow], teachers: list[TableRow], metrics: Mapping[str, Metric]) -> TableRow:
+    """Return the share of the way from the best floor to the end that the metric's statement names."""
+    ways: dict[Key, tuple[float, float]] = {}
+    for key in dict.fromkeys(key for floor in floors for key in floor.cells):
+        metric = metrics.get(key[0], Metric(key[0]))
+        best = min if metric.better == "lower" else max
+        start = best(floor.cells[key] for floor in floors if key in floor.cells)
+        ends = [row.cells[key] for row in teachers if key in row.cells] if metric.end == TEACHER else [metric.end]
+        for end in ends:
+            if isinstance(end, int | float) and (end < start if metric.better == "lower" else end > start):
+                ways[key] = (start, end - start)
+    return TableRow(run.name, run.kind, _combine(lambda own, way: (own - way[0]) / way[1], run.cells, ways))
 
 
-def _combine(function: Callable[[float, Any], float], a: dict[str, float], b: dict[str, Any]) -> dict[str, float]:
+def _combine(function: Callable[[float, Any], float], a: dict[Key, float], b: dict[Key, Any]) -> dict[Key, float]:
     return {key: function(a[key], b[key]) for key in a if key in b}
 
 
-def _cells(row: Row, table: Table, section: Section) -> list[str]:
-    return [_number(row.metrics.get(column.key), column, section.signed) for column in table.columns]
+def _cells(row: TableRow, table: Table, section: Section) -> list[str]:
+    shares = section.kind == "closed"  # whatever the metric
+    return [_number(row.cells.get(one.key), one.percent or shares, section.signed) for one in table.columns]
 
 
-def _number(value: float | None, column: Column, signed: bool) -> str:
+def _number(value: float | None, percent: bool, signed: bool) -> str:
     if value is None:
         return ""
-    shown = f"{100 * value:.2f}" if column.percent else f"{value:.4f}"
+    shown = f"{100 * value:.2f}" if percent else f"{value:.4f}"
     return ("+" if signed and not shown.startswith("-") else "") + shown.replace("-", "−")
 
 
