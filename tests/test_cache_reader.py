@@ -126,7 +126,7 @@ def test_a_student_learns_the_same_from_a_trimmed_cache_as_from_a_full_one_witho
             row.pop("images_per_second", None)
     assert rows["true"] == rows["false"] and rows["true"][-2]["loss"] < rows["true"][0]["loss"]
     include = tiny.load(tmp_path / "true", f"out={tmp_path}/include")
-    with pytest.raises(UserError, match="another one: codec.train"):
+    with pytest.raises(UserError, match="another one: outputs.embedding.codec.train"):
         cache.run(include)
     trimmed = dataclasses.replace(include, cache=recipes.Cache(str(tmp_path / "true/cache"), trim=True))
     with pytest.raises(UserError, match=r"objective\.embedding\.padding=include: a cache with cache\.trim=true"):
