@@ -1,6 +1,6 @@
 """Write one output shard: the unit of work, of failure and of scheduling. It appears whole or not at all.
 
-A shard is NAME.tar, webdataset-compatible with `mtime=0`, and its sidecar NAME.json, written last: keys, offsets,
+A shard is NAME.tar, which webdataset's TarWriter writes, and its sidecar NAME.json, written last: keys, offsets,
 checksums, image hashes, sizes, and per-channel statistics. Neither holds a clock or a host. A map (C, g, g) is a
 member of its own, `escape(key)`.OUTPUT.npy; who reads the tar with webdataset gets the key back by
 `fmdistill.images.unescape(__key__)`. Vectors (D,) are the rows of one member OUTPUT.npy (n, D) at the tar's end, in
@@ -19,8 +19,7 @@ NAME_similarity (2, g, g), which `cache.similarity` adds to a map, is whole and 
 
 import hashlib
 import os
-import tarfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,12 @@ import numpy as np
 from isal.isal_zlib import crc32  # zlib's, nine times as fast
 from torch import Tensor
 
-from fmdistill.cache import seal, sidecar
+from fmdistill.cache import sidecar
 from fmdistill.cache.codec import Codec, stacked
+from fmdistill.cache.shard_tar import ShardTar
+from fmdistill.cache.statistics import Statistics, rectangle
 from fmdistill.files import naming, publish, temporary_name, write_temporary
 from fmdistill.images import Shard, escape
-
-BLOCK = tarfile.BLOCKSIZE
 
 
 @dataclass
@@ -51,45 +50,6 @@ class Prepared:
     problem: str = ""
 
 
-@dataclass
-class Statistics:
-    """Sums, sums of squares and largest magnitudes per channel, valid and padded tokens apart."""
-
-    sums: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    def add(self, output: str, array: np.ndarray, valid: np.ndarray) -> None:
-        """Count one image's (C, H, W) map with its (g, g) validity, or its vector (C,), which is one valid token.
-
-        A map on another grid comes from a network whose images are not padded, so all of it is valid.
-        """
-        if stacked(array.shape):
-            array, valid = array[:, None], np.ones(1, bool)
-        elif array.shape[1:] != valid.shape:
-            assert valid.all(), f"{output}: {array.shape[1:]}, the padding's grid is {valid.shape}"
-            valid = np.ones(array.shape[1:], bool)
-        for kind, mask in (("valid", valid), ("padded", ~valid)):
-            tokens_CN = array[:, mask].astype(np.float64)
-            zero = np.zeros(array.shape[0])
-            old = self.sums.setdefault(output, {}).setdefault(
-                kind, {"count": 0, "sum": zero, "square": zero, "largest": zero}
-            )
-            if tokens_CN.shape[1]:
-                old["count"] += int(tokens_CN.shape[1])
-                old["sum"] = old["sum"] + tokens_CN.sum(1)
-                old["square"] = old["square"] + (tokens_CN**2).sum(1)
-                old["largest"] = np.maximum(old["largest"], np.abs(tokens_CN).max(1))
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain lists, rounded to single precision."""
-        return {
-            output: {
-                kind: {k: v if k == "count" else [float(np.float32(x)) for x in v] for k, v in values.items()}
-                for kind, values in kinds.items()
-            }
-            for output, kinds in self.sums.items()
-        }
-
-
 class ShardWriter:
     """Collects the outputs of one shard under a temporary name and publishes them together."""
 
@@ -97,7 +57,7 @@ class ShardWriter:
         self.path, self.shard, self.identity, self.codec = root / f"{shard.name}.tar", shard, identity, codec
         self.temporary = temporary_name(self.path)
         self.file = open(self.temporary, "xb")
-        self.digest = hashlib.sha256()
+        self.tar = ShardTar(self.path, self.file)
         self.samples: list[dict[str, Any]] = []
         self.failed: list[dict[str, Any]] = []
         self.rows: dict[str, list[bytes]] = {}  # by output, until the tar's end
@@ -137,7 +97,7 @@ class ShardWriter:
                 rows.append(data)
                 self.widths[name] = shape[0]
             else:
-                offset = self._member(f"{escape(item.key)}.{name}.{self.codec.suffix}", data)
+                offset = self.tar.add(escape(item.key), f"{name}.{self.codec.suffix}", data)
             record = {"offset": offset, "size": len(data), "crc32": crc32(data)}
             sample["outputs"][name] = {**record, "shape": list(shape)} if shape != outputs[name].shape else record
             self.statistics.add(name, outputs[name], valid)
@@ -146,30 +106,14 @@ class ShardWriter:
     def _stack(self) -> None:
         for name, rows in self.rows.items():
             header = self.codec.of(name).header((len(self.samples), self.widths[name]))
-            start = self._member(f"{name}.{self.codec.suffix}", header + b"".join(rows)) + len(header)
+            start = self.tar.add(name, self.codec.suffix, b"".join((header, *rows))) + len(header)
             for sample in self.samples:
                 sample["outputs"][name]["offset"] += start
-
-    def _member(self, name: str, data: bytes) -> int:
-        info = tarfile.TarInfo(name)
-        info.size, info.mode, info.mtime = len(data), 0o644, 0
-        self._write(info.tobuf(tarfile.GNU_FORMAT))
-        offset = self.file.tell()
-        self._write(data)
-        self._write(b"\0" * (-len(data) % BLOCK))
-        return offset
-
-    def _write(self, data: bytes) -> None:
-        with naming(self.path):
-            self.file.write(data)
-        self.digest.update(data)  # here, since reading a shard of gigabytes again would keep the teacher waiting
 
     def publish(self) -> None:
         """Finish the tar, publish it first-wins and its sidecar last."""
         self._stack()
-        sealed = self.digest.hexdigest()
-        self._member(seal.NAME, sealed.encode())
-        self._write(b"\0" * (2 * BLOCK))
+        sealed = self.tar.end()
         with naming(self.path):
             self.file.flush()
             os.fsync(self.file.fileno())
@@ -180,7 +124,7 @@ class ShardWriter:
             "split": self.shard.split,
             "codec": self.codec.label,
             "bytes": self.temporary.stat().st_size,
-            "sha256": self.digest.hexdigest(),
+            "sha256": self.tar.sha256,
             "seal": sealed,
             "samples": self.samples,
             "failed": self.failed,
@@ -221,9 +165,9 @@ def cut(array: np.ndarray, codec: Codec, valid: np.ndarray) -> np.ndarray:
     """Return what `codec` keeps of an output: all, or of a map the rectangle of valid tokens."""
     if not codec.trim or array.shape[1:] != valid.shape:
         return array
-    height, width = int(valid.any(1).sum()), int(valid.any(0).sum())
-    assert valid[:height, :width].all() and valid.sum() == height * width, "what is valid is no upper left rectangle"
-    return array[:, :height, :width]
+    size = rectangle(valid)
+    assert size is not None, "what is valid is no upper left rectangle"
+    return array[:, : size[0], : size[1]]
 
 
 def image_hash(data: bytes) -> str:
