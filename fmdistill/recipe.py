@@ -202,6 +202,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return {str(k): _at_home(v) for k, v in loaded.items()}
 
 
+def foreign_names(settings: Any) -> list[str]:
+    """Return the names in `settings` of components outside fmdistill, "package.module:Name"."""
+    return [name for name in _names(settings) if ":" in name]
+
+
 def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
     """Return "a.b=text" strings as one nested mapping of literal texts."""
     nested: dict[str, Any] = {}
@@ -250,7 +255,7 @@ def _renamed(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
 
 def _read(path: Path, trust: bool, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     settings = read_yaml(path)
-    foreign = [name for name in _names(settings) if ":" in name]
+    foreign = foreign_names(settings)
     saved = any(one.name == SAVED for one in (*below, path))  # who saved it may have chosen what it extends
     if saved and foreign and not trust:
         raise UserError(f"{path}: names code outside fmdistill ({', '.join(foreign)}); add trust=true to import it")
