@@ -159,9 +159,10 @@ class Integers(Codec):
         rows = torch.from_numpy(array)
         values = rows.abs()
         scale = (values.amax(-1).numpy() / self.top).astype("<f2")
-        if not np.isfinite(scale).all():
+        unit = scale.astype(np.float32)  # numpy is slow in half precision
+        if not np.isfinite(unit).all():
             return False
-        unit = np.where(scale > 0, scale, 1).astype(np.float32)
+        unit = np.where(unit > 0, unit, np.float32(1))
         torch.div(rows, torch.from_numpy(unit).unsqueeze(-1), out=values).round_()
         if (unit < NORMAL).any():  # only a scale that float16 cannot hold to 2^-11 leads beyond the largest integer
             values.clamp_(-self.top, self.top)
