@@ -223,6 +223,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return {str(k): _at_home(v) for k, v in loaded.items()}
 
 
+def foreign_names(settings: Any) -> list[str]:
+    """Return the names in `settings` of components outside fmdistill, "package.module:Name"."""
+    return [name for name in _names(settings) if ":" in name]
+
+
 def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
     """Return "a.b=text" strings as one nested mapping of literal texts."""
     nested: dict[str, Any] = {}
@@ -250,7 +255,7 @@ def _read(path: Path, trust: bool, method: str = "", below: tuple[Path, ...] = (
     """Return the settings of a recipe's file, or of a method of the study in it, on top of what they extend."""
     settings = read_yaml(path)
     methods = methods_of(settings.pop("methods", {}), path)
-    foreign = [name for name in _names([settings, *methods.values()]) if ":" in name]
+    foreign = foreign_names([settings, *methods.values()])
     saved = any(one.name == SAVED for one in (*below, path))  # who saved it may have chosen what it extends
     if saved and foreign and not trust:
         raise UserError(f"{path}: names code outside fmdistill ({', '.join(foreign)}); add trust=true to import it")

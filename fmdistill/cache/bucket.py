@@ -125,6 +125,11 @@ class Bucket:
         sent = _sidecars(self.folder, self.folder.stat().st_mtime_ns).get(shard, [])
         return [(self.folder / f"{shard}.json", True), *((path, False) for path in sent)]
 
+    def names(self) -> list[str]:
+        """Return the names, sorted, of the files in the local folder that may be shards."""
+        stems = {path.name: path.stem for path in self.folder.glob("*.json")}
+        return sorted({sent[1] if (sent := SENT.fullmatch(name)) else stem for name, stem in stems.items()})
+
     def look(self, shard: str) -> None:
         """Fetch the sidecars of one shard that other machines have put there meanwhile."""
         self._take({name for name in self._remote.names() if name.startswith(f"{shard}-")}, f"{shard}-")

@@ -11,7 +11,7 @@ from torch import Tensor
 from fmdistill.cache import batch
 from fmdistill.cache.reader import Cache, ShardReader
 from fmdistill.cache.writer import image_hash
-from fmdistill.images import DecodeError, Encoded
+from fmdistill.images import DecodeError, Encoded, Images
 from fmdistill.images.kept import Kept
 from fmdistill.registry import UserError
 
@@ -71,21 +71,8 @@ class CachedImages:
             raise UserError(f"{reader.name}: image '{key}' cannot be decoded any more: {error}") from None
 
     def encoded(self, shard: int, index: int) -> Encoded:
-        """Return the image as stored. UserError where it is gone, or is no longer the one that the teacher saw."""
-        reader = self.shards[shard]
-        sample = reader.samples[index]
-        try:
-            encoded = self.cache.images.source.fetch(reader.name, sample["key"])
-        except (KeyError, FileNotFoundError):
-            raise UserError(
-                f"{reader.name}: image '{sample['key']}' is cached but not among the images; is images.root right?"
-            ) from None
-        if image_hash(encoded.data) != sample["image"]:
-            raise UserError(
-                f"{reader.name}: image '{sample['key']}' is not the one that the teacher saw; restore it, "
-                f"or delete {reader.address} and run `fmdistill cache` again"
-            )
-        return encoded
+        """Return the image as `fetch_image` does."""
+        return fetch_image(self.cache.images, self.shards[shard], index)
 
 
 @dataclass(frozen=True)
@@ -110,6 +97,23 @@ class StoredImages:
     @cached_property
     def _pool(self) -> batch.BufferPool:
         return batch.BufferPool()
+
+
+def fetch_image(images: Images, shard: ShardReader, index: int) -> Encoded:
+    """Return a cached image as it is stored. UserError if it is missing or is not the one that the teacher saw."""
+    sample = shard.samples[index]
+    try:
+        encoded = images.source.fetch(shard.name, sample["key"])
+    except (KeyError, FileNotFoundError):
+        raise UserError(
+            f"{shard.name}: image '{sample['key']}' is cached but not among the images; is images.root right?"
+        ) from None
+    if image_hash(encoded.data) != sample["image"]:
+        raise UserError(
+            f"{shard.name}: image '{sample['key']}' is not the one that the teacher saw; restore it, "
+            f"or delete {shard.address} and run `fmdistill cache` again"
+        )
+    return encoded
 
 
 def decoded(cache: Cache, loaded: Mapping[str, Any]) -> dict[str, Any]:

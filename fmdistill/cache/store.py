@@ -42,6 +42,10 @@ class Store(Protocol):
         """Return the paths at which the shard's sidecar may be, in order, and whether its tar must be there too."""
         ...
 
+    def names(self) -> list[str]:
+        """Return the names, sorted, of the files in the local folder that may be shards."""
+        ...
+
     def look(self, shard: str) -> None:
         """Download the sidecars of one shard that other machines have written meanwhile."""
         ...
@@ -94,6 +98,10 @@ class Folder:
     def sidecars(self, shard: str) -> list[tuple[Path, bool]]:
         """Return the path of the shard's sidecar, whose tar must be beside it."""
         return [(self.folder / f"{shard}.json", True)]
+
+    def names(self) -> list[str]:
+        """Return the names, sorted, of the files that may be shards."""
+        return sorted(path.stem for path in self.folder.glob("*.json"))
 
     def look(self, shard: str) -> None:
         """Do nothing: other machines write into the same folder."""

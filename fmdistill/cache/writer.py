@@ -1,6 +1,6 @@
 """Write one output shard: the unit of work, of failure and of scheduling. It appears whole or not at all.
 
-A shard is NAME.tar, webdataset-compatible with `mtime=0`, and its sidecar NAME.json, written last: keys, offsets,
+A shard is NAME.tar, which webdataset's TarWriter writes, and its sidecar NAME.json, written last: keys, offsets,
 checksums, image hashes, sizes, and per-channel statistics. Neither holds a clock or a host. A map (C, g, g) is a
 member of its own, `escape(key)`.OUTPUT.npy; who reads the tar with webdataset gets the key back by
 `fmdistill.images.unescape(__key__)`. Vectors (D,) are the rows of one member OUTPUT.npy (n, D) at the tar's end, in
@@ -19,23 +19,22 @@ The similarities (2, g, g) that `cache.similarity` adds to a map are whole and f
 
 import hashlib
 import os
-import tarfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from isal.isal_zlib import crc32  # zlib's, nine times as fast
 from torch import Tensor
 
-from fmdistill.cache import seal, sidecar
+from fmdistill.cache import sidecar
 from fmdistill.cache.codec import Codec, stacked
 from fmdistill.cache.outputs import StoredOutput, codecs_of
+from fmdistill.cache.shard_tar import ShardTar
+from fmdistill.cache.statistics import Statistics, rectangle
 from fmdistill.cache.store import Store
 from fmdistill.files import naming, publish, temporary_name, write_temporary
 from fmdistill.images import Shard, escape
-
-BLOCK = tarfile.BLOCKSIZE
 
 
 @dataclass
@@ -53,40 +52,6 @@ class Prepared:
     problem: str = ""
 
 
-@dataclass
-class Statistics:
-    """Sums, sums of squares and largest magnitudes per channel, valid and padded tokens apart."""
-
-    sums: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    def add(self, output: str, array: np.ndarray, valid: np.ndarray | None) -> None:
-        """Count one image's (C, g, g) map with its (g, g) validity, None if all of it is valid, or its vector (C,)."""
-        if stacked(array.shape):
-            array = array[:, None]
-        valid = np.ones(array.shape[1:], bool) if valid is None else valid
-        for kind, mask in (("valid", valid), ("padded", ~valid)):
-            tokens_CN = array[:, mask].astype(np.float64)
-            zero = np.zeros(array.shape[0])
-            old = self.sums.setdefault(output, {}).setdefault(
-                kind, {"count": 0, "sum": zero, "square": zero, "largest": zero}
-            )
-            if tokens_CN.shape[1]:
-                old["count"] += int(tokens_CN.shape[1])
-                old["sum"] = old["sum"] + tokens_CN.sum(1)
-                old["square"] = old["square"] + (tokens_CN**2).sum(1)
-                old["largest"] = np.maximum(old["largest"], np.abs(tokens_CN).max(1))
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain lists, rounded to single precision."""
-        return {
-            output: {
-                kind: {k: v if k == "count" else [float(np.float32(x)) for x in v] for k, v in values.items()}
-                for kind, values in kinds.items()
-            }
-            for output, kinds in self.sums.items()
-        }
-
-
 class ShardWriter:
     """Collects the outputs of one shard under a temporary name and publishes them together."""
 
@@ -96,7 +61,7 @@ class ShardWriter:
         self.outputs, self.codecs = outputs, codecs_of(outputs, shard.split)
         self.temporary = temporary_name(self.path)
         self.file = open(self.temporary, "xb")
-        self.digest = hashlib.sha256()
+        self.tar = ShardTar(self.path, self.file)
         self.samples: list[dict[str, Any]] = []
         self.failed: list[dict[str, Any]] = []
         self.rows: dict[str, list[bytes]] = {}  # by output, until the tar's end
@@ -136,7 +101,7 @@ class ShardWriter:
                 rows.append(data)
                 self.widths[name] = shape[0]
             else:
-                offset = self._member(f"{escape(item.key)}.{name}.npy", data)
+                offset = self.tar.add(escape(item.key), f"{name}.npy", data)
             record = {"offset": offset, "size": len(data), "crc32": crc32(data)}
             sample["outputs"][name] = {**record, "shape": list(shape)} if shape != outputs[name].shape else record
             self.statistics.add(name, outputs[name], valid if self.outputs[name].tokens == "image" else None)
@@ -145,30 +110,14 @@ class ShardWriter:
     def _stack(self) -> None:
         for name, rows in self.rows.items():
             header = self.codecs[name].header((len(self.samples), self.widths[name]))
-            start = self._member(f"{name}.npy", header + b"".join(rows)) + len(header)
+            start = self.tar.add(name, "npy", b"".join((header, *rows))) + len(header)
             for sample in self.samples:
                 sample["outputs"][name]["offset"] += start
-
-    def _member(self, name: str, data: bytes) -> int:
-        info = tarfile.TarInfo(name)
-        info.size, info.mode, info.mtime = len(data), 0o644, 0
-        self._write(info.tobuf(tarfile.GNU_FORMAT))
-        offset = self.file.tell()
-        self._write(data)
-        self._write(b"\0" * (-len(data) % BLOCK))
-        return offset
-
-    def _write(self, data: bytes) -> None:
-        with naming(self.path):
-            self.file.write(data)
-        self.digest.update(data)  # here, since reading a shard of gigabytes again would keep the teacher waiting
 
     def publish(self) -> None:
         """Finish the tar, publish it first-wins and its sidecar last."""
         self._stack()
-        sealed = self.digest.hexdigest()
-        self._member(seal.NAME, sealed.encode())
-        self._write(b"\0" * (2 * BLOCK))
+        sealed = self.tar.end()
         with naming(self.path):
             self.file.flush()
             os.fsync(self.file.fileno())
@@ -179,7 +128,7 @@ class ShardWriter:
             "split": self.shard.split,
             "codecs": {name: codec.label for name, codec in self.codecs.items()},
             "bytes": self.temporary.stat().st_size,
-            "sha256": self.digest.hexdigest(),
+            "sha256": self.tar.sha256,
             "seal": sealed,
             "samples": self.samples,
             "failed": self.failed,
@@ -220,9 +169,9 @@ def cut(array: np.ndarray, codec: Codec, valid: np.ndarray) -> np.ndarray:
     """Return what `codec` stores of an output: all, or of a map the rectangle of valid tokens."""
     if not codec.trim:
         return array
-    height, width = int(valid.any(1).sum()), int(valid.any(0).sum())
-    assert valid[:height, :width].all() and valid.sum() == height * width, "what is valid is no upper left rectangle"
-    return array[:, :height, :width]
+    size = rectangle(valid)
+    assert size is not None, "what is valid is no upper left rectangle"
+    return array[:, : size[0], : size[1]]
 
 
 def image_hash(data: bytes) -> str:
