@@ -4,7 +4,6 @@ import io
 import json
 import subprocess
 import sys
-import time
 from collections import Counter
 
 import numpy as np
@@ -172,14 +171,3 @@ def test_identity_is_json_and_holds_every_setting():
 def test_wrong_settings_are_errors(setting):
     with pytest.raises(UserError, match=f"images.{next(iter(setting))}="):
         Captioned(**setting)
-
-
-def test_drawing_does_not_starve_a_training():
-    source = Captioned(train=80, shard_size=40)
-    every(source, "validation")
-    seconds = []
-    for name in source.shards()["train"]:
-        start = time.process_time()
-        assert len(list(source.read(name))) == 40
-        seconds.append((time.process_time() - start) / 40)
-    assert min(seconds) < 0.003

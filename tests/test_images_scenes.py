@@ -4,7 +4,6 @@ import io
 import json
 import subprocess
 import sys
-import time
 
 import numpy as np
 import PIL.Image
@@ -153,12 +152,3 @@ def test_identity_is_json_and_holds_every_setting():
 def test_wrong_settings_are_errors(setting):
     with pytest.raises(UserError, match=f"images.{next(iter(setting))}="):
         Scenes(**setting)
-
-
-def test_drawing_does_not_starve_a_training():
-    scenes = Scenes()
-    draw(scenes, "train", 0)
-    start = time.process_time()
-    for index in range(20):
-        draw(scenes, "train", index)
-    assert (time.process_time() - start) / 20 < 0.03
