@@ -61,7 +61,7 @@ out: {folder}/run
 images: {{name: image_classes, root: {folder}/train, validation_root: {folder}/val, shard_size: 8}}
 teacher: {{name: timm, model: "local-dir:{folder}/teacher", device: cpu, batch: 4, workers: 0}}
 cache: {{root: {folder}/cache}}
-student: {{name: tinyvit_clip, embed_dim: 32, image_size: 32}}
+student: {{name: tinyvit_clip_mini, embed_dim: 32, image_size: 32}}
 task: {{name: distill}}
 objective:
   embedding: {{distance: {{name: cosine}}, weighting: {{name: srw, group: global_batch, temperature: 0.5}}}}
@@ -75,7 +75,7 @@ def write_job(folder: Path) -> Path:
     """Write the teacher, class folders of 18 training and 6 validation images, and the recipe; return its path."""
     write(folder / "teacher")
     clip_run.write_classes(folder / "train", 3)
-    clip_run.write_classes(folder / "val", 1, seed=50)
+    clip_run.write_classes(folder / "val", 1)  # pictures that the training images have too
     path = folder / "timm.yaml"
     path.write_text(RECIPE.format(folder=folder))
     return path

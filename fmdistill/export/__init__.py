@@ -57,9 +57,14 @@ def _half(recipe: Recipe, student: nn.Module, out: Path) -> Path:
     return half.export(student, out)
 
 
-FORMATS: dict[str, Callable[[Recipe, nn.Module, Path], Path]] = {
+FORMATS: dict[str, Callable[[Recipe, nn.Module, Path], Path] | str] = {
     "mobilesam": _mobilesam,
     "openclip": _openclip,
     "half": _half,
+    "timm": "fmdistill.export.timm_checkpoint:run",
 }
-FILES = {"mobilesam": "mobile_sam.pt", "half": "student.safetensors"}  # formats that are one file, and a name for it
+FILES = {  # formats that are one file, and a name for it
+    "mobilesam": "mobile_sam.pt",
+    "half": "student.safetensors",
+    "timm": "model.safetensors",
+}
