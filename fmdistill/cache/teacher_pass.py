@@ -1,6 +1,6 @@
-"""Run the teacher over shards in this process: images decoded ahead, batches that never cross shards.
+"""Run the teacher over shards in this process, decoding images ahead, in batches that never cross shards.
 
-Any number of processes may do so in one folder; those that torchrun or `accelerate launch` start share the work.
+Any number of processes may run in one folder. Those that torchrun or `accelerate launch` starts divide the shards.
 """
 
 import math
@@ -32,12 +32,12 @@ from fmdistill.registry import UserError
 from fmdistill.teachers.family import Teacher
 
 BEHIND = 2  # batches of outputs that wait to be encoded and written
-TIMED = 3  # batches by which the time left is told; the one before them, which warms up, is not counted
+TIMED = 3  # batches that the time left is estimated from, after one that warms up
 
 
 @dataclass
 class Pass:
-    """One teacher pass over the missing shards: what it needs, and what it has seen so far."""
+    """One teacher pass over the missing shards: its inputs, and its progress so far."""
 
     teacher: Teacher
     images: Images
@@ -53,9 +53,9 @@ class Pass:
     waiting: Waiting = field(default_factory=Waiting)
 
     def run(self, shards: list[Shard], bar: tqdm) -> None:
-        """Write every shard of the list that no other process has finished meanwhile, one after the other.
+        """Write every shard of the list that no other process finishes meanwhile, one after the other.
 
-        Those that another one seems to be writing come last: it may be slow, or dead.
+        Shards that another process seems to be writing come last: that process may be slow, or dead.
         """
         others: list[Shard] = []
         before = self.seen
@@ -75,10 +75,10 @@ class Pass:
             log.info("%s", advice(self.waiting.share, self.teacher.workers, os.cpu_count() or 1))
 
     def write(self, shard: Shard, bar: tqdm) -> None:
-        """Write one shard; nothing is visible unless it is whole."""
+        """Write one shard, which becomes visible only when it is complete."""
         writer = ShardWriter(self.store, shard, self.identity, self.outputs)
         try:
-            self._teach(writer, bar)
+            self._run_teacher(writer, bar)
             if not writer.samples and not writer.failed:
                 raise UserError(f"{shard.name}: holds no image; remove it from the images, or restore it")
             writer.publish()
@@ -105,8 +105,8 @@ class Pass:
         item.pixels, item.resized = self.teacher.preprocess.prepare(picture.pixels)
         return item
 
-    def _teach(self, writer: ShardWriter, bar: tqdm) -> None:
-        """Give the teacher batch after batch; one thread writes what it said, in order, while it works on the next."""
+    def _run_teacher(self, writer: ShardWriter, bar: tqdm) -> None:
+        """Run the teacher batch by batch; a thread writes its outputs, in order, while it works on the next batch."""
         waiting: deque[Future[None]] = deque()
         with ThreadPoolExecutor(1) as thread:
             try:
@@ -115,7 +115,7 @@ class Pass:
                     sizes_B2 = torch.tensor([item.resized for item in good])
                     pixels = [item.pixels for item in good if item.pixels is not None]
                     outputs = self.teacher(torch.stack(pixels), sizes_B2) if good else {}
-                    waiting.append(thread.submit(self._keep, writer, batch, good, sizes_B2, outputs, bar))
+                    waiting.append(thread.submit(self._write_batch, writer, batch, good, sizes_B2, outputs, bar))
                     if len(waiting) > BEHIND:
                         waiting.popleft().result()
                 while waiting:
@@ -124,7 +124,7 @@ class Pass:
                 for future in waiting:
                     future.cancel()
 
-    def _keep(
+    def _write_batch(
         self,
         writer: ShardWriter,
         batch: list[Prepared],
@@ -158,9 +158,9 @@ class Pass:
             share = self.waiting.share
             bar.set_postfix_str(f"{share:.0%} waiting for images" if share > LARGE else "", refresh=False)
         bar.update(len(batch))
-        self._tell()
+        self._log_time_left()
 
-    def _tell(self) -> None:
+    def _log_time_left(self) -> None:
         if len(self.marks) > TIMED:
             return
         self.marks.append((time.monotonic(), self.seen))
@@ -194,9 +194,9 @@ def _finite(outputs: dict[str, Tensor]) -> Tensor:
 
 
 def ours_first(shards: Sequence[Shard], rank: int, world: int) -> list[Shard]:
-    """Return all shards, first this process's share, then the others' in an order of its own.
+    """Return all shards, this process's share first, then the other processes' in an order of its own.
 
-    So the slow and the dead are helped, and two processes that help seldom take the same shard.
+    So a process that is done helps slow or dead ones, and two helpers seldom choose the same shard.
     """
     rest = [shard for place, shard in enumerate(shards) if place % world != rank]
     random.Random(rank).shuffle(rest)
