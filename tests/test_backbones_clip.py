@@ -51,7 +51,7 @@ def test_every_token_of_a_crop_is_valid_and_other_preprocessing_is_refused():
         ClipPreprocess.from_config({**clips.PREPROCESS_CFG, "resize_mode": "longest"}, 8)
     with pytest.raises(UserError, match=r"size=\[32, 64\]: only squares"):
         ClipPreprocess.from_config({**clips.PREPROCESS_CFG, "size": [32, 64]}, 8)
-    with pytest.raises(UserError, match="preprocessing 'dino': unknown"):
+    with pytest.raises(UserError, match="not the 'clip' preprocessing"):
         ClipPreprocess.from_json({"name": "dino"})
 
 
