@@ -152,6 +152,8 @@ def _next(loading: Iterator[Any]) -> Any:
         except RuntimeError as error:
             if "timed out after" not in str(error):
                 raise
+        except (ConnectionError, EOFError) as error:  # a worker that dies here takes a batch that it announced along
+            raise RuntimeError("a DataLoader worker died while its batch was received") from error
         _wait_on(began)
 
 
