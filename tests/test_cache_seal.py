@@ -16,7 +16,7 @@ from fmdistill.cache.codec import named
 from fmdistill.cache.outputs import StoredOutput
 from fmdistill.cache.reader import ShardReader
 from fmdistill.cache.store import Folder
-from fmdistill.cache.writer import Prepared, ShardWriter
+from fmdistill.cache.writer import ShardWriter, TeacherInput
 from fmdistill.files import file_hash
 from fmdistill.images import Encoded, Shard, build, photos
 from fmdistill.images.source import SPLITS
@@ -35,7 +35,7 @@ def written(root: Path, value: float) -> ShardWriter:
     """Return a writer that has everything but to publish: one image, whose vector and map hold `value`."""
     made = ShardWriter(Folder(root), SHARD, "identity", OUTPUTS)
     outputs = {"x": np.full(3, value, np.float32), "map": np.full((1, 2, 2), value, np.float32)}
-    made.add(Prepared(0, "a.png", "hash", original=(2, 2), resized=(2, 2)), outputs, np.ones((2, 2), bool))
+    made.add(TeacherInput(0, "a.png", "hash", original=(2, 2), resized=(2, 2)), outputs, np.ones((2, 2), bool))
     return made
 
 

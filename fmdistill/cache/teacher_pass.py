@@ -11,6 +11,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 
 import torch
@@ -21,8 +22,9 @@ from fmdistill import stop
 from fmdistill.cache import sidecar
 from fmdistill.cache.outputs import StoredOutput
 from fmdistill.cache.prefetch import LARGE, Waiting, advice, depth, prefetched
+from fmdistill.cache.prepare import prepare
 from fmdistill.cache.store import Store
-from fmdistill.cache.writer import Prepared, ShardWriter, image_hash
+from fmdistill.cache.writer import ShardWriter, TeacherInput, image_hash
 from fmdistill.files import being_written
 from fmdistill.images import DecodeError, Encoded, Images, Shard
 from fmdistill.images.picture import summary
@@ -87,22 +89,21 @@ class Pass:
             writer.abandon()
             raise
 
-    def _batches(self, shard: Shard) -> Iterator[list[Prepared]]:
+    def _batches(self, shard: Shard) -> Iterator[list[TeacherInput]]:
         batch, workers = self.teacher.batch, self.teacher.workers
         ahead = depth(batch, workers, self.teacher.preprocess.image_size)
-        encoded = self.images.read(shard)
-        return self.waiting.counted(prefetched(encoded, self._prepare, batch=batch, workers=workers, ahead=ahead))
+        encoded, prepared = self.images.read(shard), partial(self._prepare, shard.name)
+        return self.waiting.counted(prefetched(encoded, prepared, batch=batch, workers=workers, ahead=ahead))
 
-    def _prepare(self, index: int, image: Encoded) -> Prepared:
-        item = Prepared(index, image.key, image_hash(image.data), image.label)
+    def _prepare(self, shard: str, index: int, encoded: Encoded) -> TeacherInput:
+        item = TeacherInput(index, encoded.key, image_hash(encoded.data), encoded.label)
         try:
-            picture = self.images.picture(image)
+            image = prepare(self.images, self.teacher.preprocess, encoded, shard)
         except DecodeError as error:
             item.problem = f"cannot be decoded: {error}"
             return item
-        height, width = picture.pixels.shape[:2]
-        item.original, item.conversions = (height, width), picture.conversions
-        item.pixels, item.resized = self.teacher.preprocess.prepare(picture.pixels)
+        item.original, item.conversions = image.original, image.conversions
+        item.pixels, item.resized = image.pixels, image.size
         return item
 
     def _run_teacher(self, writer: ShardWriter, bar: tqdm) -> None:
@@ -127,8 +128,8 @@ class Pass:
     def _write_batch(
         self,
         writer: ShardWriter,
-        batch: list[Prepared],
-        good: list[Prepared],
+        batch: list[TeacherInput],
+        good: list[TeacherInput],
         sizes_B2: Tensor,
         outputs: dict[str, Tensor],
         bar: tqdm,
@@ -171,7 +172,7 @@ class Pass:
             hours, minutes = divmod(math.ceil(left / rate / 60), 60)
             log.info("%.3g images/s; about %d:%02d hours for the %d images left", rate, hours, minutes, left)
 
-    def _fail(self, writer: ShardWriter, item: Prepared, problem: str) -> None:
+    def _fail(self, writer: ShardWriter, item: TeacherInput, problem: str) -> None:
         writer.fail(item, problem)
         self.failed += 1
         log.warning("%s: image '%s' skipped: %s", writer.shard.name, item.key, problem)

@@ -38,8 +38,8 @@ from fmdistill.images import Shard, escape
 
 
 @dataclass
-class Prepared:
-    """One image prepared for the teacher, or the reason why it cannot be."""
+class TeacherInput:
+    """One image of a shard, prepared for the teacher, or the problem with it."""
 
     index: int
     key: str
@@ -68,11 +68,11 @@ class ShardWriter:
         self.widths: dict[str, int] = {}  # of the rows
         self.statistics = Statistics()
 
-    def fail(self, item: Prepared, problem: str) -> None:
+    def fail(self, item: TeacherInput, problem: str) -> None:
         """Record an image that has no output, and why."""
         self.failed.append({"key": item.key, "index": item.index, "problem": problem})
 
-    def add(self, item: Prepared, outputs: dict[str, np.ndarray], valid: np.ndarray) -> None:
+    def add(self, item: TeacherInput, outputs: dict[str, np.ndarray], valid: np.ndarray) -> None:
         """Append one image's outputs; a value that the codec cannot hold is recorded as a failure."""
         kept = {name: cut(array, self.codecs[name], valid) for name, array in outputs.items()}
         try:

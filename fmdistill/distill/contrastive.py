@@ -15,7 +15,9 @@ from torch.nn import functional as F
 
 from fmdistill.backbones.clip import ClipPreprocess
 from fmdistill.backbones.clip_mini import MiniClip, tokenize
-from fmdistill.distill.data import Prepared, SplitImages
+from fmdistill.cache.batch import sample
+from fmdistill.cache.prepare import PreparedImage, must_prepare
+from fmdistill.distill.data import SplitImages
 from fmdistill.images import Encoded, captions
 from fmdistill.registry import UserError
 
@@ -71,21 +73,19 @@ class CaptionedImages(SplitImages):
     token_ids: Tensor  # on the CPU: what the student has rows for
     seed: int
 
-    def prepare(self, name: str, encoded: Encoded) -> Prepared:
-        """Return the image with its captions beside it."""
+    def _prepare(self, name: str, encoded: Encoded) -> PreparedImage:
+        """Return the image, its `extra` the captions."""
         texts = captions(name, encoded)
         if not texts:
             raise UserError(
                 f"{name}: image '{encoded.key}' has no caption; task contrastive needs one for each, such as KEY.txt "
                 f"in a tar"
             )
-        pixels, size = self.preprocess.prepare(self.images.decode(encoded, name))
-        return Prepared(encoded.key, pixels, size, texts, pixels.nbytes)
+        return must_prepare(self.images, self.preprocess, encoded, name)._replace(extra=texts)
 
     def item(self, epoch: int, shard: int, index: int) -> dict[str, Any]:
         """Return pixels, size, and the tokens (L,) of a caption drawn from (seed, epoch, key)."""
-        key, pixels, size, texts, _ = self.prepared(shard, index)
-        rng = np.random.default_rng([self.seed, epoch, zlib.crc32(key.encode())])
-        text = texts[rng.integers(len(texts))]
-        tokens = tokenize([text], self.token_ids)[0]
-        return {"pixels": pixels, "sizes": torch.tensor(size), "tokens": tokens, "keys": key}
+        image = self.prepared(shard, index, self._prepare)
+        rng = np.random.default_rng([self.seed, epoch, zlib.crc32(image.key.encode())])
+        text = image.extra[rng.integers(len(image.extra))]
+        return {**sample(image), "tokens": tokenize([text], self.token_ids)[0]}

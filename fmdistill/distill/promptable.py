@@ -49,7 +49,7 @@ class Promptable(nn.Module):
         head, prompts = self.student.head, batch["target"].shape[1]
         embedding_BCgg = self.student.embed(batch["pixels"], batch["sizes"])
         side = embedding_BCgg.shape[-1] * 4
-        target_Nnn, valid_Nnn = coverage(batch["labels"], batch["target"], side)
+        target_Nnn, valid_Nnn = coverage(batch["objects"], batch["target"], side)
         boxed_N = batch["use_box"].flatten(0, 1)
         point_N12 = batch["points"].flatten(0, 1)[:, None].float()
         box_N4 = batch["boxes"].flatten(0, 1).float()
@@ -67,7 +67,7 @@ class Promptable(nn.Module):
             keep = (rows % prompts) < again
             mask_N1nn = logits_NMnn.detach()[rows, best_N][keep][:, None].float()
             new_N12, label_N1 = correction(
-                mask_N1nn[:, 0], target_Nnn[keep], valid_Nnn[keep], batch["labels"].shape[-1]
+                mask_N1nn[:, 0], target_Nnn[keep], valid_Nnn[keep], batch["objects"].shape[-1]
             )
             second = mixed_prompts(
                 head, point_N12[keep], foreground_N1[keep], box_N4[keep], boxed_N[keep], (new_N12, label_N1), mask_N1nn
@@ -75,7 +75,7 @@ class Promptable(nn.Module):
             answer = head.decode_batch(embedding_BCgg, *second)
             refined, _ = self._losses(*answer, target_Nnn[keep], valid_Nnn[keep])
             losses["refined"] = torch.stack(list(refined.values())).sum() * self.refined
-        losses["dense"] = self.dense_weight * self.dense(embedding_BCgg, batch["labels"], _generator(batch))
+        losses["dense"] = self.dense_weight * self.dense(embedding_BCgg, batch["objects"], _generator(batch))
         total = torch.stack(list(losses.values())).sum()
         errors = {"best_error": 1 - iou_NM[rows, best_N].mean(), "picked_error": 1 - picked_N.mean()}
         return {"loss": total, **losses, **errors}

@@ -16,11 +16,11 @@ from fmdistill.backbones.classifiers import Classifier
 from fmdistill.backbones.clip_mini import MiniClip
 from fmdistill.backbones.mini import MiniSam
 from fmdistill.backbones.sam import SamPreprocess
+from fmdistill.cache.batch import Batch, Data
 from fmdistill.distill import checkpoint
 from fmdistill.distill import provider as providers
 from fmdistill.distill import student as students
 from fmdistill.distill.contrastive import CaptionedImages, Contrastive
-from fmdistill.distill.data import Data
 from fmdistill.distill.labelled import LabelledImages
 from fmdistill.distill.objective import Objective, needs_priors
 from fmdistill.distill.plain import Augment
@@ -60,7 +60,7 @@ class Distill(nn.Module):
         self.student = student.to(memory_format=torch.channels_last)  # convolutions are faster so, on CPU and GPU
         self.objective, self.preprocess, self.outputs = objective, preprocess, outputs  # of the teacher, by name
 
-    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return {"loss", each named term, each term's statistics} for a batch of images and teacher outputs.
 
         batch["whole"] holds the teacher's vectors of the whole optimizer step; without it the batch is the whole.
@@ -74,23 +74,20 @@ class Distill(nn.Module):
                 statistics["accuracy"] = right_B.float().sum() / seen.labelled
             return {"loss": torch.stack(list(losses.values())).sum(), **losses, **statistics}
 
-    def see(self, batch: dict[str, Any]) -> Seen:
+    def see(self, batch: Batch) -> Seen:
         """Return what the objective sees of a batch."""
         pixels, sizes = batch["pixels"], batch["sizes"]
         image_BCHW = self.preprocess.normalize(pixels, sizes).contiguous(memory_format=torch.channels_last)
         student = {f"student.{name}": value for name, value in self.student(image_BCHW).items()}
         teacher = {name: value for name, value in batch["outputs"].items() if self.outputs[name].of is None}
-        label, values = batch.get("label"), batch.get("label_values", ())
-        if label is not None and "label_values" not in batch:  # data of another kind; on a GPU this waits
-            values = label.tolist()
-        label = label if any(value >= 0 for value in values) else None
+        label_values = batch["label_values"]
         return Seen(
             outputs={**student, **teacher},
             whole=batch.get("whole") or vectors(batch),
-            label=label,
+            label=batch["labels"] if any(value >= 0 for value in label_values) else None,
             keys=batch["keys"],
             epoch=batch.get("epoch"),
-            label_values=values,
+            label_values=label_values,
             grids={name: self._grid(name, value, sizes) for name, value in teacher.items() if value.dim() > 2},
             similarity={of: batch["outputs"][name] for name, output in self.outputs.items() if (of := output.of)},
         )
@@ -173,7 +170,7 @@ def _student_shapes(student: nn.Module, provider: Provider) -> dict[str, Shape]:
     return {f"student.{name}": tuple(value.shape[1:]) for name, value in found.items()}
 
 
-def vectors(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+def vectors(batch: Batch) -> dict[str, Tensor]:
     """Return the teachers' outputs that are one vector per image, (B, D) each: small enough to share."""
     return {name: output for name, output in batch["outputs"].items() if output.dim() == 2}
 

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from fmdistill import stop
 from fmdistill.backbones.device import pick_device
+from fmdistill.cache.batch import Batch, Data, to_device
 from fmdistill.cache.order import Batches
 from fmdistill.distill import checkpoint
-from fmdistill.distill.data import Data, every, to_device
+from fmdistill.distill.data import every
 from fmdistill.distill.loader import batches
 from fmdistill.distill.optim import OPTIMIZERS, SCHEDULES
 from fmdistill.launcher import check_training, processes
@@ -28,8 +29,8 @@ from fmdistill.recipe import Recipe, Train
 from fmdistill.registry import UserError, bind
 
 Validator = Callable[[nn.Module], dict[str, float]]
-Shared = Callable[[dict], dict[str, Tensor]]
-Complete = Callable[[dict], dict]
+Shared = Callable[[Batch], dict[str, Tensor]]
+Complete = Callable[[Batch], Batch]
 
 
 @dataclass
@@ -275,7 +276,7 @@ def _plan(data: Data, recipe: Recipe, engine: Engine) -> Batches:
     return Batches(counts, settings.batch_size, recipe.seed, settings.window, accumulate=settings.accumulate, **place)
 
 
-def _backward(model: nn.Module, parts: Iterator[dict], engine: Engine, step: int, epoch: float) -> dict[str, Tensor]:
+def _backward(model: nn.Module, parts: Iterator[Batch], engine: Engine, step: int, epoch: float) -> dict[str, Tensor]:
     """Accumulate one step's gradients; return its losses, the mean over its micro-batches."""
     accelerator, accumulate = engine.accelerator, engine.settings.accumulate
     sums: dict[str, Tensor] = {}
@@ -292,11 +293,11 @@ def _backward(model: nn.Module, parts: Iterator[dict], engine: Engine, step: int
 
 
 def step_batches(
-    parts: Iterator[dict], engine: Engine, shared: Shared | None = None, complete: Complete | None = None
-) -> Iterator[dict]:
+    parts: Iterator[Batch], engine: Engine, shared: Shared | None = None, complete: Complete | None = None
+) -> Iterator[Batch]:
     """Yield the micro-batches of one optimizer step on the device, each with what the step shares as "whole"."""
     device = engine.accelerator.device
-    step: Iterable[dict] = (to_device(batch, device) for batch in itertools.islice(parts, engine.settings.accumulate))
+    step: Iterable[Batch] = (to_device(batch, device) for batch in itertools.islice(parts, engine.settings.accumulate))
     if complete is not None:
         step = map(complete, step)
     whole: dict[str, Tensor] = {}
@@ -306,10 +307,11 @@ def step_batches(
         own = {name: torch.cat([one[name] for one in named]) for name in sorted(named[0])}
         whole = {name: engine.accelerator.gather(value) for name, value in own.items()}  # type: ignore[misc]
     for batch in step:
-        yield {**batch, "whole": whole}
+        batch["whole"] = whole
+        yield batch
 
 
-def _check_loss(loss: Tensor, batch: dict, step: int) -> None:
+def _check_loss(loss: Tensor, batch: Batch, step: int) -> None:
     if not torch.isfinite(loss):
         raise UserError(
             f"step {step + 1}: the loss is {float(loss)} for images {', '.join(batch['keys'][:4])}...; "

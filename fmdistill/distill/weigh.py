@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fmdistill import stop
+from fmdistill.cache.batch import Batch
 from fmdistill.distill.data import every
 from fmdistill.distill.distances.pad import PAD
 from fmdistill.distill.loader import batches
@@ -35,7 +36,7 @@ def by_pad(run: str | Path, out: str | Path, trust: bool = False) -> Path:
         raise UserError(f"{run}: {len(found)} of its objective's terms are a PAD; give the run of a recipe with one")
     pad, settings = found[0]
 
-    def weigh(batch: dict) -> Tensor:
+    def weigh(batch: Batch) -> Tensor:
         variance = pad.variance(task.see(batch).focus(settings.output, settings.padding))
         return 1 / variance.flatten(1).mean(1) if variance.dim() > 1 else 1 / variance
 
@@ -52,7 +53,7 @@ def by_propensity(run: str | Path, label_run: str | Path, out: str | Path, trust
     job, task = open_task(run, trust)
     other = load_student(label_run, trust)
 
-    def weigh(batch: dict) -> Tensor:
+    def weigh(batch: Batch) -> Tensor:
         seen = task.see(batch)
         labels_B = seen.labels("fmdistill weigh ipwd")
         logits_BK = other(task.preprocess.normalize(batch["pixels"], batch["sizes"]))["logits"]
@@ -63,7 +64,7 @@ def by_propensity(run: str | Path, label_run: str | Path, out: str | Path, trust
 
 
 @torch.no_grad()
-def _write(job: Job, weigh: Callable[[dict], Tensor], out: str | Path) -> Path:
+def _write(job: Job, weigh: Callable[[Batch], Tensor], out: str | Path) -> Path:
     listed: dict[str, float] = {}
     places = list(every(job.train, BATCH))
     for batch in stop.between(progress(batches(job.train, places, 0), "weighing", total=len(places))):

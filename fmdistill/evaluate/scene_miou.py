@@ -19,6 +19,7 @@ from fmdistill import stop
 from fmdistill.backbones.device import pick_device
 from fmdistill.backbones.mini import MiniSam
 from fmdistill.backbones.promptable import PromptHead
+from fmdistill.cache.prepare import must_prepare
 from fmdistill.distill.labelled import COLUMN, check_size
 from fmdistill.distill.student import STUDENTS
 from fmdistill.evaluate import results
@@ -163,11 +164,10 @@ def _cases(images: Images, student: MiniSam) -> Iterator[SceneCase]:
             if COLUMN not in encoded.extra:
                 raise UserError(f"{shard.name}: image '{encoded.key}' has no {COLUMN}; scene_miou needs exact masks")
             labels: np.ndarray = decode_labels(encoded.extra[COLUMN])
-            image = images.decode(encoded, shard.name)
-            check_size(shard.name, encoded.key, (labels.shape[0], labels.shape[1]), image)
-            pixels, size = student.preprocess.prepare(image)
-            item = {"pixels": pixels, "sizes": torch.tensor(size)}
-            yield SceneCase(encoded.key, embed(student, student.preprocess, item), labels, size)
+            image = must_prepare(images, student.preprocess, encoded, shard.name)
+            check_size(shard.name, encoded.key, (labels.shape[0], labels.shape[1]), image.original)
+            (embedding,) = embed(student, student.preprocess, image.pixels[None], torch.tensor([image.size]))
+            yield SceneCase(encoded.key, embedding, labels, image.size)
 
 
 def _no_masks(student: str) -> UserError:

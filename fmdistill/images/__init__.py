@@ -22,7 +22,7 @@ from fmdistill.images.tar import Tar
 from fmdistill.registry import UserError, bind, convert, typed
 
 __all__ = ["SOURCES", "DecodeError", "Decoding", "Encoded", "Images", "Picture", "Shard", "Source"]
-__all__ += ["build", "captions", "check", "decode", "escape", "labels", "unescape"]
+__all__ += ["build", "captions", "check", "decode", "escape", "labels", "undecodable", "unescape"]
 
 SOURCES = {
     "folder": Folder,
@@ -89,9 +89,7 @@ class Images:
         try:
             return self.picture(encoded).pixels
         except DecodeError as error:
-            raise UserError(
-                f"{shard}: image '{encoded.key}' cannot be decoded: {error}; repair the file or take it out"
-            ) from None
+            raise undecodable(shard, encoded.key, error) from None
 
     def identity(self) -> dict:
         """Return what determines keys, labels and pixels."""
@@ -118,6 +116,11 @@ class Images:
                 count = counts[group][name]
                 yield Shard(name, split, left[group] if count > left[group] else None, self._keys(name))
                 left[group] -= count
+
+
+def undecodable(shard: str, key: str, error: DecodeError) -> UserError:
+    """Return the error that an image cannot be decoded, and why."""
+    return UserError(f"{shard}: image '{key}' cannot be decoded: {error}; repair the file or take it out")
 
 
 def _shares(held: Mapping[str, int], limit: int) -> dict[str, int]:
