@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fmdistill.images.drawing import colour, rasterize, surface, texture
+from fmdistill.mini.drawing import colour, rasterize, surface, texture
 
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "heart", "crescent")
 COLOURS = {

@@ -15,9 +15,11 @@ from open_clip.model import CLIP
 from torch import Tensor, nn
 
 from fmdistill.backbones.checkpoints import read_state
-from fmdistill.backbones.clip import ClipPreprocess, TextHead
-from fmdistill.images.captioned import words
+from fmdistill.backbones.clip import ClipPreprocess
+from fmdistill.mini.captioned import words
 from fmdistill.registry import UserError
+from fmdistill.teachers.clip import ClipTeacher
+from fmdistill.teachers.compute import DType
 
 IMAGE_SIZE, EMBED_DIM, CONTEXT = 64, 128, 16
 MODEL_CFG: dict[str, Any] = {
@@ -38,6 +40,7 @@ class MiniClip(nn.Module):
     """Both towers as one trainable network; `token_ids` (R,) says which rows of the vocabulary it has, ascending."""
 
     token_ids: Tensor
+    config = CONFIG
 
     def __init__(self, token_ids: Tensor):
         super().__init__()
@@ -66,10 +69,6 @@ class MiniClip(nn.Module):
         rows_VW[self.token_ids] = kept_RW
         full.load_state_dict({**state, "token_embedding.weight": rows_VW})
         return full.eval()
-
-    def head(self) -> TextHead:
-        """Return the text side, which knows the whole vocabulary by name and the kept rows by meaning."""
-        return TextHead.from_clip(self.whole(), CONFIG)
 
 
 @cache
@@ -114,6 +113,19 @@ def build_clip_mini(weights: str | Path = "packaged") -> CLIP:
             return clip_mini_student().whole()
         path = PACKAGED if str(weights) == "packaged" else Path(weights)
         return _load(path / "student.safetensors" if path.is_dir() else path).whole()
+
+
+def clip_mini(
+    weights: str = "packaged",
+    tokens: bool = False,
+    device: str = "auto",
+    dtype: DType = "auto",
+    batch: int = 64,
+    workers: int = 2,
+) -> ClipTeacher:
+    """The small CLIP that ships with fmdistill, 64 px; or one that you trained: its run or safetensors file."""
+    settings: dict[str, Any] = {"device": device, "dtype": dtype, "batch": batch, "workers": workers}
+    return ClipTeacher(build_clip_mini(weights), CONFIG, name="clip_mini", kind="clip_mini", tokens=tokens, **settings)
 
 
 def _config(rows: int) -> dict:

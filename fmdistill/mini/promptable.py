@@ -4,16 +4,52 @@
 
 import math
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fmdistill.backbones.mini import MiniSam
 from fmdistill.backbones.promptable import PromptHead
+from fmdistill.backbones.sam import SamPreprocess
+from fmdistill.distill import student as students
+from fmdistill.distill.tasks import Job
+from fmdistill.images import build as build_images
+from fmdistill.images.source import SPLITS
+from fmdistill.mini.labelled import LabelledImages
+from fmdistill.mini.sam import MiniSam
+from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError
 
 FOCAL_NORMS = ("parts", "object", "image")
+
+
+def promptable(
+    recipe: Recipe,
+    prompts: int = 6,
+    background: float = 0.1,
+    focal: float = 1.0,
+    focal_norm: str = "parts",
+    iou: float = 1.0,
+    dense: float = 1.0,
+) -> Job:
+    """Train a promptable segmenter from images with exact masks: `prompts` an image, a share of them for `background`.
+
+    `focal`, `iou` and `dense` weigh the losses of `Promptable`; `focal_norm` says what divides the focal loss: "parts"
+    (which a fresh network needs), "object" or "image", see `mask_losses`.
+    """
+    if prompts < 1:
+        raise UserError(f"task.prompts={prompts}: expected at least 1")
+    if not 0 <= background < 1:
+        raise UserError(f"task.background={background}: expected a share of the prompts, from 0 to below 1")
+    student = students.build(recipe.student)
+    if not isinstance(student, MiniSam):
+        raise UserError(f"student.name={recipe.student['name']}: task promptable trains sam_mini, which makes masks")
+    images, preprocess = build_images(recipe.images), SamPreprocess(image_size=student.image_size)
+    train, validation = (
+        LabelledImages(images, split, preprocess, prompts, recipe.seed, background, memory=memory)
+        for split, memory in zip(SPLITS, (recipe.train.image_memory, 0.0), strict=True)
+    )
+    task = Promptable(student, focal=focal, focal_norm=focal_norm, iou=iou, dense=dense)
+    return Job(task, student, train, validation)
 
 
 class Promptable(nn.Module):
@@ -201,46 +237,6 @@ def correction(mask_Nnn: Tensor, target_Nnn: Tensor, valid_Nnn: Tensor, size: in
     label_N1 = wanted_Nnn.flatten(1).gather(1, cell_N[:, None]).float()
     step = size / side
     return (xy_N2 * step + (step - 1) / 2)[:, None], label_N1
-
-
-def sample_prompts(
-    labels: np.ndarray,
-    rng: np.random.Generator,
-    n: int,
-    box_share: float = 0.3,
-    min_area: int = 12,
-    background: float = 0.1,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return points (n, 2) xy, target ids (n,), noisy boxes (n, 4) xyxy and use_box (n,) for labels (S, S).
-
-    Objects of `min_area` visible pixels or more are drawn with area^-1/4, so small ones mildly more often, the point
-    uniformly from the object; a share `background` asks for the background, which a grid of points mostly hits. Boxes
-    move by SAM's noise: a tenth of the side, at most 20 / 1024 of the image.
-    An image without objects prompts its background.
-    """
-    flat, size = labels.ravel(), labels.shape[1]
-    areas = np.bincount(flat + 1)[1:]  # padding is -1
-    objects = np.flatnonzero(areas >= min_area)
-    objects = objects[objects > 0]
-    if not len(objects):
-        objects = np.flatnonzero(areas > 0)[-1:]
-    chance = areas[objects] ** -0.25
-    target = rng.choice(objects, n, p=chance / chance.sum())
-    if areas[0] >= min_area:
-        target[rng.random(n) < background] = 0
-    points, boxes = np.empty((n, 2), np.float32), np.empty((n, 4), np.float32)
-    for one in np.unique(target):
-        mine = target == one
-        inside = np.flatnonzero(flat == one)
-        chosen = rng.choice(inside, mine.sum())
-        points[mine] = np.stack([chosen % size, chosen // size], axis=1)
-        columns = inside % size
-        boxes[mine] = columns.min(), inside[0] // size, columns.max(), inside[-1] // size
-    sides = np.tile(boxes[:, 2:] - boxes[:, :2], 2)
-    noise = rng.normal(size=(n, 4)) * sides * 0.1
-    limit = 20 * size / 1024
-    boxes = (boxes + np.clip(noise, -limit, limit)).clip(0, size - 1).astype(np.float32)
-    return points, target, boxes, (rng.random(n) < box_share) & (target > 0)
 
 
 def _by_object(label_Bn: Tensor) -> Tensor:

@@ -7,10 +7,9 @@ from typing import Literal
 import numpy as np
 import PIL.Image
 
-from fmdistill.images.figures import COLOURS, PLACES, SHAPES, SIZES, TEXTURES, Attributes, draw
-from fmdistill.images.generated import Generated
-from fmdistill.images.photos import check_counts, png
+from fmdistill.images.numbered import Numbered, check_counts, png
 from fmdistill.images.source import SPLITS, Encoded
+from fmdistill.mini.figures import COLOURS, PLACES, SHAPES, SIZES, TEXTURES, Attributes, draw
 from fmdistill.registry import UserError
 
 # The first ones name the class alone, as zero-shot prompts do; {name} is texture, colour and shape.
@@ -28,7 +27,7 @@ Combinations = Literal["seen", "unseen", "all"]
 
 
 @dataclass(frozen=True)
-class Captioned(Generated):
+class Captioned(Numbered):
     """One object on a photographic or plain background, PNG with a caption in the column `txt`.
 
     The label is the class of shape, colour and texture, by its place in `class_names()`. A fixed fifth of the classes

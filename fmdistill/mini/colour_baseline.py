@@ -14,7 +14,7 @@ from fmdistill.evaluate import results, text_side, zeroshot
 from fmdistill.evaluate.results import Judged, Metric
 from fmdistill.evaluate.text_classifier import class_names
 from fmdistill.evaluate.zeroshot import Zeroshot
-from fmdistill.images.figures import COLOURS
+from fmdistill.mini.figures import COLOURS
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError
 

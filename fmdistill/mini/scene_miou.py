@@ -17,9 +17,7 @@ from torch.nn import functional as F
 
 from fmdistill import stop
 from fmdistill.backbones.device import pick_device
-from fmdistill.backbones.mini import MiniSam
 from fmdistill.backbones.promptable import PromptHead
-from fmdistill.distill.labelled import COLUMN, check_size
 from fmdistill.distill.student import STUDENTS
 from fmdistill.evaluate import results
 from fmdistill.evaluate.masks import innermost, iou, pack
@@ -28,8 +26,10 @@ from fmdistill.evaluate.subjects import embed
 from fmdistill.evaluate.tails import SHARES
 from fmdistill.images import Images
 from fmdistill.images import build as build_images
-from fmdistill.images.scenes import decode_labels
 from fmdistill.logs import progress
+from fmdistill.mini.labelled import COLUMN, check_size
+from fmdistill.mini.sam import MiniSam
+from fmdistill.mini.scenes import decode_labels
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError
 

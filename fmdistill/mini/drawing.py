@@ -9,7 +9,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageDraw
 
-from fmdistill.images.photos import PHOTOGRAPHS, photograph
+from fmdistill.mini.photos import PHOTOGRAPHS, photograph
 
 SUPERSAMPLE = 2
 TEXTURES = PHOTOGRAPHS["train"]  # for validation scenes too: a validation photograph is never seen before it is judged

@@ -12,6 +12,8 @@ from fmdistill.backbones.checkpoints import read_state
 from fmdistill.backbones.promptable import PromptHead
 from fmdistill.backbones.sam import PIXEL_MEAN, PIXEL_STD, SamPreprocess
 from fmdistill.registry import UserError
+from fmdistill.teachers.compute import DType
+from fmdistill.teachers.sam import SamTeacher
 
 IMAGE_SIZE = 256
 OUT_CHANNELS = 128
@@ -98,6 +100,19 @@ def build_sam_mini(weights: str | Path = "packaged") -> Sam:
         _load(model, PACKAGED if str(weights) == "packaged" else Path(weights))
     sam = Sam(model.encoder, model.head.prompt_encoder, model.head.mask_decoder, list(PIXEL_MEAN), list(PIXEL_STD))
     return sam.eval()
+
+
+def sam_mini(
+    weights: str = "packaged",
+    device: str = "auto",
+    dtype: DType = "auto",
+    batch: int = 16,
+    workers: int = 2,
+    exact: bool = False,
+) -> SamTeacher:
+    """The quarter-scale SAM that ships with fmdistill, 256 px; or one that you trained: its run or safetensors file."""
+    sam = build_sam_mini(Path(weights) / "student.safetensors" if Path(weights).is_dir() else weights)
+    return SamTeacher(sam, name="sam_mini", device=device, dtype=dtype, batch=batch, workers=workers, exact=exact)
 
 
 def _load(model: MiniSam, path: Path) -> None:

@@ -11,7 +11,6 @@ import torch
 
 from fmdistill.backbones.sam import SamPreprocess
 from fmdistill.distill.data import Prepared, SplitImages
-from fmdistill.distill.promptable import sample_prompts
 from fmdistill.images import Encoded
 from fmdistill.registry import UserError
 
@@ -66,3 +65,43 @@ class LabelledImages(SplitImages):
             "use_box": torch.from_numpy(np.asarray(use_box)),
             "keys": key,
         }
+
+
+def sample_prompts(
+    labels: np.ndarray,
+    rng: np.random.Generator,
+    n: int,
+    box_share: float = 0.3,
+    min_area: int = 12,
+    background: float = 0.1,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return points (n, 2) xy, target ids (n,), noisy boxes (n, 4) xyxy and use_box (n,) for labels (S, S).
+
+    Objects of `min_area` visible pixels or more are drawn with area^-1/4, so small ones mildly more often, the point
+    uniformly from the object; a share `background` asks for the background, which a grid of points mostly hits. Boxes
+    move by SAM's noise: a tenth of the side, at most 20 / 1024 of the image.
+    An image without objects prompts its background.
+    """
+    flat, size = labels.ravel(), labels.shape[1]
+    areas = np.bincount(flat + 1)[1:]  # padding is -1
+    objects = np.flatnonzero(areas >= min_area)
+    objects = objects[objects > 0]
+    if not len(objects):
+        objects = np.flatnonzero(areas > 0)[-1:]
+    chance = areas[objects] ** -0.25
+    target = rng.choice(objects, n, p=chance / chance.sum())
+    if areas[0] >= min_area:
+        target[rng.random(n) < background] = 0
+    points, boxes = np.empty((n, 2), np.float32), np.empty((n, 4), np.float32)
+    for one in np.unique(target):
+        mine = target == one
+        inside = np.flatnonzero(flat == one)
+        chosen = rng.choice(inside, mine.sum())
+        points[mine] = np.stack([chosen % size, chosen // size], axis=1)
+        columns = inside % size
+        boxes[mine] = columns.min(), inside[0] // size, columns.max(), inside[-1] // size
+    sides = np.tile(boxes[:, 2:] - boxes[:, :2], 2)
+    noise = rng.normal(size=(n, 4)) * sides * 0.1
+    limit = 20 * size / 1024
+    boxes = (boxes + np.clip(noise, -limit, limit)).clip(0, size - 1).astype(np.float32)
+    return points, target, boxes, (rng.random(n) < box_share) & (target > 0)

@@ -14,12 +14,30 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fmdistill.backbones.clip import ClipPreprocess
-from fmdistill.backbones.clip_mini import MiniClip, tokenize
+from fmdistill.distill import student as students
 from fmdistill.distill.data import Prepared, SplitImages
+from fmdistill.distill.tasks import Job
 from fmdistill.images import Encoded, captions
+from fmdistill.images import build as build_images
+from fmdistill.images.source import SPLITS
+from fmdistill.mini.clip import MiniClip, tokenize
+from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError
 
 LARGEST_SCALE = 100.0
+
+
+def contrastive(recipe: Recipe) -> Job:
+    """Train image and text tower together from images and their captions."""
+    student = students.build(recipe.student)
+    if not isinstance(student, MiniClip):
+        raise UserError(f"student.name={recipe.student['name']}: task contrastive trains clip_mini alone")
+    images, rows = build_images(recipe.images), student.token_ids.clone()
+    train, validation = (
+        CaptionedImages(images, split, student.preprocess, rows, recipe.seed, memory=memory)
+        for split, memory in zip(SPLITS, (recipe.train.image_memory, 0.0), strict=True)
+    )
+    return Job(Contrastive(student), student, train, validation)
 
 
 class Contrastive(nn.Module):

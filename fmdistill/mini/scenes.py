@@ -12,10 +12,10 @@ import numpy as np
 import PIL.Image
 import PIL.ImageFilter
 
-from fmdistill.images.drawing import colour, outline, rasterize, surface, texture
-from fmdistill.images.generated import Generated
-from fmdistill.images.photos import check_counts, frame, png
+from fmdistill.images.numbered import Numbered, check_counts, png
 from fmdistill.images.source import SPLITS, Encoded
+from fmdistill.mini.drawing import colour, outline, rasterize, surface, texture
+from fmdistill.mini.photos import frame
 from fmdistill.registry import UserError
 
 
@@ -27,7 +27,7 @@ class Scene(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Scenes(Generated):
+class Scenes(Numbered):
     """Shapes over a background, PNG with `labels.png`; half are square, half are 3:2 or 2:3 with long side `size`."""
 
     train: int = 256

@@ -1,7 +1,6 @@
 """Source `photos`: crops of the photographs that ship inside the scikit-image and scikit-learn wheels; no download."""
 
 import functools
-import io
 import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 
+from fmdistill.images.numbered import check_counts, png, shard_names, shard_range
 from fmdistill.images.source import Encoded
 from fmdistill.registry import UserError
 
@@ -55,41 +55,10 @@ def photograph(name: str) -> np.ndarray:
     )
 
 
-def png(image: PIL.Image.Image) -> bytes:
-    """Return the image as PNG bytes, stored without compression: they are made on the fly and kept nowhere."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=0)
-    return buffer.getvalue()
-
-
 def frame(index: int, size: int) -> tuple[int, int]:
     """Return the (width, height) of image `index`: even ones are square, odd ones 3:2 and 2:3 in turn."""
     short = round(size * 2 / 3)
     return {1: (size, short), 3: (short, size)}.get(index % 4, (size, size))
-
-
-def shard_names(train: int, validation: int, shard_size: int) -> dict[str, list[str]]:
-    """Return the names of a source's shards, `shard_size` images each and the last one less."""
-    counts = {"train": train, "validation": validation}
-    return {split: [f"{split}-{i:03d}" for i in range(-(-n // shard_size))] for split, n in counts.items()}
-
-
-def shard_range(shard: str, train: int, validation: int, shard_size: int) -> tuple[str, range]:
-    """Return the split of `shard` and the indices of its images in the split; KeyError for an unknown shard."""
-    if not any(shard in names for names in shard_names(train, validation, shard_size).values()):
-        raise KeyError(shard)
-    split, _, number = shard.rpartition("-")
-    total = train if split == "train" else validation
-    first = int(number) * shard_size
-    return split, range(first, min(first + shard_size, total))
-
-
-def check_counts(where: str, **counts: int) -> None:
-    """Raise where a count is negative, or where `size` or `shard_size` is too small to work."""
-    least = {"size": 16, "shard_size": 1}
-    for name, value in counts.items():
-        if value < least.get(name, 0):
-            raise UserError(f"{where}.{name}={value}: expected at least {least.get(name, 0)}")
 
 
 @dataclass(frozen=True)
