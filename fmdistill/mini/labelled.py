@@ -1,4 +1,4 @@
-"""Images with exact object masks and prompts drawn from them, for the task `promptable`."""
+"""Load images with exact object masks and draw prompts from the masks, for the task `promptable`."""
 
 import io
 import zlib
@@ -28,7 +28,7 @@ def check_size(shard: str, key: str, size: tuple[int, int], image: np.ndarray) -
 
 @dataclass(frozen=True)
 class LabelledImages(SplitImages):
-    """One split of a source whose images carry a `labels.png` column: object ids per pixel, 0 = background."""
+    """The images of one split of a source with a column `labels.png`: object ids per pixel, 0 = background."""
 
     preprocess: SamPreprocess
     prompts: int
@@ -36,7 +36,7 @@ class LabelledImages(SplitImages):
     background: float = 0.1  # share of the prompts that ask for the background
 
     def prepare(self, name: str, encoded: Encoded) -> Prepared:
-        """Return the image with its object ids beside it, uint8 (h, w) without padding."""
+        """Return the prepared image and its object ids, uint8 (h, w) without padding."""
         if COLUMN not in encoded.extra:
             raise UserError(
                 f"{name}: image '{encoded.key}' has no {COLUMN}; task promptable needs exact masks, as `scenes` has"
@@ -77,10 +77,10 @@ def sample_prompts(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Return points (n, 2) xy, target ids (n,), noisy boxes (n, 4) xyxy and use_box (n,) for labels (S, S).
 
-    Objects of `min_area` visible pixels or more are drawn with area^-1/4, so small ones mildly more often, the point
-    uniformly from the object; a share `background` asks for the background, which a grid of points mostly hits. Boxes
-    move by SAM's noise: a tenth of the side, at most 20 / 1024 of the image.
-    An image without objects prompts its background.
+    Objects of at least `min_area` visible pixels are drawn in proportion to area^-1/4, which favours small objects
+    mildly, and the point is uniform over the object. A share `background` of the prompts is for the background,
+    which most points of a grid hit, as are all prompts of an image without objects. Boxes are jittered by SAM's noise:
+    a tenth of the side, at most 20 / 1024 of the image.
     """
     flat, size = labels.ravel(), labels.shape[1]
     areas = np.bincount(flat + 1)[1:]  # padding is -1
@@ -93,13 +93,13 @@ def sample_prompts(
     if areas[0] >= min_area:
         target[rng.random(n) < background] = 0
     points, boxes = np.empty((n, 2), np.float32), np.empty((n, 4), np.float32)
-    for one in np.unique(target):
-        mine = target == one
-        inside = np.flatnonzero(flat == one)
-        chosen = rng.choice(inside, mine.sum())
-        points[mine] = np.stack([chosen % size, chosen // size], axis=1)
+    for number in np.unique(target):
+        prompts = target == number
+        inside = np.flatnonzero(flat == number)
+        chosen = rng.choice(inside, prompts.sum())
+        points[prompts] = np.stack([chosen % size, chosen // size], axis=1)
         columns = inside % size
-        boxes[mine] = columns.min(), inside[0] // size, columns.max(), inside[-1] // size
+        boxes[prompts] = columns.min(), inside[0] // size, columns.max(), inside[-1] // size
     sides = np.tile(boxes[:, 2:] - boxes[:, :2], 2)
     noise = rng.normal(size=(n, 4)) * sides * 0.1
     limit = 20 * size / 1024

@@ -1,4 +1,4 @@
-"""Source `photos`: crops of the photographs that ship inside the scikit-image and scikit-learn wheels; no download."""
+"""Crop the photographs that ship inside the scikit-image and scikit-learn wheels, for the source `photos`."""
 
 import functools
 import zlib
@@ -14,7 +14,7 @@ from fmdistill.images.numbered import check_counts, png, shard_names, shard_rang
 from fmdistill.images.source import Encoded
 from fmdistill.registry import UserError
 
-# Split by photograph: a validation photograph gives neither crops nor textures to anything that trains.
+# Split by photograph: nothing trains on a crop or a texture of a validation photograph.
 PHOTOGRAPHS = {
     "train": [
         "astronaut",
@@ -33,7 +33,7 @@ PHOTOGRAPHS = {
     "validation": ["chelsea", "coffee", "flower", "coins"],
 }
 FOLDERS = (("skimage", "data"), ("sklearn", "datasets/images"))
-# Crop side / largest side that fits, log-uniform; a dozen photographs train, so their crops range wider.
+# Crop side / largest side that fits, log-uniform; wider for training, which has only a dozen photographs.
 ZOOM = {"train": (0.2, 1.0), "validation": (0.45, 1.0)}
 
 
@@ -63,7 +63,7 @@ def frame(index: int, size: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Photos:
-    """Random crops at several scales, PNG; half are square, half are 3:2 or 2:3 with long side `size`."""
+    """A source of random crops at several scales, PNG; half are square, half are 3:2 or 2:3 with long side `size`."""
 
     train: int = 192
     validation: int = 48
@@ -89,13 +89,13 @@ class Photos:
             yield self._encode(key)
 
     def fetch(self, shard: str, key: str) -> Encoded:
-        """Return one crop; KeyError where the shard holds no such key."""
+        """Return one crop; KeyError if the shard holds no such key."""
         if key not in self.keys(shard):
             raise KeyError(key)
         return self._encode(key)
 
     def identity(self) -> dict:
-        """Return all settings and the split by photograph."""
+        """Return all settings, the photographs of each split, and the range of the crops' sides."""
         return {"name": "photos", **asdict(self), "photographs": PHOTOGRAPHS, "zoom": ZOOM}
 
     def keys(self, shard: str) -> list[str]:
@@ -113,9 +113,9 @@ def crop(key: str, size: int, seed: int) -> PIL.Image.Image:
     name, _, number = key.rpartition("-")
     rng = np.random.default_rng([seed, zlib.crc32(key.encode())])
     image = PIL.Image.fromarray(photograph(name))
-    # the photograph's place is added so that every few crops in a row hold all three shapes
-    split, place = next((split, names.index(name)) for split, names in PHOTOGRAPHS.items() if name in names)
-    width, height = frame(int(number) + place, size)
+    # the photograph's index is added so that a few consecutive crops have all three shapes
+    split, offset = next((split, names.index(name)) for split, names in PHOTOGRAPHS.items() if name in names)
+    width, height = frame(int(number) + offset, size)
     fit = min(image.width / width, image.height / height)
     scale = fit * np.exp(rng.uniform(*np.log(ZOOM[split])))
     left = rng.uniform(0, image.width - width * scale)

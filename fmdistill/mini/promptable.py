@@ -1,4 +1,4 @@
-"""Task `promptable`: train a small SAM on images with known objects, by random prompts and a dense helper loss."""
+"""Train a small SAM on images with known objects, by random prompts and a dense auxiliary loss: task `promptable`."""
 
 # Legend: B images, P prompts an image, N = B P, M masks, n low-resolution side, S image side, L drawn pixels.
 
@@ -53,12 +53,13 @@ def promptable(
 
 
 class Promptable(nn.Module):
-    """Focal and dice on the best of three masks and on the single mask, IoU head, same-object loss on the embedding.
+    """The losses of a promptable segmenter: of its masks, of its IoU predictions, and of its embedding.
 
-    The losses are those of SAM (Kirillov et al. 2023, appendix A) with `mask_losses`' focal loss at weight 1. A share
-    `refined` of the prompts is asked again, with a corrective point and the first answer as mask prompt. forward takes
-    pixels uint8 (B, 3, S, S), sizes (B, 2), labels (B, S, S) with -1 for padding, points (B, P, 2) xy,
-    target (B, P) object id, boxes (B, P, 4) xyxy, use_box bool (B, P).
+    Focal and dice losses are of the best of three masks and of the single mask, as SAM has them (Kirillov et al. 2023,
+    appendix A), but with `mask_losses`' focal loss at weight 1; `SameObject` judges the embedding. A share `refined` of
+    the prompts is decoded a second time, with a corrective point and the first mask as mask prompt. `forward` takes
+    pixels uint8 (B, 3, S, S), sizes (B, 2), labels (B, S, S) with -1 for padding, points (B, P, 2) xy, target (B, P)
+    object id, boxes (B, P, 4) xyxy, use_box bool (B, P).
     """
 
     def __init__(
@@ -97,10 +98,10 @@ class Promptable(nn.Module):
         picked_N = iou_NM[rows, score_NM[:, 1:].argmax(1) + 1]
         best_N = iou_NM[:, 1:].argmax(1) + 1
 
-        again = math.ceil(self.refined * prompts)
-        if again:
+        count = math.ceil(self.refined * prompts)
+        if count:
             # The prompts are drawn at random, so each image's first ones are a random share.
-            keep = (rows % prompts) < again
+            keep = (rows % prompts) < count
             mask_N1nn = logits_NMnn.detach()[rows, best_N][keep][:, None].float()
             new_N12, label_N1 = correction(
                 mask_N1nn[:, 0], target_Nnn[keep], valid_Nnn[keep], batch["labels"].shape[-1]
@@ -108,8 +109,8 @@ class Promptable(nn.Module):
             second = mixed_prompts(
                 head, point_N12[keep], foreground_N1[keep], box_N4[keep], boxed_N[keep], (new_N12, label_N1), mask_N1nn
             )
-            answer = head.decode_batch(embedding_BCgg, *second)
-            refined, _ = self._losses(*answer, target_Nnn[keep], valid_Nnn[keep])
+            decoded = head.decode_batch(embedding_BCgg, *second)
+            refined, _ = self._losses(*decoded, target_Nnn[keep], valid_Nnn[keep])
             losses["refined"] = torch.stack(list(refined.values())).sum() * self.refined
         losses["dense"] = self.dense_weight * self.dense(embedding_BCgg, batch["labels"], _generator(batch))
         total = torch.stack(list(losses.values())).sum()
@@ -129,9 +130,10 @@ class Promptable(nn.Module):
 
 
 class SameObject(nn.Module):
-    """Same object or not, for random pairs of an image's pixels: logistic loss on the scaled cosine of embeddings.
+    """A loss that tells whether two pixels are of one object: logistic, on the scaled cosine of their embeddings.
 
-    The pixels' embeddings come from a pixel shuffle of the image embedding; the head is thrown away after training.
+    The pairs are of random pixels of an image, whose embeddings are a pixel shuffle of the image embedding. The head is
+    discarded after training.
     """
 
     def __init__(self, channels: int, width: int = 16, upscale: int = 4, samples: int = 256):
@@ -142,13 +144,13 @@ class SameObject(nn.Module):
         self.bias = nn.Parameter(torch.tensor(0.0))
 
     def forward(self, embedding_BCgg: Tensor, labels_BSS: Tensor, generator: torch.Generator) -> Tensor:
-        """Return the loss, positives and negatives weighing the same; padding (label -1) takes no part."""
+        """Return the loss, with the same weight for positives and negatives; padding (label -1) is left out."""
         pixels_BDnn = F.pixel_shuffle(self.expand(embedding_BCgg), self.upscale).float()
         step = labels_BSS.shape[-1] // pixels_BDnn.shape[-1]
         label_Bn = labels_BSS[:, step // 2 :: step, step // 2 :: step].flatten(1).long()
         picks_BL = torch.multinomial(_by_object(label_Bn), self.samples, replacement=True, generator=generator)
         picked_BDL = pixels_BDnn.flatten(2).gather(2, picks_BL[:, None].expand(-1, pixels_BDnn.shape[1], -1))
-        # Fresh embeddings share one large direction; without its removal the loss stands still for hundreds of steps.
+        # Fresh embeddings share a large direction; unless it is removed, the loss does not fall for hundreds of steps.
         unit_BDL = F.normalize(picked_BDL - picked_BDL.mean(2, keepdim=True), dim=1)
         logits_BLL = self.log_scale.exp() * unit_BDL.transpose(1, 2) @ unit_BDL + self.bias
         label_BL = label_Bn.gather(1, picks_BL)
@@ -169,10 +171,10 @@ def mixed_prompts(
     correction: tuple[Tensor, Tensor] | None = None,
     masks_N1nn: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return sparse (N, T, C) and dense (N, C, g, g) embeddings: a box where `boxed_N`, else the point.
+    """Return sparse (N, T, C) and dense (N, C, g, g) embeddings: of the box if `boxed_N`, else of the point.
 
-    A point brings SAM's padding token and a box has two corners, so both make the same number of tokens and share one
-    decoder call, also with a corrective point (xy (N, 1, 2), label (N, 1)) added to either.
+    A point comes with SAM's padding token and a box has two corners, so both are as many tokens and share a decoder
+    call; this holds too if a corrective point (xy (N, 1, 2), label (N, 1)) is added to either.
     """
     if correction:
         points_NK2 = torch.cat([points_NK2, correction[0]], dim=1)
@@ -197,7 +199,7 @@ def mask_losses(
     """Return focal (gamma 1) and dice losses and the IoU (no gradient), each (N, M), over the valid cells.
 
     Targets are shares in [0, 1]: focal is Lin et al. 2017, Eq. 5, with |y - p| for 1 - p_t and twice its value, so that
-    an undecided cell costs its cross-entropy. `focal_norm` says what divides its sum:
+    an undecided cell costs its cross-entropy. `focal_norm` is what divides its sum:
     "parts": object and rest by their own areas, so that a fresh network does not drown small objects; a trained one
     then draws them too large.
     "object": the object's sum and half of the rest's by the object's area; with dice, a cell then goes to the object
@@ -240,7 +242,7 @@ def correction(mask_Nnn: Tensor, target_Nnn: Tensor, valid_Nnn: Tensor, size: in
 
 
 def _by_object(label_Bn: Tensor) -> Tensor:
-    """Return drawing weights (B, n) of area^-1/2 of each pixel's object, so small ones are seen; padding has 0."""
+    """Return sampling weights (B, n): area^-1/2 of each pixel's object, so that small objects occur; 0 for padding."""
     images, most = len(label_Bn), int(label_Bn.max()) + 1
     real = label_Bn >= 0
     area = torch.zeros(images, most, device=label_Bn.device).scatter_add_(1, label_Bn.clamp(min=0), real.float())

@@ -1,11 +1,11 @@
-"""TinyViT students as small as the teachers that they imitate, sam_mini and clip_mini."""
+"""Build TinyViT students on the scale of sam_mini and clip_mini, their teachers."""
 
 from fmdistill.backbones.tinyvit import TinyViTSAM, load_pretrained
 from fmdistill.backbones.tinyvit_clip import TinyViTCLIP
 
 
 def tinyvit_sam_mini(pretrained: str = "none") -> TinyViTSAM:
-    """Return the quarter-scale student: 256 px, 128 channels on a 16x16 grid; `pretrained` is "none" or a path."""
+    """Return sam_mini's student: 256 px, 128 channels on a 16x16 grid; `pretrained` is "none" or a path."""
     student = TinyViTSAM(
         image_size=256,
         out_channels=128,
@@ -20,7 +20,7 @@ def tinyvit_sam_mini(pretrained: str = "none") -> TinyViTSAM:
 
 
 def tinyvit_clip_mini(embed_dim: int = 128, image_size: int = 64, pretrained: str = "none") -> TinyViTCLIP:
-    """Return the small student; `pretrained` is "none" or a path."""
+    """Return clip_mini's student; `pretrained` is "none" or a path."""
     student = TinyViTCLIP(
         embed_dim=embed_dim,
         image_size=image_size,
