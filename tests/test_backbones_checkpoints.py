@@ -10,11 +10,11 @@ from safetensors.torch import save_file
 
 from fmdistill.backbones import sam as sams
 from fmdistill.backbones.checkpoints import read_state
-from fmdistill.backbones.clip_mini import build_clip_mini, clip_mini_student
-from fmdistill.backbones.mini import build_sam_mini, sam_mini_student
 from fmdistill.backbones.sam import build_sam
-from fmdistill.backbones.tinyvit import tinyvit_sam_mini
 from fmdistill.distill import student as students
+from fmdistill.mini.clip import build_clip_mini, clip_mini_student
+from fmdistill.mini.sam import build_sam_mini, sam_mini_student
+from fmdistill.mini.tinyvit import tinyvit_sam_mini
 from fmdistill.registry import UserError
 from fmdistill.teachers.classifier import classifier
 from fmdistill.teachers.compute import state_hash

@@ -11,7 +11,7 @@ from torchvision import transforms
 from fmdistill.backbones.class_preprocess import STATISTICS, ClassPreprocess
 from fmdistill.images import decode
 from fmdistill.images.digits import Digits
-from fmdistill.images.photos import photograph
+from fmdistill.mini.photos import photograph
 from fmdistill.registry import UserError
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from fmdistill.backbones.clip import ClipPreprocess, TextHead, build_clip, load_clip
 from fmdistill.backbones.clip_tags import ClipSettings
 from fmdistill.cache.codec import CODECS
-from fmdistill.images.photos import photograph
+from fmdistill.mini.photos import photograph
 from fmdistill.registry import UserError
 from fmdistill.teachers.clip import open_clip as open_clip_teacher
 from fmdistill.teachers.output import Output

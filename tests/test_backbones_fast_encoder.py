@@ -14,10 +14,10 @@ from torch.nn import functional as F
 from fmdistill.backbones import fast_encoder
 from fmdistill.backbones.fast_decoder import image_decoder
 from fmdistill.backbones.fast_encoder import FastBlock, FastEncoder, supported
-from fmdistill.backbones.mini import build_sam_mini
 from fmdistill.backbones.promptable import PromptHead
 from fmdistill.backbones.sam import SamPreprocess
-from fmdistill.images.scenes import Scenes, draw
+from fmdistill.mini.sam import build_sam_mini
+from fmdistill.mini.scenes import Scenes, draw
 
 SHAPES = {  # the grid is size / 16 tokens a side
     "padded windows": {},

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from fmdistill.backbones import sam as sams
 from fmdistill.backbones.sam import SamPreprocess, build_sam
 from fmdistill.images import decode
-from fmdistill.images.photos import photograph
+from fmdistill.mini.photos import photograph
 from fmdistill.registry import UserError
 
 SIZES = [(64, 64), (40, 60), (60, 40), (37, 91), (101, 33), (200, 133), (1, 64), (63, 1000), (7, 5)]

@@ -4,7 +4,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fmdistill.backbones.mobilesam_names import mobilesam_names, timm_names
-from fmdistill.backbones.tinyvit import TinyViTSAM, load_pretrained, tinyvit_sam, tinyvit_sam_mini
+from fmdistill.backbones.tinyvit import TinyViTSAM, load_pretrained, tinyvit_sam
+from fmdistill.mini.tinyvit import tinyvit_sam_mini
 from fmdistill.registry import UserError
 
 

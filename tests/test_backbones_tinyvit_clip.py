@@ -9,7 +9,8 @@ from torch import nn
 
 from fmdistill.backbones.mobilesam_names import mobilesam_names
 from fmdistill.backbones.tinyvit import tinyvit_sam
-from fmdistill.backbones.tinyvit_clip import TinyViTCLIP, tinyvit_clip, tinyvit_clip_mini
+from fmdistill.backbones.tinyvit_clip import TinyViTCLIP, tinyvit_clip
+from fmdistill.mini.tinyvit import tinyvit_clip_mini
 from fmdistill.registry import UserError
 
 

@@ -15,13 +15,13 @@ import webdataset
 from segment_anything import SamPredictor
 
 from fmdistill import cache, files
-from fmdistill.backbones.mini import sam_mini_student
 from fmdistill.cache import manifest
 from fmdistill.cache.dataset import CachedImages
 from fmdistill.export import half
 from fmdistill.images import build, decode
-from fmdistill.images.photos import Photos
 from fmdistill.images.source import Encoded, unescape
+from fmdistill.mini.photos import Photos
+from fmdistill.mini.sam import sam_mini_student
 from fmdistill.registry import UserError
 
 

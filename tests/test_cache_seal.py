@@ -18,8 +18,9 @@ from fmdistill.cache.reader import ShardReader
 from fmdistill.cache.store import Folder
 from fmdistill.cache.writer import ShardWriter, TeacherInput
 from fmdistill.files import file_hash
-from fmdistill.images import Encoded, Shard, build, photos
+from fmdistill.images import Encoded, Shard, build
 from fmdistill.images.source import SPLITS
+from fmdistill.mini import photos
 from fmdistill.registry import UserError
 
 SHARD = Shard("train-000", "train")
@@ -153,7 +154,7 @@ def test_verify_without_the_teacher_s_file_tells_of_the_checksums_and_that_no_va
 ):
     size = ["images.train=4", "images.validation=4", "images.shard_size=2", "images.size=64"]
     weights = tmp_path / "teacher.safetensors"
-    packaged = Path(cache.__file__).parents[1] / "backbones/weights/sam_mini.safetensors"
+    packaged = Path(cache.__file__).parents[1] / "mini/weights/sam_mini.safetensors"
     weights.write_bytes(packaged.read_bytes())
     teacher = ["teacher={name: sam_mini, device: cpu, weights: " + str(weights) + "}"]
     settings = tiny.load(tmp_path, *teacher, *size)

@@ -4,8 +4,9 @@ from torch import nn
 
 from fmdistill.backbones.mobilesam_names import timm_names
 from fmdistill.backbones.promptable import PromptHead
-from fmdistill.backbones.tinyvit import TinyViTSAM, tinyvit_sam, tinyvit_sam_mini
+from fmdistill.backbones.tinyvit import TinyViTSAM, tinyvit_sam
 from fmdistill.export import mobilesam
+from fmdistill.mini.tinyvit import tinyvit_sam_mini
 from fmdistill.registry import UserError
 
 FULL = {

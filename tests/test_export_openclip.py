@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fmdistill import cache, export
-from fmdistill.backbones.clip_mini import clip_mini_student
-from fmdistill.backbones.tinyvit_clip import tinyvit_clip, tinyvit_clip_mini
+from fmdistill.backbones.tinyvit_clip import tinyvit_clip
 from fmdistill.export import openclip
+from fmdistill.mini.clip import clip_mini_student
+from fmdistill.mini.tinyvit import tinyvit_clip_mini
 from fmdistill.registry import UserError
 
 TEXTS = ["a photo of a red fox", "the sky, at night"]

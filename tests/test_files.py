@@ -68,7 +68,7 @@ def named(alive, process=None, host=None):
 
 def test_temporary_files_of_the_dead_and_the_stale_are_removed_and_a_live_neighbour_s_are_not(tmp_path):
     alive, dead = temporary_name(tmp_path / "train-000.tar"), 4194399
-    neighbour = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)  # the parent may be process 1
+    neighbour = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)  # not the parent
     paths = {
         "mine": alive,
         "dead": named(alive, dead),

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from fmdistill.backbones.pixels import Picture, all_valid, as_image, standardise
 from fmdistill.files import write_whole
 from fmdistill.registry import UserError, suggest
 
-__all__ = ["ClipPreprocess", "TextHead", "build_clip", "load_clip"]
+__all__ = ["ClipPreprocess", "TextHead", "WholeClip", "build_clip", "load_clip"]
 
 _FILTERS = {"bicubic": InterpolationMode.BICUBIC, "bilinear": InterpolationMode.BILINEAR}
 _NO_TOWER = {"image_size": 32, "patch_size": 32, "width": 64, "layers": 1}  # replaced as soon as it is built
@@ -191,6 +191,18 @@ class TextHead(nn.Module):
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise UserError(f"{folder}: no readable text head (head.json, head.safetensors): {reason}") from error
         return head.eval()
+
+
+@runtime_checkable
+class WholeClip(Protocol):
+    """A student that has both towers of a CLIP, so that it needs no teacher's text tower."""
+
+    preprocess: ClipPreprocess
+    config: Mapping[str, Any]  # as a `TextHead` has it
+
+    def whole(self) -> CLIP:
+        """Return the student as a network of open_clip, in eval mode."""
+        ...
 
 
 def _tokenizer(config: Mapping[str, Any], files: Path | None) -> Any:

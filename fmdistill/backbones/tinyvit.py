@@ -66,21 +66,6 @@ def tinyvit_sam(size: Literal["5m", "11m", "21m"] = "5m", pretrained: str = "non
     return student
 
 
-def tinyvit_sam_mini(pretrained: str = "none") -> TinyViTSAM:
-    """Return the quarter-scale student: 256 px, 128 channels on a 16x16 grid; `pretrained` is "none" or a path."""
-    student = TinyViTSAM(
-        image_size=256,
-        out_channels=128,
-        embed_dims=(16, 32, 80, 96),  # narrow early stages: they hold few weights and most of the time on a CPU
-        depths=(1, 1, 4, 2),
-        num_heads=(1, 1, 2, 2),
-        mbconv_expand_ratio=2.0,
-        window_sizes=(8, 8, 16, 8),  # divide the 32x32 and 16x16 grids, so no window is padding
-    )
-    load_pretrained(student, pretrained)
-    return student
-
-
 class OnTinyViT(Protocol):
     """A student whose `trunk` is timm's TinyViT `variant`."""
 

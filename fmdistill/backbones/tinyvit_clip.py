@@ -54,18 +54,3 @@ def tinyvit_clip(
     student = TinyViTCLIP(f"tiny_vit_{size}_224", embed_dim, image_size)
     load_pretrained(student, pretrained)
     return student
-
-
-def tinyvit_clip_mini(embed_dim: int = 128, image_size: int = 64, pretrained: str = "none") -> TinyViTCLIP:
-    """Return the small student; `pretrained` is "none" or a path."""
-    student = TinyViTCLIP(
-        embed_dim=embed_dim,
-        image_size=image_size,
-        embed_dims=(32, 64, 128, 192),
-        depths=(1, 1, 4, 2),
-        num_heads=(1, 2, 4, 6),
-        mbconv_expand_ratio=3.0,
-        window_sizes=tuple(image_size // stride for stride in (4, 8, 16, 32)),  # the whole grid, so none is padding
-    )
-    load_pretrained(student, pretrained)
-    return student

@@ -16,7 +16,7 @@ import fmdistill
 from fmdistill.files import write_whole
 
 NAME = "teacher.json"
-PACKAGED = Path(fmdistill.__file__).parent / "backbones/weights"  # holds NAME.safetensors for two teachers
+PACKAGED = Path(fmdistill.__file__).parent / "mini/weights"  # holds NAME.safetensors for two teachers
 FOLDER = "local-dir:"  # begins a model that is a folder of open_clip's
 NO_VALUES = ("device", "batch", "workers")  # settings that change no value that is cached
 

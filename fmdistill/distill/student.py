@@ -10,21 +10,20 @@ from torch import nn
 from fmdistill import recipe as recipes
 from fmdistill.backbones.checkpoints import read_state
 from fmdistill.backbones.classifiers import CLASSIFIERS
-from fmdistill.backbones.clip_mini import clip_mini_student
-from fmdistill.backbones.mini import sam_mini_student
-from fmdistill.backbones.tinyvit import tinyvit_sam, tinyvit_sam_mini
-from fmdistill.backbones.tinyvit_clip import tinyvit_clip, tinyvit_clip_mini
+from fmdistill.backbones.tinyvit import tinyvit_sam
+from fmdistill.backbones.tinyvit_clip import tinyvit_clip
 from fmdistill.registry import UserError, bind, convert, resolve
 
-STUDENTS = {
+STUDENTS: dict[str, Callable[..., nn.Module] | str] = {
     "tinyvit_sam": tinyvit_sam,
-    "tinyvit_sam_mini": tinyvit_sam_mini,
+    "tinyvit_sam_mini": "fmdistill.mini.tinyvit:tinyvit_sam_mini",
     "tinyvit_clip": tinyvit_clip,
-    "tinyvit_clip_mini": tinyvit_clip_mini,
-    "sam_mini": sam_mini_student,
-    "clip_mini": clip_mini_student,
+    "tinyvit_clip_mini": "fmdistill.mini.tinyvit:tinyvit_clip_mini",
+    "sam_mini": "fmdistill.mini.sam:sam_mini_student",
+    "clip_mini": "fmdistill.mini.clip:clip_mini_student",
     **CLASSIFIERS,
 }
+WHOLE_CLIPS = ("clip_mini",)  # students with both towers of a CLIP, which need no teacher's text tower
 WEIGHTS = "student.safetensors"
 
 

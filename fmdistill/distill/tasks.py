@@ -13,23 +13,15 @@ from torch import Tensor, nn
 from fmdistill import recipe as recipes
 from fmdistill.backbones.class_preprocess import ClassPreprocess
 from fmdistill.backbones.classifiers import Classifier
-from fmdistill.backbones.clip_mini import MiniClip
-from fmdistill.backbones.mini import MiniSam
-from fmdistill.backbones.sam import SamPreprocess
 from fmdistill.cache.batch import Batch, Data
 from fmdistill.distill import checkpoint
 from fmdistill.distill import provider as providers
 from fmdistill.distill import student as students
-from fmdistill.distill.contrastive import CaptionedImages, Contrastive
-from fmdistill.distill.labelled import LabelledImages
 from fmdistill.distill.objective import Objective, needs_priors
 from fmdistill.distill.plain import Augment
-from fmdistill.distill.promptable import Promptable
 from fmdistill.distill.provider import Provider
 from fmdistill.distill.seen import Seen
 from fmdistill.distill.train import Complete, Shared
-from fmdistill.images import build as build_images
-from fmdistill.images.source import SPLITS
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError, bind
 from fmdistill.teachers.family import Preprocess
@@ -175,62 +167,19 @@ def vectors(batch: Batch) -> dict[str, Tensor]:
     return {name: output for name, output in batch["outputs"].items() if output.dim() == 2}
 
 
-def promptable(
-    recipe: Recipe,
-    prompts: int = 6,
-    background: float = 0.1,
-    focal: float = 1.0,
-    focal_norm: str = "parts",
-    iou: float = 1.0,
-    dense: float = 1.0,
-) -> Job:
-    """Train a promptable segmenter from images with exact masks: `prompts` an image, a share of them for `background`.
-
-    `focal`, `iou` and `dense` weigh the losses of `Promptable`; `focal_norm` says what divides the focal loss: "parts"
-    (which a fresh network needs), "object" or "image", see `mask_losses`.
-    """
-    if prompts < 1:
-        raise UserError(f"task.prompts={prompts}: expected at least 1")
-    if not 0 <= background < 1:
-        raise UserError(f"task.background={background}: expected a share of the prompts, from 0 to below 1")
-    student = students.build(recipe.student)
-    if not isinstance(student, MiniSam):
-        raise UserError(f"student.name={recipe.student['name']}: task promptable trains sam_mini, which makes masks")
-    images = build_images(recipe.images)
-    preprocess = SamPreprocess(image_size=student.image_size)
-    train, validation = (
-        LabelledImages(images, split, preprocess, prompts, recipe.seed, background, memory=_memory(recipe, split))
-        for split in SPLITS
-    )
-    task = Promptable(student, focal=focal, focal_norm=focal_norm, iou=iou, dense=dense)
-    return Job(task, student, train, validation)
-
-
-def contrastive(recipe: Recipe) -> Job:
-    """Train image and text tower together from images and their captions."""
-    student = students.build(recipe.student)
-    if not isinstance(student, MiniClip):
-        raise UserError(f"student.name={recipe.student['name']}: task contrastive trains clip_mini alone")
-    images, rows = build_images(recipe.images), student.token_ids.clone()
-    train, validation = (
-        CaptionedImages(images, split, student.preprocess, rows, recipe.seed, memory=_memory(recipe, split))
-        for split in SPLITS
-    )
-    return Job(Contrastive(student), student, train, validation)
-
-
-TASKS: dict[str, Callable[..., Job]] = {
+TASKS: dict[str, Callable[..., Job] | str] = {
     "distill": distill,
     "classify": classify,
-    "promptable": promptable,
-    "contrastive": contrastive,
+    "promptable": "fmdistill.mini.promptable:promptable",
+    "contrastive": "fmdistill.mini.contrastive:contrastive",
 }
+WITHOUT_TEACHER = ("promptable", "contrastive")  # tasks that learn from the images alone, by losses of their own
 
 
 def check(recipe: Recipe) -> None:
     """Bind the task's settings and raise a UserError for what it would ignore, without touching data."""
     task = bind(recipe.task, TASKS, "task", context=("recipe",))
-    if task.func in (promptable, contrastive):
+    if recipe.task["name"] in WITHOUT_TEACHER:
         for part in ("teacher", "cache", "objective"):
             if getattr(recipe, part):
                 raise UserError(
@@ -274,10 +223,6 @@ def open_task(run: str | Path, trust: bool = False) -> tuple[Job, Distill]:
             reason = str(error).splitlines()[0]
             raise UserError(f"{path}: does not hold this run's objective ({reason}); train it anew") from None
     return job, job.task.eval()
-
-
-def _memory(recipe: Recipe, split: str) -> float:
-    return recipe.train.image_memory if split == "train" else 0.0  # loaders of the validation images live for one pass
 
 
 def _check_fit(student: Any, provider: Provider, recipe: Recipe) -> None:

@@ -22,12 +22,12 @@ from fmdistill.registry import UserError, bind
 
 EVALUATORS: dict[str, Any] = {
     "grid_miou": "fmdistill.evaluate.grid_miou:GridMiou",
-    "scene_miou": "fmdistill.evaluate.scene_miou:SceneMiou",
+    "scene_miou": "fmdistill.mini.scene_miou:SceneMiou",
     "cosine": "fmdistill.evaluate.cosine:Cosine",
     "knn": "fmdistill.evaluate.knn:Knn",
     "zeroshot": "fmdistill.evaluate.zeroshot:Zeroshot",
     "retrieval": "fmdistill.evaluate.retrieval:Retrieval",
-    "captioned_zeroshot": "fmdistill.evaluate.colour_baseline:CaptionedZeroshot",
+    "captioned_zeroshot": "fmdistill.mini.colour_baseline:CaptionedZeroshot",
     "top1": "fmdistill.evaluate.top1:Top1",
 }
 

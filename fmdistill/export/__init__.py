@@ -6,8 +6,7 @@ from pathlib import Path
 from torch import nn
 
 from fmdistill import recipe as recipes
-from fmdistill.backbones.clip import ClipPreprocess, TextHead
-from fmdistill.backbones.clip_mini import MiniClip
+from fmdistill.backbones.clip import ClipPreprocess, TextHead, WholeClip
 from fmdistill.backbones.promptable import PromptHead
 from fmdistill.cache import manifest
 from fmdistill.cache.store import opened
@@ -39,7 +38,7 @@ def _mobilesam(recipe: Recipe, student: nn.Module, out: Path) -> Path:
 
 
 def _openclip(recipe: Recipe, student: nn.Module, out: Path) -> Path:
-    if isinstance(student, MiniClip):
+    if isinstance(student, WholeClip):
         return openclip.export_whole(student, out)
     if recipe.cache is None:
         raise UserError(f"{recipe.out}: its recipe has no `cache`, so there is no text tower to export; set cache.root")

@@ -12,9 +12,7 @@ from open_clip.tokenizer import HFTokenizer
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from fmdistill.backbones.clip import ClipPreprocess, TextHead
-from fmdistill.backbones.clip_mini import CONFIG as CLIP_MINI
-from fmdistill.backbones.clip_mini import MiniClip
+from fmdistill.backbones.clip import ClipPreprocess, TextHead, WholeClip
 from fmdistill.backbones.tinyvit_clip import TinyViTCLIP
 from fmdistill.files import temporary_name, write_whole
 from fmdistill.registry import UserError
@@ -33,9 +31,9 @@ def export(student: nn.Module, head: TextHead, preprocess: ClipPreprocess, out: 
     return _write({**state, **head.state_dict()}, config(fitting, head, preprocess), head.tokenizer, out)
 
 
-def export_whole(student: MiniClip, out: Path) -> Path:
-    """Write both towers of a clip_mini that was trained here, its vocabulary whole, as `export` does."""
-    described = {"model_cfg": CLIP_MINI["model_cfg"], "preprocess_cfg": _preprocess_cfg(student.preprocess)}
+def export_whole(student: WholeClip, out: Path) -> Path:
+    """Write both towers of a student that is a whole CLIP, as `export` does."""
+    described = {"model_cfg": student.config["model_cfg"], "preprocess_cfg": _preprocess_cfg(student.preprocess)}
     return _write(student.whole().state_dict(), described, None, out)
 
 

@@ -89,15 +89,14 @@ def of_shards(
     reads = take_turns(reading, CPU, rounds)  # from memory, so nothing waits
     for path in kept:
         path.unlink()
-    size, told = len(data) / 1e6, tar_bytes(codecs_of(entries, "train"), outputs, total) / total
+    size, nominal = len(data) / 1e6, tar_bytes(codecs_of(entries, "train"), outputs, total) / total
+    plain_write, plain_read = size / writes["plain"], size / reads["plain"]
     return [
-        Measurement(f"{name}: an image in a shard", len(data) / total, "bytes", "as `plan` counts", told),
-        Measurement(f"{name}: write a shard", size / writes["write"], "MB/s", "its bytes, synced", size / writes["plain"]),
+        Measurement(f"{name}: an image in a shard", len(data) / total, "bytes", "as `plan` counts", nominal),
+        Measurement(f"{name}: write a shard", size / writes["write"], "MB/s", "its bytes, synced", plain_write),
         Measurement(f"{name}: read, with checksums", total / reads["first"], "embeddings/s"),
         Measurement(f"{name}: read again", total / reads["later"], "embeddings/s"),
-        Measurement(
-            f"{name}: read again, bytes", size / reads["later"], "MB/s", "the file's bytes", size / reads["plain"]
-        ),
+        Measurement(f"{name}: read again, bytes", size / reads["later"], "MB/s", "the file's bytes", plain_read),
     ]
 
 

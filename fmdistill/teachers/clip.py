@@ -17,7 +17,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fmdistill.backbones.clip import ClipPreprocess, TextHead, load_clip
-from fmdistill.backbones.clip_mini import CONFIG, build_clip_mini
 from fmdistill.backbones.clip_tags import PREPROCESSING, ClipSettings, Interpolation, ResizeMode, of_tag, of_text
 from fmdistill.backbones.clip_weights import LOCAL
 from fmdistill.backbones.throughput import flops
@@ -137,19 +136,6 @@ def open_clip(
     return ClipTeacher(made, config, name="open_clip", kind=_kind(model), tokens=tokens, **settings)
 
 
-def clip_mini(
-    weights: str = "packaged",
-    tokens: bool = False,
-    device: str = "auto",
-    dtype: DType = "auto",
-    batch: int = 64,
-    workers: int = 2,
-) -> ClipTeacher:
-    """The small CLIP that ships with fmdistill, 64 px; or one that you trained: its run or safetensors file."""
-    settings: dict[str, Any] = {"device": device, "dtype": dtype, "batch": batch, "workers": workers}
-    return ClipTeacher(build_clip_mini(weights), CONFIG, name="clip_mini", kind="clip_mini", tokens=tokens, **settings)
-
-
 def weights_file(settings: Mapping[str, Any]) -> Path | None:
     """Return the folder or checkpoint file that the settings name; None for a tag, packaged weights, and none."""
     if settings["name"] != "open_clip":
@@ -236,7 +222,7 @@ def _grid(visual: Any) -> int | None:
 
 FAMILY = Family(
     name="clip",
-    teachers={"open_clip": open_clip, "clip_mini": clip_mini},
+    teachers={"open_clip": open_clip, "clip_mini": "fmdistill.mini.clip:clip_mini"},
     preprocess=ClipPreprocess,
     head=TextHead,
     map_setting="tokens",

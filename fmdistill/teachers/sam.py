@@ -16,7 +16,6 @@ from segment_anything.modeling import Sam
 from torch import Tensor, nn
 
 from fmdistill.backbones.fast_encoder import FastEncoder, supported
-from fmdistill.backbones.mini import build_sam_mini
 from fmdistill.backbones.promptable import PromptHead
 from fmdistill.backbones.sam import RESIZE, SamPreprocess, build_sam
 from fmdistill.backbones.throughput import flops
@@ -138,19 +137,6 @@ def sam_vit_h(
     return _official("vit_h", weights, device=device, dtype=dtype, batch=batch, workers=workers, exact=exact)
 
 
-def sam_mini(
-    weights: str = "packaged",
-    device: str = "auto",
-    dtype: DType = "auto",
-    batch: int = 16,
-    workers: int = 2,
-    exact: bool = False,
-) -> SamTeacher:
-    """The quarter-scale SAM that ships with fmdistill, 256 px; or one that you trained: its run or safetensors file."""
-    sam = build_sam_mini(Path(weights) / "student.safetensors" if Path(weights).is_dir() else weights)
-    return SamTeacher(sam, name="sam_mini", device=device, dtype=dtype, batch=batch, workers=workers, exact=exact)
-
-
 def identity(settings: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
     """Return the part of the fingerprint that a SAM teacher's settings state without the weights."""
     exact = convert(settings.get("exact", False), bool, "teacher.exact")
@@ -228,7 +214,7 @@ FAMILY = Family(
         "sam_vit_b": sam_vit_b,
         "sam_vit_l": sam_vit_l,
         "sam_vit_h": sam_vit_h,
-        "sam_mini": sam_mini,
+        "sam_mini": "fmdistill.mini.sam:sam_mini",
     },
     preprocess=SamPreprocess,
     head=PromptHead,

@@ -1,4 +1,4 @@
-"""Task `contrastive`: train a small CLIP from images and captions, as CLIP was trained (Radford et al. 2021)."""
+"""Train a small CLIP from images and captions as CLIP was trained (Radford et al. 2021): task `contrastive`."""
 
 # Legend: B images of the batch and their captions, L context length, D embedding channels.
 
@@ -14,21 +14,40 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fmdistill.backbones.clip import ClipPreprocess
-from fmdistill.backbones.clip_mini import MiniClip, tokenize
 from fmdistill.cache.batch import sample
 from fmdistill.cache.prepare import PreparedImage, must_prepare
+from fmdistill.distill import student as students
 from fmdistill.distill.data import SplitImages
+from fmdistill.distill.tasks import Job
 from fmdistill.images import Encoded, captions
+from fmdistill.images import build as build_images
+from fmdistill.images.source import SPLITS
+from fmdistill.mini.clip import MiniClip, tokenize
+from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError
 
 LARGEST_SCALE = 100.0
 
 
+def contrastive(recipe: Recipe) -> Job:
+    """Train image and text tower together from images and their captions."""
+    student = students.build(recipe.student)
+    if not isinstance(student, MiniClip):
+        raise UserError(f"student.name={recipe.student['name']}: task contrastive trains clip_mini alone")
+    images, rows = build_images(recipe.images), student.token_ids.clone()
+    train, validation = (
+        CaptionedImages(images, split, student.preprocess, rows, recipe.seed, memory=memory)
+        for split, memory in zip(SPLITS, (recipe.train.image_memory, 0.0), strict=True)
+    )
+    return Job(Contrastive(student), student, train, validation)
+
+
 class Contrastive(nn.Module):
     """CLIP's symmetric cross-entropy between the images and the captions of a batch, the logit scale at most 100.
 
-    Where a caption occurs several times in the batch, each of its images is right for each copy: the target is spread
-    evenly over them. The batch is what one process sees at once, so processes and accumulation bring no more negatives.
+    If a caption occurs several times in the batch, each of its images is right for each copy, and the target is spread
+    evenly over them. The batch is that of one process and one forward pass, so more processes or accumulated steps add
+    no negatives.
     """
 
     def __init__(self, student: MiniClip):
@@ -36,9 +55,9 @@ class Contrastive(nn.Module):
         self.student = student
 
     def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Return "loss", its halves, the errors of the nearest caption and the nearest image, and the logit scale."""
+        """Return "loss", its two halves, the error rates of the nearest caption and image, and the logit scale."""
         scale = self.student.clip.logit_scale
-        with torch.no_grad():  # as CLIP does: past the end of the range the gradient still leads back
+        with torch.no_grad():  # as CLIP does: at the end of the range the gradient can still lead back
             scale.clamp_(max=math.log(LARGEST_SCALE))
         image_BD = self.student(self.student.preprocess.normalize(batch["pixels"], batch["sizes"]))["embedding"]
         text_BD = self.student.encode_text(batch["tokens"])
@@ -47,9 +66,9 @@ class Contrastive(nn.Module):
 
 
 def symmetric_cross_entropy(image_BD: Tensor, text_BD: Tensor, scale: Tensor, same_BB: Tensor) -> dict[str, Tensor]:
-    """Return "loss", the mean of "image" (which caption?) and "text" (which image?), the errors and "logit_scale".
+    """Return "loss", the mean of "image" (find the caption) and "text" (find the image), the errors and "logit_scale".
 
-    `same_BB` (bool) says which captions are equal, and so share the target.
+    `same_BB` (bool) marks the captions that are equal, and so share the target.
     """
     logits_BB = scale * F.normalize(image_BD, dim=1) @ F.normalize(text_BD, dim=1).T
     target_BB = same_BB / same_BB.sum(1, keepdim=True)
@@ -61,16 +80,16 @@ def symmetric_cross_entropy(image_BD: Tensor, text_BD: Tensor, scale: Tensor, sa
 
 
 def same(tokens_BL: Tensor) -> Tensor:
-    """Return bool (B, B): which captions are equal."""
+    """Return which captions are equal, bool (B, B)."""
     return (tokens_BL[:, None] == tokens_BL[None]).all(2)
 
 
 @dataclass(frozen=True)
 class CaptionedImages(SplitImages):
-    """One split of a source whose images carry captions, one a line of their column."""
+    """The captioned images of one split of a source; a caption is a line of an image's column `txt`."""
 
     preprocess: ClipPreprocess
-    token_ids: Tensor  # on the CPU: what the student has rows for
+    token_ids: Tensor  # on the CPU: the tokens that the student knows
     seed: int
 
     def _prepare(self, name: str, encoded: Encoded) -> PreparedImage:

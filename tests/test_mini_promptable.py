@@ -8,14 +8,14 @@ import torch
 from nondegenerate import randomize, tiny_sam
 from torchvision.ops import sigmoid_focal_loss
 
-from fmdistill.backbones.mini import MiniSam
 from fmdistill.backbones.promptable import PromptHead
 from fmdistill.backbones.sam import SamPreprocess
-from fmdistill.distill import promptable
-from fmdistill.distill.labelled import LabelledImages
-from fmdistill.distill.promptable import Promptable, SameObject, coverage, mask_losses, mixed_prompts, sample_prompts
 from fmdistill.images import Images, build
-from fmdistill.images.scenes import Scenes
+from fmdistill.mini import promptable
+from fmdistill.mini.labelled import LabelledImages, sample_prompts
+from fmdistill.mini.promptable import Promptable, SameObject, coverage, mask_losses, mixed_prompts
+from fmdistill.mini.sam import MiniSam
+from fmdistill.mini.scenes import Scenes
 from fmdistill.registry import UserError
 
 SIDE = 64

@@ -1,4 +1,4 @@
-"""Images with exact object masks and prompts drawn from them, for the task `promptable`."""
+"""Load images with exact object masks and draw prompts from the masks, for the task `promptable`."""
 
 import io
 import zlib
@@ -13,7 +13,6 @@ from fmdistill.backbones.sam import SamPreprocess
 from fmdistill.cache.batch import sample
 from fmdistill.cache.prepare import PreparedImage, must_prepare
 from fmdistill.distill.data import SplitImages
-from fmdistill.distill.promptable import sample_prompts
 from fmdistill.images import Encoded
 from fmdistill.registry import UserError
 
@@ -31,7 +30,7 @@ def check_size(shard: str, key: str, size: tuple[int, int], original: tuple[int,
 
 @dataclass(frozen=True)
 class LabelledImages(SplitImages):
-    """One split of a source whose images carry a `labels.png` column: object ids per pixel, 0 = background."""
+    """The images of one split of a source with a column `labels.png`: object ids per pixel, 0 = background."""
 
     preprocess: SamPreprocess
     prompts: int
@@ -67,3 +66,43 @@ class LabelledImages(SplitImages):
             "boxes": torch.from_numpy(boxes),
             "use_box": torch.from_numpy(np.asarray(use_box)),
         }
+
+
+def sample_prompts(
+    labels: np.ndarray,
+    rng: np.random.Generator,
+    n: int,
+    box_share: float = 0.3,
+    min_area: int = 12,
+    background: float = 0.1,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return points (n, 2) xy, target ids (n,), noisy boxes (n, 4) xyxy and use_box (n,) for labels (S, S).
+
+    Objects of at least `min_area` visible pixels are drawn in proportion to area^-1/4, which favours small objects
+    mildly, and the point is uniform over the object. A share `background` of the prompts is for the background,
+    which most points of a grid hit, as are all prompts of an image without objects. Boxes are jittered by SAM's noise:
+    a tenth of the side, at most 20 / 1024 of the image.
+    """
+    flat, size = labels.ravel(), labels.shape[1]
+    areas = np.bincount(flat + 1)[1:]  # padding is -1
+    objects = np.flatnonzero(areas >= min_area)
+    objects = objects[objects > 0]
+    if not len(objects):
+        objects = np.flatnonzero(areas > 0)[-1:]
+    chance = areas[objects] ** -0.25
+    target = rng.choice(objects, n, p=chance / chance.sum())
+    if areas[0] >= min_area:
+        target[rng.random(n) < background] = 0
+    points, boxes = np.empty((n, 2), np.float32), np.empty((n, 4), np.float32)
+    for number in np.unique(target):
+        prompts = target == number
+        inside = np.flatnonzero(flat == number)
+        chosen = rng.choice(inside, prompts.sum())
+        points[prompts] = np.stack([chosen % size, chosen // size], axis=1)
+        columns = inside % size
+        boxes[prompts] = columns.min(), inside[0] // size, columns.max(), inside[-1] // size
+    sides = np.tile(boxes[:, 2:] - boxes[:, :2], 2)
+    noise = rng.normal(size=(n, 4)) * sides * 0.1
+    limit = 20 * size / 1024
+    boxes = (boxes + np.clip(noise, -limit, limit)).clip(0, size - 1).astype(np.float32)
+    return points, target, boxes, (rng.random(n) < box_share) & (target > 0)
