@@ -138,9 +138,11 @@ def test_a_checkpoint_that_is_half_written_or_damaged_is_not_used(cached):
 
 def test_a_run_of_another_recipe_in_the_same_folder_is_refused(cached):
     distill.run(tiny.load(cached))
-    with pytest.raises(UserError, match=r"optimizer\.lr is .*0\.003.* there and .*0\.1.* here.*out=FOLDER"):
+    with pytest.raises(
+        UserError, match=r"optimizer\.lr is .*0\.003.* in the run and .*0\.1.* in the recipe.*out=FOLDER"
+    ):
         distill.run(tiny.load(cached, "optimizer.lr=0.1"))
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="already holds a run"):
         distill.run(tiny.load(cached), resume=False)
     assert distill.run(tiny.load(cached, "train.log_every=5")).name == "run"
 
@@ -233,7 +235,7 @@ def test_a_validation_that_a_stop_cut_off_is_made_up_for(cached):
         ("train.clip=0", "above 0, or null"),
         ("seed=-1", "expected 0 or more"),
         ("student.name=tinyvit_sam_mini", "makes 128 channels at 256 px, but the cache has 32 channels at 64 px"),
-        ("objective.embedding.output=logits", "output=logits: the student has none"),
+        ("objective.embedding.output=logits", "output=logits: the student has no such output"),
         ("objective.embedding.weighting.temperature=0", "expected a number above 0"),
         ("optimizer.lr=1e30", "the loss is|the gradient's norm is"),
     ],

@@ -172,20 +172,20 @@ def test_gradients_are_those_of_finite_differences(name):
 
 
 @pytest.mark.parametrize("name", ["cross_entropy", "kd", "dkd", "rkd"])
-def test_vectors_give_one_value_a_sample_and_maps_are_refused(name):
+def test_vectors_have_one_value_per_sample_and_maps_raise(name):
     student, teacher = drawn((4, 5), (4, 5))
     assert distance(name)(compared(student, teacher, label=LABEL[:4])).shape == (4,)
     student, teacher = drawn((4, 5, 2, 2), (4, 5, 2, 2))
-    says = "choose the pooled output" if name == "rkd" else "the channels of a map .5, 2, 2. are none"
+    says = "choose the pooled output" if name == "rkd" else "the channels of a map .5, 2, 2. are not classes"
     with pytest.raises(UserError, match=f"distance.name={name}: .*{says}"):
         distance(name)(compared(student, teacher, label=LABEL[:4]))
 
 
-def test_what_cannot_be_compared_is_said():
+def test_outputs_that_cannot_be_compared_raise():
     for name in ("cross_entropy", "dkd"):
-        with pytest.raises(UserError, match=f"distance.name={name}: learns from labels, and these images carry none"):
+        with pytest.raises(UserError, match=f"distance.name={name}: learns from labels, but these images have none"):
             distance(name)(compared(*LOGITS))
-    with pytest.raises(UserError, match=r"\(10,\) by the student and \(7,\) by the teacher"):
+    with pytest.raises(UserError, match=r"has shape \(10,\), the teacher's \(7,\)"):
         distance("kd")(compared(LOGITS[0], LOGITS[1][:, :7]))
     with pytest.raises(UserError, match=r"distance.name=at: attention is over the patches .* vector \(16,\)"):
         distance("at")(compared(*FEATURES))

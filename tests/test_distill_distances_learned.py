@@ -167,5 +167,5 @@ def test_pad_is_the_formula_patch_by_patch(base, student, teacher, clamp):
 
 
 def test_unembedded_vectors_of_unlike_length_are_refused():
-    with pytest.raises(UserError, match=r"\(3,\) by the student and \(4,\) by the teacher"):
+    with pytest.raises(UserError, match=r"has shape \(3,\), the teacher's \(4,\)"):
         CC((3,), (4,), width=None)(compared(torch.ones(2, 3), torch.ones(2, 4)))

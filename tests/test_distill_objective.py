@@ -104,7 +104,7 @@ def test_padding_is_not_forgotten_where_a_distance_has_another_grid():
     settings = {"distance": {"name": "mse"}, "weighting": {"name": "uniform"}}
     losses, _ = Objective({"a": settings})(Seen(pooled, grids=view.grids))
     torch.testing.assert_close(losses["a"], torch.nn.functional.mse_loss(*pooled.values()))
-    with pytest.raises(UserError, match="has 4 patches an image, and what is padding is known for 16"):
+    with pytest.raises(UserError, match="has 4 patches per image, but padding is known for 16 patches"):
         Objective({"a": {**settings, "padding": "exclude"}})(Seen(pooled, grids=view.grids))
 
 
@@ -133,13 +133,13 @@ def weighed(make: str) -> Objective:
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        ("torch.ones(2)", r"gave \(2,\); expected weights of the distance's shape \(2, 16\)"),
-        ("torch.ones(2, 1)", r"gave \(2, 1\); expected .* \(2, 16\)"),
-        ("1.0", "gave float; expected .*"),
-        ("distance * torch.inf", "gave weights that are not finite"),
+        ("torch.ones(2)", r"returned \(2,\); expected weights of the distance's shape \(2, 16\)"),
+        ("torch.ones(2, 1)", r"returned \(2, 1\); expected .* \(2, 16\)"),
+        ("1.0", "returned float; expected .*"),
+        ("distance * torch.inf", "returned weights that are not finite"),
     ],
 )
-def test_a_weighting_that_gives_no_weights_is_named(make, says):
+def test_a_weighting_that_returns_no_weights_is_named(make, says):
     with pytest.raises(UserError, match=rf"^objective\.map\.weighting=test_distill_objective:Given: {says}") as error:
         weighed(make)(seen())
     assert "\n" not in str(error.value)
@@ -164,11 +164,11 @@ def test_reduce_is_per_image_then_over_the_batch():
     assert effective_sample_size(torch.tensor([[2.0, 1.0, 0.0, 0.0]]), valid[:1]) == pytest.approx(9 / (3 * 5))
 
 
-def test_what_srw_cannot_weigh_is_said():
+def test_srw_names_an_output_that_it_cannot_weigh():
     vectors = Seen({"student.embedding": torch.zeros(4, 8), "clip.embedding": torch.ones(4, 8)})
-    with pytest.raises(UserError, match=r"output=embeding: the student has none\. Did you mean 'embedding'"):
+    with pytest.raises(UserError, match=r"output=embeding: the student has no such output\. Did you mean 'embedding'"):
         vectors.focus("embeding", "include").pair()
-    with pytest.raises(UserError, match="names no term"):
+    with pytest.raises(UserError, match="has no term"):
         Objective({})
     with pytest.raises(UserError, match="nothing to weigh within an image; use global_batch or batch"):
         SRW(group="image")(torch.zeros(4), vectors.focus("embedding", "include"))
@@ -178,7 +178,9 @@ def test_what_srw_cannot_weigh_is_said():
         bind({"name": "srw", "group": "images"}, WEIGHTINGS, "objective.a.weighting")
     outputs = {"clip.embedding": torch.ones(2, 8), "clip.tokens": torch.ones(2, 8, 2, 2)}
     both = Seen(outputs, grids={"clip.tokens": torch.ones(2, 4) > 0})
-    with pytest.raises(UserError, match="tokens: has one vector per patch, output=embedding one vector per image"):
+    with pytest.raises(
+        UserError, match="tokens: has one vector per patch, but output=embedding has one vector per image"
+    ):
         SRW(feature="tokens")(torch.zeros(2), both.focus("embedding", "include"))
 
 
@@ -197,7 +199,7 @@ def test_distances_are_the_formulas_spelled_out():
         np.testing.assert_allclose(distance(compared(student, teacher)), values, rtol=1e-5)
         as_maps = distance(compared(student.T[None, :, None], teacher.T[None, :, None]))  # (1, 7, 1, 3): three patches
         np.testing.assert_allclose(as_maps, values[None], rtol=1e-5)
-    with pytest.raises(UserError, match=r"\(7,\) by the student and \(6,\) by the teacher"):
+    with pytest.raises(UserError, match=r"has shape \(7,\), the teacher's \(6,\)"):
         DISTANCES["cosine"]()(compared(student, teacher[:, :6]))
 
 

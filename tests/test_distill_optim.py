@@ -88,19 +88,19 @@ def test_a_run_with_muon_resumes_to_the_same_weights(tmp_path, monkeypatch):
 
 
 def test_a_run_that_stops_early_has_the_rates_of_its_horizon():
-    whole, early = optim.Cosine(0.1, 0.2), optim.Cosine(0.1, 0.2, horizon=50)
+    whole, early = optim.CosineSchedule(0.1, 0.2), optim.CosineSchedule(0.1, 0.2, horizon=50)
     assert [early(step, 20) for step in range(20)] == [whole(step, 50) for step in range(20)]
     with pytest.raises(UserError, match=r"schedule\.horizon=50: the run has 51 steps"):
         early(0, 51)
 
 
 def test_steps_fall_by_the_factor_at_each_milestone():
-    schedule = optim.Steps()  # CIFAR-100's 240 epochs
+    schedule = optim.StepSchedule()  # CIFAR-100's 240 epochs
     rates = [schedule(step, 240) for step in range(240)]
     wanted = [1.0] * 150 + [0.1] * 30 + [0.01] * 30 + [0.001] * 30
     assert rates == pytest.approx(wanted)
     with pytest.raises(UserError, match=r"milestones=\[0.5, 1.0\]"):
-        optim.Steps((0.5, 1.0))
+        optim.StepSchedule((0.5, 1.0))
 
 
 def test_sgd_is_pytorch_s_with_momentum_and_decay_of_all():

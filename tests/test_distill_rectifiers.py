@@ -194,7 +194,11 @@ def test_hostile_outputs_stay_finite(name, factor):
             "anchors=etf: 9 dimensions hold the anchors of 2 to 9 classes, not of 10",
         ),
         ("krd_representation", {"teacher": (D, 4, 4)}, r"the teacher's output is a map \(16, 4, 4\)"),
-        ("krd_representation", {"gamma": 1.5}, "rectify.gamma=1.5, rectify.power=1.0: expected a share, and a power"),
+        (
+            "krd_representation",
+            {"gamma": 1.5},
+            "rectify.gamma=1.5, rectify.power=1.0: expected a gamma from 0 to 1 and a power",
+        ),
         ("krd_representation", {"anchors": "mean"}, "anchors='mean': unknown. Did you mean 'means'"),
         ("krd_logits", {"kappa": 0.0}, "rectify.kappa=0.0: expected a number above 0"),
         ("krd_logits", {"beta": 1.0}, "rectify.beta=1.0: expected a number between 0 and 1"),
@@ -210,7 +214,7 @@ def test_settings_that_make_no_sense_are_refused(name, settings, says):
 
 @pytest.mark.parametrize("name", ["krd_representation", "probability_mix", "probability_swap"])
 def test_rectifying_by_labels_needs_labels(name):
-    with pytest.raises(UserError, match=f"rectify.name={name}: learns from labels, and these images carry none"):
+    with pytest.raises(UserError, match=f"rectify.name={name}: learns from labels, but these images have none"):
         rectifier(name)(seen(OUTPUT[name], label=None))
 
 

@@ -73,7 +73,7 @@ def test_a_start_that_is_missing_or_does_not_fit_is_one_clear_line(first, tmp_pa
     with pytest.raises(UserError, match=r"student.pretrained=.*text.safetensors: not a readable checkpoint"):
         students.build({**NARROW, "pretrained": str(tmp_path / "text.safetensors")})
     for start in (tmp_path / "other.safetensors", first / "first"):
-        with pytest.raises(UserError, match=f"student.pretrained={start}: does not hold this student") as error:
+        with pytest.raises(UserError, match=f"student.pretrained={start}: does not contain this student") as error:
             students.build({**NARROW, "pretrained": str(start)})
         assert "the same digits_resnet" in str(error.value) and "\n" not in str(error.value)
 

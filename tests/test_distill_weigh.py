@@ -63,7 +63,7 @@ def test_another_run_learns_with_them(made, capsys):
 
 def test_what_cannot_be_weighed_is_said(made):
     folder, runs = made
-    with pytest.raises(UserError, match="0 of its objective's terms are a PAD"):
+    with pytest.raises(UserError, match="0 terms of its objective are a PAD"):
         weigh.by_pad(runs["kd"], folder / "no.json")
     with pytest.raises(UserError, match="holds no recipe.yaml"):
         weigh.by_pad(folder / "nowhere", folder / "no.json")

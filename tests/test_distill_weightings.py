@@ -409,15 +409,15 @@ def test_images_that_the_file_weighs_zero_stay_out(tmp_path):
 @pytest.mark.parametrize(
     "content, says",
     [
-        ({key: 1.0 for key in KEYS[1:]}, r"weights.json: lists no weight for image 'image/0', nor for 0 others"),
-        ([1.0, 2.0], "weights.json: holds a list; expected {key: weight}"),
-        ({"a": "much"}, "weights.json: image 'a' weighs 'much'; expected a number from 0"),
-        ({"a": -1}, "weights.json: image 'a' weighs -1; expected a number from 0"),
-        ({"a": float("nan")}, "weights.json: image 'a' weighs nan"),
-        (None, "weights.json: no JSON file to read"),
+        ({key: 1.0 for key in KEYS[1:]}, r"weights.json: has no weight for image 'image/0', nor for 0 others"),
+        ([1.0, 2.0], "weights.json: contains a list; expected {key: weight}"),
+        ({"a": "much"}, "weights.json: image 'a' has weight 'much'; expected a number of at least 0"),
+        ({"a": -1}, "weights.json: image 'a' has weight -1; expected a number of at least 0"),
+        ({"a": float("nan")}, "weights.json: image 'a' has weight nan"),
+        (None, "weights.json: not a readable JSON file"),
     ],
 )
-def test_what_a_file_of_weights_lacks_is_said(tmp_path, content, says):
+def test_a_wrong_file_of_weights_raises_what_it_lacks(tmp_path, content, says):
     (tmp_path / "weights.json").write_text("{" if content is None else json.dumps(content))
     with pytest.raises(UserError, match=says):
         weighting("by_key", weights="weights.json")(*vectors())
@@ -456,14 +456,18 @@ def test_weights_by_distance_know_no_global_batch_and_nothing_within_a_vector(na
         ("soft_exp", {"temperature": -1.0}, "weighting.temperature=-1.0: expected a number above 0"),
         ("hard_mining", {"temperature": 0.0}, "weighting.temperature=0.0: expected a number above 0"),
         ("soft_poly", {"alpha": 0.0}, "weighting.alpha=0.0: expected a number above 0"),
-        ("hard_discarding", {"fraction": 1.0}, "weighting.fraction=1.0: expected a share of the group"),
+        ("hard_discarding", {"fraction": 1.0}, "weighting.fraction=1.0: expected a fraction of at least 0"),
         ("ipwd", {"largest": 0.5}, "weighting.largest=0.5: expected a weight of at least 1"),
-        ("ipwd", {"start_epoch": -1.0}, "weighting.start_epoch=-1.0: expected epochs"),
-        ("ipwd", {"feature": "features"}, "feature=features: the student has none, .* Did you mean 'feature'"),
-        ("by_key", {"weights": "none.json"}, "none.json: no JSON file to read"),
+        ("ipwd", {"start_epoch": -1.0}, "weighting.start_epoch=-1.0: expected a number of epochs"),
+        (
+            "ipwd",
+            {"feature": "features"},
+            "feature=features: the student has no such output, .* Did you mean 'feature'",
+        ),
+        ("by_key", {"weights": "none.json"}, "none.json: not a readable JSON file"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(name, settings, says):
+def test_settings_that_make_no_sense_raise(name, settings, says):
     with pytest.raises(UserError, match=says):
         weighting(name, **settings)
 
@@ -471,15 +475,17 @@ def test_settings_that_make_no_sense_are_refused(name, settings, says):
 @pytest.mark.parametrize("name", ["wsld", "ipwd"])
 def test_weights_by_labels_need_labels_and_whole_images(name):
     distance, seen = vectors()
-    with pytest.raises(UserError, match=f"weighting.name={name}: learns from labels, and these images carry none"):
+    with pytest.raises(UserError, match=f"weighting.name={name}: learns from labels, but these images have none"):
         weighting(name)(distance, Seen(seen.outputs, None, "logits"))
-    with pytest.raises(UserError, match=f"weighting.name={name}: weighs whole images, and .* one value per patch"):
+    with pytest.raises(UserError, match=f"weighting.name={name}: weighs whole images, but .* one value per patch"):
         weighting(name)(*maps())
 
 
 def test_ipwd_needs_vectors_of_a_student_that_is_known():
     partial = bind({"name": "ipwd"}, WEIGHTINGS, "weighting", SHAPES)
-    with pytest.raises(UserError, match=r"feature=feature: the student's is a map \(8, 2, 2\); ipwd needs one vector"):
+    with pytest.raises(
+        UserError, match=r"feature=feature: the student's output is a map \(8, 2, 2\); ipwd needs one vector"
+    ):
         partial(shapes={"student.feature": (8, 2, 2), "student.logits": (K,)})
     with pytest.raises(UserError, match="weighting.shapes: no such setting here"):
         bind({"name": "ipwd", "shapes": {}}, WEIGHTINGS, "weighting", SHAPES)
@@ -491,10 +497,12 @@ def test_ipwd_needs_vectors_of_a_student_that_is_known():
 @pytest.mark.parametrize("name", BY_SIMILARITY)
 def test_similarities_that_do_not_fit_the_distance_are_refused(name):
     distance, seen = maps()
-    with pytest.raises(UserError, match="feature=embedding: has 20 patches, the distance of output=embedding 5; weigh"):
+    with pytest.raises(
+        UserError, match="feature=embedding: has 20 patches, but the distance of output=embedding has 5; weigh"
+    ):
         weighting(name)(distance[:, :5], seen)
     distance, seen = vectors()
     rectified = Seen(seen.outputs, None, "logits", {})
-    with pytest.raises(UserError, match="group=global_batch: logits is rectified for these images alone"):
+    with pytest.raises(UserError, match="group=global_batch: logits is rectified for the images of this batch only"):
         weighting(name)(distance, rectified)
     assert torch.isfinite(weighting(name, group="batch")(distance, rectified)).all()
