@@ -96,21 +96,21 @@ def itself() -> dict:
 @pytest.mark.parametrize(
     ("stored", "says"),
     [
-        ({"model": STATE, "state_dict": OTHER}, r"holds several state dicts \('state_dict', 'model'\)"),
-        ({"student": STATE, "teacher": OTHER}, r"holds several state dicts \('student', 'teacher'\)"),
-        ({}, "holds no state dict"),
-        ({"model": {}}, "holds no state dict"),
-        ({"model": [1, 2]}, "holds no state dict"),
-        ({"a": STATE["a.weight"], "epoch": 3}, "holds no state dict"),
-        ({3: STATE["a.weight"]}, "holds no state dict"),
-        ({"model": {"model": {"model": {"model": {"model": STATE}}}}}, "holds no state dict"),
-        (itself(), "holds no state dict"),
-        ([STATE], "holds no state dict"),
-        (STATE["a.weight"], "holds no state dict"),
+        ({"model": STATE, "state_dict": OTHER}, r"contains several state dicts \('state_dict', 'model'\)"),
+        ({"student": STATE, "teacher": OTHER}, r"contains several state dicts \('student', 'teacher'\)"),
+        ({}, "contains no state dict"),
+        ({"model": {}}, "contains no state dict"),
+        ({"model": [1, 2]}, "contains no state dict"),
+        ({"a": STATE["a.weight"], "epoch": 3}, "contains no state dict"),
+        ({3: STATE["a.weight"]}, "contains no state dict"),
+        ({"model": {"model": {"model": {"model": {"model": STATE}}}}}, "contains no state dict"),
+        (itself(), "contains no state dict"),
+        ([STATE], "contains no state dict"),
+        (STATE["a.weight"], "contains no state dict"),
         ({"model": Bomb}, "not a readable checkpoint of plain tensors"),
     ],
 )
-def test_what_holds_no_one_state_is_one_line(tmp_path, stored, says):
+def test_a_file_without_exactly_one_state_dict_raises_one_line(tmp_path, stored, says):
     path = tmp_path / "w.pth"
     torch.save({"model": Bomb(tmp_path / "ran")} if stored == {"model": Bomb} else stored, path)
     with pytest.raises(UserError, match=f"^teacher.weights=w: {says}") as error:

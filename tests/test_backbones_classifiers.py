@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision import models
 
-from fmdistill.backbones.classifiers import CLASSIFIERS, UNFIT, torchvision
+from fmdistill.backbones.classifiers import CLASSIFIERS, UNSUPPORTED, torchvision
 from fmdistill.backbones.mobile_cifar import shuffle
 from fmdistill.images import decode
 from fmdistill.images.digits import Digits
@@ -172,7 +172,7 @@ def test_torchvisions_network_keeps_its_names_and_its_logits(network, features, 
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in ours.modules())
 
 
-def test_a_wrong_setting_is_one_clear_line():
+def test_a_wrong_setting_raises_one_clear_line():
     wrong = [
         (lambda: CLASSIFIERS["resnet20"](1), "classes=1: expected at least 2"),
         (lambda: torchvision("resnet18", 0), "classes=0: expected at least 2"),
@@ -180,10 +180,10 @@ def test_a_wrong_setting_is_one_clear_line():
         (lambda: CLASSIFIERS["digits_resnet"](depth=9), "depth=9: expected 6n"),
         (lambda: CLASSIFIERS["digits_resnet"](width=0), "width=0: expected at least 1"),
         (lambda: CLASSIFIERS["mobilenet_v2"](width=0.0), "width=0.0: expected a factor"),
-        *((lambda name=name: torchvision(name), f"network={name}: none of") for name in UNFIT),
+        *((lambda name=name: torchvision(name), f"network={name}: not a supported") for name in UNSUPPORTED),
     ]
     for build, says in wrong:
         with pytest.raises(UserError, match=says) as caught:
             build()
         assert "\n" not in str(caught.value)
-    assert set(UNFIT) <= set(models.list_models(module=models))
+    assert set(UNSUPPORTED) <= set(models.list_models(module=models))

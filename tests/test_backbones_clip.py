@@ -182,18 +182,18 @@ class Bomb:
         ("ViT-B-32", "opnai", r"teacher\.pretrained=opnai: neither a file nor a tag.* Did you mean 'openai'"),
         ("ViT-B-32", "{}/none.pt", "none.pt: neither a file nor a tag of ViT-B-32"),
         ("ViT-B-32", "{}/other.safetensors", r"not a checkpoint of ViT-B-32 \(Error\(s\) in loading"),
-        ("ViT-B-32", "{}/bomb.pt", "not a readable checkpoint of plain tensors .*nothing in it was run"),
-        ("ViT-B-32", "{}/script.pt", "not a readable checkpoint of plain tensors .*nothing in it was run"),
+        ("ViT-B-32", "{}/bomb.pt", "not a readable checkpoint of plain tensors .*nothing in it was executed"),
+        ("ViT-B-32", "{}/script.pt", "not a readable checkpoint of plain tensors .*nothing in it was executed"),
         ("ViT-B-32", "{}/text.pt", "not a readable checkpoint of plain tensors"),
-        ("local-dir:{}/missing", "none", r"holds no open_clip_config\.json"),
+        ("local-dir:{}/missing", "none", r"has no open_clip_config\.json"),
         ("local-dir:{}/bare", "none", "not a readable open_clip folder"),
         ("local-dir:{}/torn", "none", "not a readable open_clip folder"),
-        ("local-dir:{}/toy", "openai", "brings its own weights; set it to none"),
+        ("local-dir:{}/toy", "openai", "contains its own weights; set it to none"),
         ("roberta-ViT-B-32", "none", "text tower roberta-base is a transformers model"),
         ("hf-hub:laion/x", "none", "no such model"),
     ],
 )
-def test_what_a_user_wrote_wrong_is_one_clear_line(tmp_path, monkeypatch, model, pretrained, says):
+def test_a_wrong_setting_raises_one_clear_line(tmp_path, monkeypatch, model, pretrained, says):
     clips.folder(tmp_path / "toy")
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare/open_clip_config.json").write_text(json.dumps(clips.CONFIG))

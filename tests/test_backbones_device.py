@@ -11,7 +11,7 @@ from fmdistill.registry import UserError
 from fmdistill.teachers import sam
 
 
-@pytest.mark.parametrize(("count", "says"), [(1, "1 CUDA device here"), (2, "2 CUDA devices here")])
+@pytest.mark.parametrize(("count", "says"), [(1, "1 CUDA device"), (2, "2 CUDA devices")])
 def test_a_gpu_that_the_machine_does_not_have_is_said(monkeypatch, count, says):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
@@ -33,13 +33,15 @@ def test_a_device_without_a_backend_here_is_one_line(name, monkeypatch):
         return make(*size, device=device)
 
     monkeypatch.setattr(torch, "zeros", without_backends)
-    with pytest.raises(UserError, match=f"train.device={name}: this PyTorch cannot compute there .*auto or cpu") as one:
+    with pytest.raises(
+        UserError, match=f"train.device={name}: this PyTorch cannot use the device .*auto or cpu"
+    ) as one:
         pick_device(name, "train.device")
     assert "\n" not in str(one.value)
 
 
 def test_a_device_is_tried_and_not_only_named():
-    with pytest.raises(UserError, match="x=meta: this PyTorch cannot compute there"):
+    with pytest.raises(UserError, match="x=meta: this PyTorch cannot use the device"):
         pick_device("meta", "x")
 
 
@@ -56,5 +58,5 @@ def test_training_on_another_device_than_the_recipe_s_is_refused(monkeypatch):
 
 def test_a_teacher_s_device_is_refused_before_its_weights_are_read(monkeypatch):
     monkeypatch.setattr(sam, "build_sam", lambda *a: pytest.fail("read the weights"))
-    with pytest.raises(UserError, match="teacher.device=meta: this PyTorch cannot compute there"):
+    with pytest.raises(UserError, match="teacher.device=meta: this PyTorch cannot use the device"):
         teachers.build({"name": "sam_vit_b", "device": "meta"})

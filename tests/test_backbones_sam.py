@@ -171,7 +171,7 @@ def test_an_official_name_with_other_bytes_is_refused(tmp_path):
 def test_what_is_no_checkpoint_is_told_with_its_size(tmp_path):
     path = tmp_path / "page.pth"
     path.write_bytes(b"error: no such file at this address")
-    says = r"not a readable checkpoint of plain tensors \(\w+Error: .*; the file has 35 bytes\); nothing in it was run"
+    says = r"not a readable checkpoint of plain tensors \(\w+Error: .*has 35 bytes\); nothing in it was executed"
     assert re.search(says, message("vit_b", path))
     path.write_bytes(b"")
     assert re.search(r"\(EOFError.*; the file has 0 bytes\)", message("vit_b", path))
