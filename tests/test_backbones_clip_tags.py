@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from fmdistill import teachers
-from fmdistill.backbones.clip_tags import NOTHING_SET, ClipSettings, of_file
+from fmdistill.backbones.clip_tags import NOTHING_SET, ClipSettings, file_values
 from fmdistill.registry import UserError
 from fmdistill.teachers import build as build_teacher
 from fmdistill.teachers import check
@@ -68,18 +68,18 @@ def test_every_model_of_open_clip_uses_the_values_its_tags_agree_on_and_requires
         if differing:
             requiring.append(name)
             with pytest.raises(UserError) as error:
-                of_file(name, "w.pt", config, NOTHING_SET, False)
+                file_values(name, "w.pt", config, NOTHING_SET, False)
             text = str(error.value)
             assert "teacher.as_tag=TAG" in text and "\n" not in text and len(text) < 800
             assert {key for key in (*KEYS, "quick_gelu") if f"teacher.{key}=VALUE" in text} == differing
             continue
-        values, line = of_file(name, "w.pt", config, NOTHING_SET, False)
+        values, line = file_values(name, "w.pt", config, NOTHING_SET, False)
         for tag in pretrained._PRETRAINED.get(name, {}).values():
             assert all(values[key] == tag[key] for key in KEYS), name
             assert values["quick_gelu"] == (bool(tag.get("quick_gelu")) or config.get("quick_gelu", False))
         assert "\n" not in line and f"mean={list(values['mean'])}" in line
     assert {"ViT-B-32", "ViT-L-14", "ViT-H-14"} <= set(requiring)
-    values, line = of_file("MobileCLIP-S1", "w.pt", open_clip.get_model_config("MobileCLIP-S1"), NOTHING_SET, False)
+    values, line = file_values("MobileCLIP-S1", "w.pt", open_clip.get_model_config("MobileCLIP-S1"), NOTHING_SET, False)
     assert values == {**MOBILE, "quick_gelu": False} and "only tag (datacompdr)" in line
 
 

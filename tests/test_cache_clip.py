@@ -149,7 +149,7 @@ def test_a_tower_without_patch_tokens_is_said():
     model = open_clip.CLIP(**config["model_cfg"])
     settings = {"name": "t", "kind": "TinyViT", "device": "cpu", "dtype": "fp32", "batch": 1, "workers": 1}
     with pytest.raises(
-        UserError, match=r"teacher\.tokens=true: the image tower of TinyViT \(TimmModel\) gives no patch"
+        UserError, match=r"teacher\.tokens=true: the image tower of TinyViT \(TimmModel\) returns no patch"
     ):
         ClipTeacher(model, config, tokens=True, **settings)
     assert ClipTeacher(model, config, tokens=False, **settings).outputs == {"embedding": Output((24,))}

@@ -83,11 +83,23 @@ class Renamed(TinyViTSAM):
         (nn.Linear(2, 2), MINI, "the student is a Linear"),
         (TinyViTSAM(image_size=256, out_channels=32), MINI, "channels 32 is not the decoder's 128"),
         (TinyViTSAM(image_size=512, out_channels=128), MINI, "image size 512 is not the decoder's 256"),
-        (TinyViTSAM(), FULL | {"mlp_dim": 64}, r"lin1.bias: \(64,\) here, \(2048,\) in MobileSAM .* 10,130,092 in the"),
-        (TinyViTSAM("tiny_vit_11m_224"), FULL | {"mlp_dim": 64}, r"lin1.bias: \(64,\) here, \(2048,\) in MobileSAM"),
+        (
+            TinyViTSAM(),
+            FULL | {"mlp_dim": 64},
+            r"lin1.bias: \(64,\) in the student, \(2048,\) in MobileSAM .* and 10,130,092 parameters",
+        ),
+        (
+            TinyViTSAM("tiny_vit_11m_224"),
+            FULL | {"mlp_dim": 64},
+            r"lin1.bias: \(64,\) in the student, \(2048,\) in MobileSAM",
+        ),
         # another shape of one small tensor
         (TinyViTSAM(num_heads=(2, 8, 5, 10), window_sizes=(7, 7, 14, 7)), FULL, "attention_biases: "),
-        (Renamed(), FULL, r"2 names or shapes differ.*neck.0.weight: absent here, \(256, 320, 1, 1\) in MobileSAM"),
+        (
+            Renamed(),
+            FULL,
+            r"2 names or shapes differ.*neck.0.weight: absent in the student, \(256, 320, 1, 1\)",
+        ),
     ],
 )
 def test_what_does_not_fit_is_one_clear_line(tmp_path, student, config, says):

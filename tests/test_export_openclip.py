@@ -123,7 +123,7 @@ def test_a_folder_appears_whole_replaces_an_export_and_nothing_else(ran, tmp_pat
     (tmp_path / "mine/notes.txt").write_text("")
     (tmp_path / "file").write_text("")
     for name in ("mine", "file"):
-        with pytest.raises(UserError, match=f"{name}: is there already and no export"):
+        with pytest.raises(UserError, match=f"{name}: already exists and is not an openclip export"):
             export.run(ran / "run", "openclip", tmp_path / name)
     assert (tmp_path / "mine/notes.txt").is_file()
 
@@ -150,7 +150,7 @@ def test_a_run_without_a_text_tower_is_one_clear_line(tmp_path):
     with pytest.raises(UserError, match="no cache here"):
         export.run(sam.out, "openclip", tmp_path / "out", trust=True)
     cache.run(sam)
-    with pytest.raises(UserError, match="of the family 'sam' and has no text tower; openclip exports"):
+    with pytest.raises(UserError, match="of the family 'sam' and has no text tower; openclip exports runs"):
         export.run(sam.out, "openclip", tmp_path / "out", trust=True)
 
 

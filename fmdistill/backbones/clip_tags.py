@@ -55,7 +55,7 @@ class ClipSettings:
 NOTHING_SET = ClipSettings()
 
 
-def of_tag(name: str, tag: str, config: Mapping[str, Any]) -> dict[str, Any]:
+def tag_values(name: str, tag: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the `STATED` values of the tag `tag` of the model `name`, whose open_clip config is `config`.
 
     Raises UserError for an unknown tag.
@@ -70,7 +70,7 @@ def of_tag(name: str, tag: str, config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def of_file(
+def file_values(
     name: str, file: str, config: Mapping[str, Any], settings: ClipSettings, is_openai: bool
 ) -> tuple[dict[str, Any], str]:
     """Return the `STATED` values for a checkpoint `file` of the model `name`, and a log line with the source of each.
@@ -79,7 +79,7 @@ def of_file(
     """
     stated, source = _stated(name, file, config, settings, is_openai)
     given = {key: value for key, value in settings.given().items() if key != "as_tag"}
-    groups = {"as set": given, source: stated, "from its config": of_text(config)}
+    groups = {"as set": given, source: stated, "from its config": text_values(config)}
     parts = [
         f"{_shown(used)} {source}"
         for source, values in groups.items()
@@ -89,7 +89,7 @@ def of_file(
     return {key: given.get(key, value) for key, value in stated.items()}, line
 
 
-def of_text(config: Mapping[str, Any]) -> dict[str, Any]:
+def text_values(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the context length in tokens and the tokenizer's name from a model's open_clip config."""
     text_cfg = config["text_cfg"]
     return {
@@ -102,10 +102,10 @@ def _stated(
     name: str, file: str, config: Mapping[str, Any], settings: ClipSettings, is_openai: bool
 ) -> tuple[dict[str, Any], str]:
     if settings.as_tag is not None:
-        return of_tag(name, settings.as_tag, config), f"from {name}'s tag {settings.as_tag}"
+        return tag_values(name, settings.as_tag, config), f"from {name}'s tag {settings.as_tag}"
     if is_openai:
         return {**_defaults(config), "quick_gelu": True}, "for OpenAI's own file, recognised by its hash"
-    by_tag = {tag: of_tag(name, tag, config) for tag in list_pretrained_tags_by_model(name)}
+    by_tag = {tag: tag_values(name, tag, config) for tag in list_pretrained_tags_by_model(name)}
     if not by_tag:
         return _defaults(config), f"by open_clip's defaults, since {name} has no tag"
     values = next(iter(by_tag.values()))

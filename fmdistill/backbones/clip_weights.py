@@ -22,9 +22,9 @@ from fmdistill.backbones.clip_tags import (
     PREPROCESSING,
     STATED,
     ClipSettings,
-    of_file,
-    of_tag,
-    of_text,
+    file_values,
+    tag_values,
+    text_values,
 )
 from fmdistill.files import file_hash
 from fmdistill.registry import UserError, suggest
@@ -96,7 +96,7 @@ def _set_text(config: dict[str, Any], settings: ClipSettings) -> None:
     text_cfg = config["text_cfg"]
     if settings.context_length is not None:
         text_cfg["context_length"] = settings.context_length
-    if settings.tokenizer is not None and settings.tokenizer != of_text(config)["tokenizer"]:
+    if settings.tokenizer is not None and settings.tokenizer != text_values(config)["tokenizer"]:
         text_cfg["hf_tokenizer_name"] = None if settings.tokenizer == "simple" else settings.tokenizer
         for key in ("tokenizer_kwargs", "tokenizer_mode"):  # settings of the replaced tokenizer
             text_cfg.pop(key, None)
@@ -108,16 +108,16 @@ def _resolve(
     """Return the weights' path (None if untrained), the preprocessing, and whether the model needs QuickGELU."""
     tag = get_pretrained_cfg(name, pretrained)
     if pretrained in ("", "none"):
-        path, stated = None, of_tag(name, settings.as_tag, config) if settings.as_tag else {}
+        path, stated = None, tag_values(name, settings.as_tag, config) if settings.as_tag else {}
     elif tag:
         if settings.as_tag is not None:
             raise UserError(
                 f"teacher.as_tag={settings.as_tag}: teacher.pretrained={pretrained} is a tag; remove as_tag"
             )
-        path, stated = _downloaded(tag, pretrained), of_tag(name, pretrained, config)
+        path, stated = _downloaded(tag, pretrained), tag_values(name, pretrained, config)
     elif Path(pretrained).is_file():
         path = Path(pretrained)
-        stated, line = of_file(name, pretrained, config, settings, path.suffix == ".pt" and is_openai(path))
+        stated, line = file_values(name, pretrained, config, settings, path.suffix == ".pt" and is_openai(path))
         _log.info("%s", line)
     else:
         raise UserError(
@@ -251,7 +251,7 @@ def _check_text_tower(config: dict[str, Any], model: str) -> None:
 
 
 def _description(built: Any, config: dict[str, Any]) -> dict[str, Any]:
-    tokenizer = of_text(config)["tokenizer"]
+    tokenizer = text_values(config)["tokenizer"]
     return {"model_cfg": config, "preprocess_cfg": dict(built.visual.preprocess_cfg), "tokenizer": tokenizer}
 
 
