@@ -1,4 +1,4 @@
-"""A CLIP's file is used as its tag states, or as all tags of its name agree; what they disagree on is asked for."""
+"""Values for a CLIP's file come from its tag, or from all tags of its model if they agree; else they must be set."""
 
 import copy
 import io
@@ -29,7 +29,7 @@ SQUASHED = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.4, 0.3), "interpolation": "b
 
 @pytest.fixture
 def file(tmp_path, monkeypatch):
-    """A checkpoint of the toy, and the models agreeing, torn (by its tags), bare (no tags), and on (by its name)."""
+    """A checkpoint of the toy model; models with agreeing, torn and no (bare) tags, and one with QuickGELU on."""
     path = tmp_path / "toy.safetensors"
     state = randomize(open_clip.CLIP(**CONFIG), 2).state_dict()
     save_file(state, path)
@@ -54,11 +54,11 @@ def made(model: str, weights, **settings):
 
 
 def differ_by_open_clip_s_table(name: str) -> set[str]:
-    """The values in which the tags of a model differ, from open_clip's own table."""
+    """Return the values in which the tags of a model differ, by open_clip's own table."""
     known, quick = pretrained._PRETRAINED.get(name, {}), open_clip.get_model_config(name).get("quick_gelu", False)
-    found = {key for key in KEYS if len({tag[key] for tag in known.values()}) > 1}
+    differing = {key for key in KEYS if len({tag[key] for tag in known.values()}) > 1}
     activations = {bool(tag.get("quick_gelu")) or quick for tag in known.values()}
-    return found | ({"quick_gelu"} if len(activations) > 1 else set())
+    return differing | ({"quick_gelu"} if len(activations) > 1 else set())
 
 
 def test_every_model_of_open_clip_uses_the_values_its_tags_agree_on_and_requires_the_others():

@@ -1,4 +1,4 @@
-"""Distances that learn: their gradients, their way to optimizer and checkpoint, and what they refuse."""
+"""Distances with learned parts: their gradients, state and training, and the shapes for which they raise."""
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ def test_gradients_are_those_of_finite_differences(name, arguments, student, tea
 
 
 @pytest.mark.parametrize("name, arguments, student, teacher, count", LEARNED)
-def test_what_learns_is_in_the_objective_s_state_and_gets_a_gradient(name, arguments, student, teacher, count):
+def test_learned_parameters_are_in_the_objective_s_state_and_get_a_gradient(name, arguments, student, teacher, count):
     torch.manual_seed(0)
     objective = Objective(settings(name, arguments), {"student.embedding": student, "sam.embedding": teacher})
     seen = compared(*(x.float() for x in drawn((BATCH, *student), (BATCH, *teacher))))

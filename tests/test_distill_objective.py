@@ -48,7 +48,7 @@ def test_srw_equals_the_pairwise_formula(temperature, padded):
     torch.testing.assert_close((weights * valid).sum(1) / valid.sum(1), torch.ones(3))
 
 
-def test_srw_gives_the_published_golden_values():
+def test_srw_equals_the_published_golden_values():
     if not GOLDEN.is_file():
         pytest.skip("the reference values are not beside this checkout")
     golden = json.loads(GOLDEN.read_text())
@@ -98,7 +98,7 @@ def test_the_objective_is_the_weighted_mean_spelled_out(padding):
     assert (gradient[:, :, 2:].abs().sum() > 0) == (padding == "include")
 
 
-def test_padding_is_not_forgotten_where_a_distance_has_another_grid():
+def test_padding_can_be_included_but_not_excluded_on_another_grid():
     view = seen()
     pooled = {name: torch.nn.functional.avg_pool2d(value, 2) for name, value in view.outputs.items()}
     settings = {"distance": {"name": "mse"}, "weighting": {"name": "uniform"}}
@@ -116,7 +116,7 @@ def test_uniform_weights_reproduce_the_plain_mean():
 
 
 class Given:
-    """A weighting of one's own: what `make` makes of the distance."""
+    """A custom weighting: the value of the expression `make`."""
 
     def __init__(self, make: str) -> None:
         self.make = make
@@ -145,7 +145,7 @@ def test_a_weighting_that_returns_no_weights_is_named(make, says):
     assert "\n" not in str(error.value)
 
 
-def test_a_weighting_of_one_s_own_is_told_once_that_its_mean_is_not_one(caplog):
+def test_a_custom_weighting_whose_mean_is_not_one_is_logged_once(caplog):
     odd = weighed("2.0 * valid")
     for _ in range(3):
         odd(seen())
@@ -213,7 +213,7 @@ def test_half_precision_outputs_are_compared_in_float32_and_double_ones_in_doubl
 
 
 def vectors_of(count: int, group: str | None = None, temperature: float = 0.1) -> tuple[torch.Tensor, np.ndarray, SRW]:
-    """Teacher vectors with one common direction, the pairwise formula's weights, and the weighting."""
+    """Return teacher vectors with one common direction, the pairwise formula's weights, and the weighting."""
     generator = torch.Generator().manual_seed(3)
     teacher = torch.randn(count, 16, generator=generator) + 0.5
     _, expected = brute_force(teacher.T.numpy(), np.ones(count, bool), temperature)
@@ -257,8 +257,8 @@ RARE = ("uniform", "srw", "sum_normalizer", "soft_exp", "soft_poly", "hard_minin
 
 @pytest.mark.parametrize("weighting", RARE)
 @pytest.mark.parametrize("distance", WHOLE)
-def test_what_excludes_padding_does_not_look_at_the_teacher_s_padded_patches(distance, weighting):
-    """So a trimmed cache, which has zeros there, serves every distance and weighting of patches."""
+def test_excluded_padding_does_not_depend_on_the_teacher_s_padded_patches(distance, weighting):
+    """Thus a trimmed cache, in which padded patches are zero, works with every distance and weighting of patches."""
     shape, valid = (6, 4, 4), torch.zeros(3, 4, 4, dtype=torch.bool)
     valid[0, :3], valid[1, :, :2], valid[2] = True, True, True
     generator = torch.Generator().manual_seed(0)
@@ -269,10 +269,10 @@ def test_what_excludes_padding_does_not_look_at_the_teacher_s_padded_patches(dis
     for padding in ("exclude", "include"):
         for kind, value in (("full", teacher), ("trimmed", teacher * valid[:, None])):
             torch.manual_seed(0)
-            one = Objective({"a": {**settings, "padding": padding}}, shapes)
+            objective = Objective({"a": {**settings, "padding": padding}}, shapes)
             moved = student.clone().requires_grad_()
             named = {"student.embedding": moved, "sam.embedding": value}
-            loss = one(Seen(named, keys=["a", "b", "c"], grids={"sam.embedding": valid.flatten(1)}))[0]["a"]
+            loss = objective(Seen(named, keys=["a", "b", "c"], grids={"sam.embedding": valid.flatten(1)}))[0]["a"]
             loss.backward()
             losses[padding, kind], gradients[padding, kind] = loss.detach(), moved.grad
     assert torch.equal(losses["exclude", "full"], losses["exclude", "trimmed"])

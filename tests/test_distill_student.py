@@ -1,4 +1,4 @@
-"""Students that start from another's weights, and how a finished one is opened."""
+"""Students that start from other students' weights, and loading a finished student."""
 
 import shutil
 
@@ -17,7 +17,7 @@ NARROW = {"name": "digits_resnet", "width": 2}
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory):
-    """A folder with a recipe and its finished run."""
+    """Make a folder with a recipe and its finished run."""
     folder = tmp_path_factory.mktemp("students")
     path, _ = toy_digits.write(folder)
     distill.run(recipe.load(path, ["train.steps=4", f"out={folder}/first"]))

@@ -57,7 +57,7 @@ def test_the_list_of_shapes_is_mobilesam_s():
     assert shapes["image_encoder.layers.2.downsample.conv3.bn.num_batches_tracked"] == ()
 
 
-def test_another_size_says_how_many_parameters_it_has(tmp_path, caplog):
+def test_another_size_logs_its_number_of_parameters(tmp_path, caplog):
     caplog.set_level("INFO")
     state = torch.load(
         mobilesam.export(tinyvit_sam("11m"), PromptHead.from_config(FULL), tmp_path / "11m.pt"), weights_only=True
@@ -70,11 +70,11 @@ def test_another_size_says_how_many_parameters_it_has(tmp_path, caplog):
 
 
 class Renamed(TinyViTSAM):
-    """Its neck's first layer has another name."""
+    """A student whose neck's first layer has another name."""
 
     def state_dict(self, *args, **kwargs):
-        found = super().state_dict(*args, **kwargs)
-        return {name.replace("neck.0", "neck.9"): value for name, value in found.items()}
+        state = super().state_dict(*args, **kwargs)
+        return {name.replace("neck.0", "neck.9"): value for name, value in state.items()}
 
 
 @pytest.mark.parametrize(
@@ -102,14 +102,14 @@ class Renamed(TinyViTSAM):
         ),
     ],
 )
-def test_what_does_not_fit_is_one_clear_line(tmp_path, student, config, says):
+def test_a_student_that_does_not_fit_raises_one_clear_line(tmp_path, student, config, says):
     with pytest.raises(UserError, match=says) as error:
         mobilesam.export(student, PromptHead.from_config(config), tmp_path / "out.pt")
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
 
 
-def test_run_takes_the_decoder_beside_the_cache(tmp_path, monkeypatch):
+def test_run_exports_the_decoder_beside_the_cache(tmp_path, monkeypatch):
     from fmdistill import export
 
     head = PromptHead.from_config(MINI)
