@@ -213,5 +213,5 @@ def with_preprocess():
 def test_a_teacher_without_weights_is_asked_for():
     from fmdistill.teachers.clip import open_clip as build
 
-    with pytest.raises(UserError, match=r"teacher\.pretrained: not set; give one of open_clip's tags"):
+    with pytest.raises(UserError, match=r"teacher\.pretrained: not set; set it to one of open_clip's tags"):
         build("ViT-B-32")

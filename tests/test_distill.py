@@ -132,7 +132,7 @@ def test_a_checkpoint_that_is_half_written_or_damaged_is_not_used(cached):
     (run / "student.safetensors").unlink()
     newest = sorted((run / "checkpoints").glob("step-*"))[-1]
     (newest / "task.safetensors").write_bytes(b"no tensors here")
-    with pytest.raises(UserError, match=r"cannot resume from it .*delete this folder"):
+    with pytest.raises(UserError, match=r"cannot resume from this checkpoint .*delete this folder"):
         distill.run(recipe)
 
 

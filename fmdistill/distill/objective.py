@@ -181,7 +181,7 @@ def _check_padding(term: TermSettings, where: str, shapes: Mapping[str, Any]) ->
     known = [shape for shape in (shapes["student"], shapes["teacher"]) if shape is not None]
     if term.padding == "exclude" and known and all(len(shape) == 1 for shape in known):
         raise UserError(
-            f"{where}.padding=exclude: would be ignored, since output={term.output} is one vector per image and has no "
+            f"{where}.padding=exclude: ignored, since output={term.output} is one vector per image and has no "
             f"padded patches; remove `padding`"
         )
 
