@@ -150,7 +150,7 @@ def test_a_tower_without_patch_tokens_is_said():
     model = open_clip.CLIP(**config["model_cfg"])
     settings = {"name": "t", "kind": "TinyViT", "device": "cpu", "dtype": "fp32", "batch": 1, "workers": 1}
     with pytest.raises(
-        UserError, match=r"teacher\.tokens=true: the image tower of TinyViT \(TimmModel\) gives no patch"
+        UserError, match=r"teacher\.tokens=true: the image tower of TinyViT \(TimmModel\) returns no patch"
     ):
         ClipTeacher(model, config, tokens=True, **settings)
     assert ClipTeacher(model, config, tokens=False, **settings).outputs == {"embedding": Output((24,))}
@@ -214,5 +214,5 @@ def with_preprocess():
 def test_a_teacher_without_weights_is_asked_for():
     from fmdistill.teachers.clip import open_clip as build
 
-    with pytest.raises(UserError, match=r"teacher\.pretrained: not set; give one of open_clip's tags"):
+    with pytest.raises(UserError, match=r"teacher\.pretrained: not set; set it to one of open_clip's tags"):
         build("ViT-B-32")

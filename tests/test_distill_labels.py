@@ -71,7 +71,7 @@ def test_accuracy_is_over_the_labelled_images_of_the_batch(made, how):
 def test_an_objective_that_asks_for_labels_names_the_image_without(made, how):
     folder, key = made
     settings = load(folder, f"out={folder}/run{len(how)}", "train.steps=4", *how)  # an epoch of four steps
-    message = f"distance.name=cross_entropy: learns from labels, and image '{key}' carries none; .*leave this image out"
+    message = f"distance.name=cross_entropy: learns from labels, but image '{key}' has none; .*leave this image out"
     with pytest.raises(UserError, match=message):
         distill.run(settings)
 
@@ -107,6 +107,6 @@ def test_a_batch_without_any_label_has_no_accuracy_and_processes_may_differ_in_t
 def test_a_label_of_a_class_that_the_student_does_not_know_is_named():
     seen = Seen({"student.logits": torch.zeros(2, 3)}, label=torch.tensor([0, 3]), keys=("a", "b"), label_values=(0, 3))
     with pytest.raises(
-        UserError, match="x: image 'b' has the label 3, and the student makes logits of 3 classes, .*0 to 2"
+        UserError, match="x: image 'b' has the label 3, but the student's logits are of 3 classes, .*0 to 2"
     ):
         seen.labels("x")

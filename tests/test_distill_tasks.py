@@ -77,10 +77,12 @@ def test_what_does_not_fit_is_one_clear_line(cached):
         distill.run(load(cached, "student.embed_dim=16", f"out={cached}/narrow"))
     tokens = [f"cache.root={cached}/tokens", "teacher.name=test_distill_tasks:with_tokens"]
     with pytest.raises(
-        UserError, match=r"output=tokens: the student has none\. Known: embedding\. Choose one of these"
+        UserError, match=r"output=tokens: the student has no such output\. Known: embedding\. Choose one of these"
     ):
         distill.run(load(cached, *tokens, "objective.embedding.output=tokens", f"out={cached}/blind"))
-    with pytest.raises(UserError, match="feature=tokens: has one vector per patch, output=embedding one vector per im"):
+    with pytest.raises(
+        UserError, match="feature=tokens: has one vector per patch, but output=embedding has one vector per im"
+    ):
         weighting = ["objective.embedding.weighting.name=srw", "objective.embedding.weighting.feature=tokens"]
         distill.run(load(cached, *tokens, *weighting, f"out={cached}/mixed"))
 

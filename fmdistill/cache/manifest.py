@@ -122,7 +122,7 @@ def _setting(stored: Mapping[str, Any], place: str, value: Any) -> str | None:
         from fmdistill import teachers  # here, since a family loads torch
 
         if stored["family"] in teachers.FAMILIES:
-            return teachers.load_family(stored["family"]).way_back.get((place, str(value)))
+            return teachers.load_family(stored["family"]).matching_settings.get((place, str(value)))
     return None
 
 

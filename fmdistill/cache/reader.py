@@ -18,7 +18,7 @@ from fmdistill.cache.store import Store
 from fmdistill.images import Images, Shard
 from fmdistill.recipe import Component
 from fmdistill.registry import UserError
-from fmdistill.teachers import of_cache
+from fmdistill.teachers import family_of_cache
 from fmdistill.teachers.family import Family, Preprocess
 from fmdistill.teachers.output import Shape
 
@@ -119,7 +119,7 @@ class Cache:
     @cached_property
     def record(self) -> Family:
         """The teacher's family."""
-        return of_cache(self.family, self.teacher)
+        return family_of_cache(self.family, self.teacher)
 
     @cached_property
     def preprocess(self) -> Preprocess:

@@ -35,7 +35,7 @@ def check(evaluator: str, recipe: Recipe) -> None:
             f"student.name={name}: has no text tower, and its recipe no cache with a teacher's; "
             f"{evaluator} judges a run that was distilled from CLIP"
         )
-    if recipe.cache is not None and not teachers.may_be(recipe.teacher, "clip"):
+    if recipe.cache is not None and not teachers.may_belong_to(recipe.teacher, "clip"):
         raise UserError(
             f"teacher.name={(recipe.teacher or {}).get('name')}: has no text tower; {evaluator} judges a run "
             f"that was distilled from CLIP"
