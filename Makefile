@@ -2,13 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint types check clean
+.PHONY: demo test test-slow lint types check clean
 
 demo: .venv/.installed
 	$(BIN)/fmdistill demo
 
 test: .venv/.installed
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow"
+
+test-slow: .venv/.installed # kills, several processes, real sizes, the wheel: each takes more than about ten seconds
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m slow
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

@@ -11,7 +11,7 @@ import sys
 import tarfile
 from pathlib import Path
 
-from fmdistill.images.captioned import Captioned, class_names
+from fmdistill.mini.captioned import Captioned, class_names
 
 TEMPLATES = ("a {}", "a picture of a {}", "a photo of a {}")
 

@@ -17,7 +17,7 @@ from segment_anything.utils.transforms import ResizeLongestSide
 
 from fmdistill.backbones.sam import SamPreprocess
 from fmdistill.images import decode
-from fmdistill.images.photos import photograph
+from fmdistill.mini.photos import photograph
 
 NAMES, SIZE, SIDE, ROUNDS = ("astronaut", "coffee", "chelsea", "retina"), (2250, 1500), 1024, 15
 

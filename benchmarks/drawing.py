@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 from fmdistill import images
-from fmdistill.backbones.clip_mini import clip_mini_student
-from fmdistill.backbones.mini import sam_mini_student
-from fmdistill.distill.promptable import sample_prompts
-from fmdistill.images.scenes import decode_labels
+from fmdistill.mini.clip import clip_mini_student
+from fmdistill.mini.labelled import sample_prompts
+from fmdistill.mini.sam import sam_mini_student
+from fmdistill.mini.scenes import decode_labels
 
 COUNT = 16  # images of a round
 

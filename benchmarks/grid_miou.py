@@ -13,9 +13,9 @@ import torch
 from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
 
-from fmdistill.backbones.mini import build_sam_mini
 from fmdistill.backbones.promptable import PromptHead
 from fmdistill.evaluate.grid_miou import GridMiou, image_iou
+from fmdistill.mini.sam import build_sam_mini
 
 ORIGINAL, RESIZED, K, REPEATS = (480, 640), (192, 256), 8, 7
 MODES = ("single", "best_predicted", "paired", "oracle")

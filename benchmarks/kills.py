@@ -25,7 +25,7 @@ import torch
 
 from fmdistill import cache, files, recipe
 from fmdistill.images import Encoded
-from fmdistill.images.photos import Photos
+from fmdistill.mini.photos import Photos
 from fmdistill.teachers.sam import SamTeacher
 
 FORK = multiprocessing.get_context("fork")

@@ -17,12 +17,12 @@ import torch
 import webdataset
 from torch import Tensor
 
-from fmdistill.cache import batch, outputs, sidecar
-from fmdistill.cache.batch import BufferPool
+from fmdistill.cache import outputs, sidecar
+from fmdistill.cache.batch import BufferPool, read_outputs
 from fmdistill.cache.codec import named
 from fmdistill.cache.reader import ShardReader
 from fmdistill.cache.store import Folder
-from fmdistill.cache.writer import Prepared, ShardWriter
+from fmdistill.cache.writer import ShardWriter, TeacherInput
 from fmdistill.images import Shard
 from fmdistill.recipe import Cache
 from fmdistill.teachers.output import Output
@@ -44,7 +44,7 @@ def write(root: Path, label: str) -> list[ShardReader]:
         writer.statistics.add = lambda *_: None  # type: ignore[method-assign]
         for index in range(IMAGES):
             array = rng.standard_normal(SHAPE, dtype=np.float32)
-            item = Prepared(index, f"image-{index:03d}", "0", None, (1, 1), (1, 1))
+            item = TeacherInput(index, f"image-{index:03d}", "0", None, (1, 1), (1, 1))
             writer.add(item, {"embedding": array}, valid)
         writer.publish()
         finished = sidecar.finished(Folder(root), shard, "benchmark", stored)
@@ -54,10 +54,10 @@ def write(root: Path, label: str) -> list[ShardReader]:
 
 
 def ours(readers: list[ShardReader], pool: BufferPool) -> Iterator[Tensor]:
-    """Yield batches as they are stored, as `StoredImages` gives them to a loader; `pool` is that of its process."""
+    """Yield batches as they are stored, as `CachedImages` gives them to a loader; `pool` is that of its process."""
     places = [(reader, index) for reader in readers for index in range(IMAGES)]
     for start in range(0, len(places), BATCH):
-        yield batch.read(places[start : start + BATCH], pool)["stored"]["embedding"]
+        yield read_outputs(places[start : start + BATCH], pool)["data"]["embedding"]
 
 
 def fresh(readers: list[ShardReader]) -> list[ShardReader]:

@@ -24,7 +24,7 @@ from fmdistill.cache import outputs
 from fmdistill.cache.codec import Codec, named
 from fmdistill.cache.statistics import Statistics
 from fmdistill.cache.store import Folder
-from fmdistill.cache.writer import Prepared, ShardWriter, cut
+from fmdistill.cache.writer import ShardWriter, TeacherInput, cut
 from fmdistill.images import Shard
 from fmdistill.recipe import Cache
 from fmdistill.teachers.output import Output
@@ -40,7 +40,7 @@ def write(root: Path, codec: Codec, arrays: list[np.ndarray], valid: np.ndarray)
     writer = ShardWriter(Folder(root), Shard("shard", "train"), "benchmark", stored)
     start = time.process_time()
     for index, array in enumerate(arrays):
-        item = Prepared(index, f"image-{index:07}", "0", None, (1, 1), (1, 1))
+        item = TeacherInput(index, f"image-{index:07}", "0", None, (1, 1), (1, 1))
         writer.add(item, {"embedding": array}, valid)
     spent = time.process_time() - start
     writer.abandon()

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from fmdistill import recipe as recipes
-from fmdistill.images.photos import photograph
+from fmdistill.mini.photos import photograph
 from fmdistill.recipe import Recipe
 from fmdistill.teachers.clip import ClipTeacher
 

@@ -182,6 +182,7 @@ def fuzz(folder: Path, inputs: int, seed: int = 0, only: str = "") -> tuple[Coun
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     limits = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, limits[1]))
+    signal.signal(signal.SIGPROF, _hangs)  # of processor time, so that a busy machine is not a hang
     signal.signal(signal.SIGALRM, _hangs)
     ends: Counter = Counter()
     wrong: list[str] = []
@@ -191,7 +192,8 @@ def fuzz(folder: Path, inputs: int, seed: int = 0, only: str = "") -> tuple[Coun
             rng = random.Random(f"{seed} {number}")
             data = kinds[name].make(rng)
             watch.seen, watch.on = [], True
-            signal.alarm(SECONDS)
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)
+            signal.alarm(60 * SECONDS)
             try:
                 with redirect_stderr(io.StringIO()):  # progress bars
                     problem, end = kinds[name].read(data), "values"
@@ -202,6 +204,7 @@ def fuzz(folder: Path, inputs: int, seed: int = 0, only: str = "") -> tuple[Coun
                     raise
                 problem, end = f"{type(error).__name__}: {str(error)[:200]}", "crash"
             finally:
+                signal.setitimer(signal.ITIMER_PROF, 0)
                 signal.alarm(0)
                 watch.on = False
             ends[name, end] += 1
@@ -216,7 +219,7 @@ def fuzz(folder: Path, inputs: int, seed: int = 0, only: str = "") -> tuple[Coun
 
 
 def _hangs(*_: Any) -> None:
-    raise RuntimeError(f"still at work after {SECONDS} s")
+    raise RuntimeError(f"still at work after {SECONDS} s of processor time, or {SECONDS} minutes")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Wrapped, prefixed, ambiguous and hostile checkpoint files, read by every setting that takes weights."""
+"""Wrapped, prefixed, ambiguous and hostile checkpoint files, read by every setting for weights."""
 
 import pickle
 from pathlib import Path
@@ -10,11 +10,11 @@ from safetensors.torch import save_file
 
 from fmdistill.backbones import sam as sams
 from fmdistill.backbones.checkpoints import read_state
-from fmdistill.backbones.clip_mini import build_clip_mini, clip_mini_student
-from fmdistill.backbones.mini import build_sam_mini, sam_mini_student
 from fmdistill.backbones.sam import build_sam
-from fmdistill.backbones.tinyvit import tinyvit_sam_mini
 from fmdistill.distill import student as students
+from fmdistill.mini.clip import build_clip_mini, clip_mini_student
+from fmdistill.mini.sam import build_sam_mini, sam_mini_student
+from fmdistill.mini.tinyvit import tinyvit_sam_mini
 from fmdistill.registry import UserError
 from fmdistill.teachers.classifier import classifier
 from fmdistill.teachers.compute import state_hash
@@ -28,8 +28,8 @@ def prefixed(prefix: str, state: dict = STATE) -> dict:
     return {f"{prefix}{name}": value for name, value in state.items()}
 
 
-def same(found: dict, wanted: dict = STATE) -> bool:
-    return found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+def same(actual: dict, expected: dict = STATE) -> bool:
+    return actual.keys() == expected.keys() and all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def same(found: dict, wanted: dict = STATE) -> bool:
         ),
     ],
 )
-def test_wrappers_and_shared_prefixes_are_removed_and_one_line_says_so(tmp_path, caplog, stored, says):
+def test_wrappers_and_shared_prefixes_are_removed_and_logged_in_one_line(tmp_path, caplog, stored, says):
     torch.save(stored, tmp_path / "w.pth")
     with caplog.at_level("INFO"):
         assert same(read_state(tmp_path / "w.pth", "teacher.weights=w.pth"))
@@ -63,7 +63,7 @@ def test_wrappers_and_shared_prefixes_are_removed_and_one_line_says_so(tmp_path,
         assert lines[0].startswith("teacher.weights=w.pth: ") and lines[0].endswith(says)
 
 
-def test_a_prefix_that_not_all_names_share_or_that_is_the_network_s_own_stays(tmp_path):
+def test_a_prefix_that_not_all_names_share_or_that_is_the_network_s_own_is_not_removed(tmp_path):
     mixed = {**prefixed("module."), "n_averaged": torch.ones(1)}
     torch.save(mixed, tmp_path / "mixed.pth")
     assert same(read_state(tmp_path / "mixed.pth", "x"), mixed)
@@ -88,29 +88,29 @@ class Bomb:
 
 
 def itself() -> dict:
-    found: dict = {}
-    found["model"] = found
-    return found
+    wrapper: dict = {}
+    wrapper["model"] = wrapper
+    return wrapper
 
 
 @pytest.mark.parametrize(
     ("stored", "says"),
     [
-        ({"model": STATE, "state_dict": OTHER}, r"holds several state dicts \('state_dict', 'model'\)"),
-        ({"student": STATE, "teacher": OTHER}, r"holds several state dicts \('student', 'teacher'\)"),
-        ({}, "holds no state dict"),
-        ({"model": {}}, "holds no state dict"),
-        ({"model": [1, 2]}, "holds no state dict"),
-        ({"a": STATE["a.weight"], "epoch": 3}, "holds no state dict"),
-        ({3: STATE["a.weight"]}, "holds no state dict"),
-        ({"model": {"model": {"model": {"model": {"model": STATE}}}}}, "holds no state dict"),
-        (itself(), "holds no state dict"),
-        ([STATE], "holds no state dict"),
-        (STATE["a.weight"], "holds no state dict"),
+        ({"model": STATE, "state_dict": OTHER}, r"contains several state dicts \('state_dict', 'model'\)"),
+        ({"student": STATE, "teacher": OTHER}, r"contains several state dicts \('student', 'teacher'\)"),
+        ({}, "contains no state dict"),
+        ({"model": {}}, "contains no state dict"),
+        ({"model": [1, 2]}, "contains no state dict"),
+        ({"a": STATE["a.weight"], "epoch": 3}, "contains no state dict"),
+        ({3: STATE["a.weight"]}, "contains no state dict"),
+        ({"model": {"model": {"model": {"model": {"model": STATE}}}}}, "contains no state dict"),
+        (itself(), "contains no state dict"),
+        ([STATE], "contains no state dict"),
+        (STATE["a.weight"], "contains no state dict"),
         ({"model": Bomb}, "not a readable checkpoint of plain tensors"),
     ],
 )
-def test_what_holds_no_one_state_is_one_line(tmp_path, stored, says):
+def test_a_file_without_exactly_one_state_dict_raises_one_line(tmp_path, stored, says):
     path = tmp_path / "w.pth"
     torch.save({"model": Bomb(tmp_path / "ran")} if stored == {"model": Bomb} else stored, path)
     with pytest.raises(UserError, match=f"^teacher.weights=w: {says}") as error:
@@ -124,7 +124,7 @@ def test_the_bomb_is_live(tmp_path):
 
 
 def both(folder: Path, state: dict) -> list[Path]:
-    """The state as it is, wrapped with another entry beside it, and with prefixes."""
+    """Save `state` three times: plain, wrapped beside another entry, and with prefixes; return the paths."""
     stored = {"plain": state, "wrapped": {"model": state, "epoch": 1}, "prefixed": prefixed("module._orig_mod.", state)}
     for name, value in stored.items():
         torch.save(value, folder / f"{name}.pth")
@@ -149,7 +149,7 @@ def test_a_wrapped_and_a_prefixed_sam_are_the_same_teacher_as_the_plain_file(tmp
     ]
 
 
-def test_every_setting_that_takes_weights_takes_wrapped_and_prefixed_ones(tmp_path):
+def test_every_setting_for_weights_accepts_wrapped_and_prefixed_files(tmp_path):
     digits = {"name": "digits_resnet", "width": 2, "classes": 3}
     makers = {
         "sam_mini": (sam_mini_student(), lambda path: build_sam_mini(path).state_dict()),
@@ -167,6 +167,6 @@ def test_every_setting_that_takes_weights_takes_wrapped_and_prefixed_ones(tmp_pa
     for name, (network, load) in makers.items():
         (tmp_path / name).mkdir()
         plain, *others = both(tmp_path / name, randomize(network, 3).state_dict())
-        wanted = state_hash(load(plain))
-        assert [state_hash(load(path)) for path in others] == [wanted, wanted], name
-        assert wanted != state_hash(load(both(tmp_path / name, randomize(network, 4).state_dict())[0])), name
+        fingerprint = state_hash(load(plain))
+        assert [state_hash(load(path)) for path in others] == [fingerprint, fingerprint], name
+        assert fingerprint != state_hash(load(both(tmp_path / name, randomize(network, 4).state_dict())[0])), name

@@ -1,4 +1,4 @@
-"""Classifiers: published sizes, one shape of output for all, and formulas against an independent forward pass."""
+"""Classifiers: published sizes, the same outputs for all, and formulas against an independent forward pass."""
 
 import copy
 
@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision import models
 
-from fmdistill.backbones.classifiers import CLASSIFIERS, UNFIT, torchvision
+from fmdistill.backbones.classifiers import CLASSIFIERS, UNSUPPORTED, torchvision
 from fmdistill.backbones.mobile_cifar import shuffle
 from fmdistill.images import decode
 from fmdistill.images.digits import Digits
@@ -40,8 +40,8 @@ def parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def blocks(found: dict[str, torch.Tensor]) -> list[tuple[int, ...]]:
-    return [tuple(value.shape[1:]) for name, value in found.items() if name.startswith("block")]
+def blocks(outputs: dict[str, torch.Tensor]) -> list[tuple[int, ...]]:
+    return [tuple(value.shape[1:]) for name, value in outputs.items() if name.startswith("block")]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -51,13 +51,13 @@ def test_every_network_has_the_published_size_and_the_same_outputs(name):
     assert round(parameters(model) / 1000) == thousands
     assert (model.image_size, model.classes, model.head.out_features) == (32, 100, 100)
     with torch.no_grad():
-        found = model(torch.randn(2, 3, 32, 32))
-    assert blocks(found) == [(channels, side, side) for channels, side in stages]
-    assert set(found) == {"logits", "feature", *(f"block{i + 1}" for i in range(len(stages)))}
-    assert found["feature"].shape == (2, model.head.in_features) and found["feature"].std(0).max() > 0
-    expected = found["feature"] @ model.head.weight.T + model.head.bias
-    torch.testing.assert_close(found["logits"], expected, rtol=1e-4, atol=1e-4)
-    for block, value in found.items():
+        outputs = model(torch.randn(2, 3, 32, 32))
+    assert blocks(outputs) == [(channels, side, side) for channels, side in stages]
+    assert set(outputs) == {"logits", "feature", *(f"block{i + 1}" for i in range(len(stages)))}
+    assert outputs["feature"].shape == (2, model.head.in_features) and outputs["feature"].std(0).max() > 0
+    expected = outputs["feature"] @ model.head.weight.T + model.head.bias
+    torch.testing.assert_close(outputs["logits"], expected, rtol=1e-4, atol=1e-4)
+    for block, value in outputs.items():
         if block.startswith("block"):
             assert (value.min() < 0) == (name in SIGNED), block
     assert CLASSIFIERS[name](7).classes == 7
@@ -70,7 +70,7 @@ def test_the_table_lists_every_network_and_binds_its_settings():
 
 
 @torch.no_grad()
-def test_a_resnet_is_its_formula():
+def test_a_resnet_equals_its_formula():
     model = randomize(CLASSIFIERS["resnet8x4"]())
     weights = list(model.state_dict().values())
     image = torch.randn(2, 3, 32, 32)
@@ -88,19 +88,19 @@ def test_a_resnet_is_its_formula():
 
 
 @torch.no_grad()
-def test_a_wide_resnet_gives_the_sums_and_its_feature_the_normed_ones():
+def test_a_wide_resnet_returns_sums_as_blocks_and_pools_the_normed_last_one():
     model = randomize(CLASSIFIERS["wrn_16_2"]())
-    found = model(torch.randn(2, 3, 32, 32))
+    outputs = model(torch.randn(2, 3, 32, 32))
     norm = model.network.tail[0]
-    normed = F.batch_norm(found["block3"], norm.running_mean, norm.running_var, norm.weight, norm.bias)
-    torch.testing.assert_close(found["feature"], normed.relu().mean((2, 3)))
+    normed = F.batch_norm(outputs["block3"], norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    torch.testing.assert_close(outputs["feature"], normed.relu().mean((2, 3)))
     unit = model.network.stages[1][0]
-    entered = unit.norm(found["block1"])
+    entered = unit.norm(outputs["block1"])
     expected = unit.body(entered) + F.conv2d(entered, unit.shortcut.weight, stride=2)
-    torch.testing.assert_close(model.network.stages[1][1](expected), found["block2"])
+    torch.testing.assert_close(model.network.stages[1][1](expected), outputs["block2"])
 
 
-def test_shuffling_takes_channels_in_turn_from_the_groups():
+def test_shuffling_interleaves_the_channels_of_the_groups():
     x = torch.arange(6.0).view(1, 6, 1, 1).expand(2, 6, 3, 3)
     assert shuffle(x, 3)[1, :, 2, 1].tolist() == [0, 2, 4, 1, 3, 5]
     assert torch.equal(shuffle(x.contiguous(memory_format=torch.channels_last), 3), shuffle(x, 3))
@@ -115,8 +115,8 @@ def test_convolutions_start_from_kaiming_and_every_parameter_learns():
                 fan_out = module.weight.shape[0] * module.weight[0, 0].numel()
                 assert module.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.1)
                 assert module.bias is None or not module.bias.any()
-        found = model(torch.randn(8, 3, model.image_size, model.image_size))
-        F.cross_entropy(found["logits"], torch.arange(8)).backward()
+        outputs = model(torch.randn(8, 3, model.image_size, model.image_size))
+        F.cross_entropy(outputs["logits"], torch.arange(8)).backward()
         silent = [key for key, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
         # A batch norm takes out what a bias before it adds.
         assert name == "vgg8" or silent == [], name
@@ -141,9 +141,9 @@ def test_a_small_teacher_learns_the_digits_in_seconds():
         optimizer.step()
     image, label = held["validation"]
     with torch.inference_mode():
-        found = model.eval()(image)
-    assert blocks(found) == [(8, 8, 8), (16, 4, 4), (32, 2, 2)]
-    assert (found["logits"].argmax(1) == label).float().mean() > 0.9
+        outputs = model.eval()(image)
+    assert blocks(outputs) == [(8, 8, 8), (16, 4, 4), (32, 2, 2)]
+    assert (outputs["logits"].argmax(1) == label).float().mean() > 0.9
 
 
 @pytest.mark.parametrize(
@@ -156,23 +156,23 @@ def test_a_small_teacher_learns_the_digits_in_seconds():
     ],
 )
 @torch.no_grad()
-def test_torchvisions_network_keeps_its_names_and_its_logits(network, features, stages):
-    ours = randomize(torchvision(network, classes=5))
-    theirs = models.get_model(network, weights=None, num_classes=5).eval()
-    theirs.load_state_dict(ours.network.model.state_dict(), strict=True)
-    assert (ours.image_size, ours.classes, ours.head.in_features) == (224, 5, features)
+def test_torchvisions_network_has_its_own_names_and_logits(network, features, stages):
+    classifier = randomize(torchvision(network, classes=5))
+    reference = models.get_model(network, weights=None, num_classes=5).eval()
+    reference.load_state_dict(classifier.network.model.state_dict(), strict=True)
+    assert (classifier.image_size, classifier.classes, classifier.head.in_features) == (224, 5, features)
     image = torch.randn(2, 3, 224, 224)
-    expected = theirs(image)
-    for model in (ours, copy.deepcopy(ours)):
-        found = model(image)
-        torch.testing.assert_close(found["logits"], expected)
-        torch.testing.assert_close(model.head(found["feature"]), expected)
-        assert blocks(found) == [(channels, side, side) for channels, side in stages]
-    assert ours.train()(image)["feature"].shape == (2, features)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in ours.modules())
+    expected = reference(image)
+    for model in (classifier, copy.deepcopy(classifier)):
+        outputs = model(image)
+        torch.testing.assert_close(outputs["logits"], expected)
+        torch.testing.assert_close(model.head(outputs["feature"]), expected)
+        assert blocks(outputs) == [(channels, side, side) for channels, side in stages]
+    assert classifier.train()(image)["feature"].shape == (2, features)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in classifier.modules())
 
 
-def test_a_wrong_setting_is_one_clear_line():
+def test_a_wrong_setting_raises_one_clear_line():
     wrong = [
         (lambda: CLASSIFIERS["resnet20"](1), "classes=1: expected at least 2"),
         (lambda: torchvision("resnet18", 0), "classes=0: expected at least 2"),
@@ -180,10 +180,10 @@ def test_a_wrong_setting_is_one_clear_line():
         (lambda: CLASSIFIERS["digits_resnet"](depth=9), "depth=9: expected 6n"),
         (lambda: CLASSIFIERS["digits_resnet"](width=0), "width=0: expected at least 1"),
         (lambda: CLASSIFIERS["mobilenet_v2"](width=0.0), "width=0.0: expected a factor"),
-        *((lambda name=name: torchvision(name), f"network={name}: none of") for name in UNFIT),
+        *((lambda name=name: torchvision(name), f"network={name}: not a supported") for name in UNSUPPORTED),
     ]
     for build, says in wrong:
         with pytest.raises(UserError, match=says) as caught:
             build()
         assert "\n" not in str(caught.value)
-    assert set(UNFIT) <= set(models.list_models(module=models))
+    assert set(UNSUPPORTED) <= set(models.list_models(module=models))

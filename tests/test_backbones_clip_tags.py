@@ -1,4 +1,4 @@
-"""A CLIP's file is used as its tag states, or as all tags of its name agree; what they disagree on is asked for."""
+"""Values for a CLIP's file come from its tag, or from all tags of its model if they agree; else they must be set."""
 
 import copy
 import io
@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from fmdistill import teachers
-from fmdistill.backbones.clip_tags import NOTHING_SET, ClipSettings, of_file
+from fmdistill.backbones.clip_tags import NOTHING_SET, ClipSettings, file_values
 from fmdistill.registry import UserError
 from fmdistill.teachers import build as build_teacher
 from fmdistill.teachers import check
@@ -29,7 +29,7 @@ SQUASHED = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.4, 0.3), "interpolation": "b
 
 @pytest.fixture
 def file(tmp_path, monkeypatch):
-    """A checkpoint of the toy, and the models agreeing, torn (by its tags), bare (no tags), and on (by its name)."""
+    """A checkpoint of the toy model; models with agreeing, torn and no (bare) tags, and one with QuickGELU on."""
     path = tmp_path / "toy.safetensors"
     state = randomize(open_clip.CLIP(**CONFIG), 2).state_dict()
     save_file(state, path)
@@ -54,37 +54,37 @@ def made(model: str, weights, **settings):
 
 
 def differ_by_open_clip_s_table(name: str) -> set[str]:
-    """The values in which the tags of a model differ, from open_clip's own table."""
+    """Return the values in which the tags of a model differ, by open_clip's own table."""
     known, quick = pretrained._PRETRAINED.get(name, {}), open_clip.get_model_config(name).get("quick_gelu", False)
-    found = {key for key in KEYS if len({tag[key] for tag in known.values()}) > 1}
+    differing = {key for key in KEYS if len({tag[key] for tag in known.values()}) > 1}
     activations = {bool(tag.get("quick_gelu")) or quick for tag in known.values()}
-    return found | ({"quick_gelu"} if len(activations) > 1 else set())
+    return differing | ({"quick_gelu"} if len(activations) > 1 else set())
 
 
-def test_every_model_of_open_clip_takes_what_its_tags_agree_on_and_asks_for_the_rest():
-    asked_for = []
+def test_every_model_of_open_clip_uses_the_values_its_tags_agree_on_and_requires_the_others():
+    requiring = []
     for name in open_clip.list_models():
         config, differing = open_clip.get_model_config(name), differ_by_open_clip_s_table(name)
         if differing:
-            asked_for.append(name)
+            requiring.append(name)
             with pytest.raises(UserError) as error:
-                of_file(name, "w.pt", config, NOTHING_SET, False)
+                file_values(name, "w.pt", config, NOTHING_SET, False)
             text = str(error.value)
             assert "teacher.as_tag=TAG" in text and "\n" not in text and len(text) < 800
             assert {key for key in (*KEYS, "quick_gelu") if f"teacher.{key}=VALUE" in text} == differing
             continue
-        values, line = of_file(name, "w.pt", config, NOTHING_SET, False)
+        values, line = file_values(name, "w.pt", config, NOTHING_SET, False)
         for tag in pretrained._PRETRAINED.get(name, {}).values():
             assert all(values[key] == tag[key] for key in KEYS), name
             assert values["quick_gelu"] == (bool(tag.get("quick_gelu")) or config.get("quick_gelu", False))
         assert "\n" not in line and f"mean={list(values['mean'])}" in line
-    assert {"ViT-B-32", "ViT-L-14", "ViT-H-14"} <= set(asked_for)
-    values, line = of_file("MobileCLIP-S1", "w.pt", open_clip.get_model_config("MobileCLIP-S1"), NOTHING_SET, False)
+    assert {"ViT-B-32", "ViT-L-14", "ViT-H-14"} <= set(requiring)
+    values, line = file_values("MobileCLIP-S1", "w.pt", open_clip.get_model_config("MobileCLIP-S1"), NOTHING_SET, False)
     assert values == {**MOBILE, "quick_gelu": False} and "only tag (datacompdr)" in line
 
 
-def test_a_file_is_the_teacher_that_its_tag_is(file, caplog):
-    """By what all tags agree on; by `as_tag`; by every value alone; and as open_clip itself makes it."""
+def test_a_file_makes_the_same_teacher_as_its_tag(file, caplog):
+    """By the values all tags agree on; by `as_tag`; by every value alone; and as open_clip itself builds it."""
     picture = Image.open(io.BytesIO(clips.picture(3, (60, 40)))).convert("RGB")
     for model, tag, settings in (
         ("agreeing", "beta", {}),
@@ -101,8 +101,8 @@ def test_a_file_is_the_teacher_that_its_tag_is(file, caplog):
             with caplog.at_level("INFO"):
                 caplog.clear()
                 teacher = made(model, weights, **settings)
-            told = [m for m in caplog.messages if "teacher.KEY=VALUE" in m]
-            assert len(told) == 1 and told[0].startswith(f"teacher.pretrained={weights}: ")
+            lines = [m for m in caplog.messages if "teacher.KEY=VALUE" in m]
+            assert len(lines) == 1 and lines[0].startswith(f"teacher.pretrained={weights}: ")
             assert teacher.fingerprint() == made(model, tag).fingerprint()
             pixels, size = teacher.preprocess.prepare(picture)
             with torch.no_grad():
@@ -110,7 +110,7 @@ def test_a_file_is_the_teacher_that_its_tag_is(file, caplog):
             assert torch.allclose(teacher(pixels[None], torch.tensor([size]))["embedding"], expected, atol=1e-5)
 
 
-def test_a_tag_is_left_as_it_is_and_an_untrained_model_too(file, caplog):
+def test_a_tag_and_an_untrained_model_keep_their_own_values(file, caplog):
     with caplog.at_level("INFO"):
         assert made("torn", "beta").fingerprint()["quick_gelu"] is True
         assert made("torn", "none").fingerprint()["preprocess"]["mean"] == list(open_clip.OPENAI_DATASET_MEAN)
@@ -118,14 +118,14 @@ def test_a_tag_is_left_as_it_is_and_an_untrained_model_too(file, caplog):
     assert not [m for m in caplog.messages if "teacher.KEY=VALUE" in m]
 
 
-def test_tags_that_differ_are_asked_about_before_the_weights_are_read(file):
+def test_tags_that_differ_raise_before_the_weights_are_read(file):
     file.write_bytes(b"no tensors at all")
     with pytest.raises(UserError) as error:
         made("torn", file)
     for says in (
         "mean is [0.0, 0.0, 0.0] for alpha, gamma, [0.5, 0.5, 0.5] for beta",
         "quick_gelu is false for alpha, gamma, true for beta",
-        "Give teacher.as_tag=TAG",
+        "Set teacher.as_tag=TAG",
         "teacher.mean=VALUE teacher.std=VALUE teacher.interpolation=VALUE teacher.resize_mode=VALUE",
     ):
         assert says in str(error.value)
@@ -136,10 +136,11 @@ def test_tags_that_differ_are_asked_about_before_the_weights_are_read(file):
         made("torn", file, **given, resize_mode="squash", quick_gelu=False)
 
 
-def test_a_name_without_tags_takes_open_clip_s_defaults_and_says_so(file, caplog):
+def test_a_model_without_tags_uses_open_clip_s_defaults_and_logs_it(file, caplog):
     with caplog.at_level("INFO"):
-        found = made("bare", file).fingerprint()
-    assert found["preprocess"]["mean"] == list(open_clip.OPENAI_DATASET_MEAN) and found["quick_gelu"] is False
+        fingerprint = made("bare", file).fingerprint()
+    assert fingerprint["preprocess"]["mean"] == list(open_clip.OPENAI_DATASET_MEAN)
+    assert fingerprint["quick_gelu"] is False
     assert "by open_clip's defaults, since bare has no tag" in caplog.text
 
 
@@ -154,7 +155,7 @@ def test_each_setting_changes_the_teacher_s_identity(file):
     ):
         other = made("agreeing", file, **settings).fingerprint()
         assert {key for key in plain if other[key] != plain[key]} == {place}
-        # and the settings alone tell it, when the file is gone
+        # the settings alone state it, even if the file is gone
         assert {
             **plain,
             **identity({"name": "open_clip", "model": "agreeing", **settings}, plain),
@@ -175,11 +176,11 @@ def test_quick_gelu_that_a_name_turns_on_can_be_turned_off(file):
     assert off.head().config["model_cfg"]["quick_gelu"] is False
 
 
-def test_a_file_of_another_context_length_is_asked_about(file, tmp_path):
+def test_a_file_of_another_context_length_raises(file, tmp_path):
     config = {**CONFIG, "text_cfg": {**CONFIG["text_cfg"], "context_length": 12}}
     network = randomize(open_clip.CLIP(**config), 3)
     save_file(network.state_dict(), tmp_path / "short.safetensors")
-    with pytest.raises(UserError, match=r"reads 12 tokens, agreeing 16; give teacher\.context_length=12"):
+    with pytest.raises(UserError, match=r"reads 12 tokens, agreeing reads 16; set teacher\.context_length=12"):
         made("agreeing", tmp_path / "short.safetensors")
     teacher = made("agreeing", tmp_path / "short.safetensors", context_length=12)
     assert teacher.fingerprint()["context_length"] == 12
@@ -188,11 +189,11 @@ def test_a_file_of_another_context_length_is_asked_about(file, tmp_path):
     assert torch.equal(teacher.head().encode_text(["a cat"]), expected)
 
 
-def test_a_file_for_another_image_size_is_resized_as_open_clip_does_and_told(file, tmp_path, caplog):
+def test_a_file_for_another_image_size_is_resized_as_open_clip_does_and_logged(file, tmp_path, caplog):
     config = {**CONFIG, "vision_cfg": {**CONFIG["vision_cfg"], "image_size": 64}}
     save_file(randomize(open_clip.CLIP(**config), 3).state_dict(), tmp_path / "large.safetensors")
     teacher = made("agreeing", tmp_path / "large.safetensors")
-    assert "its 65 image positions are resized to the 17 of agreeing" in caplog.text
+    assert "its 65 image position embeddings are resized to the 17 of agreeing" in caplog.text
     own = open_clip.create_model("agreeing", pretrained=str(tmp_path / "large.safetensors"))
     assert torch.equal(teacher.visual.positional_embedding, own.visual.positional_embedding)
 
@@ -217,17 +218,17 @@ def test_another_tokenizer_replaces_that_of_the_name_with_its_options(monkeypatc
         ("torn", {"context_length": 0}, r"teacher\.context_length=0: expected 1 or more"),
     ],
 )
-def test_a_setting_that_cannot_be_is_one_clear_line(file, model, settings, says):
+def test_an_impossible_setting_raises_one_clear_line(file, model, settings, says):
     with pytest.raises(UserError, match=says) as error:
         made(model, file, **settings)
     assert "\n" not in str(error.value)
 
 
-def test_where_a_setting_would_be_ignored_it_is_refused(file, tmp_path):
+def test_a_setting_that_would_be_ignored_raises(file, tmp_path):
     local = clips.folder(tmp_path / "folder")
     with pytest.raises(UserError, match=r"teacher\.mean: local-dir:.* states it in its open_clip_config\.json"):
         build(local, mean=(0.0, 0.0, 0.0))
-    with pytest.raises(UserError, match=r"teacher\.as_tag=beta: teacher\.pretrained=alpha is a tag; leave it out"):
+    with pytest.raises(UserError, match=r"teacher\.as_tag=beta: teacher\.pretrained=alpha is a tag; remove as_tag"):
         made("torn", "alpha", as_tag="beta")
 
 
@@ -250,7 +251,7 @@ def test_settings_are_read_as_a_recipe_or_the_command_line_writes_them():
             check({**given, name: value})
 
 
-def test_a_failed_download_says_what_a_file_needs_beside_it(file, monkeypatch):
+def test_a_failed_download_names_the_settings_of_a_file(file, monkeypatch):
     def offline(_):
         raise ConnectionError("no route")
 
@@ -260,11 +261,11 @@ def test_a_failed_download_says_what_a_file_needs_beside_it(file, monkeypatch):
 
 
 def test_the_fingerprint_is_plain_json(file):
-    found = made("torn", file, as_tag="beta").fingerprint()
-    assert json.loads(json.dumps(found)) == found
+    fingerprint = made("torn", file, as_tag="beta").fingerprint()
+    assert json.loads(json.dumps(fingerprint)) == fingerprint
 
 
-def test_what_bench_compares_with_and_draws_has_the_same_settings(file, tmp_path):
+def test_the_reference_and_the_random_teacher_of_bench_have_the_same_settings(file, tmp_path):
     settings = {"name": "open_clip", "model": "torn", "pretrained": str(file), "as_tag": "beta", "mean": "[0, 0.5, 1]"}
     settings |= {"device": "cpu", "dtype": "fp32"}
     teacher = build_teacher(settings)

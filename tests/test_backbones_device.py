@@ -11,8 +11,8 @@ from fmdistill.registry import UserError
 from fmdistill.teachers import sam
 
 
-@pytest.mark.parametrize(("count", "says"), [(1, "1 CUDA device here"), (2, "2 CUDA devices here")])
-def test_a_gpu_that_the_machine_does_not_have_is_said(monkeypatch, count, says):
+@pytest.mark.parametrize(("count", "says"), [(1, "1 CUDA device"), (2, "2 CUDA devices")])
+def test_a_gpu_that_the_machine_does_not_have_raises(monkeypatch, count, says):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     with pytest.raises(UserError, match=f"teacher.device=cuda:7: PyTorch sees {says}"):
@@ -24,7 +24,7 @@ def test_a_gpu_that_the_machine_does_not_have_is_said(monkeypatch, count, says):
 
 
 @pytest.mark.parametrize("name", ["meta", "mps", "xpu", "hpu", "fpga", "mps:1", "xla", "opengl"])
-def test_a_device_without_a_backend_here_is_one_line(name, monkeypatch):
+def test_a_device_without_a_backend_raises_one_line(name, monkeypatch):
     make = torch.zeros
 
     def without_backends(*size, device):  # also on a machine that has one
@@ -33,28 +33,30 @@ def test_a_device_without_a_backend_here_is_one_line(name, monkeypatch):
         return make(*size, device=device)
 
     monkeypatch.setattr(torch, "zeros", without_backends)
-    with pytest.raises(UserError, match=f"train.device={name}: this PyTorch cannot compute there .*auto or cpu") as one:
+    with pytest.raises(
+        UserError, match=f"train.device={name}: this PyTorch cannot use the device .*auto or cpu"
+    ) as error:
         pick_device(name, "train.device")
-    assert "\n" not in str(one.value)
+    assert "\n" not in str(error.value)
 
 
 def test_a_device_is_tried_and_not_only_named():
-    with pytest.raises(UserError, match="x=meta: this PyTorch cannot compute there"):
+    with pytest.raises(UserError, match="x=meta: this PyTorch cannot use the device"):
         pick_device("meta", "x")
 
 
-def test_there_is_one_cpu():
+def test_every_cpu_index_is_the_same_device():
     assert pick_device("cpu:1", "x") == torch.device("cpu")
 
 
-def test_training_on_another_device_than_the_recipe_s_is_refused(monkeypatch):
+def test_training_on_another_device_than_the_recipe_s_raises(monkeypatch):
     monkeypatch.setattr(train, "pick_device", lambda name, where: torch.device("mps"))
     monkeypatch.setattr(train, "Accelerator", lambda cpu, mixed_precision: SimpleNamespace(device=torch.device("cpu")))
     with pytest.raises(UserError, match="train.device=mps: accelerate trains on cpu in this process; .*device=cpu"):
         train.Engine(Train(steps=1, device="mps"))
 
 
-def test_a_teacher_s_device_is_refused_before_its_weights_are_read(monkeypatch):
+def test_a_teacher_s_unusable_device_raises_before_its_weights_are_read(monkeypatch):
     monkeypatch.setattr(sam, "build_sam", lambda *a: pytest.fail("read the weights"))
-    with pytest.raises(UserError, match="teacher.device=meta: this PyTorch cannot compute there"):
+    with pytest.raises(UserError, match="teacher.device=meta: this PyTorch cannot use the device"):
         teachers.build({"name": "sam_vit_b", "device": "meta"})

@@ -1,4 +1,4 @@
-"""The reordered decoder gives what segment_anything's gives, and steps aside for any other."""
+"""The reordered decoder equals segment_anything's, and any other decoder runs unchanged."""
 
 import copy
 
@@ -23,7 +23,7 @@ CONFIG = {
 
 
 def random_head(**changes) -> PromptHead:
-    """Every parameter drawn, biases too: at initialisation most are zero and would hide a dropped term."""
+    """Return a head whose every parameter is random: biases are initially zero and would hide a missing term."""
     torch.manual_seed(0)
     head = PromptHead.from_config(CONFIG | changes)
     with torch.no_grad():
@@ -47,26 +47,26 @@ def test_equals_the_official_decoder(multimask, points, depth):
     head, embedding = random_head(transformer_depth=depth), torch.randn(32, 6, 6)
     where, labels = prompts(points)
     expected, expected_iou = head.decode(embedding, where, labels, multimask=multimask)
-    found, found_iou = image_decoder(head, embedding)(where, labels, multimask=multimask)
-    assert found.shape == expected.shape and found_iou.shape == expected_iou.shape
+    logits, iou = image_decoder(head, embedding)(where, labels, multimask=multimask)
+    assert logits.shape == expected.shape and iou.shape == expected_iou.shape
     assert expected.std() > 0.01
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(found_iou, expected_iou, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(iou, expected_iou, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
 def test_every_parameter_matters_alike():
-    """A planted change of any one parameter moves both decoders equally, so that no term is missing."""
+    """A planted change of any one parameter changes both decoders equally, so that no term is missing."""
     head, embedding, (where, labels) = random_head(), torch.randn(32, 6, 6), prompts(1)
     base = head.decode(embedding, where, labels)[0]
     moved = 0
     for parameter in head.mask_decoder.parameters():
-        kept = parameter.clone()
+        original = parameter.clone()
         parameter.add_(0.5 * torch.randn_like(parameter))
         expected = head.decode(embedding, where, labels)[0]
         torch.testing.assert_close(image_decoder(head, embedding)(where, labels)[0], expected, atol=2e-5, rtol=1e-4)
         moved += bool((expected - base).abs().max() > 1e-4)
-        parameter.copy_(kept)
+        parameter.copy_(original)
     assert moved > 0.7 * len(list(head.mask_decoder.parameters()))
 
 
@@ -81,7 +81,7 @@ def test_one_image_serves_many_batches():
 
 
 @torch.no_grad()
-def test_another_decoder_is_left_alone():
+def test_another_decoder_runs_unchanged():
     head, embedding, (where, labels) = random_head(), torch.randn(32, 6, 6), prompts(1)
     assert supported(head.mask_decoder)
     changed = copy.deepcopy(head)

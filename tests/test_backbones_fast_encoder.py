@@ -1,4 +1,4 @@
-"""The fast encoder gives what segment_anything's gives, on every path and at every shape, and no term is missing."""
+"""The fast encoder equals segment_anything's, on every path and at every shape, and no term is missing."""
 
 import copy
 
@@ -14,10 +14,10 @@ from torch.nn import functional as F
 from fmdistill.backbones import fast_encoder
 from fmdistill.backbones.fast_decoder import image_decoder
 from fmdistill.backbones.fast_encoder import FastBlock, FastEncoder, supported
-from fmdistill.backbones.mini import build_sam_mini
 from fmdistill.backbones.promptable import PromptHead
 from fmdistill.backbones.sam import SamPreprocess
-from fmdistill.images.scenes import Scenes, draw
+from fmdistill.mini.sam import build_sam_mini
+from fmdistill.mini.scenes import Scenes, draw
 
 SHAPES = {  # the grid is size / 16 tokens a side
     "padded windows": {},
@@ -46,8 +46,8 @@ def images(made: ImageEncoderViT, count: int = 3) -> torch.Tensor:
     return torch.randn(count, 3, made.img_size, made.img_size, generator=generator)
 
 
-def gap(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).abs().max() / expected.abs().max())
+def gap(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual - expected).abs().max() / expected.abs().max())
 
 
 @torch.no_grad()
@@ -59,9 +59,9 @@ def test_equals_segment_anything_s_encoder(changes, fused):
     expected = made(x)
     assert expected.std() > 0.1
     assert gap(FastEncoder(made, fused=fused)(x), expected) < 1e-5
-    found = FastEncoder(made, torch.bfloat16, fused)(x)
-    assert found.dtype == torch.float32 and found.shape == expected.shape
-    assert F.cosine_similarity(found, expected, dim=1).min() > 0.9998
+    actual = FastEncoder(made, torch.bfloat16, fused)(x)
+    assert actual.dtype == torch.float32 and actual.shape == expected.shape
+    assert F.cosine_similarity(actual, expected, dim=1).min() > 0.9998
 
 
 @torch.no_grad()
@@ -77,7 +77,7 @@ def test_the_size_of_a_block_changes_nothing(monkeypatch, size):
 @torch.no_grad()
 @pytest.mark.parametrize("name", [n for n, _ in encoder().named_parameters()])
 def test_every_parameter_matters_alike(name):
-    """A change of any one parameter moves both encoders equally, so no term is missing; the old one then disagrees."""
+    """A change of any one parameter changes both encoders equally, so no term is missing; the old one then differs."""
     made = encoder()
     x, before = images(made, 1), FastEncoder(copy.deepcopy(made))
     parameter = dict(made.named_parameters())[name]
@@ -88,7 +88,7 @@ def test_every_parameter_matters_alike(name):
 
 
 @torch.no_grad()
-def test_planted_errors_are_seen():
+def test_planted_errors_are_detected():
     made = encoder()
     x = images(made)
     expected = made(x)
@@ -118,7 +118,7 @@ def drop_scale(block: FastBlock) -> None:
 
 
 def zero_padding(block: FastBlock) -> None:
-    """Padded tokens whose query, key and value are zero rather than the bias."""
+    """Plant an error: padded tokens have zero as query, key and value, not the bias."""
     whole = block.qkv
 
     class Product(torch.nn.Module):
@@ -131,7 +131,7 @@ def zero_padding(block: FastBlock) -> None:
 
 
 @torch.no_grad()
-def test_it_compiles_as_one_graph_and_keeps_the_bias_aligned():
+def test_it_compiles_as_one_graph_and_the_bias_remains_aligned():
     made = encoder()
     fast = FastEncoder(made, fused=True)
     compiled = torch.compile(fast, backend="eager", fullgraph=True, dynamic=False)
@@ -140,7 +140,7 @@ def test_it_compiles_as_one_graph_and_keeps_the_bias_aligned():
     assert bias.shape == (2, 3, 9, 9) and all(stride % 8 == 0 for stride in bias.stride()[:-1])
 
 
-def test_fp32_shares_the_weights_and_bf16_leaves_them_as_they_were():
+def test_fp32_shares_the_weights_and_bf16_does_not_change_them():
     made = encoder()
     before = {name: tensor.clone() for name, tensor in made.state_dict().items()}
     own = {parameter.data_ptr() for parameter in made.parameters()}
@@ -153,23 +153,23 @@ def test_fp32_shares_the_weights_and_bf16_leaves_them_as_they_were():
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype, least", [(torch.float32, 0.9999), (torch.bfloat16, 0.97)])
 def test_sam_mini_draws_the_same_masks_from_it(dtype, least):
-    """mIoU of the masks of a 4x4 grid of points on square, 3:2 and 2:3 scenes; a shifted embedding gets far less."""
+    """mIoU of the masks of a 4x4 grid of points on square, 3:2 and 2:3 scenes; a shifted embedding has far less."""
     sam = build_sam_mini()
     head, preprocess = PromptHead.from_sam(sam), SamPreprocess(256, 16)
     scenes = [Image.fromarray(draw(Scenes(), "validation", i).pixels) for i in (0, 1, 3, 5)]
     pixels, sizes = zip(*map(preprocess.prepare, scenes), strict=True)
     assert {(171, 256), (256, 171)} <= set(sizes)
     x = preprocess.normalize(torch.stack(pixels), torch.tensor(sizes))
-    expected, found = sam.image_encoder(x), FastEncoder(sam.image_encoder, dtype)(x)
+    expected, actual = sam.image_encoder(x), FastEncoder(sam.image_encoder, dtype)(x)
     real = preprocess.valid(torch.tensor(sizes))
-    assert F.cosine_similarity(found, expected, dim=1)[real].min() > (0.99999 if dtype == torch.float32 else 0.99)
-    assert mask_iou(head, found, expected, sizes) >= least
-    assert mask_iou(head, found.roll(1, -1), expected, sizes) < 0.9
+    assert F.cosine_similarity(actual, expected, dim=1)[real].min() > (0.99999 if dtype == torch.float32 else 0.99)
+    assert mask_iou(head, actual, expected, sizes) >= least
+    assert mask_iou(head, actual.roll(1, -1), expected, sizes) < 0.9
 
 
-def mask_iou(head: PromptHead, one: torch.Tensor, other: torch.Tensor, sizes) -> float:
+def mask_iou(head: PromptHead, first: torch.Tensor, other: torch.Tensor, sizes) -> float:
     ious = []
-    for a, b, (height, width) in zip(one, other, sizes, strict=True):
+    for a, b, (height, width) in zip(first, other, sizes, strict=True):
         y, x = torch.meshgrid((torch.arange(4) + 0.5) * height / 4, (torch.arange(4) + 0.5) * width / 4, indexing="ij")
         points, labels = torch.stack([x, y], -1).reshape(16, 1, 2), torch.ones(16, 1, dtype=torch.int)
         cells = slice(int(np.ceil(height / 4))), slice(int(np.ceil(width / 4)))

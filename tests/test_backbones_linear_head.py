@@ -1,4 +1,4 @@
-"""The last layer that is kept beside a classifier's features."""
+"""The last layer that is stored beside a classifier's features."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from fmdistill.registry import UserError
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_head_comes_back_as_it_was_kept(tmp_path, bias):
+def test_a_saved_head_is_loaded_unchanged(tmp_path, bias):
     layer = nn.Linear(6, 4, bias=bias)
     LinearHead.of(layer).save(tmp_path)
     head, feature = teachers.load_family("classifier").head.load(tmp_path), torch.randn(3, 6)
@@ -18,7 +18,7 @@ def test_a_head_comes_back_as_it_was_kept(tmp_path, bias):
     assert head.config == {"features": 6, "classes": 4} and not head.weight.requires_grad
 
 
-def test_a_damaged_head_is_said(tmp_path):
+def test_a_damaged_head_raises(tmp_path):
     with pytest.raises(UserError, match="missing or damaged"):
         LinearHead.load(tmp_path)
     LinearHead.of(nn.Linear(6, 4)).save(tmp_path)

@@ -64,7 +64,7 @@ def test_decode_equals_sam_forward(predictor):
 
 
 @torch.no_grad()
-def test_decode_all_holds_both_outputs(predictor):
+def test_decode_all_returns_both_outputs(predictor):
     head, (points, labels, _) = PromptHead.from_sam(predictor.model), prompts("point")
     logits, score = head.decode_all(predictor.features[0], points, labels)
     assert torch.equal(logits[:, :1], head.decode(predictor.features[0], points, labels, multimask=False)[0])
@@ -96,7 +96,7 @@ def test_prompts_keep_full_precision_under_autocast():
     assert all(torch.equal(a, b) for a, b in zip(exact, cast, strict=True))
 
 
-def test_save_and_load_give_the_same_head(tmp_path):
+def test_a_saved_head_is_loaded_unchanged(tmp_path):
     head = randomize(PromptHead.from_sam(tiny_sam()), seed=7)
     head.save(tmp_path / "head")
     loaded = PromptHead.load(tmp_path / "head")
@@ -107,7 +107,7 @@ def test_save_and_load_give_the_same_head(tmp_path):
         assert torch.equal(loaded.state_dict()[name], tensor), name
 
 
-def test_a_save_that_is_stopped_leaves_the_head_that_was_there(tmp_path, monkeypatch):
+def test_an_interrupted_save_does_not_change_the_saved_head(tmp_path, monkeypatch):
     old, new = (randomize(PromptHead.from_sam(tiny_sam()), seed=seed) for seed in (7, 8))
     old.save(tmp_path)
 
@@ -157,7 +157,7 @@ def damage(folder, how):
         "another shape",
     ],
 )
-def test_a_damaged_head_is_one_clear_line(tmp_path, how):
+def test_a_damaged_head_raises_one_clear_line(tmp_path, how):
     PromptHead.from_sam(tiny_sam()).save(tmp_path)
     damage(tmp_path, how)
     with pytest.raises(UserError, match="prompt head") as caught:

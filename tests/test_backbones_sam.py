@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from fmdistill.backbones import sam as sams
 from fmdistill.backbones.sam import SamPreprocess, build_sam
 from fmdistill.images import decode
-from fmdistill.images.photos import photograph
+from fmdistill.mini.photos import photograph
 from fmdistill.registry import UserError
 
 SIZES = [(64, 64), (40, 60), (60, 40), (37, 91), (101, 33), (200, 133), (1, 64), (63, 1000), (7, 5)]
@@ -41,7 +41,7 @@ LARGE = [(1, 5000), (2, 900), (300, 1000), (333, 500), (255, 257), (1, 1), (13, 
 
 
 def off(image, side):
-    """The largest difference to the exact preprocessing, where the two agree on the size and on the padding."""
+    """Return the largest difference to the exact preprocessing; both must agree on the size and the padding."""
     exact, size = SamPreprocess(side, 16).prepare(image)
     pixels, resized = SamPreprocess(side, 16, exact=False).prepare(image)
     assert resized == size and pixels.shape == exact.shape and pixels.dtype == torch.uint8
@@ -77,17 +77,17 @@ def test_the_fast_resize_is_within_one_grey_level_of_other_photographs():
 
 
 @pytest.mark.parametrize("exact", [True, False])
-def test_an_image_and_any_array_of_it_give_the_same_pixels_and_are_left_alone(exact):
+def test_an_image_and_any_array_of_it_have_the_same_pixels_and_are_not_changed(exact):
     preprocess, image = SamPreprocess(64, 16, exact), picture(90, 70)
     expected, size = preprocess.prepare(image)
     array = np.array(image)
     frozen, turned = array.copy(), np.ascontiguousarray(array[:, :, ::-1])[:, :, ::-1]
     frozen.setflags(write=False)
-    for one in (array, frozen, turned, np.asfortranarray(array)):
+    for source in (array, frozen, turned, np.asfortranarray(array)):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            pixels, resized = preprocess.prepare(one)
-        assert torch.equal(pixels, expected) and resized == size and np.array_equal(one, np.asarray(image))
+            pixels, resized = preprocess.prepare(source)
+        assert torch.equal(pixels, expected) and resized == size and np.array_equal(source, np.asarray(image))
     assert expected[:, :, 0].float().std() > 10
     grey = image.convert("L")
     assert torch.equal(preprocess.prepare(grey)[0], preprocess.prepare(np.asarray(grey))[0])
@@ -99,11 +99,11 @@ def test_an_image_and_any_array_of_it_give_the_same_pixels_and_are_left_alone(ex
 def test_normalize_equals_sam_preprocess_bit_for_bit():
     sam, preprocess = tiny_sam(), SamPreprocess(64, 16)
     prepared = [preprocess.prepare(picture(*size, seed=i)) for i, size in enumerate([(40, 60), (60, 40), (37, 91)])]
-    ours = preprocess.normalize(torch.stack([p for p, _ in prepared]), torch.tensor([s for _, s in prepared]))
-    for one, (pixels, (h, w)) in zip(ours, prepared, strict=True):
-        assert torch.equal(one, sam.preprocess(pixels[:, :h, :w]))
-        assert (one[:, h:] == 0).all() and (one[:, :, w:] == 0).all()
-    assert ours.dtype == torch.float32
+    normalized = preprocess.normalize(torch.stack([p for p, _ in prepared]), torch.tensor([s for _, s in prepared]))
+    for image, (pixels, (h, w)) in zip(normalized, prepared, strict=True):
+        assert torch.equal(image, sam.preprocess(pixels[:, :h, :w]))
+        assert (image[:, h:] == 0).all() and (image[:, :, w:] == 0).all()
+    assert normalized.dtype == torch.float32
 
 
 def test_a_side_never_vanishes():
@@ -111,14 +111,14 @@ def test_a_side_never_vanishes():
 
 
 @pytest.mark.parametrize("size", [(64, 64), (33, 64), (32, 64), (64, 1), (64, 49), (1, 64)])
-def test_a_token_is_valid_if_it_holds_any_real_pixel(size):
+def test_a_token_is_valid_if_it_contains_any_real_pixel(size):
     real = torch.zeros(64, 64)
     real[: size[0], : size[1]] = 1
     expected = torch.nn.functional.max_pool2d(real[None], 16)[0] > 0
     assert torch.equal(SamPreprocess(64, 16).valid(torch.tensor([size]))[0], expected)
 
 
-def test_preprocessing_survives_json_and_refuses_another():
+def test_preprocessing_is_restored_from_json_and_any_other_description_raises():
     preprocess = SamPreprocess(256, 16)
     assert SamPreprocess.from_json(preprocess.to_json()) == preprocess and preprocess.exact
     assert preprocess.to_json()["resize"] == "longest side, PIL bilinear"  # as in the caches of version 0.1
@@ -136,8 +136,8 @@ def tiny_registry(monkeypatch):
 
 def test_a_checkpoint_loads_every_tensor(tmp_path, tiny_registry):
     stored = tiny_sam(seed=2)
-    torch.save(stored.state_dict(), tmp_path / "mine.pth")
-    loaded = build_sam("vit_b", tmp_path / "mine.pth")
+    torch.save(stored.state_dict(), tmp_path / "weights.pth")
+    loaded = build_sam("vit_b", tmp_path / "weights.pth")
     assert not loaded.training
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, stored.state_dict()[name]), name
@@ -151,27 +151,27 @@ def message(*arguments):
 
 
 @pytest.mark.parametrize("weights", [None, "none", "absent.pth"])
-def test_missing_weights_say_where_meta_publishes_them(weights):
+def test_missing_weights_raise_an_error_with_meta_s_address(weights):
     text = message("vit_h", weights)
     assert "https://dl.fbaipublicfiles.com/segment_anything/sam_vit_h_4b8939.pth" in text
     assert "teacher.weights=PATH" in text
 
 
-def test_unknown_kind():
+def test_an_unknown_kind_raises():
     assert "Did you mean 'vit_b'" in message("vitb", "x.pth")
 
 
-def test_an_official_name_with_other_bytes_is_refused(tmp_path):
+def test_an_official_file_name_with_other_bytes_raises(tmp_path):
     path = tmp_path / "sam_vit_b_01ec64.pth"
     torch.save({"a": torch.zeros(1)}, path)
     text = message("vit_b", path)
     assert "sha256" in text and "ec2df6273261" in text and str(path) in text
 
 
-def test_what_is_no_checkpoint_is_told_with_its_size(tmp_path):
+def test_a_file_that_is_no_checkpoint_raises_an_error_with_its_size(tmp_path):
     path = tmp_path / "page.pth"
     path.write_bytes(b"error: no such file at this address")
-    says = r"not a readable checkpoint of plain tensors \(\w+Error: .*; the file has 35 bytes\); nothing in it was run"
+    says = r"not a readable checkpoint of plain tensors \(\w+Error: .*has 35 bytes\); nothing in it was executed"
     assert re.search(says, message("vit_b", path))
     path.write_bytes(b"")
     assert re.search(r"\(EOFError.*; the file has 0 bytes\)", message("vit_b", path))
@@ -198,7 +198,7 @@ def test_a_pickle_bomb_does_not_go_off(tmp_path, through_torch):
     assert target.exists(), "the bomb must be live, else this test shows nothing"
 
 
-def test_truncated_foreign_and_empty_files(tmp_path, tiny_registry):
+def test_truncated_foreign_and_empty_files_raise(tmp_path, tiny_registry):
     whole = tmp_path / "whole.pth"
     torch.save(tiny_sam().state_dict(), whole)
     cut = tmp_path / "cut.pth"
@@ -212,7 +212,7 @@ def test_truncated_foreign_and_empty_files(tmp_path, tiny_registry):
     assert "no state dict" in message("vit_b", tmp_path / "list.pth")
 
 
-def test_another_network_is_named(tmp_path, tiny_registry):
+def test_a_checkpoint_of_another_network_raises_an_error_with_its_name(tmp_path, tiny_registry):
     path = tmp_path / "w.pth"
     torch.save({"image_encoder.pos_embed": torch.zeros(1, 1, 1, 1024)}, path)
     assert "teacher.name=sam_vit_l" in message("vit_b", path)

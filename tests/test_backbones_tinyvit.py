@@ -4,7 +4,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fmdistill.backbones.mobilesam_names import mobilesam_names, timm_names
-from fmdistill.backbones.tinyvit import TinyViTSAM, load_pretrained, tinyvit_sam, tinyvit_sam_mini
+from fmdistill.backbones.tinyvit import TinyViTSAM, load_pretrained, tinyvit_sam
+from fmdistill.mini.tinyvit import tinyvit_sam_mini
 from fmdistill.registry import UserError
 
 
@@ -18,7 +19,7 @@ def affine(name, *shape):
 
 
 def mobilesam_encoder(dims=(64, 128, 160, 320), depths=(2, 2, 6, 2), heads=(2, 4, 5, 10), windows=(7, 7, 14, 7)):
-    """Names and shapes of MobileSAM's image_encoder, written down from its module tree (tiny_vit_sam.py)."""
+    """Return the names and shapes of MobileSAM's image_encoder, derived from its module tree (tiny_vit_sam.py)."""
     first = dims[0]
     state = conv_bn("patch_embed.seq.0", first // 2, 3, 3, 3) | conv_bn("patch_embed.seq.2", first, first // 2, 3, 3)
     for i, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
@@ -66,7 +67,7 @@ def test_5m_has_mobilesams_parameters():
     assert (student.image_size, student.out_channels) == (1024, 256)
 
 
-def test_5m_takes_mobilesams_state_dict():
+def test_5m_loads_mobilesams_state_dict():
     shapes = mobilesam_encoder()
     generator = torch.Generator().manual_seed(0)
     state = {k: torch.rand(s, generator=generator) if s else torch.tensor(7) for k, s in shapes.items()}
@@ -84,12 +85,14 @@ def test_5m_takes_mobilesams_state_dict():
 )
 def test_larger_sizes_have_mobilesams_names(size, dims, heads):
     with torch.device("meta"):
-        ours = mobilesam_names(TinyViTSAM(f"tiny_vit_{size}_224").state_dict())
-    theirs = mobilesam_encoder(dims, heads=heads)
-    assert {k: tuple(v.shape) for k, v in ours.items()} == {k: s for k, s in theirs.items() if "head." not in k}
+        own_names = mobilesam_names(TinyViTSAM(f"tiny_vit_{size}_224").state_dict())
+    mobilesam_shapes = mobilesam_encoder(dims, heads=heads)
+    assert {k: tuple(v.shape) for k, v in own_names.items()} == {
+        k: s for k, s in mobilesam_shapes.items() if "head." not in k
+    }
 
 
-def test_embedding_keeps_stride_16():
+def test_the_embedding_has_stride_16():
     image = torch.zeros(1, 3, 64, 64)
     assert TinyViTSAM(image_size=64)(image)["embedding"].shape == (1, 256, 4, 4)
     assert TinyViTSAM(image_size=64, last_stride=2)(image)["embedding"].shape == (1, 256, 2, 2)
@@ -120,7 +123,7 @@ def test_zeroed_attention_biases_change_the_embedding():
     assert (before - after).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("names", ["timm", "mobilesam", "ours"])
+@pytest.mark.parametrize("names", ["timm", "mobilesam", "fmdistill"])
 def test_pretrained_path_fills_the_student(tmp_path, names):
     source = randomise(tinyvit_sam_mini())
     state = source.state_dict()
@@ -134,11 +137,11 @@ def test_pretrained_path_fills_the_student(tmp_path, names):
     torch.save(state, path) if path.suffix == ".pth" else save_file(state, path)
     student = tinyvit_sam_mini(pretrained=str(path))
     prefix = "trunk." if names == "timm" else ""
-    wanted = {k: v for k, v in source.state_dict().items() if k.startswith(prefix)}
-    assert all(torch.equal(student.state_dict()[k], v) for k, v in wanted.items())
+    expected = {k: v for k, v in source.state_dict().items() if k.startswith(prefix)}
+    assert all(torch.equal(student.state_dict()[k], v) for k, v in expected.items())
 
 
-def test_pretrained_errors_are_one_line(tmp_path, monkeypatch):
+def test_pretrained_errors_have_one_line(tmp_path, monkeypatch):
     def offline(*args, **kwargs):
         raise ConnectionError("no route")
 

@@ -1,4 +1,4 @@
-"""The student is open_clip's timm tower name by name and bit by bit, and starts from the same files as SAM's does."""
+"""The student equals open_clip's timm tower name by name and bit by bit, and starts from the same files as SAM's."""
 
 import pytest
 import torch
@@ -9,7 +9,8 @@ from torch import nn
 
 from fmdistill.backbones.mobilesam_names import mobilesam_names
 from fmdistill.backbones.tinyvit import tinyvit_sam
-from fmdistill.backbones.tinyvit_clip import TinyViTCLIP, tinyvit_clip, tinyvit_clip_mini
+from fmdistill.backbones.tinyvit_clip import TinyViTCLIP, tinyvit_clip
+from fmdistill.mini.tinyvit import tinyvit_clip_mini
 from fmdistill.registry import UserError
 
 
@@ -20,24 +21,24 @@ def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 @pytest.mark.parametrize(("size", "millions"), [("5m", 5.07 + 0.16), ("11m", 10.55 + 0.23), ("21m", 20.62 + 0.295)])
 def test_every_size_has_open_clips_names_and_shapes(size, millions):
     with torch.device("meta"):
-        ours = TinyViTCLIP(f"tiny_vit_{size}_224", 512)
-        theirs = TimmModel(f"tiny_vit_{size}_224", 512, 224, pool="avg", proj="linear")
-    assert shapes(ours) == shapes(theirs)
-    assert sum(p.numel() for p in ours.parameters()) / 1e6 == pytest.approx(millions, abs=0.01)
-    assert (ours.image_size, ours.out_channels, ours.timm_name) == (224, 512, f"tiny_vit_{size}_224")
+        student = TinyViTCLIP(f"tiny_vit_{size}_224", 512)
+        reference = TimmModel(f"tiny_vit_{size}_224", 512, 224, pool="avg", proj="linear")
+    assert shapes(student) == shapes(reference)
+    assert sum(p.numel() for p in student.parameters()) / 1e6 == pytest.approx(millions, abs=0.01)
+    assert (student.image_size, student.out_channels, student.timm_name) == (224, 512, f"tiny_vit_{size}_224")
 
 
-def test_the_state_gives_open_clip_the_same_embedding_bit_by_bit():
-    ours = randomize(tinyvit_clip("5m", embed_dim=48, image_size=64))
-    theirs = TimmModel("tiny_vit_5m_224", 48, 64, pool="avg", proj="linear").eval()
-    theirs.load_state_dict(ours.state_dict(), strict=True)
+def test_open_clip_computes_the_same_embedding_from_the_state_bit_by_bit():
+    student = randomize(tinyvit_clip("5m", embed_dim=48, image_size=64))
+    reference = TimmModel("tiny_vit_5m_224", 48, 64, pool="avg", proj="linear").eval()
+    reference.load_state_dict(student.state_dict(), strict=True)
     image = torch.randn(2, 3, 64, 64)
     with torch.inference_mode():
-        found = ours(image)["embedding"]
-        assert found.shape == (2, 48) and torch.equal(found, theirs(image))
-        theirs.trunk.stages[2].blocks[0].attn.attention_biases.zero_()
-        theirs.train().eval()  # timm keeps the old biases in eval mode
-        assert not torch.allclose(found, theirs(image), atol=1e-3)
+        embedding = student(image)["embedding"]
+        assert embedding.shape == (2, 48) and torch.equal(embedding, reference(image))
+        reference.trunk.stages[2].blocks[0].attn.attention_biases.zero_()
+        reference.train().eval()  # timm keeps the old biases in eval mode
+        assert not torch.allclose(embedding, reference(image), atol=1e-3)
 
 
 def test_a_state_loaded_in_eval_mode_takes_effect():
@@ -53,15 +54,15 @@ def test_mini_is_small_and_every_parameter_learns():
     student = randomize(tinyvit_clip_mini()).train()
     assert 1_500_000 < sum(p.numel() for p in student.parameters()) < 2_000_000
     assert (student.image_size, student.out_channels, student.timm_name) == (64, 128, None)
-    found = student(torch.randn(4, 3, 64, 64))["embedding"]
-    assert found.shape == (4, 128)
-    found.square().sum().backward()
+    embedding = student(torch.randn(4, 3, 64, 64))["embedding"]
+    assert embedding.shape == (4, 128)
+    embedding.square().sum().backward()
     silent = [name for name, p in student.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert silent == []
 
 
 def renamed(state: dict[str, torch.Tensor], names: str) -> dict[str, torch.Tensor]:
-    """The state of a CLIP student as others keep it."""
+    """Return the state of a CLIP student under the names of other programs."""
     trunk = {name.removeprefix("trunk."): value for name, value in state.items() if name.startswith("trunk.")}
     if names == "timm":
         return trunk | {"head.fc.weight": torch.ones(5, 192), "head.fc.bias": torch.ones(5)}
@@ -73,16 +74,16 @@ def renamed(state: dict[str, torch.Tensor], names: str) -> dict[str, torch.Tenso
     return state
 
 
-@pytest.mark.parametrize("names", ["timm", "microsoft", "open_clip", "ours"])
+@pytest.mark.parametrize("names", ["timm", "microsoft", "open_clip", "fmdistill"])
 def test_pretrained_path_fills_the_student(tmp_path, names):
     source = randomize(tinyvit_clip_mini()).state_dict()
     save_file(renamed(source, names), tmp_path / "state.safetensors")
-    found = tinyvit_clip_mini(pretrained=str(tmp_path / "state.safetensors")).state_dict()
+    state = tinyvit_clip_mini(pretrained=str(tmp_path / "state.safetensors")).state_dict()
     given = {"timm": "trunk.", "microsoft": ("trunk.patch_embed.", "trunk.stages.")}.get(names, "")
-    assert all(torch.equal(found[k], v) == k.startswith(given) or k.endswith("tracked") for k, v in source.items())
+    assert all(torch.equal(state[k], v) == k.startswith(given) or k.endswith("tracked") for k, v in source.items())
 
 
-def test_what_does_not_fit_is_said(tmp_path):
+def test_weights_that_do_not_fit_raise(tmp_path):
     save_file(tinyvit_sam("5m").state_dict(), tmp_path / "sam.safetensors")
     with pytest.raises(UserError, match=r"does not fit tiny_vit_5m_224 at 224 px, .*first head\.proj\.weight"):
         tinyvit_clip("5m", pretrained=str(tmp_path / "sam.safetensors"))

@@ -15,13 +15,13 @@ import webdataset
 from segment_anything import SamPredictor
 
 from fmdistill import cache, files
-from fmdistill.backbones.mini import sam_mini_student
 from fmdistill.cache import manifest
 from fmdistill.cache.dataset import CachedImages
 from fmdistill.export import half
 from fmdistill.images import build, decode
-from fmdistill.images.photos import Photos
 from fmdistill.images.source import Encoded, unescape
+from fmdistill.mini.photos import Photos
+from fmdistill.mini.sam import sam_mini_student
 from fmdistill.registry import UserError
 
 
@@ -42,7 +42,7 @@ def test_a_cache_holds_what_the_teacher_says_as_sam_predictor_sees_the_image(tmp
         data = CachedImages(opened, split)
         for shard, count in enumerate(data.counts):
             for index in range(0, count, 3):
-                item = data.item(0, shard, index)
+                item = tiny.item(data, shard, index)
                 predictor.set_image(np.asarray(decode(data.encoded(shard, index).data)))
                 expected = predictor.features[0]
                 error = (item["outputs"]["sam.embedding"] - expected).abs().max()
@@ -257,7 +257,7 @@ def test_a_changed_image_is_noticed_when_it_is_used(tmp_path, monkeypatch):
     other = source.fetch("train-000", data.shards[0].keys[1])
     monkeypatch.setattr(Photos, "fetch", lambda self, shard, key: Encoded(key, other.data))
     with pytest.raises(UserError, match="is not the one that the teacher saw"):
-        data.item(0, 0, 0)
+        tiny.item(data, 0, 0)
 
 
 def test_the_hours_left_are_told_once_after_the_first_batches(tmp_path, caplog, monkeypatch):

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from fmdistill.cache import batch, outputs, sidecar
-from fmdistill.cache.batch import BufferPool
+from fmdistill.cache import outputs, sidecar
+from fmdistill.cache.batch import BufferPool, decode_outputs, read_outputs
 from fmdistill.cache.codec import CODECS, named
 from fmdistill.cache.reader import ShardReader
 from fmdistill.cache.store import Folder
-from fmdistill.cache.writer import Prepared, ShardWriter
+from fmdistill.cache.writer import ShardWriter, TeacherInput
 from fmdistill.images import Shard
 from fmdistill.recipe import Cache
 from fmdistill.teachers.output import Output
@@ -32,7 +32,7 @@ def written(folder, label: str) -> tuple[ShardReader, dict[str, np.ndarray]]:
         valid = np.zeros((8, 8), bool)
         valid[:height, :width] = True
         values = {name: array[index] for name, array in arrays.items()}
-        writer.add(Prepared(index, f"image-{index}", "0", None, (8, 8), (height, width)), values, valid)
+        writer.add(TeacherInput(index, f"image-{index}", "0", None, (8, 8), (height, width)), values, valid)
         if codec.trim:
             arrays["embedding"][index, :, ~valid] = 0
     writer.publish()
@@ -47,13 +47,13 @@ def test_rows_of_any_shapes_decode_to_what_each_sample_reads(tmp_path, name, tri
     reader, arrays = written(tmp_path, name + trimmed)
     pool = BufferPool()
     for rows in ([2, 0, 1, 3, 5, 4], [1, 5], [2]):
-        stored = batch.read([(reader, row) for row in rows], pool)
+        stored = read_outputs([(reader, row) for row in rows], pool)
         read = sum(reader.codecs["embedding"].nbytes(reader.shape(row, "embedding")) for row in rows)
-        assert stored["stored"]["embedding"].shape == (read,) and stored["codecs"] == {
+        assert stored["data"]["embedding"].shape == (read,) and stored["codecs"] == {
             "embedding": name + trimmed,
             "vector": name,
         }
-        found = batch.decoded(stored, SHAPES)
+        found = decode_outputs(stored, SHAPES)
         for output, array in arrays.items():
             assert found[output].dtype == torch.float32 and found[output].shape == (len(rows), *SHAPES[output])
             expected = np.stack([reader.read(row)[output] for row in rows])
@@ -89,6 +89,6 @@ def test_a_pool_goes_to_another_process_without_its_memory():
 def test_batches_that_are_kept_stay_what_they_are(tmp_path):
     reader, _ = written(tmp_path, "fp32")
     pool = BufferPool()
-    kept = [batch.read([(reader, row)], pool) for row in range(len(SIZES))]
-    found = [batch.decoded(stored, SHAPES)["embedding"][0] for stored in kept]
+    kept = [read_outputs([(reader, row)], pool) for row in range(len(SIZES))]
+    found = [decode_outputs(stored, SHAPES)["embedding"][0] for stored in kept]
     assert all(np.array_equal(one, reader.read(row)["embedding"]) for row, one in enumerate(found))

@@ -8,6 +8,7 @@ import clips
 import numpy as np
 import open_clip
 import pytest
+import tiny
 import torch
 import webdataset
 from open_clip.transform import PreprocessCfg, image_transform_v2
@@ -52,7 +53,7 @@ def test_a_cache_holds_encode_image_to_fp16_s_rounding_and_exactly_for_validatio
         data = CachedImages(opened, split)
         for shard, count in enumerate(data.counts):
             for index in range(count):
-                found = data.item(0, shard, index)["outputs"]["clip.embedding"]
+                found = tiny.item(data, shard, index)["outputs"]["clip.embedding"]
                 wanted = expected(data, shard, index)
                 assert found.shape == (24,) and found.dtype == torch.float32
                 assert ((found - wanted).abs() <= wanted.abs() * step + 1e-5 * wanted.norm()).all()
@@ -107,7 +108,7 @@ def test_a_broken_image_leaves_no_row_and_a_shard_of_broken_ones_no_rows(tmp_pat
     data = CachedImages(cache.open_cache(clips.load(tmp_path, "cache.max_failed=0.5")), "train")
     assert data.shards[0].keys == [key for n, key in enumerate(KEYS) if n not in (0, 4)]
     for index in range(7):
-        found = data.item(0, 0, index)["outputs"]["clip.embedding"]
+        found = tiny.item(data, 0, index)["outputs"]["clip.embedding"]
         assert (found - expected(data, 0, index)).norm() < 1e-2
     clips.pack(tmp_path / "00001.tar", [("a.jpg", b"broken"), ("b.jpg", b"broken")])
     with pytest.raises(UserError, match="00001: 2 of 2 images gave no output, more than cache.max_failed=0.5"):
@@ -132,7 +133,7 @@ def test_patch_tokens_are_the_tower_s_own_beside_the_stacked_embedding(tmp_path)
         picture = Image.open(io.BytesIO(data.encoded(0, index).data))
         with torch.no_grad():
             pooled, tokens = model.visual(TRANSFORM(picture)[None])
-        outputs = data.item(0, 0, index)["outputs"]
+        outputs = tiny.item(data, 0, index)["outputs"]
         assert torch.allclose(outputs["clip.embedding"], pooled[0], atol=1e-5)
         assert torch.allclose(outputs["clip.tokens"].flatten(1).T, tokens[0], atol=1e-5)
     with tarfile.open(data.shards[0].path) as archive:
@@ -149,7 +150,7 @@ def test_a_tower_without_patch_tokens_is_said():
     model = open_clip.CLIP(**config["model_cfg"])
     settings = {"name": "t", "kind": "TinyViT", "device": "cpu", "dtype": "fp32", "batch": 1, "workers": 1}
     with pytest.raises(
-        UserError, match=r"teacher\.tokens=true: the image tower of TinyViT \(TimmModel\) gives no patch"
+        UserError, match=r"teacher\.tokens=true: the image tower of TinyViT \(TimmModel\) returns no patch"
     ):
         ClipTeacher(model, config, tokens=True, **settings)
     assert ClipTeacher(model, config, tokens=False, **settings).outputs == {"embedding": Output((24,))}
@@ -213,5 +214,5 @@ def with_preprocess():
 def test_a_teacher_without_weights_is_asked_for():
     from fmdistill.teachers.clip import open_clip as build
 
-    with pytest.raises(UserError, match=r"teacher\.pretrained: not set; give one of open_clip's tags"):
+    with pytest.raises(UserError, match=r"teacher\.pretrained: not set; set it to one of open_clip's tags"):
         build("ViT-B-32")

@@ -18,7 +18,7 @@ from fmdistill.cache.outputs import chosen
 from fmdistill.cache.reader import ShardReader
 from fmdistill.cache.store import Folder
 from fmdistill.cache.verification import verify_values
-from fmdistill.cache.writer import Prepared, ShardWriter
+from fmdistill.cache.writer import ShardWriter, TeacherInput
 from fmdistill.images import Shard
 from fmdistill.recipe import Cache
 from fmdistill.registry import UserError
@@ -140,7 +140,7 @@ def shard(root, codec, maps, sizes, shapes) -> ShardReader:
     for index, (values, (height, width)) in enumerate(zip(maps, sizes, strict=True)):
         valid = np.zeros((8, 8), bool)
         valid[:height, :width] = True
-        writer.add(Prepared(index, f"image-{index}", "0", None, (8, 8), (height, width)), values, valid)
+        writer.add(TeacherInput(index, f"image-{index}", "0", None, (8, 8), (height, width)), values, valid)
     writer.publish()
     shard = Shard("train-000", "train")
     finished = sidecar.finished(Folder(root), shard, "x", stored)
@@ -181,7 +181,7 @@ def test_a_cache_in_each_codec_agrees_with_its_teacher_and_stays_exact_for_valid
     opened, label = cache.open_cache(recipe), codec + "-trimmed" * (trim == "true")
     assert opened.manifest["outputs"]["embedding"]["codec"] == {"train": label, "validation": "fp32"}
     data, model = CachedImages(opened, "validation"), tiny.teacher()
-    item = data.item(0, 0, 0)
+    item = tiny.item(data, 0, 0)
     fresh = model(item["pixels"][None], item["sizes"][None])["embedding"][0]
     assert (
         torch.allclose(item["outputs"]["sam.embedding"], fresh, atol=1e-5)

@@ -16,10 +16,11 @@ from fmdistill.cache.codec import named
 from fmdistill.cache.outputs import StoredOutput
 from fmdistill.cache.reader import ShardReader
 from fmdistill.cache.store import Folder
-from fmdistill.cache.writer import Prepared, ShardWriter
+from fmdistill.cache.writer import ShardWriter, TeacherInput
 from fmdistill.files import file_hash
-from fmdistill.images import Encoded, Shard, build, photos
+from fmdistill.images import Encoded, Shard, build
 from fmdistill.images.source import SPLITS
+from fmdistill.mini import photos
 from fmdistill.registry import UserError
 
 SHARD = Shard("train-000", "train")
@@ -35,7 +36,7 @@ def written(root: Path, value: float) -> ShardWriter:
     """Return a writer that has everything but to publish: one image, whose vector and map hold `value`."""
     made = ShardWriter(Folder(root), SHARD, "identity", OUTPUTS)
     outputs = {"x": np.full(3, value, np.float32), "map": np.full((1, 2, 2), value, np.float32)}
-    made.add(Prepared(0, "a.png", "hash", original=(2, 2), resized=(2, 2)), outputs, np.ones((2, 2), bool))
+    made.add(TeacherInput(0, "a.png", "hash", original=(2, 2), resized=(2, 2)), outputs, np.ones((2, 2), bool))
     return made
 
 
@@ -153,7 +154,7 @@ def test_verify_without_the_teacher_s_file_tells_of_the_checksums_and_that_no_va
 ):
     size = ["images.train=4", "images.validation=4", "images.shard_size=2", "images.size=64"]
     weights = tmp_path / "teacher.safetensors"
-    packaged = Path(cache.__file__).parents[1] / "backbones/weights/sam_mini.safetensors"
+    packaged = Path(cache.__file__).parents[1] / "mini/weights/sam_mini.safetensors"
     weights.write_bytes(packaged.read_bytes())
     teacher = ["teacher={name: sam_mini, device: cpu, weights: " + str(weights) + "}"]
     settings = tiny.load(tmp_path, *teacher, *size)

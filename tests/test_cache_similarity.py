@@ -13,7 +13,7 @@ import webdataset
 
 from fmdistill import cache, distill, pipeline
 from fmdistill.cache import similarity
-from fmdistill.cache.dataset import CachedImages, StoredImages, decoded
+from fmdistill.cache.dataset import CachedImages
 from fmdistill.cache.footprint import tar_bytes
 from fmdistill.distill.loader import batches
 from fmdistill.distill.rectifiers.rewrite import rewrite
@@ -45,7 +45,7 @@ def images(folder, *settings: str, split: str = "train") -> CachedImages:
 def seen(data: CachedImages, padding: str) -> Seen:
     """What an objective sees of the first shard's images, read as a loader reads them."""
     places = [(0, 0, index) for index in range(data.counts[0])]
-    batch = decoded(data.cache, next(batches(StoredImages(data), [places], 0)))
+    batch = data.decode(next(batches(data, [places], 0)))
     grids = {NAME: data.cache.preprocess.valid(batch["sizes"]).flatten(1)}
     similarity = {NAME: batch["outputs"].pop(MAP)}
     return Seen(batch["outputs"], grids=grids, similarity=similarity).focus("embedding", padding)
@@ -65,7 +65,7 @@ def test_both_maps_are_the_pairwise_cosines_of_the_teachers_own_map_in_any_codec
         data = images(tmp_path / split, *settings, split=split)
         model = tiny.teacher()
         for index in range(data.counts[0]):
-            item = data.item(0, 0, index)
+            item = tiny.item(data, 0, index)
             feature_CN = model(item["pixels"][None], item["sizes"][None])["embedding"][0].flatten(1).numpy()
             valid_N = data.cache.preprocess.valid(item["sizes"][None]).flatten().numpy()
             every_N, unpadded_N = item["outputs"][MAP].flatten(1).numpy()
@@ -77,7 +77,7 @@ def test_both_maps_are_the_pairwise_cosines_of_the_teachers_own_map_in_any_codec
         stored = next(iter(webdataset.WebDataset(str(data.shards[0].path), shardshuffle=False).decode()))
         plain = stored["embedding_similarity.npy"]
         assert plain.dtype == np.float16 and plain.shape == (2, 4, 4)
-        assert np.array_equal(plain, data.item(0, 0, 0)["outputs"][MAP].numpy())
+        assert np.array_equal(plain, tiny.item(data, 0, 0)["outputs"][MAP].numpy())
 
 
 @pytest.mark.parametrize("padding", ["include", "exclude"])

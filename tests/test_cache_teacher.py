@@ -1,4 +1,4 @@
-"""Teachers against segment_anything's own predictor, at full size, with weights that leave nothing at zero."""
+"""Teachers compared with segment_anything's own predictor, at full size, with no weight at zero."""
 
 from dataclasses import replace
 
@@ -12,14 +12,14 @@ from segment_anything import SamPredictor, sam_model_registry
 from segment_anything.modeling.image_encoder import Attention
 
 from fmdistill.backbones.device import pick_device
-from fmdistill.backbones.mini import sam_mini_student
 from fmdistill.cache.manifest import claim
 from fmdistill.export import half
-from fmdistill.images.photos import photograph
+from fmdistill.mini.photos import photograph
+from fmdistill.mini.sam import sam_mini, sam_mini_student
 from fmdistill.registry import UserError
 from fmdistill.teachers import check, identity
 from fmdistill.teachers.compute import has_bf16, own_device, state_hash
-from fmdistill.teachers.sam import SamTeacher, sam_mini, sam_vit_b
+from fmdistill.teachers.sam import SamTeacher, sam_vit_b
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def vit_b():
     return randomize(sam_model_registry["vit_b"](), 3)
 
 
-def ours(sam, image: np.ndarray, exact: bool = False, pil: bool = True) -> torch.Tensor:
+def teacher_embedding(sam, image: np.ndarray, exact: bool = False, pil: bool = True) -> torch.Tensor:
     teacher = SamTeacher(sam, name="sam_vit_b", device="cpu", dtype="fp32", batch=1, workers=1, exact=exact)
     preprocess = replace(teacher.preprocess, exact=True) if pil else teacher.preprocess
     pixels, size = preprocess.prepare(Image.fromarray(image))
@@ -35,7 +35,7 @@ def ours(sam, image: np.ndarray, exact: bool = False, pil: bool = True) -> torch
 
 
 @pytest.mark.slow
-def test_vit_b_gives_sam_predictor_s_embedding_and_a_dropped_relative_position_does_not(vit_b):
+def test_vit_b_equals_sam_predictor_s_embedding_but_not_without_a_relative_position(vit_b):
     image = photograph("coffee")  # 400 x 600, 3:2
     assert image.shape[1] * 2 == image.shape[0] * 3
     predictor = SamPredictor(vit_b)
@@ -43,18 +43,18 @@ def test_vit_b_gives_sam_predictor_s_embedding_and_a_dropped_relative_position_d
     expected = predictor.features[0]
     scale = expected.abs().max()
     for exact in (False, True):
-        found = ours(vit_b, image, exact)
-        assert found.shape == (256, 64, 64) and expected.std() > 0.1
-        assert (found - expected).abs().max() <= 1e-4 * scale
-    found = ours(vit_b, image, pil=False)  # pixels of torch's resize, within one grey level
-    assert torch.cosine_similarity(found, expected, 0).min() > 0.9999
+        actual = teacher_embedding(vit_b, image, exact)
+        assert actual.shape == (256, 64, 64) and expected.std() > 0.1
+        assert (actual - expected).abs().max() <= 1e-4 * scale
+    actual = teacher_embedding(vit_b, image, pil=False)  # pixels of torch's resize, within one grey level
+    assert torch.cosine_similarity(actual, expected, 0).min() > 0.9999
     for module in vit_b.modules():
         if isinstance(module, Attention):
             module.use_rel_pos = False
-    assert (ours(vit_b, image) - expected).abs().max() > 1e-2 * scale
+    assert (teacher_embedding(vit_b, image) - expected).abs().max() > 1e-2 * scale
 
 
-def test_the_fingerprint_tells_weights_and_precision_apart():
+def test_the_fingerprint_differs_by_weights_and_precision():
     def fingerprint(seed: int, dtype: str, **settings) -> dict:
         made = SamTeacher(tiny_sam(seed), name="tiny", device="cpu", dtype=dtype, batch=1, workers=1, **settings)
         return made.fingerprint()
@@ -68,7 +68,7 @@ def test_the_fingerprint_tells_weights_and_precision_apart():
     assert fingerprint(0, "bf16", exact=True)["dtype"] == "bf16"
 
 
-def test_the_state_hash_sees_names_shapes_and_values():
+def test_the_state_hash_depends_on_names_shapes_and_values():
     base = {"a": torch.arange(6.0), "b": torch.tensor(3.0)}
     others = [
         {**base, "a": torch.arange(6.0).reshape(2, 3)},
@@ -80,7 +80,7 @@ def test_the_state_hash_sees_names_shapes_and_values():
     assert len(hashes) == 5 and state_hash(dict(reversed(base.items()))) in hashes
 
 
-def test_a_device_that_is_not_there_is_said():
+def test_a_missing_device_raises():
     with pytest.raises(UserError, match=r"teacher\.device=gpu: not a device"):
         pick_device("gpu", "teacher.device")
     if not torch.cuda.is_available():
@@ -89,7 +89,7 @@ def test_a_device_that_is_not_there_is_said():
     assert pick_device("cpu", "x").type == "cpu"
 
 
-def test_each_launched_process_takes_its_own_gpu_where_the_recipe_leaves_it_open(monkeypatch):
+def test_each_launched_process_uses_its_own_gpu_if_the_device_is_auto(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     assert own_device("auto").index is None
@@ -105,7 +105,7 @@ EXACTLY, AS_SET = (False, "highest"), (True, "medium")
 @pytest.mark.parametrize(
     "dtype, exact, during", [("fp32", False, EXACTLY), ("fp32", True, EXACTLY), ("bf16", True, AS_SET)]
 )
-def test_an_fp32_teacher_computes_without_tf32_and_leaves_the_settings_as_they_were(dtype, exact, during):
+def test_an_fp32_teacher_computes_without_tf32_and_restores_the_settings(dtype, exact, during):
     def settings() -> tuple[bool, str]:
         return torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
 
@@ -126,7 +126,7 @@ def test_an_fp32_teacher_computes_without_tf32_and_leaves_the_settings_as_they_w
         torch.set_float32_matmul_precision(before[1])
 
 
-def test_sam_mini_takes_a_run_of_yours_or_its_file(tmp_path):
+def test_sam_mini_loads_a_run_or_its_file(tmp_path):
     half.export(sam_mini_student(), tmp_path / "student.safetensors")
     by_run, by_file, packaged = (
         sam_mini(str(weights), device="cpu").fingerprint()["weights"]
@@ -138,7 +138,7 @@ def test_sam_mini_takes_a_run_of_yours_or_its_file(tmp_path):
         sam_mini(str(tmp_path))
 
 
-def test_both_paths_and_precisions_give_one_embedding():
+def test_both_paths_and_precisions_agree_on_the_embedding():
     pixels, sizes = (
         torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8),
         torch.tensor([[64, 64], [43, 64], [64, 43]]),
@@ -151,12 +151,12 @@ def test_both_paths_and_precisions_give_one_embedding():
     assert expected.dtype == torch.float32 and expected.std() > 0.1
     torch.testing.assert_close(embedding("fp32", False), expected, atol=1e-5, rtol=1e-5)
     for exact in (False, True):
-        found = embedding("bf16", exact)
-        assert found.dtype == torch.float32 and not torch.equal(found, expected)
-        assert torch.cosine_similarity(found, expected, dim=1).min() > 0.999
+        actual = embedding("bf16", exact)
+        assert actual.dtype == torch.float32 and not torch.equal(actual, expected)
+        assert torch.cosine_similarity(actual, expected, dim=1).min() > 0.999
 
 
-def test_a_compiled_teacher_sees_one_batch_size_and_goes_on_where_nothing_can_be_compiled(caplog):
+def test_a_compiled_teacher_has_one_batch_size_and_runs_uncompiled_if_compiling_fails(caplog):
     teacher, seen = tiny.teacher(batch=4), []
     pixels, sizes = (
         torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8),
@@ -169,9 +169,9 @@ def test_a_compiled_teacher_sees_one_batch_size_and_goes_on_where_nothing_can_be
         return teacher.encoder(x)
 
     teacher.compiled, teacher._run = True, noted
-    found = teacher(pixels, sizes)["embedding"]
-    assert seen == [4] and found.shape == expected.shape
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    actual = teacher(pixels, sizes)["embedding"]
+    assert seen == [4] and actual.shape == expected.shape
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
     def broken(x):
         raise RuntimeError("no C compiler")
@@ -184,7 +184,7 @@ def test_a_compiled_teacher_sees_one_batch_size_and_goes_on_where_nothing_can_be
         teacher(pixels, sizes)
 
 
-def test_auto_is_bf16_only_where_the_cpu_multiplies_it(monkeypatch):
+def test_auto_is_bf16_only_if_the_cpu_multiplies_bf16(monkeypatch):
     for flags, expected in (("fma avx512_bf16", True), ("amx_bf16", True), ("avx2 avx512f", False), ("", False)):
         monkeypatch.setattr("pathlib.Path.read_text", lambda self, f=flags: f"processor : 0\nflags\t\t: {f}\n")
         monkeypatch.setattr("pathlib.Path.is_file", lambda self: True)
@@ -202,7 +202,7 @@ def test_auto_is_bf16_only_where_the_cpu_multiplies_it(monkeypatch):
 REST = {"family": "sam", "head": True, "outputs": {}, "images": {}}
 
 
-def test_a_cache_of_the_other_path_is_refused_with_the_settings_that_go_on_with_it(tmp_path):
+def test_a_cache_of_the_other_path_raises_an_error_with_the_matching_settings(tmp_path):
     claim(tmp_path, {**REST, "teacher": tiny.teacher(exact=True).fingerprint()})
     with pytest.raises(
         UserError, match=r"'segment_anything' there and 'fast' here;.* here. Go on with it by teacher.exact=true;"

@@ -9,8 +9,8 @@ import pytest
 import tiny
 
 from fmdistill import cache, teachers
-from fmdistill.backbones import mini
 from fmdistill.cache import unchanged
+from fmdistill.mini.sam import PACKAGED
 from fmdistill.registry import UserError
 
 
@@ -20,7 +20,7 @@ def load(folder: Path, *overrides: str):
 
 @pytest.fixture
 def made(tmp_path):
-    (tmp_path / "mini.safetensors").write_bytes(mini.PACKAGED.read_bytes())
+    (tmp_path / "mini.safetensors").write_bytes(PACKAGED.read_bytes())
     cache.run(load(tmp_path, "images.train=4", "images.validation=2"))
     return tmp_path
 

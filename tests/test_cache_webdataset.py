@@ -45,7 +45,9 @@ def assert_same(samples: list[dict], wanted: dict[str, dict[str, np.ndarray]]) -
             assert outputs[name].dtype == np.float32 and np.array_equal(outputs[name], value)
 
 
-@pytest.mark.parametrize("settings", [(), ("cache.codec=int4", "cache.trim=true", "cache.similarity=true")])
+@pytest.mark.parametrize(
+    "settings", [("cache.codec=fp32",), ("cache.codec=int4", "cache.trim=true", "cache.similarity=true")]
+)
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_samples_are_those_of_the_reader(tmp_path, settings, split):
     recipe = tiny.load(tmp_path, *settings, "objective.embedding.padding=exclude")

@@ -17,7 +17,7 @@ from fmdistill.cache.outputs import StoredOutput
 from fmdistill.cache.shard_tar import ShardTar
 from fmdistill.cache.statistics import Statistics
 from fmdistill.cache.store import Folder
-from fmdistill.cache.writer import Prepared, ShardWriter
+from fmdistill.cache.writer import ShardWriter, TeacherInput
 from fmdistill.images import Shard, escape, unescape
 
 RNG = np.random.default_rng(0)
@@ -160,7 +160,7 @@ def written(root: Path) -> tuple[Path, dict]:
     writer = ShardWriter(Folder(root), Shard("s", "train"), "identity", stored)
     for index, key in enumerate(KEYS):
         outputs = {"_map": DRAWN[index : index + 1, :2, :2], "vector": DRAWN[index, 0, :3]}
-        item = Prepared(index, key, "hash", original=(2, 2), resized=(2, 2))
+        item = TeacherInput(index, key, "hash", original=(2, 2), resized=(2, 2))
         writer.add(item, outputs, np.ones((2, 2), bool))
     writer.publish()
     fields = sidecar.read(root / "s.json")

@@ -75,7 +75,7 @@ def test_a_checkpoint_that_is_a_pickle_bomb_does_not_go_off(tmp_path, capsys):
     protocol.write_text(PROTOCOL)
     succeeded(capsys, "cache", recipe)
     line = refused(capsys, "cache", recipe, "teacher.name=sam_vit_b", f"teacher.weights={path}")
-    assert "not a readable checkpoint of plain tensors" in line and "nothing in it was run" in line
+    assert "not a readable checkpoint of plain tensors" in line and "nothing in it was executed" in line
     settings = ["student.name=tinyvit_sam_mini", f"student.pretrained={path}"]
     assert "not a readable checkpoint of plain tensors" in refused(capsys, "distill", recipe, *settings)
     recipe.write_text(recipe.read_text().replace("tiny:Student", "tinyvit_sam_mini"))

@@ -1,4 +1,4 @@
-"""The loop: exact resume, one order for any number of processes, and errors instead of silence."""
+"""The training loop: exact resume, one order for any number of processes, and errors instead of silence."""
 
 import dataclasses
 import itertools
@@ -42,21 +42,21 @@ def cached(tmp_path):
     return tmp_path
 
 
-def test_a_run_leaves_what_it_should_and_learns(cached):
+def test_a_run_writes_its_files_and_learns(cached):
     run = distill.run(tiny.load(cached))
     assert {p.name for p in run.iterdir()} == {"recipe.yaml", "metrics.jsonl", "student.safetensors", "checkpoints"}
-    found = rows(run)
-    steps = [row for row in found if "learning_rate" in row]
+    logged = rows(run)
+    steps = [row for row in logged if "learning_rate" in row]
     assert [row["step"] for row in steps] == list(range(1, 13))
     statistics = {"embedding/effective_sample_size", "embedding/largest_weight"}
     assert {"loss", "embedding", "grad_norm", *statistics} <= set(steps[0])
-    assert [row["step"] for row in found if "validation/loss" in row] == [6, 12]
+    assert [row["step"] for row in logged if "validation/loss" in row] == [6, 12]
     assert steps[-1]["loss"] < 0.9 * steps[0]["loss"]
     assert 0 < steps[0]["embedding/effective_sample_size"] < 1 < steps[0]["embedding/largest_weight"]
     assert not load_student(run, trust=True).training
 
 
-def test_the_same_recipe_gives_the_same_weights_and_another_seed_others(cached):
+def test_the_same_recipe_trains_the_same_weights_and_another_seed_others(cached):
     first = weights(distill.run(tiny.load(cached)))
     again = weights(distill.run(tiny.load(cached, f"out={cached}/again", "train.workers=2")))
     other = weights(distill.run(tiny.load(cached, f"out={cached}/other", "seed=1")))
@@ -132,15 +132,17 @@ def test_a_checkpoint_that_is_half_written_or_damaged_is_not_used(cached):
     (run / "student.safetensors").unlink()
     newest = sorted((run / "checkpoints").glob("step-*"))[-1]
     (newest / "task.safetensors").write_bytes(b"no tensors here")
-    with pytest.raises(UserError, match=r"cannot resume from it .*delete this folder"):
+    with pytest.raises(UserError, match=r"cannot resume from this checkpoint .*delete this folder"):
         distill.run(recipe)
 
 
-def test_a_run_of_another_recipe_in_the_same_folder_is_refused(cached):
+def test_a_run_of_another_recipe_in_the_same_folder_raises(cached):
     distill.run(tiny.load(cached))
-    with pytest.raises(UserError, match=r"optimizer\.lr is .*0\.003.* there and .*0\.1.* here.*out=FOLDER"):
+    with pytest.raises(
+        UserError, match=r"optimizer\.lr is .*0\.003.* in the run and .*0\.1.* in the recipe.*out=FOLDER"
+    ):
         distill.run(tiny.load(cached, "optimizer.lr=0.1"))
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="already holds a run"):
         distill.run(tiny.load(cached), resume=False)
     assert distill.run(tiny.load(cached, "train.log_every=5")).name == "run"
 
@@ -161,7 +163,7 @@ def test_an_error_s_advice_can_be_followed_in_the_same_folder(cached, wrong, rig
     assert rows(run) == rows(cached / "fresh")
 
 
-def test_a_run_belongs_to_whoever_has_its_first_checkpoint(cached):
+def test_a_folder_belongs_to_the_recipe_of_its_first_checkpoint(cached):
     with pytest.raises(Stop):
         stopped(cached, 5)
     for other in ("optimizer.lr=0.1", "train.batch_size=4", "cache.codec=int8"):
@@ -176,7 +178,7 @@ Stop = stop.Stopped
 
 
 def stopped(folder: Path, step: int, during: str = "step", *overrides: str) -> None:
-    """Run the toy recipe with a stop that is requested in the `during` of optimizer step `step`."""
+    """Run the toy recipe with a stop requested at the moment `during` of optimizer step `step`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stop._request, "number", None)
         count = itertools.count(1)
@@ -198,7 +200,7 @@ def stopped(folder: Path, step: int, during: str = "step", *overrides: str) -> N
 
 
 @pytest.mark.parametrize("step", [1, 3, 4, 6, 12])
-def test_a_requested_stop_saves_the_step_that_was_done_and_the_run_goes_on_from_it(cached, step):
+def test_a_requested_stop_saves_the_finished_step_and_the_run_resumes_from_it(cached, step):
     whole = distill.run(tiny.load(cached, f"out={cached}/whole"))
     if step == 12:  # the last one is followed by nothing that looks at a stop but its validation
         with pytest.raises(Stop):
@@ -212,7 +214,7 @@ def test_a_requested_stop_saves_the_step_that_was_done_and_the_run_goes_on_from_
     assert same(weights(run), weights(whole)) and rows(run) == rows(whole)
 
 
-def test_a_validation_that_a_stop_cut_off_is_made_up_for(cached):
+def test_a_validation_that_a_stop_interrupted_is_repeated(cached):
     whole = distill.run(tiny.load(cached, f"out={cached}/whole"))
     for place in (1, 2):  # after steps 6 and 12
         with pytest.raises(Stop):
@@ -233,7 +235,7 @@ def test_a_validation_that_a_stop_cut_off_is_made_up_for(cached):
         ("train.clip=0", "above 0, or null"),
         ("seed=-1", "expected 0 or more"),
         ("student.name=tinyvit_sam_mini", "makes 128 channels at 256 px, but the cache has 32 channels at 64 px"),
-        ("objective.embedding.output=logits", "output=logits: the student has none"),
+        ("objective.embedding.output=logits", "output=logits: the student has no such output"),
         ("objective.embedding.weighting.temperature=0", "expected a number above 0"),
         ("optimizer.lr=1e30", "the loss is|the gradient's norm is"),
     ],
@@ -244,7 +246,7 @@ def test_a_setting_that_cannot_work_is_one_clear_line(cached, override, message)
 
 
 class Deaf(tiny.Student):
-    """A student one of whose parameters never takes part."""
+    """A student with a parameter that is never used."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -267,7 +269,7 @@ def test_no_gradient_at_step_one_is_an_error(cached):
 
 
 def test_accumulation_follows_the_same_batches(cached):
-    """Without BatchNorm's batch statistics two micro-batches give the gradient of the whole batch."""
+    """Without BatchNorm's batch statistics, two micro-batches have the gradient of the whole batch."""
     plain = distill.run(tiny.load(cached, "student.name=test_distill:Still", f"out={cached}/plain"))
     halves = distill.run(
         tiny.load(cached, "student.name=test_distill:Still", "train.accumulate=2", f"out={cached}/halves")
@@ -285,18 +287,18 @@ class Still(tiny.Student):
         return self
 
 
-def test_only_the_newest_checkpoints_stay(cached):
+def test_only_the_newest_checkpoints_remain(cached):
     run = distill.run(tiny.load(cached, "train.checkpoint_every=2"))
     assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["step-00000010", "step-00000012"]
     assert checkpoint.KEEP == 2
 
 
-def test_epochs_take_the_place_of_inherited_steps(cached):
+def test_epochs_replace_inherited_steps(cached):
     run = distill.run(tiny.load(cached, "train.epochs=2"))
     assert rows(run)[-1]["step"] == 2 * 24 // 8
 
 
-def test_a_resume_on_other_images_is_refused(cached):
+def test_a_resume_on_other_images_raises(cached):
     recipe = tiny.load(cached)
     (distill.run(recipe) / "student.safetensors").unlink()
     fewer = tiny.load(cached, "images.limit=16")

@@ -38,7 +38,7 @@ def one_batch(settings, size=20):
 def test_a_live_teacher_gives_the_batch_that_the_cache_gives(made):
     folder, settings = made
     (job, cached), (live_job, live) = one_batch(settings), one_batch(load(folder, *LIVE))
-    assert cached["keys"] == live["keys"] and torch.equal(cached["label"], live["label"])
+    assert cached["keys"] == live["keys"] and torch.equal(cached["labels"], live["labels"])
     assert torch.equal(cached["pixels"], live["pixels"])
     assert cached["outputs"].keys() == live["outputs"].keys() == {f"classifier.{n}" for n in job_outputs()}
     for name, value in cached["outputs"].items():
@@ -46,6 +46,35 @@ def test_a_live_teacher_gives_the_batch_that_the_cache_gives(made):
     losses, others = job.task(cached), live_job.task(live)
     torch.testing.assert_close(losses["loss"], others["loss"])
     assert live_job.task.state_dict().keys() == job.task.state_dict().keys()  # the teacher is in neither
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_cache_a_live_teacher_and_plain_images_fill_the_same_batch(made, workers):
+    folder, settings = made
+    cached = provider.build(settings)
+    live = provider.build(load(folder, *LIVE))
+    plain = provider.build(load(folder, "teacher=null", "cache=null"), cached.preprocess)
+    filled = [cached.train.batch([(0, index) for index in range(5)])]  # as evaluators read
+    for source in (cached, live, plain):
+        batch = next(batches(source.train, [[(0, 0, index) for index in range(5)]], workers))
+        filled.append(batch if source.complete is None else source.complete(batch))
+    for batch in filled:
+        tensors = {name: (v.dtype, tuple(v.shape)) for name, v in batch.items() if isinstance(v, torch.Tensor)}
+        assert tensors == {
+            "pixels": (torch.uint8, (5, 3, 8, 8)),
+            "sizes": (torch.int64, (5, 2)),
+            "originals": (torch.int64, (5, 2)),
+            "labels": (torch.int64, (5,)),
+        }
+        lists = {name: {type(value) for value in v} for name, v in batch.items() if isinstance(v, list)}
+        assert lists == {"keys": {str}, "shards": {str}, "label_values": {int}}
+        assert batch.keys() == {*tensors, *lists, "outputs"}
+        assert batch["labels"].tolist() == batch["label_values"] and set(batch["shards"]) == {"train-000"}
+        assert batch["sizes"].tolist() == batch["originals"].tolist() == [[8, 8]] * 5
+        assert all(torch.equal(batch[name], filled[0][name]) for name in tensors)
+        assert all(batch[name] == filled[0][name] for name in lists)
+    outputs = [{name: (v.dtype, v.shape) for name, v in batch["outputs"].items()} for batch in filled]
+    assert outputs[0] == outputs[1] == outputs[2] and len(outputs[0]) == 3 and outputs[3] == {}
 
 
 def job_outputs():
@@ -57,18 +86,18 @@ def test_accuracy_and_the_terms_are_those_of_the_batch(made):
     job.task.eval()
     found = job.task(batch)
     logits = job.student(job.task.preprocess.normalize(batch["pixels"], batch["sizes"]))["logits"]
-    assert found["accuracy"] == (logits.argmax(1) == batch["label"]).float().mean()
-    torch.testing.assert_close(found["label"], torch.nn.functional.cross_entropy(logits, batch["label"]))
+    assert found["accuracy"] == (logits.argmax(1) == batch["labels"]).float().mean()
+    torch.testing.assert_close(found["label"], torch.nn.functional.cross_entropy(logits, batch["labels"]))
     torch.testing.assert_close(found["loss"], found["label"] + found["kd"])
 
 
 def test_labels_are_kept_in_the_cache(made):
     job, batch = one_batch(made[1], 120)
-    assert np.bincount(batch["label"]).sum() == 120 and int(batch["label"].max()) == 9
+    assert np.bincount(batch["labels"]).sum() == 120 and int(batch["labels"].max()) == 9
     counts = provider.priors(provider.build(made[1]), 10).counts
-    assert torch.equal(counts, torch.bincount(batch["label"], minlength=10))
+    assert torch.equal(counts, torch.bincount(batch["labels"], minlength=10))
     means = provider.priors(provider.build(made[1]), 10).means("feature")
-    mine = batch["outputs"]["classifier.feature"][batch["label"] == 3].mean(0)
+    mine = batch["outputs"]["classifier.feature"][batch["labels"] == 3].mean(0)
     torch.testing.assert_close(means[3], mine)
 
 
@@ -141,7 +170,7 @@ def test_what_cannot_be_is_said_before_training(made):
         tasks.build(load(folder, "task={name: distill}", "teacher=null", "cache=null"))
     with pytest.raises(UserError, match="has no embedding; use task classify"):
         tasks.build(load(folder, "task={name: distill}"))
-    with pytest.raises(UserError, match="runs beside the student and is not cached"):
+    with pytest.raises(UserError, match="runs during training and is not cached"):
         cache.run(load(folder, "teacher.live=true"))
     with pytest.raises(UserError, match="no such run or file; train the teacher first"):
         cache.run(load(folder, f"teacher.weights={folder}/nowhere", f"cache.root={folder}/other"))

@@ -1,4 +1,4 @@
-"""Distances without parameters against published values, and sample by sample against literal formulas."""
+"""Distances without parameters, compared with published values and sample by sample with literal formulas."""
 
 import numpy as np
 import pytest
@@ -47,7 +47,7 @@ def kl(p: np.ndarray, q: np.ndarray) -> float:
 
 
 def brute_dkd(s: np.ndarray, t: np.ndarray, y: int, alpha: float, beta: float, temperature: float) -> float:
-    """With the reference code's way to leave the label out: 1000 less."""
+    """Exclude the label as the reference code does: subtract 1000."""
     ps, pt = softmax(s / temperature), softmax(t / temperature)
     target = kl(np.array([pt[y], 1 - pt[y]]), np.array([ps[y], 1 - ps[y]]))
     without = 1000 * (np.arange(len(s)) == y)
@@ -67,12 +67,12 @@ def test_logit_distances_are_the_formulas_sample_by_sample():
         expected = [brute_dkd(s[i], t[i], int(LABEL[i]), 0.5, 3.0, temperature) for i in range(8)]
         np.testing.assert_allclose(decoupled, expected, rtol=1e-9)
     for smoothing in (0.0, 0.1):
-        wanted = [(1 - smoothing) * (np.arange(10) == y) + smoothing / 10 for y in LABEL.numpy()]
-        expected = [-(w * np.log(softmax(a))).sum() for w, a in zip(wanted, s, strict=True)]
+        targets = [(1 - smoothing) * (np.arange(10) == y) + smoothing / 10 for y in LABEL.numpy()]
+        expected = [-(w * np.log(softmax(a))).sum() for w, a in zip(targets, s, strict=True)]
         np.testing.assert_allclose(distance("cross_entropy", smoothing=smoothing)(seen), expected, rtol=1e-10)
 
 
-def test_decoupled_distillation_is_plain_where_the_others_count_as_in_the_teacher():
+def test_decoupled_distillation_equals_plain_if_beta_is_the_teacher_s_share_of_the_others():
     seen = compared(*double(LOGITS), label=LABEL)
     target, other = (distance("dkd", alpha=a, beta=1 - a, temperature=2.0)(seen) for a in (1.0, 0.0))
     certain = (LOGITS[1].double() / 2).softmax(1)[torch.arange(8), LABEL]
@@ -115,7 +115,7 @@ def test_attention_transfer_is_the_formula_patch_by_patch(p, swapped, padded):
         np.testing.assert_allclose(values[b], (a_s - a_t) ** 2, rtol=1e-9, atol=1e-15)
 
 
-def test_attention_transfer_pools_each_side_where_it_is_larger():
+def test_attention_transfer_pools_the_larger_map_along_each_axis():
     student, teacher = drawn((2, 3, 8, 2), (2, 5, 4, 4))
     assert distance("at")(compared(student, teacher)).shape == (2, 4 * 2)
 
@@ -125,8 +125,8 @@ def smooth_l1(x: float) -> float:
 
 
 def brute_distances(x: np.ndarray) -> np.ndarray:
-    found = np.array([[np.sqrt(((a - b) ** 2).sum()) for b in x] for a in x])
-    return found / found[found > 0].mean()
+    distances = np.array([[np.sqrt(((a - b) ** 2).sum()) for b in x] for a in x])
+    return distances / distances[distances > 0].mean()
 
 
 def brute_cosine(x: np.ndarray, i: int, j: int, k: int) -> float:
@@ -172,20 +172,20 @@ def test_gradients_are_those_of_finite_differences(name):
 
 
 @pytest.mark.parametrize("name", ["cross_entropy", "kd", "dkd", "rkd"])
-def test_vectors_give_one_value_a_sample_and_maps_are_refused(name):
+def test_vectors_have_one_value_per_sample_and_maps_raise(name):
     student, teacher = drawn((4, 5), (4, 5))
     assert distance(name)(compared(student, teacher, label=LABEL[:4])).shape == (4,)
     student, teacher = drawn((4, 5, 2, 2), (4, 5, 2, 2))
-    says = "choose the pooled output" if name == "rkd" else "the channels of a map .5, 2, 2. are none"
+    says = "choose the pooled output" if name == "rkd" else "the channels of a map .5, 2, 2. are not classes"
     with pytest.raises(UserError, match=f"distance.name={name}: .*{says}"):
         distance(name)(compared(student, teacher, label=LABEL[:4]))
 
 
-def test_what_cannot_be_compared_is_said():
+def test_outputs_that_cannot_be_compared_raise():
     for name in ("cross_entropy", "dkd"):
-        with pytest.raises(UserError, match=f"distance.name={name}: learns from labels, and these images carry none"):
+        with pytest.raises(UserError, match=f"distance.name={name}: learns from labels, but these images have none"):
             distance(name)(compared(*LOGITS))
-    with pytest.raises(UserError, match=r"\(10,\) by the student and \(7,\) by the teacher"):
+    with pytest.raises(UserError, match=r"has shape \(10,\), the teacher's \(7,\)"):
         distance("kd")(compared(LOGITS[0], LOGITS[1][:, :7]))
     with pytest.raises(UserError, match=r"distance.name=at: attention is over the patches .* vector \(16,\)"):
         distance("at")(compared(*FEATURES))

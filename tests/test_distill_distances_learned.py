@@ -1,4 +1,4 @@
-"""Distances that learn against published values, and patch by patch against literal formulas."""
+"""Distances with learned parts, compared with published values and patch by patch with literal formulas."""
 
 import numpy as np
 import pytest
@@ -102,7 +102,7 @@ def test_congruence_is_the_formula_image_by_image(width):
 
 
 def pooled(x: np.ndarray, size: int) -> np.ndarray:
-    """Averages (B, C, N) over equal windows, size x size of them; vectors (B, C) as one."""
+    """Return averages (B, C, N) over size x size equal windows; a vector (B, C) is one window."""
     if x.ndim == 2:
         return x[:, :, None]
     b, c, h, w = x.shape
@@ -166,6 +166,6 @@ def test_pad_is_the_formula_patch_by_patch(base, student, teacher, clamp):
     np.testing.assert_allclose(pad.variance(seen), variance, rtol=1e-9)
 
 
-def test_unembedded_vectors_of_unlike_length_are_refused():
-    with pytest.raises(UserError, match=r"\(3,\) by the student and \(4,\) by the teacher"):
+def test_unembedded_vectors_of_different_length_raise():
+    with pytest.raises(UserError, match=r"has shape \(3,\), the teacher's \(4,\)"):
         CC((3,), (4,), width=None)(compared(torch.ones(2, 3), torch.ones(2, 4)))

@@ -1,4 +1,4 @@
-"""Distances that learn: their gradients, their way to optimizer and checkpoint, and what they refuse."""
+"""Distances with learned parts: their gradients, state and training, and the shapes for which they raise."""
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ def test_gradients_are_those_of_finite_differences(name, arguments, student, tea
 
 
 @pytest.mark.parametrize("name, arguments, student, teacher, count", LEARNED)
-def test_what_learns_is_in_the_objective_s_state_and_gets_a_gradient(name, arguments, student, teacher, count):
+def test_learned_parameters_are_in_the_objective_s_state_and_get_a_gradient(name, arguments, student, teacher, count):
     torch.manual_seed(0)
     objective = Objective(settings(name, arguments), {"student.embedding": student, "sam.embedding": teacher})
     seen = compared(*(x.float() for x in drawn((BATCH, *student), (BATCH, *teacher))))
@@ -68,7 +68,7 @@ def trained(objective: Objective, seen: Seen, steps: int) -> None:
 
 def test_a_few_steps_move_vid_s_variance_towards_the_gap():
     student, teacher = drawn((16, 3), (16, 2), seed=3)
-    teacher = teacher * torch.tensor([0.1, 10.0])  # noise that the student cannot tell, little and much
+    teacher = teacher * torch.tensor([0.1, 10.0])  # noise that the student cannot predict, weak and strong
     objective = Objective(settings("vid", {}), {"student.embedding": (3,), "sam.embedding": (2,)})
     trained(objective, compared(student.float(), teacher.float()), 5)
     easy, hard = objective.terms["a"].distance.variance().tolist()
@@ -77,7 +77,7 @@ def test_a_few_steps_move_vid_s_variance_towards_the_gap():
 
 def test_a_few_steps_move_pad_s_variance_towards_the_gap():
     student, noise = (x.float() for x in drawn((64, 4), (64, 4), seed=3))
-    hard = student[:, 0] > 0  # the student's own output tells which samples are hard
+    hard = student[:, 0] > 0  # the student's own output determines which samples are hard
     seen = compared(student, student + torch.where(hard, 2.0, 0.3)[:, None] * noise)
     torch.manual_seed(0)
     objective = Objective(settings("pad", {}), {"student.embedding": (4,), "sam.embedding": (4,)})
@@ -93,22 +93,22 @@ def test_a_few_steps_move_pad_s_variance_towards_the_gap():
 @pytest.mark.parametrize(
     "name, arguments, student, teacher, says",
     [
-        ("fitnet", {}, (3, 5, 5), (2, 6, 6), "map of 5 x 5 to the teacher's 6 x 6; it takes one of half the size"),
-        ("fitnet", {}, (3, 4, 4), (2,), r"\(3, 4, 4\) by the student and \(2,\) by the teacher; it takes two maps"),
-        ("fitnet", {}, (3, 4), (3, 4), "distance.name=fitnet: .* choose outputs of one kind"),
-        ("vid", {}, (3,), (2, 4, 4), "distance.name=vid: .* choose outputs of one kind"),
+        ("fitnet", {}, (3, 5, 5), (2, 6, 6), "student's 5 x 5 map to the teacher's 6 x 6; .* half the teacher's size"),
+        ("fitnet", {}, (3, 4, 4), (2,), r"has shape \(3, 4, 4\), the teacher's \(2,\); choose two maps"),
+        ("fitnet", {}, (3, 4), (3, 4), "distance.name=fitnet: .* choose two maps"),
+        ("vid", {}, (3,), (2, 4, 4), "distance.name=vid: .* choose two maps"),
         ("vid", {"initial": 0}, (3,), (3,), "distance.initial=0.0: expected a variance above 1e-05"),
         ("vid", {"hidden": 0}, (3,), (3,), "distance.hidden=0: expected at least 1 channel"),
         ("cc", {}, (3, 4, 4), (3, 4, 4), r"distance.name=cc: .* map \(3, 4, 4\); choose the pooled output"),
         ("cc", {"width": 0}, (3,), (3,), "distance.width=0: expected at least 1 dimension"),
-        ("pad", {}, (3,), (4,), r"distance.base=l2: .* \(3,\) by the student .* choose base fitnet"),
-        ("pad", {"base": "fitnet"}, (3, 5, 5), (2, 6, 6), "distance.base=fitnet: no convolution"),
+        ("pad", {}, (3,), (4,), r"distance.base=l2: the student's .* \(3,\).* choose base fitnet"),
+        ("pad", {"base": "fitnet"}, (3, 5, 5), (2, 6, 6), "distance.base=fitnet: cannot project"),
         ("pad", {"base": "at"}, (3,), (3,), "distance.base=at: attention is over the patches"),
         ("pad", {"base": "l3"}, (3,), (3,), "distance.base='l3': unknown. Known: at, fitnet, l2"),
         ("pad", {"clamp": 0}, (3,), (3,), "distance.clamp=0.0"),
         ("pad", {}, None, None, "PAD is made for one `student`, and this recipe has none that is known"),
     ],
 )
-def test_what_cannot_be_learned_is_said_before_any_data_is_seen(name, arguments, student, teacher, says):
+def test_shapes_that_no_layer_fits_raise_before_any_data_is_read(name, arguments, student, teacher, says):
     with pytest.raises(UserError, match=says):
         made(name, arguments, student, teacher)

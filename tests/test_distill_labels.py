@@ -53,13 +53,13 @@ def first_batch(settings, size=20):
 def test_accuracy_is_over_the_labelled_images_of_the_batch(made, how):
     folder, key = made
     job, batch = first_batch(load(folder, KD, *how))
-    assert batch["label"].tolist() == batch["label_values"]
+    assert batch["labels"].tolist() == batch["label_values"]
     assert [k for k, value in zip(batch["keys"], batch["label_values"], strict=True) if value < 0] == [key]
     task = job.task.eval()
     with torch.no_grad():
         logits = job.student(task.preprocess.normalize(batch["pixels"], batch["sizes"]))["logits"]
         for row in (0, 1, 2, 5, 6):  # so that some are right
-            batch["label"][row] = batch["label_values"][row] = int(logits[row].argmax())
+            batch["labels"][row] = batch["label_values"][row] = int(logits[row].argmax())
         right = [
             int(row.argmax()) == label for row, label in zip(logits, batch["label_values"], strict=True) if label >= 0
         ]
@@ -71,7 +71,7 @@ def test_accuracy_is_over_the_labelled_images_of_the_batch(made, how):
 def test_an_objective_that_asks_for_labels_names_the_image_without(made, how):
     folder, key = made
     settings = load(folder, f"out={folder}/run{len(how)}", "train.steps=4", *how)  # an epoch of four steps
-    message = f"distance.name=cross_entropy: learns from labels, and image '{key}' carries none; .*leave this image out"
+    message = f"distance.name=cross_entropy: learns from labels, but image '{key}' has none; .*leave this image out"
     with pytest.raises(UserError, match=message):
         distill.run(settings)
 
@@ -87,14 +87,14 @@ def test_frequencies_of_classes_name_the_image_without_a_label(made):
 def test_looking_at_labels_reads_nothing_from_the_device(made):
     folder, _ = made
     job, batch = first_batch(load(folder, KD))
-    batch["label"] = batch["label"].to("meta")  # where no value can be read
+    batch["labels"] = batch["labels"].to("meta")  # where no value can be read
     assert job.task.see(batch).labelled == 19
 
 
 def test_a_batch_without_any_label_has_no_accuracy_and_processes_may_differ_in_that(made, monkeypatch):
     folder, _ = made
     job, batch = first_batch(load(folder, KD))
-    batch["label"].fill_(-1)
+    batch["labels"].fill_(-1)
     batch["label_values"] = [-1] * 20
     assert "accuracy" not in job.task(batch)
     engine = train.Engine(load(folder).train)
@@ -107,6 +107,6 @@ def test_a_batch_without_any_label_has_no_accuracy_and_processes_may_differ_in_t
 def test_a_label_of_a_class_that_the_student_does_not_know_is_named():
     seen = Seen({"student.logits": torch.zeros(2, 3)}, label=torch.tensor([0, 3]), keys=("a", "b"), label_values=(0, 3))
     with pytest.raises(
-        UserError, match="x: image 'b' has the label 3, and the student makes logits of 3 classes, .*0 to 2"
+        UserError, match="x: image 'b' has the label 3, but the student's logits are of 3 classes, .*0 to 2"
     ):
         seen.labels("x")

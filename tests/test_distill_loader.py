@@ -76,7 +76,7 @@ class Beside(Numbers):
         super().__init__()
         self.read: list[int] = []
 
-    def together(self, places):
+    def read_batch(self, places):
         if places[0][2] == 30:
             raise UserError("the embedding of 30 is damaged")
         self.read.append(places[0][2])

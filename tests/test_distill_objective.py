@@ -48,7 +48,7 @@ def test_srw_equals_the_pairwise_formula(temperature, padded):
     torch.testing.assert_close((weights * valid).sum(1) / valid.sum(1), torch.ones(3))
 
 
-def test_srw_gives_the_published_golden_values():
+def test_srw_equals_the_published_golden_values():
     if not GOLDEN.is_file():
         pytest.skip("the reference values are not beside this checkout")
     golden = json.loads(GOLDEN.read_text())
@@ -98,13 +98,13 @@ def test_the_objective_is_the_weighted_mean_spelled_out(padding):
     assert (gradient[:, :, 2:].abs().sum() > 0) == (padding == "include")
 
 
-def test_padding_is_not_forgotten_where_a_distance_has_another_grid():
+def test_padding_can_be_included_but_not_excluded_on_another_grid():
     view = seen()
     pooled = {name: torch.nn.functional.avg_pool2d(value, 2) for name, value in view.outputs.items()}
     settings = {"distance": {"name": "mse"}, "weighting": {"name": "uniform"}}
     losses, _ = Objective({"a": settings})(Seen(pooled, grids=view.grids))
     torch.testing.assert_close(losses["a"], torch.nn.functional.mse_loss(*pooled.values()))
-    with pytest.raises(UserError, match="has 4 patches an image, and what is padding is known for 16"):
+    with pytest.raises(UserError, match="has 4 patches per image, but padding is known for 16 patches"):
         Objective({"a": {**settings, "padding": "exclude"}})(Seen(pooled, grids=view.grids))
 
 
@@ -116,7 +116,7 @@ def test_uniform_weights_reproduce_the_plain_mean():
 
 
 class Given:
-    """A weighting of one's own: what `make` makes of the distance."""
+    """A custom weighting: the value of the expression `make`."""
 
     def __init__(self, make: str) -> None:
         self.make = make
@@ -133,19 +133,19 @@ def weighed(make: str) -> Objective:
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        ("torch.ones(2)", r"gave \(2,\); expected weights of the distance's shape \(2, 16\)"),
-        ("torch.ones(2, 1)", r"gave \(2, 1\); expected .* \(2, 16\)"),
-        ("1.0", "gave float; expected .*"),
-        ("distance * torch.inf", "gave weights that are not finite"),
+        ("torch.ones(2)", r"returned \(2,\); expected weights of the distance's shape \(2, 16\)"),
+        ("torch.ones(2, 1)", r"returned \(2, 1\); expected .* \(2, 16\)"),
+        ("1.0", "returned float; expected .*"),
+        ("distance * torch.inf", "returned weights that are not finite"),
     ],
 )
-def test_a_weighting_that_gives_no_weights_is_named(make, says):
+def test_a_weighting_that_returns_no_weights_is_named(make, says):
     with pytest.raises(UserError, match=rf"^objective\.map\.weighting=test_distill_objective:Given: {says}") as error:
         weighed(make)(seen())
     assert "\n" not in str(error.value)
 
 
-def test_a_weighting_of_one_s_own_is_told_once_that_its_mean_is_not_one(caplog):
+def test_a_custom_weighting_whose_mean_is_not_one_is_logged_once(caplog):
     odd = weighed("2.0 * valid")
     for _ in range(3):
         odd(seen())
@@ -164,11 +164,11 @@ def test_reduce_is_per_image_then_over_the_batch():
     assert effective_sample_size(torch.tensor([[2.0, 1.0, 0.0, 0.0]]), valid[:1]) == pytest.approx(9 / (3 * 5))
 
 
-def test_what_srw_cannot_weigh_is_said():
+def test_srw_names_an_output_that_it_cannot_weigh():
     vectors = Seen({"student.embedding": torch.zeros(4, 8), "clip.embedding": torch.ones(4, 8)})
-    with pytest.raises(UserError, match=r"output=embeding: the student has none\. Did you mean 'embedding'"):
+    with pytest.raises(UserError, match=r"output=embeding: the student has no such output\. Did you mean 'embedding'"):
         vectors.focus("embeding", "include").pair()
-    with pytest.raises(UserError, match="names no term"):
+    with pytest.raises(UserError, match="has no term"):
         Objective({})
     with pytest.raises(UserError, match="nothing to weigh within an image; use global_batch or batch"):
         SRW(group="image")(torch.zeros(4), vectors.focus("embedding", "include"))
@@ -178,7 +178,9 @@ def test_what_srw_cannot_weigh_is_said():
         bind({"name": "srw", "group": "images"}, WEIGHTINGS, "objective.a.weighting")
     outputs = {"clip.embedding": torch.ones(2, 8), "clip.tokens": torch.ones(2, 8, 2, 2)}
     both = Seen(outputs, grids={"clip.tokens": torch.ones(2, 4) > 0})
-    with pytest.raises(UserError, match="tokens: has one vector per patch, output=embedding one vector per image"):
+    with pytest.raises(
+        UserError, match="tokens: has one vector per patch, but output=embedding has one vector per image"
+    ):
         SRW(feature="tokens")(torch.zeros(2), both.focus("embedding", "include"))
 
 
@@ -197,7 +199,7 @@ def test_distances_are_the_formulas_spelled_out():
         np.testing.assert_allclose(distance(compared(student, teacher)), values, rtol=1e-5)
         as_maps = distance(compared(student.T[None, :, None], teacher.T[None, :, None]))  # (1, 7, 1, 3): three patches
         np.testing.assert_allclose(as_maps, values[None], rtol=1e-5)
-    with pytest.raises(UserError, match=r"\(7,\) by the student and \(6,\) by the teacher"):
+    with pytest.raises(UserError, match=r"has shape \(7,\), the teacher's \(6,\)"):
         DISTANCES["cosine"]()(compared(student, teacher[:, :6]))
 
 
@@ -211,7 +213,7 @@ def test_half_precision_outputs_are_compared_in_float32_and_double_ones_in_doubl
 
 
 def vectors_of(count: int, group: str | None = None, temperature: float = 0.1) -> tuple[torch.Tensor, np.ndarray, SRW]:
-    """Teacher vectors with one common direction, the pairwise formula's weights, and the weighting."""
+    """Return teacher vectors with one common direction, the pairwise formula's weights, and the weighting."""
     generator = torch.Generator().manual_seed(3)
     teacher = torch.randn(count, 16, generator=generator) + 0.5
     _, expected = brute_force(teacher.T.numpy(), np.ones(count, bool), temperature)
@@ -255,8 +257,8 @@ RARE = ("uniform", "srw", "sum_normalizer", "soft_exp", "soft_poly", "hard_minin
 
 @pytest.mark.parametrize("weighting", RARE)
 @pytest.mark.parametrize("distance", WHOLE)
-def test_what_excludes_padding_does_not_look_at_the_teacher_s_padded_patches(distance, weighting):
-    """So a trimmed cache, which has zeros there, serves every distance and weighting of patches."""
+def test_excluded_padding_does_not_depend_on_the_teacher_s_padded_patches(distance, weighting):
+    """Thus a trimmed cache, in which padded patches are zero, works with every distance and weighting of patches."""
     shape, valid = (6, 4, 4), torch.zeros(3, 4, 4, dtype=torch.bool)
     valid[0, :3], valid[1, :, :2], valid[2] = True, True, True
     generator = torch.Generator().manual_seed(0)
@@ -267,10 +269,10 @@ def test_what_excludes_padding_does_not_look_at_the_teacher_s_padded_patches(dis
     for padding in ("exclude", "include"):
         for kind, value in (("full", teacher), ("trimmed", teacher * valid[:, None])):
             torch.manual_seed(0)
-            one = Objective({"a": {**settings, "padding": padding}}, shapes)
+            objective = Objective({"a": {**settings, "padding": padding}}, shapes)
             moved = student.clone().requires_grad_()
             named = {"student.embedding": moved, "sam.embedding": value}
-            loss = one(Seen(named, keys=["a", "b", "c"], grids={"sam.embedding": valid.flatten(1)}))[0]["a"]
+            loss = objective(Seen(named, keys=["a", "b", "c"], grids={"sam.embedding": valid.flatten(1)}))[0]["a"]
             loss.backward()
             losses[padding, kind], gradients[padding, kind] = loss.detach(), moved.grad
     assert torch.equal(losses["exclude", "full"], losses["exclude", "trimmed"])

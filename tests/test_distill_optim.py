@@ -26,7 +26,7 @@ def names(net, group):
     return {name for name, p in net.named_parameters() if any(p is q for q in group["params"])}
 
 
-def test_muon_takes_the_linear_weights_and_leaves_the_rest_to_adamw_undecayed_where_one_dimensional():
+def test_muon_trains_linear_weights_and_adamw_the_others_with_decay_above_one_dimension():
     net = Net()
     matrices, kernels, vectors = optim.muon(net, lr=0.01, weight_decay=0.1, other_lr=0.002).param_groups
     assert names(net, matrices) == {"linear.weight"} and not matrices.get("use_fallback")
@@ -42,7 +42,7 @@ def test_muon_takes_the_linear_weights_and_leaves_the_rest_to_adamw_undecayed_wh
     assert {g["lr"] for g in optim.muon(Net(), lr=0.01).param_groups} == {0.01}
 
 
-def test_muon_takes_ungrouped_kernels_where_asked():
+def test_muon_trains_ungrouped_kernels_if_requested():
     net = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Linear(8, 2))
     matrices, kernels, _ = optim.muon(net, lr=0.01, convolutions=True).param_groups
     assert names(net, matrices) == {"0.weight", "2.weight"} and names(net, kernels) == {"1.weight"}
@@ -60,7 +60,7 @@ def test_muons_first_step_is_orthogonal_and_of_adamws_size():
     assert update.square().mean().sqrt().item() == pytest.approx(0.01 * 0.2, rel=0.2)  # AdamW's is about 0.2 lr
 
 
-def test_muon_without_a_timm_that_has_it_says_so(monkeypatch):
+def test_muon_raises_if_timm_does_not_have_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm.optim.muon", None)
     with pytest.raises(UserError, match="pip install -U timm"):
         optim.muon(Net(), lr=0.01)
@@ -83,24 +83,24 @@ def test_a_run_with_muon_resumes_to_the_same_weights(tmp_path, monkeypatch):
     with pytest.raises(KeyError):
         distill.run(stopped)
     monkeypatch.setattr(Muon, "step", original)
-    ours, theirs = (load_file(run / WEIGHTS) for run in (whole, distill.run(stopped)))
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    uninterrupted, resumed = (load_file(run / WEIGHTS) for run in (whole, distill.run(stopped)))
+    assert all(torch.equal(uninterrupted[name], resumed[name]) for name in uninterrupted)
 
 
 def test_a_run_that_stops_early_has_the_rates_of_its_horizon():
-    whole, early = optim.Cosine(0.1, 0.2), optim.Cosine(0.1, 0.2, horizon=50)
+    whole, early = optim.CosineSchedule(0.1, 0.2), optim.CosineSchedule(0.1, 0.2, horizon=50)
     assert [early(step, 20) for step in range(20)] == [whole(step, 50) for step in range(20)]
     with pytest.raises(UserError, match=r"schedule\.horizon=50: the run has 51 steps"):
         early(0, 51)
 
 
 def test_steps_fall_by_the_factor_at_each_milestone():
-    schedule = optim.Steps()  # CIFAR-100's 240 epochs
+    schedule = optim.StepSchedule()  # CIFAR-100's 240 epochs
     rates = [schedule(step, 240) for step in range(240)]
-    wanted = [1.0] * 150 + [0.1] * 30 + [0.01] * 30 + [0.001] * 30
-    assert rates == pytest.approx(wanted)
+    expected = [1.0] * 150 + [0.1] * 30 + [0.01] * 30 + [0.001] * 30
+    assert rates == pytest.approx(expected)
     with pytest.raises(UserError, match=r"milestones=\[0.5, 1.0\]"):
-        optim.Steps((0.5, 1.0))
+        optim.StepSchedule((0.5, 1.0))
 
 
 def test_sgd_is_pytorch_s_with_momentum_and_decay_of_all():
@@ -114,6 +114,6 @@ def test_sgd_is_pytorch_s_with_momentum_and_decay_of_all():
             optimizer.step()
         return model.state_dict()
 
-    ours = trained(lambda model: optim.sgd(model, 0.1))
-    theirs = trained(lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4))
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    actual = trained(lambda model: optim.sgd(model, 0.1))
+    expected = trained(lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4))
+    assert all(torch.equal(actual[name], expected[name]) for name in actual)

@@ -70,14 +70,14 @@ def test_an_item_is_torchvision_s_crop_of_the_stored_image(tmp_path):
     data, flips = images(tmp_path), 0
     for epoch in range(12):
         for place in ((s, i) for s, count in enumerate(data.counts) for i in range(count)):
-            found, encoded = data.item(epoch, *place), data.encoded(*place)[1]
+            found, encoded = data.item(epoch, *place), data.encoded(*place)
             rng = np.random.default_rng([5, epoch, zlib.crc32(encoded.key.encode())])
             box = crop_box(*decode(encoded.data).shape[:2], rng)
             cut = TF.resized_crop(Image.fromarray(decode(encoded.data)), *box, [SIDE, SIDE], InterpolationMode.BILINEAR)
             pixels = torch.from_numpy(np.array(cut)).permute(2, 0, 1)
             mirrored = torch.equal(found["pixels"], pixels.flip(2))
             assert mirrored or torch.equal(found["pixels"], pixels)
-            assert found["label"] == encoded.label and found["keys"] == encoded.key
+            assert found["labels"] == encoded.label and found["keys"] == encoded.key
             assert found["sizes"].tolist() == [SIDE, SIDE] and found["pixels"].dtype == torch.uint8
             flips += mirrored
     assert 12 < flips < 36  # of 48

@@ -1,4 +1,4 @@
-"""Every rectifier against its formula in float64; what a rewritten teacher leaves as it was."""
+"""Every rectifier compared with its formula in float64; other outputs remain unchanged."""
 
 import numpy as np
 import pytest
@@ -59,7 +59,7 @@ def test_only_the_compared_output_of_the_teacher_changes_and_it_has_no_gradient(
 
 
 @pytest.mark.parametrize("name", sorted(RECTIFIERS))
-def test_an_objective_compares_with_what_the_rectifier_leaves(name):
+def test_an_objective_compares_with_the_rectified_output(name):
     output = OUTPUT[name]
     term = {"output": output, "distance": {"name": "mse"}, "weighting": {"name": "uniform"}, "rectify": {"name": name}}
     width = (K,) if output == "logits" else (D,)
@@ -83,14 +83,14 @@ def test_anchors_are_unit_vectors_with_one_cosine_as_low_as_can_be(classes, dime
 @pytest.mark.parametrize("gamma, power", [(0.5, 1.0), (1.0, 0.5), (0.0, 1.0)])
 def test_anchors_pull_the_features_of_rare_classes(gamma, power):
     view = seen("feature")
-    found = rectified("krd_representation", view, gamma=gamma, power=power)
+    rectified_BD = rectified("krd_representation", view, gamma=gamma, power=power)
     anchors, counts = simplex(K, D).double().numpy(), COUNTS.numpy()
     for i, feature in enumerate(view.teacher("feature").detach().double().numpy()):
         pull = gamma * (1 - counts[LABEL[i]] / counts.max()) ** power
         mixed = (1 - pull) * feature / np.linalg.norm(feature) + pull * anchors[LABEL[i]]
-        np.testing.assert_allclose(found[i], mixed / np.linalg.norm(mixed), atol=1e-6)
+        np.testing.assert_allclose(rectified_BD[i], mixed / np.linalg.norm(mixed), atol=1e-6)
     if gamma == 1:  # nothing is left of the feature where a class is as rare as can be, nor moved of the commonest
-        assert found[0] @ torch.nn.functional.normalize(view.teacher("feature")[0], dim=0) > 1 - 1e-5
+        assert rectified_BD[0] @ torch.nn.functional.normalize(view.teacher("feature")[0], dim=0) > 1 - 1e-5
 
 
 def test_anchors_belong_to_the_checkpoint_and_means_do_not():
@@ -101,19 +101,19 @@ def test_anchors_belong_to_the_checkpoint_and_means_do_not():
 
 
 def test_means_move_the_mean_of_all_images_to_that_of_balanced_classes():
-    asked = []
+    requested = []
 
     def means(output: str) -> torch.Tensor:
-        asked.append(output)
+        requested.append(output)
         return MEANS
 
     settings = {"name": "krd_representation", "anchors": "means"}
     context = {"teacher": (D,), "priors": Priors(COUNTS, means)}
-    found = complete(bind(settings, RECTIFIERS, "rectify", tuple(context)), context, "rectify")
+    rectifier = complete(bind(settings, RECTIFIERS, "rectify", tuple(context)), context, "rectify")
     view = seen("feature", label=None)
     for _ in range(2):
-        after = found(view).teacher("feature")
-    assert asked == ["feature"]
+        after = rectifier(view).teacher("feature")
+    assert requested == ["feature"]
     share, mean = COUNTS.double().numpy() / COUNTS.sum().item(), MEANS.double().numpy()
     expected = view.teacher("feature").detach().double().numpy() - (share[:, None] * mean).sum(0) + mean.mean(0)
     np.testing.assert_allclose(after, expected, atol=1e-6)
@@ -138,12 +138,12 @@ def test_inverse_effective_numbers_multiply_the_softened_probabilities(beta):
     view = seen("logits")
     weight = (1 - beta) / (1 - beta ** COUNTS.double().numpy())
     product = softmax(view.teacher("logits"), 2.0) * weight * K / weight.sum()
-    found = softmax(rectified("krd_logits", view, kappa=2.0, beta=beta), 2.0)
-    np.testing.assert_allclose(found, product / product.sum(1, keepdims=True), rtol=1e-5)
+    probabilities = softmax(rectified("krd_logits", view, kappa=2.0, beta=beta), 2.0)
+    np.testing.assert_allclose(probabilities, product / product.sum(1, keepdims=True), rtol=1e-5)
 
 
 def partly_wrong() -> tuple[Seen, torch.Tensor]:
-    """Logits whose largest is the label's for the first three images alone, and whether it is not, (B,)."""
+    """Return logits whose largest is the label's for the first three images only, and where it is not, (B,)."""
     best_B, wrong_B = LOGITS[1].argmax(1), torch.arange(B) >= 3
     return seen("logits", label=torch.where(wrong_B, (best_B + 1) % K, best_B)), wrong_B
 
@@ -152,10 +152,10 @@ def test_swapping_rights_wrong_answers_and_leaves_right_ones_alone():
     view, wrong_B = partly_wrong()
     before, after = view.teacher("logits").detach(), rectified("probability_swap", view)
     assert torch.equal(after[~wrong_B], before[~wrong_B]) and torch.equal(after.argmax(1), view.label)
-    for logits, found, label in zip(before[wrong_B], after[wrong_B], view.label[wrong_B], strict=True):
+    for logits, rectified_logits, label in zip(before[wrong_B], after[wrong_B], view.label[wrong_B], strict=True):
         best, expected = logits.argmax(), logits.clone()
         expected[best], expected[label] = logits[label], logits[best]
-        assert torch.equal(found, expected)
+        assert torch.equal(rectified_logits, expected)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
@@ -171,8 +171,8 @@ def test_mixing_puts_the_label_ahead_by_the_threshold(threshold, temperature):
     raised = np.minimum(1, p[rows, label] + threshold)
     np.testing.assert_allclose(mixed[rows, label][~wrong_B], raised[~wrong_B], atol=1e-6)
     rest = np.arange(K) != label[:, None]  # what the label gains, the others lose in proportion
-    kept = (1 - mixed[rows, label]) / (1 - p[rows, label])
-    np.testing.assert_allclose(mixed[rest], (p * kept[:, None])[rest], atol=1e-6)
+    factor = (1 - mixed[rows, label]) / (1 - p[rows, label])
+    np.testing.assert_allclose(mixed[rest], (p * factor[:, None])[rest], atol=1e-6)
 
 
 @pytest.mark.parametrize("factor", [0.0, 1e4, 1e30])
@@ -181,8 +181,8 @@ def test_hostile_outputs_stay_finite(name, factor):
     label = partly_wrong()[0].label
     outputs = {key: value.detach() * factor for key, value in seen(OUTPUT[name]).outputs.items()}
     for settings in [{"threshold": 0.0}, {"threshold": 1.0}] if name == "probability_mix" else [{}]:
-        found = rectified(name, Seen(outputs, None, OUTPUT[name], label=label), **settings)
-        assert torch.isfinite(found).all()
+        rectified_logits = rectified(name, Seen(outputs, None, OUTPUT[name], label=label), **settings)
+        assert torch.isfinite(rectified_logits).all()
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,11 @@ def test_hostile_outputs_stay_finite(name, factor):
             "anchors=etf: 9 dimensions hold the anchors of 2 to 9 classes, not of 10",
         ),
         ("krd_representation", {"teacher": (D, 4, 4)}, r"the teacher's output is a map \(16, 4, 4\)"),
-        ("krd_representation", {"gamma": 1.5}, "rectify.gamma=1.5, rectify.power=1.0: expected a share, and a power"),
+        (
+            "krd_representation",
+            {"gamma": 1.5},
+            "rectify.gamma=1.5, rectify.power=1.0: expected a gamma from 0 to 1 and a power",
+        ),
         ("krd_representation", {"anchors": "mean"}, "anchors='mean': unknown. Did you mean 'means'"),
         ("krd_logits", {"kappa": 0.0}, "rectify.kappa=0.0: expected a number above 0"),
         ("krd_logits", {"beta": 1.0}, "rectify.beta=1.0: expected a number between 0 and 1"),
@@ -203,14 +207,14 @@ def test_hostile_outputs_stay_finite(name, factor):
         ("probability_mix", {"temperature": 0.0}, "rectify.temperature=0.0: expected a number above 0"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(name, settings, says):
+def test_settings_that_make_no_sense_raise(name, settings, says):
     with pytest.raises(UserError, match=says):
         rectifier(name, **settings)
 
 
 @pytest.mark.parametrize("name", ["krd_representation", "probability_mix", "probability_swap"])
 def test_rectifying_by_labels_needs_labels(name):
-    with pytest.raises(UserError, match=f"rectify.name={name}: learns from labels, and these images carry none"):
+    with pytest.raises(UserError, match=f"rectify.name={name}: learns from labels, but these images have none"):
         rectifier(name)(seen(OUTPUT[name], label=None))
 
 
@@ -221,7 +225,7 @@ def test_maps_have_no_classes_to_rectify(name):
         rectifier(name)(view)
 
 
-def test_logits_of_other_classes_and_unknown_priors_are_refused():
+def test_logits_of_other_classes_and_unknown_priors_raise():
     with pytest.raises(UserError, match="output=logits has 10 values and the images 3 classes"):
         rectifier("krd_logits", counts=torch.tensor([3, 2, 1]))(seen("logits"))
     term = {"output": "logits", "distance": {"name": "mse"}, "weighting": {"name": "uniform"}}

@@ -1,4 +1,4 @@
-"""Students that start from another's weights, and how a finished one is opened."""
+"""Students that start from other students' weights, and loading a finished student."""
 
 import shutil
 
@@ -17,7 +17,7 @@ NARROW = {"name": "digits_resnet", "width": 2}
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory):
-    """A folder with a recipe and its finished run."""
+    """Make a folder with a recipe and its finished run."""
     folder = tmp_path_factory.mktemp("students")
     path, _ = toy_digits.write(folder)
     distill.run(recipe.load(path, ["train.steps=4", f"out={folder}/first"]))
@@ -73,7 +73,7 @@ def test_a_start_that_is_missing_or_does_not_fit_is_one_clear_line(first, tmp_pa
     with pytest.raises(UserError, match=r"student.pretrained=.*text.safetensors: not a readable checkpoint"):
         students.build({**NARROW, "pretrained": str(tmp_path / "text.safetensors")})
     for start in (tmp_path / "other.safetensors", first / "first"):
-        with pytest.raises(UserError, match=f"student.pretrained={start}: does not hold this student") as error:
+        with pytest.raises(UserError, match=f"student.pretrained={start}: does not contain this student") as error:
             students.build({**NARROW, "pretrained": str(start)})
         assert "the same digits_resnet" in str(error.value) and "\n" not in str(error.value)
 

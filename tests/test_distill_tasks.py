@@ -16,6 +16,7 @@ from fmdistill.distill.loader import batches
 from fmdistill.distill.objective import Objective
 from fmdistill.distill.student import load_student
 from fmdistill.registry import UserError
+from fmdistill.teachers.output import Output
 
 SRW = {"name": "srw", "temperature": 0.1}
 
@@ -65,7 +66,7 @@ def test_micro_batches_are_given_what_the_step_shares_and_a_batch_alone_is_its_o
             return {"embedding": torch.ones(len(image), 24)}
 
     objective = Objective({"a": {"distance": {"name": "mse"}, "weighting": SRW}})
-    task = tasks.Distill(Constant(), objective, ClipPreprocess(32, 8), {})
+    task = tasks.Distill(Constant(), objective, ClipPreprocess(32, 8), {"clip.embedding": Output((24,))})
     assert torch.equal(task(batch)["loss"], task({**batch, "whole": whole})["loss"])
     other = {"clip.embedding": torch.cat([whole["clip.embedding"], -3 * whole["clip.embedding"][:2]])}
     assert abs(float(task(batch)["loss"] - task({**batch, "whole": other})["loss"])) > 1e-3
@@ -76,10 +77,12 @@ def test_what_does_not_fit_is_one_clear_line(cached):
         distill.run(load(cached, "student.embed_dim=16", f"out={cached}/narrow"))
     tokens = [f"cache.root={cached}/tokens", "teacher.name=test_distill_tasks:with_tokens"]
     with pytest.raises(
-        UserError, match=r"output=tokens: the student has none\. Known: embedding\. Choose one of these"
+        UserError, match=r"output=tokens: the student has no such output\. Known: embedding\. Choose one of these"
     ):
         distill.run(load(cached, *tokens, "objective.embedding.output=tokens", f"out={cached}/blind"))
-    with pytest.raises(UserError, match="feature=tokens: has one vector per patch, output=embedding one vector per im"):
+    with pytest.raises(
+        UserError, match="feature=tokens: has one vector per patch, but output=embedding has one vector per im"
+    ):
         weighting = ["objective.embedding.weighting.name=srw", "objective.embedding.weighting.feature=tokens"]
         distill.run(load(cached, *tokens, *weighting, f"out={cached}/mixed"))
 

@@ -1,4 +1,4 @@
-"""Weights that finished runs leave behind, and that another run then learns with."""
+"""Weights computed from finished runs, with which another run is trained."""
 
 import json
 
@@ -43,12 +43,12 @@ def test_pad_s_weights_are_one_over_its_variances(made):
 
 def test_propensity_weights_compare_the_two_students(made):
     folder, runs = made
-    there = json.loads(weigh.by_propensity(runs["kd"], runs["label"], folder / "there.json").read_text())
+    weights = json.loads(weigh.by_propensity(runs["kd"], runs["label"], folder / "weights.json").read_text())
     back = json.loads(weigh.by_propensity(runs["label"], runs["kd"], folder / "back.json").read_text())
-    for key, weight in there.items():  # 1 + a / b and 1 + b / a
+    for key, weight in weights.items():  # 1 + a / b and 1 + b / a
         assert (weight - 1) * (back[key] - 1) == pytest.approx(1, rel=1e-3)
-    one = json.loads(weigh.by_propensity(runs["kd"], runs["kd"], folder / "one.json").read_text())
-    assert all(weight == pytest.approx(2, rel=1e-4) for weight in one.values())
+    equal = json.loads(weigh.by_propensity(runs["kd"], runs["kd"], folder / "equal.json").read_text())
+    assert all(weight == pytest.approx(2, rel=1e-4) for weight in equal.values())
 
 
 def test_another_run_learns_with_them(made, capsys):
@@ -61,9 +61,9 @@ def test_another_run_learns_with_them(made, capsys):
     assert 0 < rows[0]["kd/effective_sample_size"] < 1 < rows[0]["kd/largest_weight"]
 
 
-def test_what_cannot_be_weighed_is_said(made):
+def test_outputs_that_cannot_be_weighed_raise(made):
     folder, runs = made
-    with pytest.raises(UserError, match="0 of its objective's terms are a PAD"):
+    with pytest.raises(UserError, match="0 terms of its objective are a PAD"):
         weigh.by_pad(runs["kd"], folder / "no.json")
     with pytest.raises(UserError, match="holds no recipe.yaml"):
         weigh.by_pad(folder / "nowhere", folder / "no.json")

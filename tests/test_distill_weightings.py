@@ -1,4 +1,4 @@
-"""Every weighting against a literal formula in float64, and what all of them promise: mean one, no gradient, zero."""
+"""Every weighting against a literal formula in float64; all have mean one, no gradient, and zero for padding."""
 
 import json
 
@@ -52,7 +52,7 @@ def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def maps(ragged: bool = True) -> tuple[torch.Tensor, Seen]:
-    """The distance (B, N) of maps with some patches padded, no two images alike, and what was seen."""
+    """Return a distance (B, N) of maps, some of whose patches are padding that differs by image, and its batch."""
     student, teacher = numbers(B, D, 4, 5).requires_grad_(), numbers(B, D, 4, 5, seed=1) + 0.5
     valid = torch.ones(B, N, dtype=torch.bool)
     if ragged:
@@ -64,7 +64,7 @@ def maps(ragged: bool = True) -> tuple[torch.Tensor, Seen]:
 
 
 def vectors() -> tuple[torch.Tensor, Seen]:
-    """The distance (B,) of logits, and what was seen with them: features, labels and keys."""
+    """Return a distance (B,) of logits, and its batch with features, labels and keys."""
     outputs = {
         "student.logits": 2 * numbers(B, K, seed=3).requires_grad_(),
         "student.feature": numbers(B, D, seed=4).requires_grad_(),
@@ -76,13 +76,13 @@ def vectors() -> tuple[torch.Tensor, Seen]:
 
 
 def pairwise(feature_CM: np.ndarray, valid_M: np.ndarray) -> np.ndarray:
-    """Each entry's mean cosine to the valid ones, pair by pair, in float64."""
+    """Return each entry's mean cosine to the valid entries, pair by pair, in float64."""
     unit_MC = [column / np.linalg.norm(column) for column in feature_CM.astype(np.float64).T]
     return np.array([np.mean([a @ b for b, ok in zip(unit_MC, valid_M, strict=True) if ok]) for a in unit_MC])
 
 
 def literal(name: str, similarity: np.ndarray, distance: np.ndarray) -> np.ndarray:
-    """The formulas for one group without padding, with the settings above; their sum is one."""
+    """Return the formulas' weights for one group without padding, with the settings above; their sum is one."""
     s, d = similarity.astype(np.float64), distance.astype(np.float64)
     if name == "hard_discarding":
         raw = np.ones(len(d))
@@ -153,12 +153,12 @@ def test_every_weighting_of_samples_has_mean_one_and_no_gradient(name):
 
 
 @pytest.mark.parametrize("name", [*OF_PATCHES, "by_key"])
-def test_weights_depend_on_nothing_that_padding_holds(name):
+def test_weights_do_not_depend_on_padded_patches(name):
     distance, seen = maps()
-    found = weighting(name, **SETTINGS[name])
-    before, padded = found(distance, seen), ~seen.valid
+    weigh = weighting(name, **SETTINGS[name])
+    before, padded = weigh(distance, seen), ~seen.valid
     seen.teacher("embedding").flatten(2).transpose(1, 2)[padded] = 1e4 * numbers(int(padded.sum()), D, seed=8)
-    after = found(torch.where(padded, torch.tensor(1e6), distance), seen)
+    after = weigh(torch.where(padded, torch.tensor(1e6), distance), seen)
     torch.testing.assert_close(after, before)
 
 
@@ -169,12 +169,12 @@ def test_weights_follow_the_samples_in_any_order(name):
     moved = {key: value[order] for key, value in seen.outputs.items()}
     keys = [KEYS[i] for i in order]
     view = Seen(moved, None, "logits", {"t.logits": moved["t.logits"]}, seen.labels("test")[order], keys, 2.5)
-    found = weighting(name, **SETTINGS[name])
-    torch.testing.assert_close(found(distance[order], view), found(distance, seen)[order])
+    weigh = weighting(name, **SETTINGS[name])
+    torch.testing.assert_close(weigh(distance[order], view), weigh(distance, seen)[order])
 
 
 def reference() -> tuple[torch.Tensor, Seen]:
-    """The gap between the reference features, one value per sample, and what was seen."""
+    """Return the distance between the reference features, one value per sample, and its batch."""
     student, teacher = FEATURES
     seen = Seen({"student.feature": student, "t.feature": teacher}, output="feature", whole={"t.feature": teacher})
     return (student - teacher).square().mean(1), seen
@@ -188,7 +188,7 @@ def reference() -> tuple[torch.Tensor, Seen]:
     ],
 )
 @pytest.mark.parametrize("group", ["batch", "global_batch"])
-def test_srw_and_its_reverse_give_the_reference_values(reverse, expected, group):
+def test_srw_and_its_reverse_equal_the_reference_values(reverse, expected, group):
     distance, seen = reference()
     weight = weighting("srw", temperature=0.5, reverse=reverse, group=group)(distance, seen)
     np.testing.assert_allclose(weight / 8, expected, atol=1e-6)
@@ -205,7 +205,7 @@ def test_srw_and_its_reverse_give_the_reference_values(reverse, expected, group)
         ("soft_poly", {"alpha": 5.0}, 0.4013599157333374),
     ],
 )
-def test_weights_by_distance_give_the_reference_values(name, settings, expected):
+def test_weights_by_distance_equal_the_reference_values(name, settings, expected):
     distance, seen = reference()
     gaps = [0.490866, 0.548340, 0.317043, 0.476696, 0.759581, 0.362669, 0.259889, 1.335523]
     np.testing.assert_allclose(distance, gaps, atol=1e-6)
@@ -217,28 +217,28 @@ def test_weights_by_distance_give_the_reference_values(name, settings, expected)
 @pytest.mark.parametrize("group", ["image", "batch", "global_batch"])
 def test_a_relative_temperature_is_so_many_deviations_of_the_groups_similarities(group, reverse):
     distance, seen = vectors() if group == "global_batch" else maps()
-    found = weighting("srw", temperature=1.5, group=group, reverse=reverse, relative=True)(distance, seen)
+    weights = weighting("srw", temperature=1.5, group=group, reverse=reverse, relative=True)(distance, seen)
     if group == "global_batch":
         similarity = pairwise(seen.teacher("logits").numpy().T, np.ones(B, bool))
         absolute = weighting("srw", temperature=1.5 * similarity.std(), group=group, reverse=reverse)(distance, seen)
-        torch.testing.assert_close(found, absolute, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(weights, absolute, rtol=1e-4, atol=1e-5)
         return
     feature = seen.teacher("embedding").flatten(2).numpy()
     for rows, columns in groups(seen, distance, group):
         similarity = pairwise(feature[rows, :, columns].T, np.ones(len(rows), bool))
         absolute = weighting("srw", temperature=1.5 * similarity.std(), group=group, reverse=reverse)(distance, seen)
-        torch.testing.assert_close(found[rows, columns], absolute[rows, columns], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(weights[rows, columns], absolute[rows, columns], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     "name, settings", [("srw", {"reverse": True}), ("srw", {"relative": True}), ("sum_normalizer", {})]
 )
 def test_a_slice_of_the_global_batch_is_weighed_as_the_whole_is(name, settings):
-    found, (distance, seen) = weighting(name, **settings), vectors()
-    together = found(distance, seen)
+    weigh, (distance, seen) = weighting(name, **settings), vectors()
+    together = weigh(distance, seen)
     for rows in (slice(0, 2), slice(2, B)):
         part = Seen({key: value[rows] for key, value in seen.outputs.items()}, None, "logits", seen.whole)
-        torch.testing.assert_close(found(distance[rows], part), together[rows])
+        torch.testing.assert_close(weigh(distance[rows], part), together[rows])
 
 
 def hostile() -> dict[str, tuple[torch.Tensor, Seen]]:
@@ -303,14 +303,20 @@ def test_weights_of_similarities_that_differ_by_rounding_are_one(name, kind, rev
 
 def test_hard_discarding_drops_the_largest_but_never_all_nor_one_of_equals():
     distance, seen = torch.tensor([5.0, 1.0, 3.0, 3.0, 2.0]), Seen({"t.x": torch.zeros(5, 2)}, output="x")
-    kept = {
+    weights = {
         fraction: weighting("hard_discarding", fraction=fraction)(distance, seen) for fraction in (0, 0.2, 0.4, 0.99)
     }
-    assert kept[0].tolist() == [1] * 5 and kept[0.2].tolist() == kept[0.4].tolist() == [0, 1.25, 1.25, 1.25, 1.25]
-    assert kept[0.99].tolist() == [0, 5, 0, 0, 0]
+    assert weights[0].tolist() == [1] * 5 and weights[0.2].tolist() == weights[0.4].tolist() == [
+        0,
+        1.25,
+        1.25,
+        1.25,
+        1.25,
+    ]
+    assert weights[0.99].tolist() == [0, 5, 0, 0, 0]
 
 
-def test_soft_poly_takes_a_distance_below_zero_for_zero():
+def test_soft_poly_treats_a_distance_below_zero_as_zero():
     seen = Seen({"t.x": torch.zeros(2, 2)}, output="x")
     assert weighting("soft_poly")(torch.tensor([-3.0, 0.0]), seen).tolist() == [1, 1]
 
@@ -336,18 +342,18 @@ def test_wsld_is_the_literal_formula_and_its_mean_is_not_one():
 @pytest.mark.parametrize("largest", [1.5, 10.0])
 def test_ipwd_is_the_literal_formula(direction, largest):
     distance, seen = vectors()
-    found = weighting("ipwd", direction=direction, largest=largest)
+    ipwd = weighting("ipwd", direction=direction, largest=largest)
     label = seen.label.numpy()
-    second = seen.student("feature").detach().numpy() @ found.head.weight.detach().numpy().T
-    second = second + found.head.bias.detach().numpy()
+    second = seen.student("feature").detach().numpy() @ ipwd.head.weight.detach().numpy().T
+    second = second + ipwd.head.bias.detach().numpy()
     standard = [
         (z - z.mean(1, keepdims=True)) / z.std(1, keepdims=True)
         for z in (seen.student("logits").detach().numpy().astype(np.float64), second.astype(np.float64))
     ]
     kd, cls = (cross_entropy(z, label) for z in standard)
     ratio = cls / kd if direction == "cls_over_kd" else kd / cls
-    np.testing.assert_allclose(found(distance, seen), np.clip(1 + ratio, 1, largest), rtol=1e-4)
-    np.testing.assert_allclose(found.auxiliary(seen).detach(), cross_entropy(second, label), rtol=1e-5)
+    np.testing.assert_allclose(ipwd(distance, seen), np.clip(1 + ratio, 1, largest), rtol=1e-4)
+    np.testing.assert_allclose(ipwd.auxiliary(seen).detach(), cross_entropy(second, label), rtol=1e-5)
     assert ((1 + ratio) > 1.5).any()
 
 
@@ -409,15 +415,15 @@ def test_images_that_the_file_weighs_zero_stay_out(tmp_path):
 @pytest.mark.parametrize(
     "content, says",
     [
-        ({key: 1.0 for key in KEYS[1:]}, r"weights.json: lists no weight for image 'image/0', nor for 0 others"),
-        ([1.0, 2.0], "weights.json: holds a list; expected {key: weight}"),
-        ({"a": "much"}, "weights.json: image 'a' weighs 'much'; expected a number from 0"),
-        ({"a": -1}, "weights.json: image 'a' weighs -1; expected a number from 0"),
-        ({"a": float("nan")}, "weights.json: image 'a' weighs nan"),
-        (None, "weights.json: no JSON file to read"),
+        ({key: 1.0 for key in KEYS[1:]}, r"weights.json: has no weight for image 'image/0', nor for 0 others"),
+        ([1.0, 2.0], "weights.json: contains a list; expected {key: weight}"),
+        ({"a": "much"}, "weights.json: image 'a' has weight 'much'; expected a number of at least 0"),
+        ({"a": -1}, "weights.json: image 'a' has weight -1; expected a number of at least 0"),
+        ({"a": float("nan")}, "weights.json: image 'a' has weight nan"),
+        (None, "weights.json: not a readable JSON file"),
     ],
 )
-def test_what_a_file_of_weights_lacks_is_said(tmp_path, content, says):
+def test_a_wrong_file_of_weights_raises_what_it_lacks(tmp_path, content, says):
     (tmp_path / "weights.json").write_text("{" if content is None else json.dumps(content))
     with pytest.raises(UserError, match=says):
         weighting("by_key", weights="weights.json")(*vectors())
@@ -456,14 +462,18 @@ def test_weights_by_distance_know_no_global_batch_and_nothing_within_a_vector(na
         ("soft_exp", {"temperature": -1.0}, "weighting.temperature=-1.0: expected a number above 0"),
         ("hard_mining", {"temperature": 0.0}, "weighting.temperature=0.0: expected a number above 0"),
         ("soft_poly", {"alpha": 0.0}, "weighting.alpha=0.0: expected a number above 0"),
-        ("hard_discarding", {"fraction": 1.0}, "weighting.fraction=1.0: expected a share of the group"),
+        ("hard_discarding", {"fraction": 1.0}, "weighting.fraction=1.0: expected a fraction of at least 0"),
         ("ipwd", {"largest": 0.5}, "weighting.largest=0.5: expected a weight of at least 1"),
-        ("ipwd", {"start_epoch": -1.0}, "weighting.start_epoch=-1.0: expected epochs"),
-        ("ipwd", {"feature": "features"}, "feature=features: the student has none, .* Did you mean 'feature'"),
-        ("by_key", {"weights": "none.json"}, "none.json: no JSON file to read"),
+        ("ipwd", {"start_epoch": -1.0}, "weighting.start_epoch=-1.0: expected a number of epochs"),
+        (
+            "ipwd",
+            {"feature": "features"},
+            "feature=features: the student has no such output, .* Did you mean 'feature'",
+        ),
+        ("by_key", {"weights": "none.json"}, "none.json: not a readable JSON file"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(name, settings, says):
+def test_settings_that_make_no_sense_raise(name, settings, says):
     with pytest.raises(UserError, match=says):
         weighting(name, **settings)
 
@@ -471,15 +481,17 @@ def test_settings_that_make_no_sense_are_refused(name, settings, says):
 @pytest.mark.parametrize("name", ["wsld", "ipwd"])
 def test_weights_by_labels_need_labels_and_whole_images(name):
     distance, seen = vectors()
-    with pytest.raises(UserError, match=f"weighting.name={name}: learns from labels, and these images carry none"):
+    with pytest.raises(UserError, match=f"weighting.name={name}: learns from labels, but these images have none"):
         weighting(name)(distance, Seen(seen.outputs, None, "logits"))
-    with pytest.raises(UserError, match=f"weighting.name={name}: weighs whole images, and .* one value per patch"):
+    with pytest.raises(UserError, match=f"weighting.name={name}: weighs whole images, but .* one value per patch"):
         weighting(name)(*maps())
 
 
-def test_ipwd_needs_vectors_of_a_student_that_is_known():
+def test_ipwd_needs_vectors_of_a_known_student():
     partial = bind({"name": "ipwd"}, WEIGHTINGS, "weighting", SHAPES)
-    with pytest.raises(UserError, match=r"feature=feature: the student's is a map \(8, 2, 2\); ipwd needs one vector"):
+    with pytest.raises(
+        UserError, match=r"feature=feature: the student's output is a map \(8, 2, 2\); ipwd needs one vector"
+    ):
         partial(shapes={"student.feature": (8, 2, 2), "student.logits": (K,)})
     with pytest.raises(UserError, match="weighting.shapes: no such setting here"):
         bind({"name": "ipwd", "shapes": {}}, WEIGHTINGS, "weighting", SHAPES)
@@ -489,12 +501,14 @@ def test_ipwd_needs_vectors_of_a_student_that_is_known():
 
 
 @pytest.mark.parametrize("name", BY_SIMILARITY)
-def test_similarities_that_do_not_fit_the_distance_are_refused(name):
+def test_similarities_that_do_not_fit_the_distance_raise(name):
     distance, seen = maps()
-    with pytest.raises(UserError, match="feature=embedding: has 20 patches, the distance of output=embedding 5; weigh"):
+    with pytest.raises(
+        UserError, match="feature=embedding: has 20 patches, but the distance of output=embedding has 5; weigh"
+    ):
         weighting(name)(distance[:, :5], seen)
     distance, seen = vectors()
     rectified = Seen(seen.outputs, None, "logits", {})
-    with pytest.raises(UserError, match="group=global_batch: logits is rectified for these images alone"):
+    with pytest.raises(UserError, match="group=global_batch: logits is rectified for the images of this batch only"):
         weighting(name)(distance, rectified)
     assert torch.isfinite(weighting(name, group="batch")(distance, rectified)).all()

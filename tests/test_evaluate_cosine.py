@@ -49,7 +49,7 @@ def literal(a_Cgg: np.ndarray, b_Cgg: np.ndarray, rows: int, columns: int) -> tu
 
 def items(folder: Path, split: str) -> list[dict]:
     data = CachedImages(cache.open_cache(tiny.load(folder, MIX)), split)
-    return [data.item(0, s, i) for s, shard in enumerate(data.shards) for i in range(len(shard.samples))]
+    return [tiny.item(data, s, i) for s, shard in enumerate(data.shards) for i in range(len(shard.samples))]
 
 
 def tokens(item: dict) -> tuple[int, int]:
@@ -124,7 +124,7 @@ def test_vectors_have_one_cosine(tmp_path):
     opened = cache.open_cache(recipe)
     data = CachedImages(opened, "validation")
     for index, image in enumerate(details["images"][:4]):
-        item = data.item(0, 0, index)
+        item = tiny.item(data, 0, index)
         with torch.no_grad():
             made = student(opened.preprocess.normalize(item["pixels"][None], item["sizes"][None]))["embedding"]
         wanted = item["outputs"]["clip.embedding"].numpy()[:, None, None]

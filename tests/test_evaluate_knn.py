@@ -8,6 +8,7 @@ from pathlib import Path
 import clip_run
 import numpy as np
 import pytest
+import tiny
 import torch
 from nondegenerate import randomize
 
@@ -96,7 +97,7 @@ def features(folder: Path, split: str) -> tuple[list[str], np.ndarray, dict[str,
     opened = cache.open_cache(clip_run.load(folder))
     student = distill.load_student(folder / "run", trust=True)
     data = CachedImages(opened, split)
-    items = [data.item(0, s, i) for s, shard in enumerate(data.shards) for i in range(len(shard.samples))]
+    items = [tiny.item(data, s, i) for s, shard in enumerate(data.shards) for i in range(len(shard.samples))]
     with torch.no_grad():
         made = [
             student(opened.preprocess.normalize(i["pixels"][None], i["sizes"][None]))["embedding"][0] for i in items

@@ -6,6 +6,7 @@ from pathlib import Path
 import clip_run
 import numpy as np
 import pytest
+import tiny
 import torch
 from nondegenerate import randomize
 
@@ -54,7 +55,7 @@ def test_recalls_are_those_of_a_plain_loop(ran, caplog):
 
     opened = cache.open_cache(clip_run.load(ran, *tars(ran)))
     data = CachedImages(opened, "validation")
-    items = [data.item(0, 0, index) for index in range(15)]
+    items = [tiny.item(data, 0, index) for index in range(15)]
     texts = [own_captions(caption) for caption in CAPTIONS]
     names = list(dict.fromkeys(text for own in texts for text in own))
     by_key = {item["keys"]: item for item in items}

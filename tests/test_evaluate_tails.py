@@ -11,7 +11,7 @@ from scipy import ndimage
 from fmdistill import evaluate
 from fmdistill.evaluate import grid_miou, results, tails
 from fmdistill.evaluate.grid_miou import Case, GridMiou, run
-from fmdistill.evaluate.scene_miou import bucket
+from fmdistill.mini.scene_miou import bucket
 from fmdistill.registry import UserError
 from fmdistill.report import tables
 from fmdistill.report.rows import TableRow

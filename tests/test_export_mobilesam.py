@@ -4,8 +4,9 @@ from torch import nn
 
 from fmdistill.backbones.mobilesam_names import timm_names
 from fmdistill.backbones.promptable import PromptHead
-from fmdistill.backbones.tinyvit import TinyViTSAM, tinyvit_sam, tinyvit_sam_mini
+from fmdistill.backbones.tinyvit import TinyViTSAM, tinyvit_sam
 from fmdistill.export import mobilesam
+from fmdistill.mini.tinyvit import tinyvit_sam_mini
 from fmdistill.registry import UserError
 
 FULL = {
@@ -57,7 +58,7 @@ def test_the_list_of_shapes_is_mobilesam_s():
     assert shapes["image_encoder.layers.2.downsample.conv3.bn.num_batches_tracked"] == ()
 
 
-def test_another_size_says_how_many_parameters_it_has(tmp_path, caplog):
+def test_another_size_logs_its_number_of_parameters(tmp_path, caplog):
     caplog.set_level("INFO")
     state = torch.load(
         mobilesam.export(tinyvit_sam("11m"), PromptHead.from_config(FULL), tmp_path / "11m.pt"), weights_only=True
@@ -70,11 +71,11 @@ def test_another_size_says_how_many_parameters_it_has(tmp_path, caplog):
 
 
 class Renamed(TinyViTSAM):
-    """Its neck's first layer has another name."""
+    """A student whose neck's first layer has another name."""
 
     def state_dict(self, *args, **kwargs):
-        found = super().state_dict(*args, **kwargs)
-        return {name.replace("neck.0", "neck.9"): value for name, value in found.items()}
+        state = super().state_dict(*args, **kwargs)
+        return {name.replace("neck.0", "neck.9"): value for name, value in state.items()}
 
 
 @pytest.mark.parametrize(
@@ -83,21 +84,33 @@ class Renamed(TinyViTSAM):
         (nn.Linear(2, 2), MINI, "the student is a Linear"),
         (TinyViTSAM(image_size=256, out_channels=32), MINI, "channels 32 is not the decoder's 128"),
         (TinyViTSAM(image_size=512, out_channels=128), MINI, "image size 512 is not the decoder's 256"),
-        (TinyViTSAM(), FULL | {"mlp_dim": 64}, r"lin1.bias: \(64,\) here, \(2048,\) in MobileSAM .* 10,130,092 in the"),
-        (TinyViTSAM("tiny_vit_11m_224"), FULL | {"mlp_dim": 64}, r"lin1.bias: \(64,\) here, \(2048,\) in MobileSAM"),
+        (
+            TinyViTSAM(),
+            FULL | {"mlp_dim": 64},
+            r"lin1.bias: \(64,\) in the student, \(2048,\) in MobileSAM .* and 10,130,092 parameters",
+        ),
+        (
+            TinyViTSAM("tiny_vit_11m_224"),
+            FULL | {"mlp_dim": 64},
+            r"lin1.bias: \(64,\) in the student, \(2048,\) in MobileSAM",
+        ),
         # another shape of one small tensor
         (TinyViTSAM(num_heads=(2, 8, 5, 10), window_sizes=(7, 7, 14, 7)), FULL, "attention_biases: "),
-        (Renamed(), FULL, r"2 names or shapes differ.*neck.0.weight: absent here, \(256, 320, 1, 1\) in MobileSAM"),
+        (
+            Renamed(),
+            FULL,
+            r"2 names or shapes differ.*neck.0.weight: absent in the student, \(256, 320, 1, 1\)",
+        ),
     ],
 )
-def test_what_does_not_fit_is_one_clear_line(tmp_path, student, config, says):
+def test_a_student_that_does_not_fit_raises_one_clear_line(tmp_path, student, config, says):
     with pytest.raises(UserError, match=says) as error:
         mobilesam.export(student, PromptHead.from_config(config), tmp_path / "out.pt")
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
 
 
-def test_run_takes_the_decoder_beside_the_cache(tmp_path, monkeypatch):
+def test_run_exports_the_decoder_beside_the_cache(tmp_path, monkeypatch):
     from fmdistill import export
 
     head = PromptHead.from_config(MINI)

@@ -1,4 +1,4 @@
-"""The exported folder is all that open_clip needs: bit-equal embeddings in a process without fmdistill."""
+"""open_clip needs only the exported folder: it computes bit-equal embeddings in a process without fmdistill."""
 
 import json
 import os
@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fmdistill import cache, export
-from fmdistill.backbones.clip_mini import clip_mini_student
-from fmdistill.backbones.tinyvit_clip import tinyvit_clip, tinyvit_clip_mini
+from fmdistill.backbones.tinyvit_clip import tinyvit_clip
 from fmdistill.export import openclip
+from fmdistill.mini.clip import clip_mini_student
+from fmdistill.mini.tinyvit import tinyvit_clip_mini
 from fmdistill.registry import UserError
 
 TEXTS = ["a photo of a red fox", "the sky, at night"]
@@ -32,16 +33,16 @@ model.eval()
 tokens = open_clip.get_tokenizer("local-dir:" + folder)(texts)
 pixels = load_file(given)["pixels"]
 with torch.no_grad():
-    found = {"image": model.encode_image(pixels), "text": model.encode_text(tokens)}
-found |= {"prepared": preprocess(PIL.Image.open(picture)), "scale": model.logit_scale.detach().reshape(1)}
-save_file({name: value.contiguous() for name, value in found.items()}, out)
+    outputs = {"image": model.encode_image(pixels), "text": model.encode_text(tokens)}
+outputs |= {"prepared": preprocess(PIL.Image.open(picture)), "scale": model.logit_scale.detach().reshape(1)}
+save_file({name: value.contiguous() for name, value in outputs.items()}, out)
 assert not any(name.partition(".")[0] == "fmdistill" for name in sys.modules), "fmdistill was imported"
 """
 
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory) -> Path:
-    """A folder with the cache of a toy CLIP and the run of a TinyViT whose every weight and statistic is drawn."""
+    """Make a folder with the cache of a toy CLIP and the run of a TinyViT with random weights and statistics."""
     folder = tmp_path_factory.mktemp("openclip")
     clip_run.write_teacher(folder / "teacher")
     clip_run.write_classes(folder / "train", 1)
@@ -58,31 +59,31 @@ def tinyvit() -> list[str]:
 
 
 def elsewhere(folder: Path, exported: Path) -> dict[str, torch.Tensor]:
-    """Return what open_clip makes of the export in a process of its own."""
+    """Return open_clip's outputs from the export, computed in another process."""
     pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     save_file({"pixels": pixels}, folder / "given.safetensors")
-    arguments = [exported, folder / "given.safetensors", folder / "found.safetensors", folder / "picture.png", *TEXTS]
+    arguments = [exported, folder / "given.safetensors", folder / "outputs.safetensors", folder / "picture.png", *TEXTS]
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
         [sys.executable, "-c", ELSEWHERE, *map(str, arguments)], cwd=folder, env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    return {"pixels": pixels, **load_file(folder / "found.safetensors")}
+    return {"pixels": pixels, **load_file(folder / "outputs.safetensors")}
 
 
 def test_another_process_gets_bit_equal_embeddings_without_our_code(ran):
     out = export.run(ran / "run", "openclip", ran / "deep" / "openclip")
     assert sorted(path.name for path in out.iterdir()) == [openclip.CONFIG, openclip.WEIGHTS]
     assert [path.name for path in out.parent.iterdir()] == ["openclip"]
-    found = elsewhere(ran, out)
+    outputs = elsewhere(ran, out)
     opened = cache.open_cache(clip_run.load(ran, *tinyvit()))
     student, head = export.load_student(ran / "run").eval(), opened.head()
     with torch.no_grad():
-        assert torch.equal(student(found["pixels"])["embedding"], found["image"])
-        assert torch.equal(head.encode_text(TEXTS), found["text"])
-    assert found["image"].std(0).min() > 1e-4 and float(found["scale"].exp()) == pytest.approx(head.scale)
+        assert torch.equal(student(outputs["pixels"])["embedding"], outputs["image"])
+        assert torch.equal(head.encode_text(TEXTS), outputs["text"])
+    assert outputs["image"].std(0).min() > 1e-4 and float(outputs["scale"].exp()) == pytest.approx(head.scale)
     pixels, size = opened.preprocess.prepare(PIL.Image.open(ran / "picture.png"))
-    assert torch.equal(opened.preprocess.normalize(pixels[None], torch.tensor([size]))[0], found["prepared"])
+    assert torch.equal(opened.preprocess.normalize(pixels[None], torch.tensor([size]))[0], outputs["prepared"])
 
 
 def test_quick_gelu_survives(ran):
@@ -119,13 +120,13 @@ def test_a_folder_appears_whole_replaces_an_export_and_nothing_else(ran, tmp_pat
     assert sorted(path.name for path in out.iterdir()) == [openclip.CONFIG, openclip.WEIGHTS]
     assert (out / openclip.WEIGHTS).read_bytes() == before
 
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine/notes.txt").write_text("")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/notes.txt").write_text("")
     (tmp_path / "file").write_text("")
-    for name in ("mine", "file"):
-        with pytest.raises(UserError, match=f"{name}: is there already and no export"):
+    for name in ("other", "file"):
+        with pytest.raises(UserError, match=f"{name}: already exists and is not an openclip export"):
             export.run(ran / "run", "openclip", tmp_path / name)
-    assert (tmp_path / "mine/notes.txt").is_file()
+    assert (tmp_path / "other/notes.txt").is_file()
 
 
 @pytest.mark.parametrize(
@@ -137,7 +138,7 @@ def test_a_folder_appears_whole_replaces_an_export_and_nothing_else(ran, tmp_pat
         (lambda: tinyvit_clip(embed_dim=24, image_size=64), "image side is 64, its teacher's 32"),
     ],
 )
-def test_what_does_not_fit_is_one_clear_line(ran, tmp_path, student, says):
+def test_a_student_that_does_not_fit_raises_one_clear_line(ran, tmp_path, student, says):
     opened = cache.open_cache(clip_run.load(ran))
     with pytest.raises(UserError, match=says) as error:
         openclip.export(student(), opened.head(), opened.preprocess, tmp_path / "out")
@@ -150,7 +151,7 @@ def test_a_run_without_a_text_tower_is_one_clear_line(tmp_path):
     with pytest.raises(UserError, match="no cache here"):
         export.run(sam.out, "openclip", tmp_path / "out", trust=True)
     cache.run(sam)
-    with pytest.raises(UserError, match="of the family 'sam' and has no text tower; openclip exports"):
+    with pytest.raises(UserError, match="of the family 'sam' and has no text tower; openclip exports runs"):
         export.run(sam.out, "openclip", tmp_path / "out", trust=True)
 
 

@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fmdistill.backbones.clip import ClipPreprocess
-from fmdistill.backbones.tinyvit_clip import tinyvit_clip, tinyvit_clip_mini
+from fmdistill.backbones.tinyvit_clip import tinyvit_clip
 from fmdistill.export import timm_checkpoint
+from fmdistill.mini.tinyvit import tinyvit_clip_mini
 from fmdistill.registry import UserError
 from fmdistill.teachers.timm import TimmPreprocess
 

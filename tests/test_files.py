@@ -68,10 +68,11 @@ def named(alive, process=None, host=None):
 
 def test_temporary_files_of_the_dead_and_the_stale_are_removed_and_a_live_neighbour_s_are_not(tmp_path):
     alive, dead = temporary_name(tmp_path / "train-000.tar"), 4194399
+    neighbour = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)  # not the parent
     paths = {
         "mine": alive,
         "dead": named(alive, dead),
-        "neighbour": named(alive, os.getppid()),
+        "neighbour": named(alive, neighbour.pid),
         "foreign": named(alive, dead, "otherhost"),
         "stale_foreign": named(alive, dead - 1, "otherhost"),
         "reused": named(alive, 1),  # a live process, but it has not written for days
@@ -83,6 +84,7 @@ def test_temporary_files_of_the_dead_and_the_stale_are_removed_and_a_live_neighb
     for name in ("stale_foreign", "reused", "not_ours"):
         aged(paths[name], STALE + 60)
     sweep(tmp_path)
+    neighbour.communicate()
     assert {name for name, path in paths.items() if path.exists()} == {"mine", "neighbour", "foreign", "not_ours"}
 
 

@@ -124,9 +124,8 @@ def test_every_key_has_its_own_image_and_its_own_embedding(job, caplog):
     for split, step in (("train", 2.0**-11), ("validation", 0.0)):
         data = CachedImages(opened, split)
         for batch in batches(data, every(data, 4), workers=0):
-            for key, pixels, kept in zip(
-                batch["keys"], batch["pixels"], batch["outputs"]["sam.embedding"], strict=True
-            ):
+            outputs = data.decode(batch)["outputs"]["sam.embedding"]
+            for key, pixels, kept in zip(batch["keys"], batch["pixels"], outputs, strict=True):
                 seen.append(key)
                 wanted_pixels, wanted = expected[key]
                 allowed = float(wanted.abs().max()) * (step + 1e-5)

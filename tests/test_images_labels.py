@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from fmdistill.images import build, captioned, cifar100, digits
+from fmdistill.images import build, cifar100, digits
 from fmdistill.images.folder import Folder
 from fmdistill.images.tar import Place
+from fmdistill.mini import captioned
 
 
 def class_folders(root: Path) -> dict:

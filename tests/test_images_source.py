@@ -7,7 +7,7 @@ import pytest
 import simplejpeg
 
 from fmdistill.images import DecodeError, Decoding, build, check, decode, escape, picture, unescape
-from fmdistill.images.photos import photograph
+from fmdistill.mini.photos import photograph
 from fmdistill.registry import UserError
 
 KEYS = [

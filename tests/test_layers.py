@@ -21,6 +21,7 @@ LAYERS = [
     {"evaluate"},
     {"export"},
     {"report"},
+    {"mini"},
     {"pipeline"},
     {"cli"},
     {"__main__"},
@@ -208,3 +209,27 @@ def test_a_planted_fault_breaks_the_rule(tmp_path, rule, text):
     planted = tmp_path / "planted.py"
     planted.write_text(text)
     assert len(rule(planted)) == 1
+
+
+NO_MINI = """
+import sys
+from fmdistill import pipeline, recipe
+from fmdistill.registry import UserError
+
+def check(*overrides):
+    pipeline.check(recipe.load("recipes/sam/mobilesam_srw.yaml", overrides))
+    return sorted(name for name in sys.modules if name.startswith("fmdistill.mini"))
+
+assert check() == [], check()
+try:
+    check("images.name=scene")
+except UserError as error:
+    assert "Did you mean 'scenes'? Known: captioned, " in str(error), error
+assert check() == [], check()
+assert "fmdistill.mini.sam" in check("teacher.name=sam_mini", "student.name=tinyvit_sam_mini")
+"""
+
+
+def test_a_recipe_without_components_of_mini_imports_none_of_it():
+    done = subprocess.run([sys.executable, "-c", NO_MINI], capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fmdistill.images.photos import photograph
+from fmdistill.mini.photos import photograph
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"

@@ -105,7 +105,9 @@ def test_running_again_gives_the_same_numbers_without_training(ran, monkeypatch)
     assert again == rows
     (judged,) = pipeline.evaluate_recipe(load(folder, "train.steps=60")).values()
     assert judged == rows
-    with pytest.raises(UserError, match=r"holds a run of another recipe: train\.steps is 60 there and 61 here"):
+    with pytest.raises(
+        UserError, match=r"holds a run of another recipe: train\.steps is 60 in the run and 61 in the recipe"
+    ):
         pipeline.evaluate_recipe(load(folder, "train.steps=61"))
 
 

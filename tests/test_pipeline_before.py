@@ -73,7 +73,9 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path, capsys):
         report.run([str(tmp_path / "none")], str(file))
     with pytest.raises(OSError, match="the export cannot be written"):
         export.run(tmp_path / "none", "half", file / "student.safetensors")
-    with pytest.raises(UserError, match=r"a folder, and mobilesam is one file; name it, such as .*/mobile_sam\.pt"):
+    with pytest.raises(
+        UserError, match=r"is a folder, but mobilesam is one file; name the file, such as .*/mobile_sam\.pt"
+    ):
         export.run(tmp_path / "none", "mobilesam", tmp_path)
 
 

@@ -380,7 +380,7 @@ def test_whole_images_are_ranked_by_their_weight(tmp_path):
     assert found.name == "run" and found.weighed == 10 and len(found.images) == 4
     assert found.weights == sorted(found.weights, reverse=True) and found.weights[0] > 1 > found.weights[-1]
     data = CachedImages(cache.open_cache(settings), "validation")
-    items = [data.item(0, 0, index) for index in range(10)]
+    items = [tiny.item(data, 0, index) for index in range(10)]
     unit = torch.nn.functional.normalize(torch.stack([item["outputs"]["clip.embedding"] for item in items]), dim=1)
     similarity = (unit @ unit.T).mean(1)
     assert np.array_equal(found.images[0], items[int(similarity.argmin())]["pixels"].permute(1, 2, 0).numpy())

@@ -10,6 +10,7 @@ import tiny
 import torch
 
 from fmdistill import cache, recipe
+from fmdistill.cache import sidecar as sidecars
 from fmdistill.cli import main
 from fmdistill.registry import UserError
 from fmdistill.report import inspect
@@ -83,8 +84,7 @@ def test_vectors_are_weighed_within_their_shard(tmp_path):
 
 
 def rewritten(told):
-    del told["checksum"]
-    return json.dumps(told)
+    return sidecars.write({name: value for name, value in told.items() if name != "checksum"})
 
 
 def planted(shard, how):
@@ -164,6 +164,6 @@ def test_what_is_asked_wrongly_is_said(shard, tmp_path):
     ):
         with pytest.raises(UserError, match=said):
             list(inspect.run(str(path), given))
-    (tmp_path / "manifest.json").write_text(json.dumps({"format": 1}))
+    (tmp_path / "manifest.json").write_text(json.dumps({"format": 2}))
     with pytest.raises(UserError, match="damaged, its"):
         list(inspect.run(str(shard), []))

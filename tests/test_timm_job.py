@@ -47,8 +47,9 @@ def plainly(folder: Path, split: str) -> tuple[list[str], torch.Tensor, torch.Te
 def stored(settings: recipe.Recipe, output: str) -> torch.Tensor:
     """Return what the cache holds of the validation images, in the order of their keys."""
     data = CachedImages(cache.open_cache(settings), "validation")
-    items = [data.item(0, shard, index) for shard, count in enumerate(data.counts) for index in range(count)]
-    return torch.stack([item["outputs"][f"timm.{output}"] for item in sorted(items, key=lambda item: item["keys"])])
+    batch = data.batch([(shard, index) for shard, count in enumerate(data.counts) for index in range(count)])
+    order = sorted(range(len(batch["keys"])), key=lambda i: batch["keys"][i])
+    return batch["outputs"][f"timm.{output}"][order]
 
 
 def test_the_cache_holds_timm_s_embeddings_and_no_head(ran):
@@ -166,10 +167,10 @@ def test_tokens_train_a_student_that_makes_them(ran, tmp_path):
     (tmp_path / "tokens.yaml").write_text("name: cosine\noutput: tokens\nworkers: 0\n")
     rows = evaluate.run(tmp_path / "tokens.yaml", tmp_path / "run", ["trust=true"])
     data = CachedImages(cache.open_cache(settings), "validation")
-    items = sorted((data.item(0, 0, index) for index in range(6)), key=lambda item: item["keys"])
-    image = data.cache.preprocess.normalize(torch.stack([item["pixels"] for item in items]), torch.empty(0))
+    batch = data.batch([(0, index) for index in range(6)])
     with torch.no_grad():
-        cosine = torch.cosine_similarity(student(image)["tokens"], expected, dim=1).mean()
+        made = student(data.cache.preprocess.normalize(batch["pixels"], batch["sizes"]))["tokens"]
+    cosine = torch.cosine_similarity(made, batch["outputs"]["timm.tokens"], dim=1).mean()
     assert value(rows, "cosine") == pytest.approx(float(cosine), abs=1e-5)
 
 
@@ -209,7 +210,7 @@ def test_the_run_is_exported_for_timm(ran, tmp_path, capsys):
         expected = student(image)["embedding"]
         torch.testing.assert_close(model(image), expected, atol=1e-5, rtol=1e-5)
     assert expected.std() > 1e-3
-    with pytest.raises(UserError, match=r"a folder, and timm is one file; name it, such as .*model\.safetensors"):
+    with pytest.raises(UserError, match=r"is a folder, but timm is one file; name the file, such as .*model\.safetensors"):
         export.run(ran / "run", "timm", tmp_path)
     with pytest.raises(UserError, match="has no text tower; openclip exports"):
         export.run(ran / "run", "openclip", tmp_path / "openclip")

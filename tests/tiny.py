@@ -1,12 +1,14 @@
 """A whole job at toy size: real classes, 64 px images, seconds on one core."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from nondegenerate import tiny_sam
 from torch import nn
 
 from fmdistill import recipe as recipes
+from fmdistill.cache.dataset import CachedImages
 from fmdistill.recipe import Recipe
 from fmdistill.teachers.sam import SamTeacher
 
@@ -24,6 +26,16 @@ def teacher(seed: int = 0, dtype: str = "fp32", batch: int = 4, workers: int = 1
         workers=workers,
         exact=exact,
     )
+
+
+def item(data: CachedImages, shard: int, index: int) -> dict[str, Any]:
+    """Return one cached image as its batch has it, without the first dimension."""
+    return first(data.batch([(shard, index)]))
+
+
+def first(batch: Any) -> Any:
+    """Return the first image of a batch."""
+    return {name: first(value) for name, value in batch.items()} if isinstance(batch, dict) else batch[0]
 
 
 class Student(nn.Module):

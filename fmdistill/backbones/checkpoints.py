@@ -1,4 +1,4 @@
-"""Read state dicts from files that other programs wrote: tensors only, without wrappers and shared prefixes."""
+"""Read state dicts from checkpoint files of other programs, without wrappers and shared name prefixes."""
 
 import logging
 import warnings
@@ -22,8 +22,9 @@ _log = logging.getLogger(__name__)
 def read_state(path: Path, where: str, names: Collection[str] = ()) -> dict[str, Tensor]:
     """Return the state dict in a .safetensors, .pth, .pt or .bin file; nothing in the file is executed.
 
-    Wrappers such as {"model": ...} and prefixes that all names share are removed, and one log line says so. A prefix
-    stays if the network's own `names` have it. UserError, beginning with `where`, if the file holds no one state dict.
+    Wrappers such as {"model": ...} and prefixes that all names share are removed and logged. A prefix is not removed if
+    the network's own `names` have it. Raises UserError, which begins with `where`, unless the file has exactly one
+    state dict.
     """
     stored = _read(path, where)
     state, entries = _unwrapped(stored, where)
@@ -42,20 +43,20 @@ def _read(path: Path, where: str) -> Any:
         if is_safetensors:
             return load_file(path)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the pickle's protocol; the error below says what matters
+            warnings.simplefilter("ignore")  # about the pickle's protocol; the error below is clearer
             return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{where}: cannot be read ({error.strerror or error}); check the path and its rights") from None
-    except Exception as error:  # zip, unpickling, EOF and runtime errors, by what is wrong with the file
+    except Exception as error:  # zip, unpickling, EOF and runtime errors, depending on the file's damage
         reason = f"{type(error).__name__}: {' '.join(str(error).split()).partition('. ')[0][:160]}".removesuffix(": ")
         raise UserError(
             f"{where}: not a readable checkpoint of plain tensors ({reason}; the file has {path.stat().st_size} "
-            f"bytes); nothing in it was run; give a whole file of `model.state_dict()`"
+            f"bytes); nothing in it was executed; use a complete file of `model.state_dict()`"
         ) from error
 
 
 def _unwrapped(stored: Any, where: str) -> tuple[Mapping[str, Tensor], list[str]]:
-    """Return the state dict in `stored` and the names of the entries that lead to it, the outermost first."""
+    """Return the state dict in `stored` and the path of entry names to it, outermost first."""
     entries: list[str] = []
     while not _is_state(stored) and isinstance(stored, Mapping) and len(entries) < DEPTH:
         states = [key for key, value in stored.items() if isinstance(key, str) and _is_state(value)]
@@ -63,13 +64,13 @@ def _unwrapped(stored: Any, where: str) -> tuple[Mapping[str, Tensor], list[str]
         candidates = [key for key in known if key in states] or states or known
         if len(candidates) > 1:
             shown = ", ".join(map(repr, candidates[:4]))
-            raise UserError(f"{where}: holds several state dicts ({shown}); save the one that is meant alone")
+            raise UserError(f"{where}: contains several state dicts ({shown}); save the intended one alone")
         if not candidates:
             break
         entries.append(candidates[0])
         stored = stored[candidates[0]]
     if not _is_state(stored):
-        raise UserError(f"{where}: holds no state dict (names to tensors); save `model.state_dict()`")
+        raise UserError(f"{where}: contains no state dict (names to tensors); save `model.state_dict()`")
     return stored, entries
 
 

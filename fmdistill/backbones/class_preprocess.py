@@ -1,6 +1,6 @@
-"""What turns an image into a classifier's input: resize, centre crop, mean and standard deviation."""
+"""Preprocessing of a classifier's images: resize, centre crop, mean and standard deviation."""
 
-# Legend: B images, S the square's side, g = S / stride tokens a side.
+# Legend: B images, S the square's side, g = S / stride tokens per side.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from torchvision.transforms import functional as TF
 from fmdistill.backbones.pixels import Picture, all_valid, as_image, standardise
 from fmdistill.registry import UserError, suggest
 
-# Mean and standard deviation of RGB in [0, 1], over the training images; of the digits, over all 1,797.
+# Mean and standard deviation of RGB in [0, 1] over the training images; for the digits, over all 1,797 images.
 STATISTICS = {
     "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -25,9 +25,10 @@ STATISTICS = {
 
 @dataclass(frozen=True)
 class ClassPreprocess:
-    """The shorter side to S pixels by PIL's bicubic, which antialiases, and the centre S x S; S x S passes unchanged.
+    """Resizes the shorter side to S pixels by PIL's antialiased bicubic and crops the centre S x S.
 
-    `stride` is for outputs that are maps: S / g. At S, as `of` has it, an image is one token.
+    An image of S x S pixels is unchanged. `stride` is S / g of the outputs that are maps; with stride S, which `of`
+    sets, an image is one token.
     """
 
     image_size: int = 32
@@ -41,7 +42,7 @@ class ClassPreprocess:
 
     @classmethod
     def of(cls, image_size: int, statistics: str) -> "ClassPreprocess":
-        """Return the preprocessing for S = `image_size` with the mean and deviation of that name."""
+        """Return the preprocessing for S = `image_size` with the mean and deviation named `statistics`."""
         if statistics not in STATISTICS:
             raise UserError(f"statistics={statistics}: unknown.{suggest(statistics, STATISTICS)}")
         return cls(image_size, image_size, *STATISTICS[statistics])
@@ -49,7 +50,7 @@ class ClassPreprocess:
     def prepare(self, image: Picture) -> tuple[Tensor, tuple[int, int]]:
         """Return uint8 pixels (3, S, S) in RGB and (S, S); every pixel is real."""
         size = self.image_size
-        # A list of one number asks torchvision for the shorter side.
+        # A list with one number makes torchvision resize the shorter side.
         resized: Any = TF.resize(as_image(image).convert("RGB"), [size], InterpolationMode.BICUBIC)  # type: ignore[arg-type]
         cropped: Any = TF.center_crop(resized, [size, size])
         return torch.from_numpy(np.array(cropped)).permute(2, 0, 1).contiguous(), (size, size)
@@ -75,7 +76,7 @@ class ClassPreprocess:
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> "ClassPreprocess":
-        """Return the preprocessing that `to_json` described; any other description is an error."""
+        """Return the preprocessing that `to_json` described. Raises UserError for any other description."""
         try:
             size, stride = int(stored["image_size"]), int(stored["stride"])
             made = cls(size, stride, tuple(stored["mean"]), tuple(stored["std"]))  # type: ignore[arg-type]

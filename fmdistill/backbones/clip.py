@@ -1,13 +1,13 @@
-"""CLIP by open_clip: its evaluation transform in two halves, and the text side that stays beside the shards."""
+"""open_clip's evaluation transform, split into a CPU and a device half, and CLIP's text side, stored beside shards."""
 
-# Legend: B images, N texts, S the square's side, g = S / stride tokens a side, D the shared embedding's width.
+# Legend: B images, N texts, S the square's side, g = S / stride tokens per side, D the shared embedding's width.
 
 import json
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -27,17 +27,18 @@ from fmdistill.backbones.pixels import Picture, all_valid, as_image, standardise
 from fmdistill.files import write_whole
 from fmdistill.registry import UserError, suggest
 
-__all__ = ["ClipPreprocess", "TextHead", "build_clip", "load_clip"]
+__all__ = ["ClipPreprocess", "TextHead", "WholeClip", "build_clip", "load_clip"]
 
 _FILTERS = {"bicubic": InterpolationMode.BICUBIC, "bilinear": InterpolationMode.BILINEAR}
-_NO_TOWER = {"image_size": 32, "patch_size": 32, "width": 64, "layers": 1}  # replaced as soon as it is built
+_TINY_TOWER = {"image_size": 32, "patch_size": 32, "width": 64, "layers": 1}  # deleted after the model is built
 
 
 @dataclass(frozen=True)
 class ClipPreprocess:
-    """open_clip's evaluation transform: shortest side to S and a centre crop ("squash": both sides to S).
+    """open_clip's evaluation transform: resizes the shortest side to S and crops the centre.
 
-    Source: open_clip transform.py. `stride` is the image tower's patch, so that `valid` has its grid.
+    With `resize_mode` "squash", both sides are resized to S. `stride` is the image tower's patch side, so that `valid`
+    has its grid. Source: open_clip transform.py.
     """
 
     image_size: int = 224
@@ -55,9 +56,9 @@ class ClipPreprocess:
 
     def prepare(self, image: Picture) -> tuple[Tensor, tuple[int, int]]:
         """Return uint8 pixels (3, S, S) in RGB and (S, S); every pixel is real."""
-        size, how = self.image_size, _FILTERS[self.interpolation]
-        # Lists ask for both sides; torchvision resizes the shortest where it is given one number.
-        resized: Any = TF.resize(as_image(image), [size, size] if self.resize_mode == "squash" else [size], how)  # type: ignore[arg-type]
+        size, interpolation = self.image_size, _FILTERS[self.interpolation]
+        sides = [size, size] if self.resize_mode == "squash" else [size]  # one number: torchvision's shortest side
+        resized: Any = TF.resize(as_image(image), sides, interpolation)  # type: ignore[arg-type]
         cropped: Any = TF.center_crop(resized, [size, size])
         return torch.from_numpy(np.asarray(cropped.convert("RGB")).copy()).permute(2, 0, 1).contiguous(), (size, size)
 
@@ -82,7 +83,7 @@ class ClipPreprocess:
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> "ClipPreprocess":
-        """Return the preprocessing that `to_json` described; any other description is an error."""
+        """Return the preprocessing that `to_json` described. Raises UserError for any other description."""
         try:
             mode, _, interpolation = str(stored["resize"]).partition(", PIL ")
             size, stride = int(stored["image_size"]), int(stored["stride"])
@@ -95,11 +96,11 @@ class ClipPreprocess:
 
     @classmethod
     def from_config(cls, preprocess_cfg: Mapping[str, Any], stride: int) -> "ClipPreprocess":
-        """Return what an open_clip `preprocess_cfg` asks for; UserError where it is none of ours."""
+        """Return the preprocessing of an open_clip `preprocess_cfg`. Raises UserError if it is not supported."""
         size = preprocess_cfg["size"]
         sides = {size} if isinstance(size, int) else set(size)
         if len(sides) != 1:
-            raise UserError(f"preprocessing size={size}: only squares; use a model of square images")
+            raise UserError(f"preprocessing size={size}: only squares are supported; use a model of square images")
         interpolation = preprocess_cfg.get("interpolation", "bicubic")
         return cls(
             int(sides.pop()),
@@ -112,10 +113,10 @@ class ClipPreprocess:
 
 
 class TextHead(nn.Module):
-    """Text tower, logit scale and tokenizer of a CLIP: all of it but the image tower, with open_clip's own names.
+    """CLIP without its image tower: text tower, logit scale and tokenizer, with open_clip's parameter names.
 
     `config` is {"model_cfg", "preprocess_cfg"} as in an open_clip_config.json, and "tokenizer": "simple" or the name
-    of a transformers tokenizer, whose files are kept beside the head.
+    of a transformers tokenizer, whose files are stored beside the head.
     """
 
     def __init__(self, model: nn.Module, config: Mapping[str, Any], tokenizer_files: Path | None = None) -> None:
@@ -126,7 +127,7 @@ class TextHead(nn.Module):
 
     @classmethod
     def from_clip(cls, model: nn.Module, config: Mapping[str, Any]) -> "TextHead":
-        """Return the head of an open_clip model; it shares its parameters, and `model` keeps its image tower."""
+        """Return the head of an open_clip model, with which it shares parameters; `model` is not changed."""
         head = cls.from_config(config)
         state = {name: value for name, value in model.state_dict().items() if not name.startswith("visual.")}
         head.text_model.load_state_dict(state, assign=True)
@@ -134,22 +135,22 @@ class TextHead(nn.Module):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], tokenizer_files: Path | None = None) -> "TextHead":
-        """Return a head with fresh weights; only the text side of `config["model_cfg"]` is built."""
+        """Return a head with initial weights; only the text side of `config["model_cfg"]` is built."""
         model_cfg = deepcopy(dict(config["model_cfg"]))
         custom = model_cfg.pop("custom_text", False)
-        kind = CoCa if custom and "multimodal_cfg" in model_cfg else CustomTextCLIP if custom else CLIP
-        model: Any = kind(**{**model_cfg, "vision_cfg": dict(_NO_TOWER)})
+        model_class = CoCa if custom and "multimodal_cfg" in model_cfg else CustomTextCLIP if custom else CLIP
+        model: Any = model_class(**{**model_cfg, "vision_cfg": dict(_TINY_TOWER)})
         model.visual = nn.Identity()
         return cls(model, config, tokenizer_files)
 
     @property
     def logit_scale(self) -> Tensor:
-        """The learned logarithm of the logit scale."""
+        """Return the learned logarithm of the logit scale."""
         return self.text_model.logit_scale
 
     @property
     def scale(self) -> float:
-        """The factor of the cosine similarities, 100 in OpenAI's models."""
+        """Return the factor of the cosine similarities, 100 in OpenAI's models."""
         return float(self.logit_scale.detach().exp())
 
     @torch.no_grad()
@@ -163,15 +164,15 @@ class TextHead(nn.Module):
         return torch.cat(parts).float()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Return the weights by the names that they have in open_clip's model, without `visual.`."""
+        """Return the weights under open_clip's names; none begins with `visual.`."""
         return self.text_model.state_dict(*args, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load what `state_dict` returned."""
+        """Load a state that `state_dict` returned."""
         return self.text_model.load_state_dict(state_dict, strict=strict, assign=assign)
 
     def save(self, folder: str | Path) -> None:
-        """Write the tokenizer's files if it has any, head.safetensors, then head.json, each whole or not at all."""
+        """Write the tokenizer's files if it has any, head.safetensors, then head.json, each whole."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if isinstance(self.tokenizer, HFTokenizer):
@@ -182,7 +183,7 @@ class TextHead(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path) -> "TextHead":
-        """Return the head that `save` wrote, in eval mode; UserError where it is missing or damaged."""
+        """Return the head that `save` wrote, in eval mode. Raises UserError if it is missing or damaged."""
         folder = Path(folder)
         try:
             head = cls.from_config(json.loads((folder / "head.json").read_text()), folder / "tokenizer")
@@ -191,6 +192,18 @@ class TextHead(nn.Module):
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise UserError(f"{folder}: no readable text head (head.json, head.safetensors): {reason}") from error
         return head.eval()
+
+
+@runtime_checkable
+class WholeClip(Protocol):
+    """A student that has both towers of a CLIP, so that it needs no teacher's text tower."""
+
+    preprocess: ClipPreprocess
+    config: Mapping[str, Any]  # as a `TextHead` has it
+
+    def whole(self) -> CLIP:
+        """Return the student as a network of open_clip, in eval mode."""
+        ...
 
 
 def _tokenizer(config: Mapping[str, Any], files: Path | None) -> Any:
@@ -204,5 +217,5 @@ def _tokenizer(config: Mapping[str, Any], files: Path | None) -> Any:
         return HFTokenizer(str(source), tokenizer_mode=mode, **settings)
     except ImportError as error:
         raise UserError(
-            f"this CLIP's tokenizer '{config['tokenizer']}' comes with transformers; pip install transformers"
+            f"this CLIP's tokenizer '{config['tokenizer']}' needs the package transformers; pip install transformers"
         ) from error

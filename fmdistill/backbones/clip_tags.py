@@ -1,4 +1,4 @@
-"""What a CLIP checkpoint's tensors do not tell, such as its preprocessing: as set, or as open_clip's tags agree."""
+"""Settings that a CLIP checkpoint's tensors do not contain: set explicitly, or taken from open_clip's tags."""
 
 import math
 from collections.abc import Mapping
@@ -15,16 +15,16 @@ ResizeMode = Literal["shortest", "squash"]
 INTERPOLATIONS: tuple[str, ...] = get_args(Interpolation)
 RESIZE_MODES: tuple[str, ...] = get_args(ResizeMode)
 PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
-STATED = (*PREPROCESSING, "quick_gelu")  # what open_clip's tags state beside the weights
+STATED = (*PREPROCESSING, "quick_gelu")  # settings that open_clip's tags state in addition to the weights
 OPENAI = "openai"
 
 
 @dataclass(frozen=True)
 class ClipSettings:
-    """What a CLIP checkpoint's tensors do not tell; None is what its tag states, or what all tags of its name agree on.
+    """Settings that a CLIP checkpoint's tensors do not contain; None means the value of its tag.
 
-    `as_tag` takes what is not set from one of the name's tags. `context_length` (tokens) and `tokenizer` ("simple" or a
-    transformers tokenizer) are otherwise those of the name's model config.
+    For a file, None means the value of the tag `as_tag`, or else the value on which all tags of the model agree.
+    `context_length` (tokens) and `tokenizer` ("simple" or a transformers tokenizer) default to the model's config.
     """
 
     as_tag: str | None = None
@@ -37,24 +37,29 @@ class ClipSettings:
     tokenizer: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse numbers by which no image is normalised, such as a mean of pixels from 0 to 255."""
+        """Raise a UserError for values out of range, such as a mean of pixels from 0 to 255."""
         if self.mean is not None and not all(0 <= value <= 1 for value in self.mean):
-            raise UserError(f"teacher.mean={list(self.mean)}: expected three numbers from 0 to 1, as of such pixels")
+            raise UserError(
+                f"teacher.mean={list(self.mean)}: expected three numbers from 0 to 1, for pixels from 0 to 1"
+            )
         if self.std is not None and not all(0 < value < math.inf for value in self.std):
-            raise UserError(f"teacher.std={list(self.std)}: expected three numbers above 0, as of pixels from 0 to 1")
+            raise UserError(f"teacher.std={list(self.std)}: expected three numbers above 0, for pixels from 0 to 1")
         if self.context_length is not None and self.context_length < 1:
             raise UserError(f"teacher.context_length={self.context_length}: expected 1 or more")
 
     def given(self) -> dict[str, Any]:
-        """Return the values that are set, by name."""
+        """Return the values that are not None, by name."""
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
 
 
 NOTHING_SET = ClipSettings()
 
 
-def of_tag(name: str, tag: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the `STATED` values of one of the tags of the model `name`, whose open_clip config is `config`."""
+def tag_values(name: str, tag: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the `STATED` values of the tag `tag` of the model `name`, whose open_clip config is `config`.
+
+    Raises UserError for an unknown tag.
+    """
     known = get_pretrained_cfg(name, tag)
     if not known:
         tags = list_pretrained_tags_by_model(name)
@@ -65,27 +70,27 @@ def of_tag(name: str, tag: str, config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def of_file(
+def file_values(
     name: str, file: str, config: Mapping[str, Any], settings: ClipSettings, is_openai: bool
 ) -> tuple[dict[str, Any], str]:
-    """Return the `STATED` values for a checkpoint `file` of the model `name`, and a line that says where each is from.
+    """Return the `STATED` values for a checkpoint `file` of the model `name`, and a log line with the source of each.
 
-    UserError if the tags of `name` disagree on a value that `settings` do not give.
+    Raises UserError if the tags of `name` disagree on a value that `settings` do not set.
     """
     stated, source = _stated(name, file, config, settings, is_openai)
     given = {key: value for key, value in settings.given().items() if key != "as_tag"}
-    groups = {"as set": given, source: stated, "as its config has it": of_text(config)}
-    told = [
-        f"{_shown(kept)} {source}"
+    groups = {"as set": given, source: stated, "from its config": text_values(config)}
+    parts = [
+        f"{_shown(used)} {source}"
         for source, values in groups.items()
-        if (kept := {key: value for key, value in values.items() if values is given or key not in given})
+        if (used := {key: value for key, value in values.items() if values is given or key not in given})
     ]
-    line = f"teacher.pretrained={file}: {'; '.join(told)}; teacher.KEY=VALUE gives another"
+    line = f"teacher.pretrained={file}: {'; '.join(parts)}; teacher.KEY=VALUE changes a value"
     return {key: given.get(key, value) for key, value in stated.items()}, line
 
 
-def of_text(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the context length in tokens, and the tokenizer's name, of a model's open_clip config."""
+def text_values(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the context length in tokens and the tokenizer's name from a model's open_clip config."""
     text_cfg = config["text_cfg"]
     return {
         "context_length": text_cfg.get("context_length", 77),
@@ -97,33 +102,33 @@ def _stated(
     name: str, file: str, config: Mapping[str, Any], settings: ClipSettings, is_openai: bool
 ) -> tuple[dict[str, Any], str]:
     if settings.as_tag is not None:
-        return of_tag(name, settings.as_tag, config), f"as {name}'s tag {settings.as_tag} has it"
+        return tag_values(name, settings.as_tag, config), f"from {name}'s tag {settings.as_tag}"
     if is_openai:
-        return {**_defaults(config), "quick_gelu": True}, "as OpenAI's own file, known by its hash, needs it"
-    by_tag = {tag: of_tag(name, tag, config) for tag in list_pretrained_tags_by_model(name)}
+        return {**_defaults(config), "quick_gelu": True}, "for OpenAI's own file, recognised by its hash"
+    by_tag = {tag: tag_values(name, tag, config) for tag in list_pretrained_tags_by_model(name)}
     if not by_tag:
-        return _defaults(config), f"by open_clip's defaults, since {name} has no tag that states another"
+        return _defaults(config), f"by open_clip's defaults, since {name} has no tag"
     values = next(iter(by_tag.values()))
     open_keys = [key for key in STATED if key not in settings.given()]
     differing = [key for key in open_keys if any(other[key] != values[key] for other in by_tag.values())]
     if differing:
         shown = "; ".join(f"{key} is {_by_value(key, by_tag)}" for key in differing)
         raise UserError(
-            f"teacher.pretrained={file}: a file does not tell how {name} is used, and its tags differ: {shown}. "
-            f"Give teacher.as_tag=TAG, the tag whose training the file has had, or {_settings(differing)}"
+            f"teacher.pretrained={file}: the file does not state the settings of {name}, and its tags differ: {shown}. "
+            f"Set teacher.as_tag=TAG, the tag with which the file was trained, or {_settings(differing)}"
         )
-    tags = f"only tag ({next(iter(by_tag))}) has" if len(by_tag) == 1 else f"{len(by_tag)} tags all have"
-    return values, f"as {name}'s {tags} it"
+    tags = f"only tag ({next(iter(by_tag))})" if len(by_tag) == 1 else f"{len(by_tag)} tags, which agree"
+    return values, f"from {name}'s {tags}"
 
 
 def _defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values that open_clip takes if no tag states them."""
-    own = PreprocessCfg()
-    return {key: getattr(own, key) for key in PREPROCESSING} | {"quick_gelu": bool(config.get("quick_gelu"))}
+    """Return open_clip's default values."""
+    preprocessing = PreprocessCfg()
+    return {key: getattr(preprocessing, key) for key in PREPROCESSING} | {"quick_gelu": bool(config.get("quick_gelu"))}
 
 
 def _by_value(key: str, by_tag: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return "true for openai and 4 more, false for laion2b_e16"."""
+    """Return which tags have which value, such as "true for openai and 4 more, false for laion2b_e16"."""
     groups: dict[str, list[str]] = {}
     for tag, values in by_tag.items():
         groups.setdefault(_text(values[key]), []).append(tag)

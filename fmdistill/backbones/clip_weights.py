@@ -22,9 +22,9 @@ from fmdistill.backbones.clip_tags import (
     PREPROCESSING,
     STATED,
     ClipSettings,
-    of_file,
-    of_tag,
-    of_text,
+    file_values,
+    tag_values,
+    text_values,
 )
 from fmdistill.files import file_hash
 from fmdistill.registry import UserError, suggest
@@ -37,10 +37,10 @@ _log = logging.getLogger(__name__)
 def build_clip(model: str, pretrained: str = "none", settings: ClipSettings = NOTHING_SET) -> nn.Module:
     """Return an open_clip model in eval mode, float32, on the CPU.
 
-    `model` is a name that open_clip knows or "local-dir:FOLDER" (which brings its weights); `pretrained` is one of the
-    name's tags, a checkpoint file, or "none": untrained, the same every time. What a file does not tell comes from
-    `settings`, else from what all tags of the name agree on. UserError if they disagree, a name is unknown, or a file
-    is missing, damaged, not plain tensors, or another model's.
+    `model` is a name that open_clip knows or "local-dir:FOLDER", which contains its weights; `pretrained` is one of the
+    model's tags, a checkpoint file, or "none": untrained, with the same weights at every call. Values that a file does
+    not contain come from `settings`, or else from the model's tags if they agree. Raises UserError if they do not
+    agree, a name is unknown, or a file is missing, damaged, not plain tensors, or another model's.
     """
     return load_clip(model, pretrained, settings)[0]
 
@@ -48,16 +48,16 @@ def build_clip(model: str, pretrained: str = "none", settings: ClipSettings = NO
 def load_clip(
     model: str, pretrained: str = "none", settings: ClipSettings = NOTHING_SET
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Return `build_clip`'s model, and what describes it: {"model_cfg", "preprocess_cfg", "tokenizer"}."""
+    """Return the model of `build_clip` and its configuration {"model_cfg", "preprocess_cfg", "tokenizer"}."""
     if model.startswith(LOCAL):
         if pretrained not in ("", "none"):
-            raise UserError(f"teacher.pretrained={pretrained}: {model} brings its own weights; set it to none")
+            raise UserError(f"teacher.pretrained={pretrained}: {model} contains its own weights; set it to none")
         if given := list(settings.given()):
-            raise UserError(f"teacher.{given[0]}: {model} states it in its open_clip_config.json; leave it out")
+            raise UserError(f"teacher.{given[0]}: {model} states it in its open_clip_config.json; remove it")
         return _from_folder(model)
-    name = _known(model)
+    name = _open_clip_name(model)
     config: Any = open_clip.get_model_config(name)
-    _supported(config, model)
+    _check_text_tower(config, model)
     _set_text(config, settings)
     path, preprocessing, quick_gelu = _resolve(name, pretrained, config, settings)
     if path is None:
@@ -72,21 +72,22 @@ def load_clip(
             force_preprocess_cfg=preprocessing,
             force_context_length=settings.context_length,
             pretrained_text=False,
-            **off,  # nothing else in open_clip turns off what a model's name turns on
+            **off,  # open_clip has no other way to turn off the QuickGELU of a model's name
         )
     if path is not None:
         _load(built, path, pretrained, model)
-    return built.eval(), _described(built, config)
+    return built.eval(), _description(built, config)
 
 
-def _known(model: str) -> str:
+def _open_clip_name(model: str) -> str:
     """Return open_clip's own spelling of a model's name."""
     name, known = model.replace("/", "-"), open_clip.list_models()
     if name not in known:
         close = suggest(name, known).partition(" Known: ")[0]  # open_clip knows more than a hundred
         raise UserError(
-            f"teacher.model={model}: open_clip {open_clip.__version__} knows no such model.{close} "
-            f"`python -c 'import open_clip; print(open_clip.list_models())'` lists them; a folder is local-dir:FOLDER"
+            f"teacher.model={model}: open_clip {open_clip.__version__} has no such model.{close} "
+            f"`python -c 'import open_clip; print(open_clip.list_models())'` lists them; name a folder as "
+            f"local-dir:FOLDER"
         )
     return name
 
@@ -95,26 +96,28 @@ def _set_text(config: dict[str, Any], settings: ClipSettings) -> None:
     text_cfg = config["text_cfg"]
     if settings.context_length is not None:
         text_cfg["context_length"] = settings.context_length
-    if settings.tokenizer is not None and settings.tokenizer != of_text(config)["tokenizer"]:
+    if settings.tokenizer is not None and settings.tokenizer != text_values(config)["tokenizer"]:
         text_cfg["hf_tokenizer_name"] = None if settings.tokenizer == "simple" else settings.tokenizer
-        for key in ("tokenizer_kwargs", "tokenizer_mode"):  # of the other tokenizer
+        for key in ("tokenizer_kwargs", "tokenizer_mode"):  # settings of the replaced tokenizer
             text_cfg.pop(key, None)
 
 
 def _resolve(
     name: str, pretrained: str, config: Mapping[str, Any], settings: ClipSettings
 ) -> tuple[Path | None, dict[str, Any], bool]:
-    """Return the weights' file, None for an untrained model, its preprocessing, and whether it needs QuickGELU."""
+    """Return the weights' path (None if untrained), the preprocessing, and whether the model needs QuickGELU."""
     tag = get_pretrained_cfg(name, pretrained)
     if pretrained in ("", "none"):
-        path, stated = None, of_tag(name, settings.as_tag, config) if settings.as_tag else {}
+        path, stated = None, tag_values(name, settings.as_tag, config) if settings.as_tag else {}
     elif tag:
         if settings.as_tag is not None:
-            raise UserError(f"teacher.as_tag={settings.as_tag}: teacher.pretrained={pretrained} is a tag; leave it out")
-        path, stated = _downloaded(tag, pretrained), of_tag(name, pretrained, config)
+            raise UserError(
+                f"teacher.as_tag={settings.as_tag}: teacher.pretrained={pretrained} is a tag; remove as_tag"
+            )
+        path, stated = _downloaded(tag, pretrained), tag_values(name, pretrained, config)
     elif Path(pretrained).is_file():
         path = Path(pretrained)
-        stated, line = of_file(name, pretrained, config, settings, path.suffix == ".pt" and is_openai(path))
+        stated, line = file_values(name, pretrained, config, settings, path.suffix == ".pt" and is_openai(path))
         _log.info("%s", line)
     else:
         raise UserError(
@@ -131,30 +134,30 @@ def _downloaded(tag: dict[str, Any], pretrained: str) -> Path:
         return Path(download_pretrained(tag))
     except Exception as error:  # the hub's client raises classes of whichever transport it was built on
         raise UserError(
-            f"teacher.pretrained={pretrained}: open_clip could not download it ({type(error).__name__}); without "
-            f"network give its checkpoint file: teacher.pretrained=FILE teacher.as_tag={pretrained}"
+            f"teacher.pretrained={pretrained}: open_clip could not download it ({type(error).__name__}); without a "
+            f"network use a checkpoint file: teacher.pretrained=FILE teacher.as_tag={pretrained}"
         ) from error
 
 
 def _from_folder(model: str) -> tuple[nn.Module, dict[str, Any]]:
     folder = Path(model.removeprefix(LOCAL))
     if not (folder / "open_clip_config.json").is_file():
-        raise UserError(f"teacher.model={model}: holds no open_clip_config.json; name a folder that open_clip wrote")
+        raise UserError(f"teacher.model={model}: has no open_clip_config.json; name a folder that open_clip wrote")
     try:
         config: Any = open_clip.get_model_config(model)
-        _supported(config, model)
+        _check_text_tower(config, model)
         with _quiet():
             built = open_clip.create_model(model, require_pretrained=True, pretrained_text=False)
     except UserError:
         raise
-    except Exception as error:  # of JSON, safetensors, pickle and torch, by what is wrong with the folder
+    except Exception as error:  # of JSON, safetensors, pickle and torch, depending on the folder's fault
         raise UserError(f"teacher.model={model}: not a readable open_clip folder ({_reason(error)})") from error
-    return built.eval(), _described(built, config)
+    return built.eval(), _description(built, config)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep open_clip, which logs to the root, from setting logging up, and from warning of weights that come later."""
+    """Prevent open_clip from configuring the root logger and from warning about weights that are loaded later."""
     root, silent, before = logging.getLogger(), logging.NullHandler(), logging.root.manager.disable
     root.addHandler(silent)
     logging.disable(logging.WARNING)
@@ -174,24 +177,29 @@ def _load(built: Any, path: Path, pretrained: str, model: str) -> None:
         if is_openai(path):
             built.load_state_dict(_openai_state(path))
         elif is_file and path.suffix not in (".npz", ".npy"):
-            _fit(built, read_state(path, where), where, model)
-        else:  # what open_clip publishes, and big_vision's arrays, which it reads without unpickling
+            _load_state(built, read_state(path, where), where, model)
+        else:  # files that open_clip publishes, and big_vision's arrays, which it reads without unpickling
             with _quiet():
                 open_clip.load_checkpoint(built, str(path), weights_only=True)
     except UserError:
         raise
-    except Exception as error:  # of safetensors, pickle, zip and torch, by what is wrong with the file
-        raise UserError(f"{where}: not a checkpoint of {model} ({_reason(error)}); nothing in it was run") from error
+    except Exception as error:  # of safetensors, pickle, zip and torch, depending on the file's fault
+        raise UserError(
+            f"{where}: not a checkpoint of {model} ({_reason(error)}); nothing in it was executed"
+        ) from error
 
 
-def _fit(built: Any, state: dict[str, Tensor], where: str, model: str) -> None:
-    """Load `state` as open_clip's load_checkpoint does, but ask about another context and tell resized positions."""
+def _load_state(built: Any, state: dict[str, Tensor], where: str, model: str) -> None:
+    """Load `state` as open_clip's load_checkpoint does, but log resized image positions.
+
+    Raises UserError if the context lengths differ.
+    """
     with _quiet():
         state = convert_state_dict(built, state)
         if "positional_embedding" in state and not hasattr(built, "positional_embedding"):
             state = convert_to_custom_text_state_dict(state)
     own = built.state_dict()
-    for name in ("logit_scale", "logit_bias"):  # one number in some files, a vector of one in others
+    for name in ("logit_scale", "logit_bias"):  # a scalar in some files, a vector of length one in others
         if name in state and name in own:
             state[name] = state[name].reshape(own[name].shape)
     if "logit_bias" in own and "logit_bias" not in state:
@@ -200,8 +208,8 @@ def _fit(built: Any, state: dict[str, Tensor], where: str, model: str) -> None:
         if name in state and name in own and len(state[name]) != len(own[name]):
             tokens = built.context_length + len(state[name]) - len(own[name])
             raise UserError(
-                f"{where}: its text tower reads {tokens} tokens, {model} {built.context_length}; "
-                f"give teacher.context_length={tokens}"
+                f"{where}: its text tower reads {tokens} tokens, {model} reads {built.context_length}; "
+                f"set teacher.context_length={tokens}"
             )
     positions = len(state.get("visual.positional_embedding", ()))
     with _quiet():
@@ -209,7 +217,7 @@ def _fit(built: Any, state: dict[str, Tensor], where: str, model: str) -> None:
     built.load_state_dict(state)
     if positions != len(state.get("visual.positional_embedding", ())):
         _log.warning(
-            "%s: its %d image positions are resized to the %d of %s",
+            "%s: its %d image position embeddings are resized to the %d of %s",
             where,
             positions,
             len(state["visual.positional_embedding"]),
@@ -218,7 +226,7 @@ def _fit(built: Any, state: dict[str, Tensor], where: str, model: str) -> None:
 
 
 def is_openai(path: Path) -> bool:
-    """Return whether `path` is a TorchScript archive that OpenAI published: by its hash, which its URL holds."""
+    """Return whether `path` is a TorchScript archive that OpenAI published; its URL contains its hash."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
@@ -234,16 +242,16 @@ def _openai_state(path: Path) -> dict[str, Tensor]:
     return {name: value.float() for name, value in state.items() if name not in sizes}
 
 
-def _supported(config: dict[str, Any], model: str) -> None:
+def _check_text_tower(config: dict[str, Any], model: str) -> None:
     if "hf_model_name" in config["text_cfg"]:
         raise UserError(
             f"teacher.model={model}: its text tower {config['text_cfg']['hf_model_name']} is a transformers model, "
-            f"which cannot be kept beside the shards; choose a model with open_clip's own text tower"
+            f"which cannot be stored beside the shards; choose a model with open_clip's own text tower"
         )
 
 
-def _described(built: Any, config: dict[str, Any]) -> dict[str, Any]:
-    tokenizer = of_text(config)["tokenizer"]
+def _description(built: Any, config: dict[str, Any]) -> dict[str, Any]:
+    tokenizer = text_values(config)["tokenizer"]
     return {"model_cfg": config, "preprocess_cfg": dict(built.visual.preprocess_cfg), "tokenizer": tokenizer}
 
 

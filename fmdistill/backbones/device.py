@@ -1,4 +1,4 @@
-"""The device that a recipe or protocol names."""
+"""Find the device that a recipe or protocol names."""
 
 import torch
 
@@ -6,34 +6,37 @@ from fmdistill.registry import UserError
 
 
 def pick_device(name: str, where: str) -> torch.device:
-    """Return the device called `name`; "auto" is the GPU if there is one. UserError unless it can be used here."""
+    """Return the device called `name`; "auto" is a GPU if available, else the CPU.
+
+    Raises UserError, which begins with the setting `where`, if this machine cannot use the device.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"{where}={name}: not a device; try auto, cpu, cuda or cuda:1") from None
+        raise UserError(f"{where}={name}: not a device; use auto, cpu, cuda or cuda:1") from None
     if device.type == "cpu":
-        return torch.device("cpu")  # PyTorch takes any index, but there is only one
+        return torch.device("cpu")  # PyTorch accepts any index, but the CPU is a single device
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise UserError(f"{where}={name}: no CUDA device is visible to PyTorch here; use auto or cpu")
+            raise UserError(f"{where}={name}: no CUDA device is visible to PyTorch; use auto or cpu")
         _check_index(device, torch.cuda.device_count(), f"{where}={name}")
     else:
-        _try(device, f"{where}={name}")
+        _check_usable(device, f"{where}={name}")
     return device
 
 
 def _check_index(device: torch.device, count: int, setting: str) -> None:
     if device.index is not None and device.index >= count:
-        raise UserError(f"{setting}: PyTorch sees {count} CUDA device{'s' * (count != 1)} here; count from cuda:0")
+        raise UserError(f"{setting}: PyTorch sees {count} CUDA device{'s' * (count != 1)}; count from cuda:0")
 
 
-def _try(device: torch.device, setting: str) -> None:
-    """Raise a UserError unless a tensor on `device` can be made and read back: "meta" holds no values."""
+def _check_usable(device: torch.device, setting: str) -> None:
+    """Raise a UserError unless a tensor can be created on `device` and read back: "meta" stores no values."""
     try:
         torch.zeros(1, device=device).cpu()
-    except Exception as error:  # AssertionError, NotImplementedError, ImportError: each backend has its own
-        lines = str(error).split(". ")[0].split()
-        reason = " ".join(lines)[:120]
-        raise UserError(f"{setting}: this PyTorch cannot compute there ({reason}); use auto or cpu") from None
+    except Exception as error:  # AssertionError, NotImplementedError, ImportError: it depends on the backend
+        words = str(error).split(". ")[0].split()
+        reason = " ".join(words)[:120]
+        raise UserError(f"{setting}: this PyTorch cannot use the device ({reason}); use auto or cpu") from None

@@ -1,13 +1,13 @@
-"""SAM's image encoder run faster: segment_anything's own weights, the same arithmetic in another order.
+"""SAM's image encoder with the same arithmetic in a faster order, on segment_anything's own weights.
 
-What is saved: tables of relative positions are gathered once, not at every call; windowed blocks project the real
-tokens only, for a padded token is zero and its query, key and value are therefore the projection's bias (it does take
-part in the softmax, so it is put back there); attention never holds more than it must. On an accelerator that is
-PyTorch's fused attention with the relative positions as an additive bias, on a CPU blocks of scores that stay in the
-cache. In bf16 the weights are converted once, and the residual stream, norms and sums stay float32 as under autocast.
+It saves time in three ways. Tables of relative positions are gathered once, not at every call. Windowed blocks project
+the real tokens only: a padded token is zero, so its query, key and value are the projection's bias, which is inserted
+for the softmax. Attention stores few scores at a time: on an accelerator by PyTorch's fused attention, with the
+relative positions as an additive bias, and on a CPU by blocks of scores that fit into the CPU's cache. In bf16 the
+weights are converted once, and the residual stream, norms and sums stay float32, as under autocast.
 Source: segment_anything modeling/image_encoder.py.
 
-Letters: B images or windows, H and W tokens down and across, N = H * W, C channels, h heads, d channels of a head,
+Legend: B images or windows, H and W tokens down and across, N = H * W, C channels, h heads, d channels of a head,
 k keys of one axis, G = B * h.
 """
 
@@ -20,15 +20,15 @@ from segment_anything.modeling.image_encoder import Attention, Block, get_rel_po
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-BLOCK_BYTES = 1 << 22  # scores held at once on a CPU: of 1 to 4 MiB the fastest for windows and whole grids alike
-ALIGNED = 8  # keys; CUDA's kernels want the bias's rows to start at multiples of it
+BLOCK_BYTES = 1 << 22  # of scores at a time on a CPU: the fastest of 1 to 4 MiB, for windows and whole grids alike
+ALIGNED = 8  # keys; CUDA's kernels require the rows of the bias to start at multiples of it
 
 
 class FastEncoder(nn.Module):
-    """`encoder` in `dtype`; fp32 shares its parameters, bf16 holds a converted copy of the large ones.
+    """A faster `encoder` that computes in `dtype`: fp32 shares its parameters, bf16 converts copies of the large ones.
 
-    `fused` chooses PyTorch's fused attention rather than blocks of scores. The weights are those of the moment it is
-    made: train `encoder` and make another.
+    `fused` chooses PyTorch's fused attention instead of blocks of scores. Later changes of the weights of `encoder` may
+    have no effect; build a new FastEncoder after training.
     """
 
     def __init__(self, encoder: ImageEncoderViT, dtype: torch.dtype = torch.float32, fused: bool = False) -> None:
@@ -40,7 +40,7 @@ class FastEncoder(nn.Module):
         self.blocks = nn.ModuleList(FastBlock(block, side, dtype, fused) for block in blocks)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the embedding float32 (B, out, H, W) of normalised float32 images (B, 3, S, S)."""
+        """Return the float32 embedding (B, out, H, W) of normalised float32 images (B, 3, S, S)."""
         with torch.autocast(x.device.type, enabled=False):
             x_BHWC = self.patch_embed(x)
             if self.pos_embed is not None:
@@ -67,8 +67,8 @@ class FastBlock(nn.Module):
     def forward(self, x_BHWC: Tensor) -> Tensor:
         """Return tokens of the same shape."""
         qkv_BHWC = self.qkv(self.norm1(x_BHWC).to(self.dtype))
-        found_BHWC = self._windowed(qkv_BHWC) if self.window else self._attend(qkv_BHWC)
-        x_BHWC = x_BHWC + self.proj(found_BHWC)
+        attended_BHWC = self._windowed(qkv_BHWC) if self.window else self._attend(qkv_BHWC)
+        x_BHWC = x_BHWC + self.proj(attended_BHWC)
         return x_BHWC + self.mlp(self.norm2(x_BHWC).to(self.dtype))
 
     def _windowed(self, qkv_BHWC: Tensor) -> Tensor:
@@ -81,8 +81,8 @@ class FastBlock(nn.Module):
             padded[:, :height, :width] = qkv_BHWC
             qkv_BHWC = padded
         windows = qkv_BHWC.view(b, down, side, across, side, channels).transpose(2, 3).flatten(0, 2)
-        found = self._attend(windows).view(b, down, across, side, side, -1).transpose(2, 3)
-        return found.reshape(b, down * side, across * side, -1)[:, :height, :width]
+        attended = self._attend(windows).view(b, down, across, side, side, -1).transpose(2, 3)
+        return attended.reshape(b, down * side, across * side, -1)[:, :height, :width]
 
     def _attend(self, qkv_BHWC: Tensor) -> Tensor:
         """Attend within each of B grids; (B, H, W, 3 C) -> (B, H, W, C)."""
@@ -99,7 +99,7 @@ class FastBlock(nn.Module):
         return found.transpose(1, 2).reshape(b, height, width, -1)
 
     def _relative(self, q_BhHWd: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """Return what the keys' rows and columns add to a query's scores, each (G, H, W, k)."""
+        """Return the terms of the keys' rows and columns in a query's scores, each (G, H, W, k)."""
         if self.tables is None:
             return None, None
         q_GHWd = q_BhHWd.flatten(0, 1)
@@ -109,7 +109,7 @@ class FastBlock(nn.Module):
 
 
 def supported(encoder: Any) -> bool:
-    """Return whether `encoder` is segment_anything's own, whose structure this file repeats."""
+    """Return whether `encoder` is segment_anything's own, for whose structure this file is written."""
     return type(encoder) is ImageEncoderViT and all(
         type(block) is Block and type(block.attn) is Attention for block in encoder.blocks
     )
@@ -122,7 +122,7 @@ def _converted(module: Any, dtype: torch.dtype) -> Any:
 
 @torch.no_grad()
 def _tables(attention: Attention, side: int, dtype: torch.dtype) -> Tensor | None:
-    """Return the embeddings (2, H, k, d) of every distance between rows, and between columns; None without them."""
+    """Return the position embeddings (2, H, k, d) of all distances of rows and of columns; None if there are none."""
     if not attention.use_rel_pos:
         return None
     tables = [get_rel_pos(side, side, table) for table in (attention.rel_pos_h, attention.rel_pos_w)]
@@ -130,14 +130,15 @@ def _tables(attention: Attention, side: int, dtype: torch.dtype) -> Tensor | Non
 
 
 def _scores(down_GHWk: Tensor, across_GHWk: Tensor) -> Tensor:
-    """(G, H, W, k) of rows and of columns -> (G, N, k * k)."""
+    """Add the terms of rows and columns, each (G, H, W, k): return (G, N, k * k)."""
     return (down_GHWk[..., :, None] + across_GHWk[..., None, :]).flatten(3).flatten(1, 2)
 
 
 def _bias(down_GHWk: Tensor, across_GHWk: Tensor, leading: torch.Size) -> Tensor:
-    """Return the bias (B, h, N, N) in the queries' dtype, which cuDNN's kernel takes for granted.
+    """Return the bias (B, h, N, N) in the queries' dtype, which cuDNN's kernel requires.
 
-    Its rows are stored further apart than N where N is no multiple of what the memory-efficient kernel wants.
+    If N is not a multiple of `ALIGNED`, its rows are stored further apart than N, as the memory-efficient kernel
+    requires.
     """
     scores = _scores(down_GHWk, across_GHWk).unflatten(0, leading)
     keys = scores.shape[-1]
@@ -147,9 +148,9 @@ def _bias(down_GHWk: Tensor, across_GHWk: Tensor, leading: torch.Size) -> Tensor
 def _in_blocks(
     q_GNd: Tensor, k_GNd: Tensor, v_GNd: Tensor, down: Tensor | None, across: Tensor | None, scale: float
 ) -> Tensor:
-    """Return softmax(scale * q k + down + across) v, by blocks of as many heads, or query rows, as the cache takes."""
+    """Return softmax(scale * q k + down + across) v, by blocks of heads, or of query rows, of `BLOCK_BYTES`."""
     heads, count, _ = q_GNd.shape
-    found_GNd = torch.empty_like(q_GNd)
+    attended_GNd = torch.empty_like(q_GNd)
     width = count if down is None else down.shape[2]
     row_bytes = width * count * q_GNd.element_size()
     rows = min(max(1, BLOCK_BYTES // row_bytes), count // width)
@@ -165,5 +166,5 @@ def _in_blocks(
             else:
                 scores = _scores(down[g, row : row + rows], across[g, row : row + rows])
                 scores.baddbmm_(q, keys, alpha=scale)
-            found_GNd[g, n] = torch.bmm(scores.softmax(-1), values)
-    return found_GNd
+            attended_GNd[g, n] = torch.bmm(scores.softmax(-1), values)
+    return attended_GNd

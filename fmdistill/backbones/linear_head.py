@@ -1,4 +1,4 @@
-"""The last layer of a classifier, kept beside its cached features."""
+"""The last layer of a classifier, stored beside its cached features."""
 
 import json
 from collections.abc import Mapping
@@ -16,11 +16,11 @@ from fmdistill.registry import UserError
 
 
 class LinearHead(nn.Linear):
-    """Features (B, D) -> logits (B, K)."""
+    """A linear layer from features (B, D) to logits (B, K)."""
 
     @property
     def config(self) -> dict[str, int]:
-        """Return all that `load` needs beside the weights."""
+        """Return the settings that `load` needs in addition to the weights."""
         return {"features": self.in_features, "classes": self.out_features}
 
     @classmethod
@@ -32,14 +32,14 @@ class LinearHead(nn.Linear):
         return head.eval().requires_grad_(False)
 
     def save(self, folder: str | Path) -> None:
-        """Write head.safetensors, then head.json, each whole or not at all."""
+        """Write head.safetensors, then head.json, each whole."""
         state: Mapping[str, Tensor] = self.state_dict()
         write_whole(Path(folder) / "head.safetensors", to_bytes({k: v.contiguous() for k, v in state.items()}))
         write_whole(Path(folder) / "head.json", json.dumps(self.config))
 
     @classmethod
     def load(cls, folder: str | Path) -> "LinearHead":
-        """Return the head that `save` wrote; UserError where it is missing or damaged."""
+        """Return the head that `save` wrote, in eval mode. Raises UserError if it is missing or damaged."""
         try:
             config: dict[str, Any] = json.loads((Path(folder) / "head.json").read_text())
             head = cls(config["features"], config["classes"])

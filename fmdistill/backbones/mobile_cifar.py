@@ -1,4 +1,4 @@
-"""MobileNetV2 and ShuffleNet for 32-px images, as the CIFAR-100 distillation tables have them.
+"""MobileNetV2 and ShuffleNet for 32-px images, as in the CIFAR-100 distillation tables.
 
 Sandler et al. 2018 (arXiv:1801.04381) and Zhang et al. 2018 (arXiv:1707.01083); strides and widths are those of
 RepDistiller (Tian et al. 2020). Parameters are counted at 100 classes.
@@ -12,14 +12,14 @@ from fmdistill.backbones.classifier import Classifier, normed, staged
 from fmdistill.registry import UserError
 
 EXPANSION = 6
-# Channels at full width, blocks and stride of MobileNetV2's seven rows, of which `STAGES` joins some.
+# Channels at full width, blocks and stride of MobileNetV2's seven rows, which `STAGES` groups into stages.
 ROWS = ((16, 1, 1), (24, 2, 1), (32, 3, 2), (64, 4, 2), (96, 3, 1), (160, 3, 2), (320, 1, 1))
 STAGES = ((0, 1), (2,), (3, 4), (5, 6))
 SHUFFLE_STEM, SHUFFLE_WIDTHS, SHUFFLE_UNITS, SHUFFLE_GROUPS = 24, (240, 480, 960), (4, 8, 4), 3
 
 
 class InvertedResidual(nn.Module):
-    """MobileNetV2's block: expand by 1x1, 3x3 per channel, project by 1x1 without ReLU; x is added where it fits."""
+    """MobileNetV2's block: expand by 1x1, 3x3 per channel, project by 1x1 without ReLU; add x if it has that shape."""
 
     def __init__(self, channels: int, out: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -39,18 +39,18 @@ class InvertedResidual(nn.Module):
 class ShuffleUnit(nn.Module):
     """ShuffleNet's block: grouped 1x1, channels shuffled, 3x3 per channel, grouped 1x1.
 
-    At stride 1 x is added; at stride 2 its averages are appended, so that the body gives `out` - `channels`. The
-    inside is a quarter as wide as what the body gives. The 3x3 has a ReLU, which the paper leaves out.
+    At stride 1, x is added; at stride 2, its averages are appended, so the body returns `out` - `channels` channels.
+    Inside, the body has a quarter of the channels that it returns. The 3x3 has a ReLU, which the paper omits.
     """
 
     def __init__(self, channels: int, out: int, stride: int, groups: int, first_groups: int) -> None:
         super().__init__()
-        given = out if stride == 1 else out - channels
-        inner = given // 4
+        returned = out if stride == 1 else out - channels
+        inner = returned // 4
         self.stride, self.groups = stride, first_groups
         self.reduce = normed(channels, inner, 1, groups=first_groups)
         self.expand = nn.Sequential(
-            normed(inner, inner, 3, stride, groups=inner), normed(inner, given, 1, groups=groups, relu=False)
+            normed(inner, inner, 3, stride, groups=inner), normed(inner, returned, 1, groups=groups, relu=False)
         )
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
@@ -62,16 +62,16 @@ class ShuffleUnit(nn.Module):
 
 
 def shuffle(x_BCHW: Tensor, groups: int) -> Tensor:
-    """Return the channels in turn from each of `groups` equal runs."""
+    """Interleave the channels of `groups` equal groups."""
     return x_BCHW.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
 
 
 def mobilenet_v2(classes: int = 100, width: float = 0.5) -> Classifier:
     """Return MobileNetV2 at `width` with expansion 6, 0.813 M parameters at 0.5: the tables' MobileNetV2 or MV2.
 
-    block1 to block4, which end without ReLU as the family does, have strides 2, 4, 8 and 16. The stem's stride is 2;
-    the last 1x1 convolution gives 1,280 channels up to full width. As in RepDistiller the first row is expanded too
-    (by 1), and its ReLU is not capped at 6.
+    block1 to block4 end without ReLU, as is usual for MobileNetV2, and have strides 2, 4, 8 and 16. The stem's stride
+    is 2; the last 1x1 convolution has 1,280 output channels, more if `width` is above 1. As in RepDistiller, the first
+    row is expanded too (by 1), and ReLU is not capped at 6.
     """
     if not 1 / 16 <= width <= 4:
         raise UserError(f"mobilenet_v2: width={width}: expected a factor from 0.0625 to 4, such as 0.5")
@@ -91,10 +91,10 @@ def mobilenet_v2(classes: int = 100, width: float = 0.5) -> Classifier:
 
 
 def shufflenet_v1(classes: int = 100) -> Classifier:
-    """Return ShuffleNet of 3 groups, 0.949 M parameters: the tables' ShuffleNetV1.
+    """Return ShuffleNet with 3 groups, 0.949 M parameters: the tables' ShuffleNetV1.
 
     block1 to block3, after their ReLU, have 240, 480 and 960 channels at strides 2, 4 and 8. The stem is a 1x1
-    convolution of stride 1; the first grouped convolution after it has one group, as its channels are few.
+    convolution of stride 1; the first grouped convolution after it has one group, since it has few channels.
     """
     stages, channels = [], SHUFFLE_STEM
     for out, count in zip(SHUFFLE_WIDTHS, SHUFFLE_UNITS, strict=True):

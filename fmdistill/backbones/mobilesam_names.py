@@ -1,11 +1,11 @@
-"""MobileSAM's names for the parameters of `TinyViTSAM`, and back; pure functions over state dicts."""
+"""Convert state dicts between the parameter names of `TinyViTSAM` and those of MobileSAM."""
 
 from collections.abc import Mapping
 from typing import TypeVar
 
 T = TypeVar("T")
 
-HEADS = ("norm_head.weight", "norm_head.bias", "head.weight", "head.bias")  # MobileSAM carries them and never uses them
+HEADS = ("norm_head.weight", "norm_head.bias", "head.weight", "head.bias")  # in MobileSAM's file, but never used
 
 
 def mobilesam_names(state: Mapping[str, T]) -> dict[str, T]:
@@ -16,10 +16,10 @@ def mobilesam_names(state: Mapping[str, T]) -> dict[str, T]:
 def timm_names(state: Mapping[str, T]) -> dict[str, T]:
     """Return the state of a MobileSAM `image_encoder` or of Microsoft's TinyViT under `TinyViTSAM`'s names.
 
-    The classifier heads and the stored attention index tables have no counterpart and are dropped.
+    The classifier heads and the stored attention index tables have no counterpart and are omitted.
     """
-    kept = {k: v for k, v in state.items() if k not in HEADS and not k.endswith((".attention_bias_idxs", ".ab"))}
-    return {_to_timm(name): value for name, value in kept.items()}
+    shared = {k: v for k, v in state.items() if k not in HEADS and not k.endswith((".attention_bias_idxs", ".ab"))}
+    return {_to_timm(name): value for name, value in shared.items()}
 
 
 def _to_mobilesam(name: str) -> str:

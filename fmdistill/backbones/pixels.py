@@ -1,6 +1,6 @@
-"""A picture as a network is given it, and what square crops have in common: standardised, without padding."""
+"""Decoded pictures, and the normalisation and masks of square crops."""
 
-# Legend: B images, S the square's side, g = S / stride tokens a side.
+# Legend: B images, S the square's side, g = S / stride tokens per side.
 
 import numpy as np
 import torch
@@ -8,11 +8,11 @@ from PIL import Image
 from torch import Tensor
 
 RGB = tuple[float, float, float]
-Picture = Image.Image | np.ndarray  # arrays are uint8 (H, W, 3) in RGB, as `images.decode` gives them
+Picture = Image.Image | np.ndarray  # arrays are uint8 (H, W, 3) in RGB, as `images.decode` returns them
 
 
 def as_image(picture: Picture) -> Image.Image:
-    """Return the picture as PIL's, in its own mode."""
+    """Return the picture as a PIL image, without changing its mode."""
     return picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
 
 

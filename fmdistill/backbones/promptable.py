@@ -1,6 +1,6 @@
-"""SAM's promptable head: prompts and an image embedding in, mask logits and predicted IoU out."""
+"""SAM's promptable head: maps an image embedding and prompts to mask logits and predicted IoU."""
 
-# Legend: B images, P prompts, K points a prompt, C channels, g tokens a side, M masks, n = 4 g the low resolution.
+# Legend: B images, P prompts, K points per prompt, C channels, g tokens per side, M masks, n = 4 g the low resolution.
 
 import json
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ CONFIG_KEYS = (
 
 
 class PromptHead(nn.Module):
-    """Holds segment_anything's PromptEncoder and MaskDecoder, unchanged, without the image encoder."""
+    """SAM without its image encoder: segment_anything's PromptEncoder and MaskDecoder, unchanged."""
 
     def __init__(self, prompt_encoder: PromptEncoder, mask_decoder: MaskDecoder):
         super().__init__()
@@ -43,7 +43,7 @@ class PromptHead(nn.Module):
 
     @classmethod
     def from_config(cls, config: Mapping[str, int]) -> "PromptHead":
-        """Return a head with fresh weights; `config` has exactly CONFIG_KEYS."""
+        """Return a head with initial weights. Raises UserError unless `config` has exactly CONFIG_KEYS."""
         if set(config) != set(CONFIG_KEYS):
             raise UserError(f"prompt head config: expected the keys {list(CONFIG_KEYS)}, got {sorted(config)}")
         c, g, size = config["embed_dim"], config["image_embedding_size"], config["image_size"]
@@ -61,11 +61,11 @@ class PromptHead(nn.Module):
 
     @classmethod
     def from_sam(cls, sam: Sam) -> "PromptHead":
-        """Return the head of `sam`; it shares sam's parameters."""
+        """Return the head of `sam`, with which it shares parameters."""
         return cls(sam.prompt_encoder, sam.mask_decoder)
 
     def save(self, folder: str | Path) -> None:
-        """Write head.safetensors, then head.json, each whole or not at all."""
+        """Write head.safetensors, then head.json, each whole."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
@@ -74,7 +74,7 @@ class PromptHead(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path) -> "PromptHead":
-        """Return the head that `save` wrote, in eval mode; UserError where it is missing or damaged."""
+        """Return the head that `save` wrote, in eval mode. Raises UserError if it is missing or damaged."""
         folder = Path(folder)
         try:
             head = cls.from_config(json.loads((folder / "head.json").read_text()))
@@ -95,7 +95,7 @@ class PromptHead(nn.Module):
         """Return logits (P, M, n, n) and predicted IoU (P, M) of prompts on ONE image embedding (C, g, g).
 
         `points` (P, K, 2) are xy in resized-image pixels, `labels` (P, K) 1 foreground, 0 background, -1 padding,
-        `boxes` (P, 4) xyxy. M is 3 (masks 1 to 3) where `multimask`, else 1 (mask 0).
+        `boxes` (P, 4) xyxy. M is 3 (masks 1 to 3) if `multimask`, else 1 (mask 0).
         """
         logits_PMnn, iou_PM = self.decode_all(embedding, points, labels, boxes)
         chosen = slice(1, None) if multimask else slice(0, 1)
@@ -122,7 +122,7 @@ class PromptHead(nn.Module):
         """Return logits (B*P, 4, n, n) and predicted IoU (B*P, 4) of P prompts for each of B embeddings (B, C, g, g).
 
         `sparse` (B*P, T, C) and `dense` (B*P, C, g, g) come from `encode_prompts`, image by image. MaskDecoder itself
-        takes one image a call; this is its `predict_masks` with every image repeated for its own prompts.
+        takes one image per call; this is its `predict_masks` with every image repeated for its own prompts.
         """
         decoder, per_image = self.mask_decoder, len(sparse) // len(embedding)
         own = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])

@@ -1,6 +1,6 @@
-"""Residual networks for 32-px images, and a small one for 8-px digits, as the CIFAR-100 distillation tables have them.
+"""Residual networks for 32-px images, as in the CIFAR-100 distillation tables, and a small one for 8-px digits.
 
-He et al. 2016 (arXiv:1512.03385), Zagoruyko and Komodakis 2016 (arXiv:1605.07146); the widths and the count of stages
+He et al. 2016 (arXiv:1512.03385), Zagoruyko and Komodakis 2016 (arXiv:1605.07146); the widths and the number of stages
 are those of RepDistiller (Tian et al. 2020) and mdistiller. Parameters are counted at 100 classes.
 """
 
@@ -17,7 +17,7 @@ CIFAR_X4 = (32, 64, 128, 256)
 
 
 class Residual(nn.Module):
-    """relu(body(x) + x), x through a strided 1x1 convolution with BN where its shape differs from the body's."""
+    """relu(body(x) + x); if the shapes differ, x passes a strided 1x1 convolution with BN first."""
 
     def __init__(self, body: nn.Module, channels: int, out: int, stride: int) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Residual(nn.Module):
 
 
 class PreActivation(nn.Module):
-    """A wide ResNet's block: BN and ReLU come before each convolution, and nothing after the sum."""
+    """A wide ResNet's block: BN and ReLU precede each convolution, and nothing follows the sum."""
 
     def __init__(self, channels: int, out: int, stride: int) -> None:
         super().__init__()
@@ -62,47 +62,47 @@ def bottleneck(channels: int, out: int, stride: int) -> Residual:
 
 
 def resnet20(classes: int = 100) -> Classifier:
-    """Return ResNet-20, 0.278 M parameters; blocks as `resnet` says."""
+    """Return ResNet-20, 0.278 M parameters; blocks as described at `resnet`."""
     return resnet(20, CIFAR, classes)
 
 
 def resnet32(classes: int = 100) -> Classifier:
-    """Return ResNet-32, 0.473 M parameters by our count, published as 0.47; blocks as `resnet` says."""
+    """Return ResNet-32, 0.473 M parameters, published as 0.47; blocks as described at `resnet`."""
     return resnet(32, CIFAR, classes)
 
 
 def resnet56(classes: int = 100) -> Classifier:
-    """Return ResNet-56, 0.862 M parameters; blocks as `resnet` says."""
+    """Return ResNet-56, 0.862 M parameters; blocks as described at `resnet`."""
     return resnet(56, CIFAR, classes)
 
 
 def resnet110(classes: int = 100) -> Classifier:
-    """Return ResNet-110, 1.737 M parameters; blocks as `resnet` says."""
+    """Return ResNet-110, 1.737 M parameters; blocks as described at `resnet`."""
     return resnet(110, CIFAR, classes)
 
 
 def resnet8x4(classes: int = 100) -> Classifier:
-    """Return ResNet-8 four times as wide, 1.234 M parameters; blocks as `resnet` says."""
+    """Return ResNet-8 four times as wide, 1.234 M parameters; blocks as described at `resnet`."""
     return resnet(8, CIFAR_X4, classes)
 
 
 def resnet32x4(classes: int = 100) -> Classifier:
-    """Return ResNet-32 four times as wide, 7.434 M parameters; blocks as `resnet` says."""
+    """Return ResNet-32 four times as wide, 7.434 M parameters; blocks as described at `resnet`."""
     return resnet(32, CIFAR_X4, classes)
 
 
 def wrn_16_2(classes: int = 100) -> Classifier:
-    """Return the wide ResNet of 16 layers, twice as wide, 0.703 M parameters; blocks as `wide_resnet` says."""
+    """Return the wide ResNet of 16 layers, twice as wide, 0.703 M parameters; blocks as described at `wide_resnet`."""
     return wide_resnet(16, 2, classes)
 
 
 def wrn_40_1(classes: int = 100) -> Classifier:
-    """Return the wide ResNet of 40 layers at single width, 0.570 M parameters; blocks as `wide_resnet` says."""
+    """Return the wide ResNet of 40 layers at single width, 0.570 M parameters; blocks as described at `wide_resnet`."""
     return wide_resnet(40, 1, classes)
 
 
 def wrn_40_2(classes: int = 100) -> Classifier:
-    """Return the wide ResNet of 40 layers, twice as wide, 2.255 M parameters; blocks as `wide_resnet` says."""
+    """Return the wide ResNet of 40 layers, twice as wide, 2.255 M parameters; blocks as described at `wide_resnet`."""
     return wide_resnet(40, 2, classes)
 
 
@@ -117,7 +117,7 @@ def resnet50_cifar(classes: int = 100) -> Classifier:
 
 
 def digits_resnet(classes: int = 10, width: int = 8, depth: int = 8) -> Classifier:
-    """Return a ResNet for 8-px images, `width` channels wide in its first stage; blocks as `resnet` says.
+    """Return a ResNet for 8-px images, `width` channels wide in its first stage; blocks as described at `resnet`.
 
     It trains on the source `digits` in seconds on one core: a teacher at width 32, a student at width 4.
     """
@@ -129,8 +129,8 @@ def digits_resnet(classes: int = 10, width: int = 8, depth: int = 8) -> Classifi
 def resnet(depth: int, widths: tuple[int, int, int, int], classes: int, image_size: int = 32) -> Classifier:
     """Return a ResNet of basic blocks, `depth` = 6n + 2, with `widths` channels in stem and stages.
 
-    block1 to block3, after their ReLU, have strides 1, 2 and 4. All shortcuts that change the shape are convolutions,
-    as in RepDistiller, where He et al. pad with zeros.
+    block1 to block3, after their ReLU, have strides 1, 2 and 4. As in RepDistiller, shortcuts that change the shape are
+    convolutions; He et al. pad with zeros. Raises UserError for another depth.
     """
     count, rest = divmod(depth - 2, 6)
     if rest or count < 1:
@@ -153,5 +153,5 @@ def wide_resnet(depth: int, factor: int, classes: int) -> Classifier:
 
 
 def _stage(block: Callable[..., nn.Module], channels: int, out: int, count: int, halve: bool) -> nn.Sequential:
-    """Return `count` blocks, of which the first changes the width, and halves the grid if asked."""
+    """Return `count` blocks; the first changes the width, and halves the grid if `halve`."""
     return nn.Sequential(block(channels, out, 1 + halve), *(block(out, out, 1) for _ in range(count - 1)))

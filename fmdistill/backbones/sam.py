@@ -1,6 +1,6 @@
 """SAM's own preprocessing and its official networks, loaded without executing anything."""
 
-# Legend: B images, S the padded square's side, g = S / stride tokens a side; sizes are (h, w) of the resized image.
+# Legend: B images, S the padded square's side, g = S / stride tokens per side; sizes are (h, w) of the resized image.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,8 +29,8 @@ PIXEL_STD = (58.395, 57.12, 57.375)
 class SamPreprocess:
     """Resizes the longest side to `image_size` and pads right and bottom, as SAM does.
 
-    PIL resizes, bit for bit what SAM was trained on; without `exact` it is torch, on uint8, within one grey level of
-    that and several times as fast on a CPU with AVX2.
+    With `exact`, PIL resizes, bit for bit as in SAM's training; otherwise torch does, on uint8, within one grey level
+    of PIL and several times as fast on a CPU with AVX2.
     """
 
     image_size: int = 1024
@@ -46,14 +46,14 @@ class SamPreprocess:
         """Return uint8 pixels (3, S, S) in RGB, zero-padded at the right and bottom, and the resized (h, w)."""
         height, width = image.shape[:2] if isinstance(image, np.ndarray) else (image.height, image.width)
         h, w = self.resized(height, width)
-        # torch 2.15's kernel for CPUs without AVX2 is wrong where the result is one pixel wide
+        # torch 2.15's kernel for CPUs without AVX2 is wrong if the result is one pixel wide
         resize = _resize_by_pil if self.exact or w == 1 else _resize_by_torch
         padded = np.zeros((3, self.image_size, self.image_size), np.uint8)
         padded[:, :h, :w] = resize(image, h, w).transpose(2, 0, 1)  # by numpy: torch would start threads for it
         return torch.from_numpy(padded), (h, w)
 
     def normalize(self, pixels: Tensor, sizes: Tensor) -> Tensor:
-        """Return uint8 pixels (B, 3, S, S) as float32 in SAM's scale; padded pixels are exactly 0 (padding is last)."""
+        """Return uint8 pixels (B, 3, S, S) as float32 (x - mean) / std; padded pixels are exactly 0."""
         mean = torch.tensor(PIXEL_MEAN, device=pixels.device).view(-1, 1, 1)
         std = torch.tensor(PIXEL_STD, device=pixels.device).view(-1, 1, 1)
         real = self._inside(sizes.to(pixels.device), self.image_size, 1)
@@ -77,14 +77,14 @@ class SamPreprocess:
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> "SamPreprocess":
-        """Return the preprocessing that `to_json` described; any other description is an error."""
+        """Return the preprocessing that `to_json` described. Raises UserError for any other description."""
         size, stride = stored.get("image_size"), stored.get("stride")
-        made = None
+        preprocess = None
         if isinstance(size, int) and isinstance(stride, int) and 0 < stride <= size:
-            made = cls(size, stride, stored.get("resize") == RESIZE[True])
-        if made is None or made.to_json() != dict(stored):
+            preprocess = cls(size, stride, stored.get("resize") == RESIZE[True])
+        if preprocess is None or preprocess.to_json() != dict(stored):
             raise UserError(f"preprocessing {dict(stored)!r}: not the 'sam' preprocessing of this version")
-        return made
+        return preprocess
 
     @staticmethod
     def _inside(sizes: Tensor, side: int, step: int) -> Tensor:
@@ -102,7 +102,7 @@ def _resize_by_pil(picture: Picture, height: int, width: int) -> np.ndarray:
 def _resize_by_torch(picture: Picture, height: int, width: int) -> np.ndarray:
     if isinstance(picture, Image.Image) or picture.dtype != np.uint8 or picture.shape[2:] != (3,):
         picture = np.array(as_image(picture).convert("RGB"))
-    # height, width, channels in memory: for this order torch has a kernel for uint8, whose threads are the caller's
+    # Channels last in memory: for this order torch has a uint8 kernel that runs in the caller's threads.
     x_1CHW = torch.from_numpy(np.require(picture, requirements=["C", "W"])).permute(2, 0, 1)[None]
     resized = F.interpolate(x_1CHW, (height, width), mode="bilinear", antialias=True)
     return resized[0].permute(1, 2, 0).numpy()
@@ -123,9 +123,9 @@ _WIDTHS = {768: "vit_b", 1024: "vit_l", 1280: "vit_h"}
 
 
 def build_sam(kind: Literal["vit_b", "vit_l", "vit_h"], weights: str | Path | None) -> Sam:
-    """Return segment_anything's `kind` on the CPU in eval mode, with the checkpoint `weights` loaded.
+    """Return segment_anything's network `kind` with the checkpoint `weights`, on the CPU in eval mode.
 
-    UserError where the file is missing, damaged, not a state dict, or another network's.
+    Raises UserError if the file is missing, damaged, not a state dict, or another network's.
     """
     if kind not in OFFICIAL:
         raise UserError(f"teacher '{kind}': unknown SAM.{suggest(kind, OFFICIAL)}")
@@ -137,37 +137,37 @@ def build_sam(kind: Literal["vit_b", "vit_l", "vit_h"], weights: str | Path | No
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """Return the state dict in a file; one with the name of a file of Meta's must have its sha256."""
+    """Return the state dict in a file. Raises UserError if it has the name of a file of Meta's, but not its sha256."""
     expected = SHA256.get(path.name)
-    if expected and (found := file_hash(path)) != expected:
+    if expected and (actual := file_hash(path)) != expected:
         raise UserError(
-            f"teacher.weights={path}: sha256 is {found[:12]}..., Meta's file has {expected[:12]}...: "
+            f"teacher.weights={path}: sha256 is {actual[:12]}..., Meta's file has {expected[:12]}...: "
             f"damaged or incomplete; download {PUBLISHED}{path.name} again (or rename your own weights)"
         )
     return read_state(path, f"teacher.weights={path}")
 
 
 def _existing(kind: str, weights: str | Path | None) -> Path:
-    where = f"Meta publishes it at {PUBLISHED}{OFFICIAL[kind]}; name the downloaded file with teacher.weights=PATH"
+    way_out = f"Meta publishes it at {PUBLISHED}{OFFICIAL[kind]}; name the downloaded file with teacher.weights=PATH"
     if weights is None or str(weights) in ("", "none"):
-        raise UserError(f"teacher sam_{kind}: teacher.weights is not set. {where}")
+        raise UserError(f"teacher sam_{kind}: teacher.weights is not set. {way_out}")
     if not Path(weights).is_file():
-        raise UserError(f"teacher.weights={weights}: no such file. {where}")
+        raise UserError(f"teacher.weights={weights}: no such file. {way_out}")
     return Path(weights)
 
 
 def _check_fits(state: Mapping[str, Tensor], sam: Sam, kind: str, weights: Any) -> None:
-    wanted = sam.state_dict()
+    expected = sam.state_dict()
     width = state["image_encoder.pos_embed"].shape[-1] if "image_encoder.pos_embed" in state else None
     other = _WIDTHS.get(width or 0)
     if other and other != kind:
-        raise UserError(f"teacher.weights={weights}: holds SAM {other}, not {kind}; set teacher.name=sam_{other}")
-    for name in sorted(wanted.keys() | state.keys()):
+        raise UserError(f"teacher.weights={weights}: contains SAM {other}, not {kind}; set teacher.name=sam_{other}")
+    for name in sorted(expected.keys() | state.keys()):
         if name not in state:
             problem = "lacks"
-        elif name not in wanted:
+        elif name not in expected:
             problem = "has the unknown"
-        elif state[name].shape != wanted[name].shape:
+        elif state[name].shape != expected[name].shape:
             problem = "has another shape of"
         else:
             continue

@@ -1,4 +1,4 @@
-"""How fast a device multiplies matrices, what arithmetic a network asks of it, and fair timing of several works."""
+"""Measure a device's matrix multiplication speed, a network's FLOPs, and the times of several functions fairly."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,10 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fmdistill import stop
 
-SIDE = {
-    "cuda": 8192,
-    "cpu": 1536,
-}  # of square matrices: large enough for the device's best, and quick
+# Sides of square matrices: large enough for the device's highest speed, and still quick.
+SIDE = {"cuda": 8192, "cpu": 1536}
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:
@@ -30,9 +28,9 @@ def matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = 1.0)
 
 
 def flops(module: Callable[..., Any], *inputs: Any) -> int:
-    """Return the FLOPs of one call, two to a multiply-add, as torch.utils.flop_counter sees them; it is run.
+    """Call `module` and return the FLOPs of the call, two per multiply-add, as torch.utils.flop_counter counts them.
 
-    It sees PyTorch's products, convolutions and attention, whoever calls them, and no kernel of one's own.
+    It counts PyTorch's products, convolutions and attention, whoever calls them, but no custom kernels.
     """
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         module(*inputs)
@@ -40,7 +38,7 @@ def flops(module: Callable[..., Any], *inputs: Any) -> int:
 
 
 def encoder_flops(encoder: ImageEncoderViT, batch: int = 1) -> float:
-    """Return the FLOPs of segment_anything's own forward for `batch` images, two to a multiply-add; nothing is run."""
+    """Return the FLOPs of segment_anything's own forward for `batch` images, two per multiply-add; it is not run."""
     empty = {name: tensor.to("meta") for name, tensor in encoder.state_dict().items()}
     pixels = torch.empty(batch, 3, encoder.img_size, encoder.img_size, device="meta")
     with torch.inference_mode(False), torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -59,10 +57,10 @@ def predictor_pass(sam: Sam, images: Sequence[np.ndarray]) -> torch.Tensor:
 def take_turns(
     works: Mapping[str, Callable[[], Any]], device: torch.device, rounds: int = 3, waits: bool = False
 ) -> dict[str, float]:
-    """Return the least seconds of each of `works`; they take turns, so that a busy machine slows all alike.
+    """Return the shortest time in seconds of each of `works`, called in turn so that a busy machine slows all alike.
 
-    With `waits` a work's waiting for a disk or for other threads counts; without it, one thread of a CPU is timed by
-    the time that it computes, which nothing else on the machine lengthens.
+    With `waits`, the time spent waiting for a disk or for other threads counts. Without it, if PyTorch uses a single
+    CPU thread, only processor time counts, which other programs on the machine do not lengthen.
     """
     alone = device.type == "cpu" and torch.get_num_threads() == 1 and not waits
     clock = time.process_time if alone else time.perf_counter

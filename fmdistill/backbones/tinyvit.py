@@ -1,6 +1,6 @@
 """TinyViT students with SAM's interface: timm's trunk at stride 16 and MobileSAM's neck.
 
-Shapes: B batch, S image side, C embedding channels.
+Legend: B images, S the image side, C embedding channels.
 """
 
 from collections.abc import Collection, Mapping
@@ -19,7 +19,7 @@ from fmdistill.registry import UserError, suggest
 class TinyViTSAM(nn.Module):
     """MobileSAM's image encoder (Zhang et al. 2023, arXiv:2306.14289) at any width, on timm's TinyViT.
 
-    `last_stride` is the stride of the last stage's downsampling: 1 keeps the grid at S/16, timm's own 2 gives S/32.
+    `last_stride` is the stride of the last stage's downsampling: 1 makes a grid of S/16, timm's own 2 one of S/32.
     `trunk` overrides settings of timm's TinyVit, such as `embed_dims`.
     """
 
@@ -45,12 +45,12 @@ class TinyViTSAM(nn.Module):
         self.register_load_state_dict_post_hook(forget_cached_biases)
 
     def forward(self, image_B3SS: Tensor) -> dict[str, Tensor]:
-        """Return {"embedding": (B, C, S/16, S/16)} of normalised float images (B, 3, S, S)."""
+        """Return {"embedding": (B, C, S/16, S/16)} for normalised float images (B, 3, S, S)."""
         return {"embedding": self.neck(self.trunk.forward_features(image_B3SS))}
 
 
 def forget_cached_biases(student: nn.Module, _keys: object) -> None:
-    """Drop the attention biases that timm keeps in eval mode; a hook for after a state was loaded."""
+    """Delete the attention biases that timm caches in eval mode; a hook that runs after a state was loaded."""
     student.train(student.training)
 
 
@@ -66,38 +66,26 @@ def tinyvit_sam(size: Literal["5m", "11m", "21m"] = "5m", pretrained: str = "non
     return student
 
 
-def tinyvit_sam_mini(pretrained: str = "none") -> TinyViTSAM:
-    """Return the quarter-scale student: 256 px, 128 channels on a 16x16 grid; `pretrained` is "none" or a path."""
-    student = TinyViTSAM(
-        image_size=256,
-        out_channels=128,
-        embed_dims=(16, 32, 80, 96),  # narrow early stages: they hold few weights and most of the time on a CPU
-        depths=(1, 1, 4, 2),
-        num_heads=(1, 1, 2, 2),
-        mbconv_expand_ratio=2.0,
-        window_sizes=(8, 8, 16, 8),  # divide the 32x32 and 16x16 grids, so no window is padding
-    )
-    load_pretrained(student, pretrained)
-    return student
-
-
-class OnTinyViT(Protocol):
+class TinyViTStudent(Protocol):
     """A student whose `trunk` is timm's TinyViT `variant`."""
 
     variant: str
     image_size: int
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the weights, those of the trunk under "trunk."."""
+        """Return the weights; the names of the trunk's begin with "trunk."."""
         ...
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True) -> Any:
-        """Take the weights."""
+        """Load the weights."""
         ...
 
 
-def load_pretrained(student: OnTinyViT, pretrained: str) -> None:
-    """Fill the trunk of `student`, and what follows it where the source has that too, from a timm tag or a file."""
+def load_pretrained(student: TinyViTStudent, pretrained: str) -> None:
+    """Load a timm tag or a file into the trunk of `student`, and into its other layers if the source contains them.
+
+    Does nothing if `pretrained` is "none". Raises UserError if the source is missing or does not fit.
+    """
     if pretrained == "none":
         return
     is_path = Path(pretrained).suffix in (".safetensors", ".pth", ".pt", ".bin") or "/" in pretrained
@@ -117,17 +105,18 @@ def _download(variant: str, tag: str) -> dict[str, Tensor]:
     except Exception as error:  # the hub's client raises classes of whichever transport it was built on
         raise UserError(
             f"student.pretrained={tag}: timm could not download {variant}.{tag} ({type(error).__name__}); "
-            f"without network give the path of its model.safetensors, or `none`"
+            f"without a network use the path of its model.safetensors, or `none`"
         ) from error
 
 
 def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise UserError(f"student.pretrained={path}: no such file; give a timm tag, a state dict or `none`")
+        raise UserError(f"student.pretrained={path}: no such file; use a timm tag, a state dict's path or `none`")
     return read_state(path, f"student.pretrained={path}")
 
 
-def _student_names(state: dict[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
+def _student_names(state: dict[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
+    """Return `state` under the names of TinyViTSAM or TinyViTCLIP; unused classifier heads are omitted."""
     for prefix in ("image_encoder.", "visual."):  # MobileSAM's whole model, open_clip's
         if any(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
@@ -135,19 +124,21 @@ def _student_names(state: dict[str, Tensor], wanted: Collection[str]) -> dict[st
         state = timm_names(state)
     if not any(name.startswith("trunk.") for name in state):
         state = {f"trunk.{name}": value for name, value in state.items()}
-    return {name: value for name, value in state.items() if name in wanted or not name.startswith("trunk.head.")}
+    return {name: value for name, value in state.items() if name in names or not name.startswith("trunk.head.")}
 
 
-def _load(student: OnTinyViT, state: dict[str, Tensor], source: str) -> None:
-    wanted = student.state_dict()
+def _load(student: TinyViTStudent, state: dict[str, Tensor], source: str) -> None:
+    expected = student.state_dict()
     if all(name.startswith("trunk.") for name in state):
-        own = {name for name in wanted if name.startswith("trunk.head.")} - state.keys()  # Microsoft's has no such norm
-        wanted = {name: value for name, value in wanted.items() if name.startswith("trunk.") and name not in own}
-    wrong = [name for name in wanted.keys() & state.keys() if wanted[name].shape != state[name].shape]
-    odd = sorted([*(wanted.keys() ^ state.keys()), *wrong])
-    if odd:
+        missing = {name for name in expected if name.startswith("trunk.head.")} - state.keys()  # Microsoft's lacks it
+        expected = {
+            name: value for name, value in expected.items() if name.startswith("trunk.") and name not in missing
+        }
+    reshaped = [name for name in expected.keys() & state.keys() if expected[name].shape != state[name].shape]
+    differing = sorted([*(expected.keys() ^ state.keys()), *reshaped])
+    if differing:
         raise UserError(
             f"student.pretrained={source}: does not fit {student.variant} at {student.image_size} px, "
-            f"{len(odd)} names or shapes differ, first {odd[0]}; use a state of the same size"
+            f"{len(differing)} names or shapes differ, first {differing[0]}; use a state of the same size"
         )
     student.load_state_dict(state, strict=False)

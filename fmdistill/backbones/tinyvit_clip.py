@@ -1,6 +1,6 @@
 """TinyViT as the image tower of a CLIP: timm's trunk and a linear projection, under open_clip's names.
 
-Shapes: B batch, S image side, D embedding dimensions.
+Legend: B images, S the image side, D embedding dimensions.
 """
 
 from collections import OrderedDict
@@ -14,11 +14,11 @@ from fmdistill.registry import UserError
 
 
 class TinyViTCLIP(nn.Module):
-    """open_clip's `TimmModel` with `timm_pool` "avg" and `timm_proj` "linear", name by name and bit by bit.
+    """An image tower equal to open_clip's `TimmModel` with `timm_pool` "avg" and `timm_proj` "linear".
 
-    Its state is what open_clip keeps under "visual.". The projection has no bias and is part of the student, so it is
-    exported with it. `trunk` overrides settings of timm's TinyVit, such as `embed_dims`; open_clip cannot build such a
-    trunk from a config, so `timm_name` is then None.
+    Its parameters have the names that follow "visual." in open_clip's model, and its outputs are bit-identical. The
+    projection has no bias; it is part of the student and exported with it. `trunk` overrides settings of timm's
+    TinyVit, such as `embed_dims`; open_clip cannot build such a trunk from a config, so `timm_name` is then None.
     """
 
     def __init__(
@@ -38,34 +38,19 @@ class TinyViTCLIP(nn.Module):
         self.register_load_state_dict_post_hook(forget_cached_biases)
 
     def forward(self, image_B3SS: Tensor) -> dict[str, Tensor]:
-        """Return {"embedding": (B, D)}, not normalised, of normalised float images (B, 3, S, S)."""
+        """Return {"embedding": (B, D)}, not normalised, for normalised float images (B, 3, S, S)."""
         return {"embedding": self.head(self.trunk(image_B3SS))}
 
 
 def tinyvit_clip(
     size: Literal["5m", "11m", "21m"] = "5m", embed_dim: int = 512, image_size: int = 224, pretrained: str = "none"
 ) -> TinyViTCLIP:
-    """Return a full-size student; `embed_dim` and `image_size` are its teacher's, as is its input normalisation.
+    """Return a full-size student; `embed_dim`, `image_size` and the input normalisation must be its teacher's.
 
     `pretrained` is "none", a timm tag such as "dist_in22k_ft_in1k" (downloaded once by timm), or the path of a
-    .safetensors, .pth, .pt or .bin state: timm's trunk, Microsoft's TinyViT (its last norm starts fresh), an open_clip
-    model with such a tower, or a student that fmdistill trained.
+    .safetensors, .pth, .pt or .bin state: timm's trunk, Microsoft's TinyViT (without the last norm), an open_clip model
+    with such a tower, or a student that fmdistill trained.
     """
     student = TinyViTCLIP(f"tiny_vit_{size}_224", embed_dim, image_size)
-    load_pretrained(student, pretrained)
-    return student
-
-
-def tinyvit_clip_mini(embed_dim: int = 128, image_size: int = 64, pretrained: str = "none") -> TinyViTCLIP:
-    """Return the small student; `pretrained` is "none" or a path."""
-    student = TinyViTCLIP(
-        embed_dim=embed_dim,
-        image_size=image_size,
-        embed_dims=(32, 64, 128, 192),
-        depths=(1, 1, 4, 2),
-        num_heads=(1, 2, 4, 6),
-        mbconv_expand_ratio=3.0,
-        window_sizes=tuple(image_size // stride for stride in (4, 8, 16, 32)),  # the whole grid, so none is padding
-    )
     load_pretrained(student, pretrained)
     return student

@@ -1,4 +1,4 @@
-"""VGG with BN for 32-px images, as the CIFAR-100 distillation tables have it.
+"""VGG with BN for 32-px images, as in the CIFAR-100 distillation tables.
 
 Simonyan and Zisserman 2015 (arXiv:1409.1556); one linear layer, and the strides of RepDistiller (Tian et al. 2020).
 Parameters are counted at 100 classes.
@@ -12,17 +12,17 @@ WIDTHS = (64, 128, 256, 512, 512)
 
 
 def vgg8(classes: int = 100) -> Classifier:
-    """Return VGG with one convolution a stage, 3.965 M parameters; blocks as `vgg` says."""
+    """Return VGG with one convolution per stage, 3.965 M parameters; blocks as described at `vgg`."""
     return vgg(1, classes)
 
 
 def vgg13(classes: int = 100) -> Classifier:
-    """Return VGG-13, two convolutions a stage, 9.462 M parameters; blocks as `vgg` says."""
+    """Return VGG-13, with two convolutions per stage, 9.462 M parameters; blocks as described at `vgg`."""
     return vgg(2, classes)
 
 
 def vgg(convolutions: int, classes: int) -> Classifier:
-    """Return a VGG of five stages of so many 3x3 convolutions, each with bias, BN and ReLU.
+    """Return a VGG of five stages of `convolutions` 3x3 convolutions, each with bias, BN and ReLU.
 
     The first stage is the stem; block1 to block4, after their ReLU, are the other four at strides 2, 4, 8 and 8.
     """

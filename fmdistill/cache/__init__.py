@@ -1,6 +1,6 @@
 """The cache stage: images -> teacher -> shards. `run` does only what is missing.
 
-What is named here is loaded when it is first used: whether a cache is finished is told without torch (finished.py).
+A name is imported when it is first used, so that `finished` can tell whether a cache is complete without torch.
 """
 
 import importlib

@@ -1,12 +1,13 @@
 """Store a cache behind a URL that fsspec knows, such as s3://bucket/cache, with a folder on this machine.
 
-Nothing in the bucket is ever written over, so no lock is needed and no copy grows stale: a shard is NAME-HASH.tar and
-NAME-HASH.json, HASH the start of the tar's sha256, put there in this order. Of two machines that wrote the same shard
-both stay, and a reader takes the first whose sidecar is whole. Manifest, head and recipe are put once.
+No file in the bucket is ever overwritten, so no lock is needed and no copy becomes stale. A shard is NAME-HASH.tar and
+NAME-HASH.json, uploaded in this order; HASH is the start of the tar's sha256. If two machines write the same shard, the
+bucket holds both, and every reader uses the first one whose sidecar is whole. Manifest, head and recipe are uploaded
+once.
 
-The folder holds all small files and as many tars as fit; the tars longest unused go first. It is named by the URL's
-hash, so two caches never share one. A shard that was written but not yet sent lies in it as NAME.tar and NAME.json, as
-in any cache, and is sent by the next process that opens it.
+The local folder holds all small files and as many tars as fit; the least recently used tars are deleted first. Its name
+is a hash of the URL, so two caches never share a folder. A shard that was written but not uploaded is NAME.tar and
+NAME.json, as in any cache; the next process that opens the folder uploads it.
 """
 
 import fcntl
@@ -33,7 +34,7 @@ SENT = re.compile(r"(.+)-[0-9a-f]{16}\.(json|tar)")
 
 
 class DamagedError(UserError):
-    """A tar behind the URL differs from its sidecar; what to do about it follows the message's last semicolon."""
+    """A tar in the bucket differs from its sidecar. The text after the last semicolon is the way out."""
 
 
 @dataclass(frozen=True)
@@ -89,11 +90,11 @@ class Bucket:
 
     def _pull(self) -> None:
         names = self._remote.names()
-        here = self.folder / MANIFEST  # shared before any shard is written, so without one there nothing here counts
+        here = self.folder / MANIFEST  # uploaded before any shard, so a bucket without one holds no shard of this cache
         if here.exists() and MANIFEST not in names and self._shards():
             raise UserError(
                 f"{self.url}: its {MANIFEST} is gone, and {self.folder} holds shards of that cache; is the URL right, "
-                f"and what lies behind it there? If the cache was deleted, delete {self.folder} too"
+                f"and does it still hold the cache? If the cache was deleted, delete {self.folder} too"
             )
         if here.exists() and (MANIFEST not in names or self._remote.read(MANIFEST) != here.read_bytes()):
             log.info("%s: another cache than before; %s starts anew", self.url, self.folder)
@@ -109,7 +110,7 @@ class Bucket:
         return [path for path in self.folder.glob("*.tar") if not path.name.startswith(".")]
 
     def _take(self, names: set[str], prefix: str = "") -> None:
-        """Fetch the sidecars of `names` whose tar is among them, and forget those here whose tar is there no more."""
+        """Download the sidecars in `names` whose tar is among them, and delete local ones whose tar the bucket lost."""
         for name in sorted(names):
             if SENT.fullmatch(name) and name.endswith(".json") and _tar(name) in names:
                 if not (self.folder / name).exists():
@@ -131,7 +132,7 @@ class Bucket:
         return sorted({sent[1] if (sent := SENT.fullmatch(name)) else stem for name, stem in stems.items()})
 
     def look(self, shard: str) -> None:
-        """Fetch the sidecars of one shard that other machines have put there meanwhile."""
+        """Download the sidecars of one shard that other machines have uploaded meanwhile."""
         self._take({name for name in self._remote.names() if name.startswith(f"{shard}-")}, f"{shard}-")
 
     def share(self) -> None:
@@ -140,10 +141,10 @@ class Bucket:
         for name in ONCE:
             if name not in names and (self.folder / name).exists():
                 self._remote.put(self.folder / name, name)
-        self._pull()  # who came first has put another manifest there
+        self._pull()  # another machine may have uploaded its manifest first
 
     def send(self, shard: str) -> None:
-        """Send a shard that was written here: the tar, then its sidecar; then it lies here as if fetched."""
+        """Upload a shard that was written locally, the tar first; then rename its files as if they were downloaded."""
         tar, sidecar = self.folder / f"{shard}.tar", self.folder / f"{shard}.json"
         with _locked(self.folder / f".{shard}.lock"):
             if not (tar.exists() and sidecar.exists()):  # another process of this machine has sent it
@@ -159,9 +160,9 @@ class Bucket:
         self._evict(keep=f"{name}.tar")
 
     def fetch(self, name: str, sha256: str) -> Path:
-        """Return the tar `name` on this machine, downloaded where it is not here. UserError where it is damaged."""
+        """Return the local path of the tar `name`, downloading it first if needed. DamagedError if it is damaged."""
         path = self.folder / name
-        with _locked(self.folder / f".{name}.lock"):  # of several processes and threads one downloads
+        with _locked(self.folder / f".{name}.lock"):  # only one of several processes and threads downloads
             try:
                 os.utime(path)
                 return path
@@ -185,7 +186,7 @@ class Bucket:
         tars = [path for path in self.folder.glob("*.tar") if SENT.fullmatch(path.name)]
         held = {path: stat for path in tars if (stat := _stat(path))}
         total = sum(stat.st_size for stat in held.values())
-        for path in sorted(held, key=lambda one: held[one].st_mtime):
+        for path in sorted(held, key=lambda tar: held[tar].st_mtime):
             if total > self.limit and path.name != keep:
                 path.unlink(missing_ok=True)  # who has it open reads on
                 total -= held[path].st_size
@@ -197,11 +198,11 @@ class Bucket:
 
 @functools.lru_cache(maxsize=2)
 def _sidecars(folder: Path, changed: int) -> dict[str, list[Path]]:
-    found: dict[str, list[Path]] = {}
+    by_shard: dict[str, list[Path]] = {}
     for path in sorted(folder.glob("*.json")):
         if named := SENT.fullmatch(path.name):
-            found.setdefault(named[1], []).append(path)
-    return found
+            by_shard.setdefault(named[1], []).append(path)
+    return by_shard
 
 
 def _tar(sidecar: str) -> str:

@@ -1,8 +1,8 @@
 """Codecs: how one teacher output becomes a member of a shard, or a row of one.
 
-An output is a map (C, g, g) or a vector (D,), float32. A codec gives it a layout, a numpy dtype and shape that a plain
-.npy holds, fills it, and takes float32 back from it as a tensor on any device. How to read a member with numpy alone is
-said in writer.py.
+An output is a map (C, g, g) or a vector (D,), float32. A codec has a layout, which is the numpy dtype and shape of a
+plain .npy, packs an output into it, and unpacks float32 tensors from it on any device. writer.py shows how to read a
+member with numpy alone.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ NORMAL = 2.0**-14  # from here on float16 is off by 2^-11 of a value at most
 class Codec(ABC):
     """One way to store outputs as .npy, within `step` of the output's largest value, and within `least` of zero.
 
-    With `trim` the writer keeps of a map only the rectangle of valid tokens, and what is read is zero outside of it.
+    With `trim` the writer stores only the rectangle of a map's valid tokens, and a reader fills the rest with zeros.
     """
 
     name: str

@@ -1,26 +1,39 @@
 """Images joined to their teacher's outputs by key, one split of a cache."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fmdistill.cache import batch
+from fmdistill.cache.batch import (
+    Batch,
+    BufferPool,
+    Place,
+    Sample,
+    StoredOutputs,
+    decode_outputs,
+    fill,
+    read_outputs,
+    sample,
+    to_device,
+    with_outputs,
+)
+from fmdistill.cache.prepare import PreparedImage, must_prepare
 from fmdistill.cache.reader import Cache, ShardReader
 from fmdistill.cache.writer import image_hash
-from fmdistill.images import DecodeError, Encoded, Images
-from fmdistill.images.kept import Kept
+from fmdistill.images import Encoded, Images
+from fmdistill.images.memory import ImageMemory
 from fmdistill.registry import UserError
-
-NO_LABEL = -1
 
 
 @dataclass(frozen=True)
 class CachedImages:
-    """Images with their teacher's outputs, from a cache; a process keeps the first `memory` GB that it prepares."""
+    """Images of a cache's split with the teacher's outputs; each process holds up to `memory` GB of prepared images.
+
+    A loader gives batches with the outputs as they are stored; `decode` turns these into float32 on the batch's device.
+    """
 
     cache: Cache
     split: str
@@ -33,91 +46,65 @@ class CachedImages:
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """The samples of each shard."""
+        """The number of images of each shard."""
         return tuple(len(shard.samples) for shard in self.shards)
 
-    def item(self, epoch: int, shard: int, index: int) -> dict[str, Any]:
-        """Return what `image` does, and the float32 outputs by their names, such as "sam.embedding"."""
-        found = self.shards[shard].read(index).items()
-        outputs = {f"{self.cache.family}.{name}": torch.from_numpy(value) for name, value in found}
-        return {**self.image(shard, index), "outputs": outputs}
+    def item(self, epoch: int, shard: int, index: int) -> Sample:
+        """Return one image without its outputs."""
+        return sample(self._memory.get((shard, index), lambda: self._prepare(shard, index)))
 
-    def image(self, shard: int, index: int) -> dict[str, Any]:
-        """Return pixels uint8 (3, S, S), size (h, w), original (H, W), label or -1, key and shard name."""
-        reader = self.shards[shard]
-        sample = reader.samples[index]
-        label = sample.get("label", NO_LABEL)
-        pixels, size = self._kept.get((shard, index), lambda: self._prepare(shard, index))
-        return {
-            "pixels": pixels,
-            "sizes": torch.tensor(size),
-            "originals": torch.tensor(sample["original"]),
-            "label": torch.tensor(label),
-            "label_values": label,  # once more, since it stays on the CPU
-            "keys": sample["key"],
-            "shards": reader.name,
-        }
+    def read_batch(self, places: Sequence[Place]) -> dict[str, StoredOutputs]:
+        """Return the outputs of `places` as they are stored."""
+        return {"stored": self._read([(shard, index) for _, shard, index in places])}
 
-    @cached_property
-    def _kept(self) -> Kept[tuple[Tensor, tuple[int, int]]]:
-        return Kept(self.memory, lambda prepared: prepared[0].nbytes)
+    def decode(self, batch: Batch) -> Batch:
+        """Return a loaded batch with its stored outputs decoded, on the device that it is on."""
+        assert "stored" in batch, "this batch was not read from a cache"
+        return with_outputs(batch, self.cache.family, decode_outputs(batch["stored"], self.cache.shapes))
 
-    def _prepare(self, shard: int, index: int) -> tuple[Tensor, tuple[int, int]]:
-        try:
-            return self.cache.preprocess.prepare(self.cache.images.picture(self.encoded(shard, index)).pixels)
-        except DecodeError as error:
-            reader = self.shards[shard]
-            key = reader.samples[index]["key"]
-            raise UserError(f"{reader.name}: image '{key}' cannot be decoded any more: {error}") from None
+    def batch(self, places: Sequence[tuple[int, int]], device: torch.device | None = None) -> Batch:
+        """Return the images at (shard, index) with their outputs, read in this process and decoded on `device`."""
+        batch = fill(self, [(0, shard, index) for shard, index in places])
+        return self.decode(batch if device is None else to_device(batch, device))
+
+    def outputs(self, places: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
+        """Return the outputs of the images at (shard, index) without the images: float32 (B, ...) by name."""
+        return decode_outputs(self._read(places), self.cache.shapes)
 
     def encoded(self, shard: int, index: int) -> Encoded:
         """Return the image as `fetch_image` does."""
         return fetch_image(self.cache.images, self.shards[shard], index)
 
+    def _read(self, places: Sequence[tuple[int, int]]) -> StoredOutputs:
+        return read_outputs([(self.shards[shard], index) for shard, index in places], self._pool)
 
-@dataclass(frozen=True)
-class StoredImages:
-    """Cached images for a loader: their outputs stay as they are stored until `decoded` has them on the device."""
-
-    images: CachedImages
-
-    @property
-    def counts(self) -> tuple[int, ...]:
-        """The samples of each shard."""
-        return self.images.counts
-
-    def item(self, epoch: int, shard: int, index: int) -> dict[str, Any]:
-        """Return one image without its outputs, as `CachedImages.image`."""
-        return self.images.image(shard, index)
-
-    def together(self, places: Sequence[tuple[int, int, int]]) -> dict[str, Any]:
-        """Return what `batch.read` does of all places."""
-        return batch.read([(self.images.shards[shard], index) for _, shard, index in places], self._pool)
+    def _prepare(self, shard: int, index: int) -> PreparedImage:
+        reader = self.shards[shard]
+        encoded = self.encoded(shard, index)
+        image = must_prepare(self.cache.images, self.cache.preprocess, encoded, reader.name)
+        return image._replace(label=reader.samples[index].get("label"))  # the label that the cache was made with
 
     @cached_property
-    def _pool(self) -> batch.BufferPool:
-        return batch.BufferPool()
+    def _memory(self) -> ImageMemory[PreparedImage]:
+        return ImageMemory(self.memory)
+
+    @cached_property
+    def _pool(self) -> BufferPool:
+        return BufferPool()
 
 
 def fetch_image(images: Images, shard: ShardReader, index: int) -> Encoded:
-    """Return a cached image as it is stored. UserError if it is missing or is not the one that the teacher saw."""
-    sample = shard.samples[index]
+    """Return a cached image as its source stores it; UserError if it is missing or not the one that was cached."""
+    record = shard.samples[index]
     try:
-        encoded = images.source.fetch(shard.name, sample["key"])
+        encoded = images.source.fetch(shard.name, record["key"])
     except (KeyError, FileNotFoundError):
         raise UserError(
-            f"{shard.name}: image '{sample['key']}' is cached but not among the images; is images.root right?"
+            f"{shard.name}: image '{record['key']}' is cached but not among the images; is images.root right?"
         ) from None
-    if image_hash(encoded.data) != sample["image"]:
+    if image_hash(encoded.data) != record["image"]:
         raise UserError(
-            f"{shard.name}: image '{sample['key']}' is not the one that the teacher saw; restore it, "
+            f"{shard.name}: image '{record['key']}' is not the one that the teacher saw; restore it, "
             f"or delete {shard.address} and run `fmdistill cache` again"
         )
     return encoded
-
-
-def decoded(cache: Cache, loaded: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a batch of `StoredImages` with the float32 "outputs" in the place of what is stored, on its device."""
-    found = batch.decoded(loaded, cache.shapes)
-    rest = {key: value for key, value in loaded.items() if key not in ("codecs", "stored", "shapes")}
-    return {**rest, "outputs": {f"{cache.family}.{name}": value for name, value in found.items()}}

@@ -1,4 +1,4 @@
-"""Whether a cache is finished, told from its small files: no checkpoint is opened, and torch is not loaded."""
+"""Tell from a cache's small files whether it is finished, without opening a checkpoint or importing torch."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from fmdistill.teachers.output import Output
 
 
 def is_live(settings: Mapping[str, Any] | None) -> bool:
-    """Return whether the teacher of these settings runs beside the student, rather than once into a cache."""
+    """Return whether the teacher of these settings runs during training instead of once into a cache."""
     return convert((settings or {}).get("live", False), bool, "teacher.live")
 
 
@@ -28,7 +28,7 @@ def cache_of(recipe: Recipe) -> recipes.Cache:
     if recipe.cache is None or recipe.teacher is None:
         raise UserError("this recipe caches nothing: it has no `teacher` and `cache`")
     if is_live(recipe.teacher):
-        raise UserError("teacher.live=true: this teacher runs beside the student and is not cached; leave `live` out")
+        raise UserError("teacher.live=true: this teacher runs during training and is not cached; leave `live` out")
     return recipe.cache
 
 
@@ -42,12 +42,12 @@ def is_finished(recipe: Recipe) -> bool:
 
 
 def finished(recipe: Recipe, images: Images, shards: Sequence[Shard]) -> dict[str, Any] | None:
-    """Return the manifest if its teacher is the recipe's by the note beside it, and no shard is missing; else None."""
+    """Return the manifest if teacher.json shows the recipe's teacher and no shard is missing; else None."""
     opened = store.opened(cache_of(recipe))
     root = opened.folder
     if not (root / manifest.NAME).exists() or not unchanged.is_noted(recipe.teacher or {}, root):
         return None
-    done = complete(opened, asked(recipe, images, manifest.read(root)), shards)
+    done = complete(opened, requested_identity(recipe, images, manifest.read(root)), shards)
     if done is not None and unchanged.lost_files(root):
         log.info("%s: the teacher's file is gone, and not needed", root)
     return done
@@ -55,37 +55,39 @@ def finished(recipe: Recipe, images: Images, shards: Sequence[Shard]) -> dict[st
 
 def complete(store: Store, identity: Mapping[str, Any], shards: Sequence[Shard]) -> dict[str, Any] | None:
     """Return the manifest of the cache in `store` if nothing of it is missing; UserError if its identity is another."""
-    found = manifest.claim(store.folder, identity)
-    if found["head"] and not _has_head(store.folder) or missing(store, shards, found):
+    claimed = manifest.claim(store.folder, identity)
+    if claimed["head"] and not _has_head(store.folder) or missing(store, shards, claimed):
         return None
     log.info("%s: all %d shards are cached", store.folder, len(shards))
-    return found
+    return claimed
 
 
-def asked(recipe: Recipe, images: Images, found: Mapping[str, Any], teacher: Mapping[str, Any] = {}) -> dict[str, Any]:
-    """Return the identity that the recipe asks for: the manifest's, with the settings that tell more than it.
+def requested_identity(
+    recipe: Recipe, images: Images, stored: Mapping[str, Any], teacher: Mapping[str, Any] = {}
+) -> dict[str, Any]:
+    """Return the identity that the recipe asks for, as far as its settings state it; the rest is the `stored` one.
 
-    `teacher` is what they tell of the teacher's fingerprint.
+    `teacher` is the part of the teacher's fingerprint that the settings state.
     """
     settings = cache_of(recipe)
-    own: dict[str, Output] = {name: o for name, o in outputs.from_json(found["outputs"]).items() if o.of is None}
+    own: dict[str, Output] = {name: o for name, o in outputs.from_json(stored["outputs"]).items() if o.of is None}
     given = outputs.with_similarities(own) if settings.similarity else own
     return {
-        **found,
-        "teacher": {**found["teacher"], **teacher},
+        **stored,
+        "teacher": {**stored["teacher"], **teacher},
         "outputs": outputs.to_json(outputs.stored(given, settings)),
         "images": images.identity(),
     }
 
 
-def missing(store: Store, shards: Sequence[Shard], found: Mapping[str, Any]) -> list[Shard]:
-    """Return the shards that the cache in `store`, of this manifest, does not hold finished."""
-    token, stored = manifest.identity_hash(found), outputs.from_json(found["outputs"])
+def missing(store: Store, shards: Sequence[Shard], claimed: Mapping[str, Any]) -> list[Shard]:
+    """Return the shards that are not finished in `store`, whose manifest is `claimed`."""
+    token, stored = manifest.identity_hash(claimed), outputs.from_json(claimed["outputs"])
     return [shard for shard in shards if not sidecar.finished(store, shard, token, stored)]
 
 
 def _has_head(root: Path) -> bool:
-    """Return whether the teacher's head is beside the shards and whole, by its files' own account."""
+    """Return whether the files of the teacher's head exist and can be opened."""
     try:
         json.loads((root / "head.json").read_text())
         with safe_open(root / "head.safetensors", "numpy") as file:

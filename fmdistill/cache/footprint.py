@@ -1,4 +1,4 @@
-"""What a cache will take on disk, told from the files of a small cache of the same recipe."""
+"""Estimate the disk space of a cache from the files of a small cache of the same recipe."""
 
 import json
 import shutil
@@ -29,26 +29,27 @@ class Disk:
 
     root: Path
     codec: str  # label of that of the training images
-    tars: Mapping[str, int]  # by that codec's label, were it another; validation's is always exact
+    tars: Mapping[str, int]  # by the label of each codec that the training images could have
     sidecars: int
     beside: int  # manifest and the teacher's head
     held: Sequence[tuple[str, float, float]]  # split, images and tar's bytes of each shard, largest first
     missing_shards: int
-    missing: int  # bytes of the shards that are not there yet, with the recipe's codec
+    missing: int  # bytes of the shards that are not cached yet, with the recipe's codec
     free: int
     limit: int  # the largest images.limit whose cache fits
 
 
 def count(images: Images, shards: Sequence[Shard]) -> tuple[list[float], bool]:
-    """Return the images of each shard, and whether all were counted; those that were not get their split's mean."""
+    """Return the images of each shard and whether all were counted; a shard that was not gets its split's mean."""
     known: dict[str, float] = {}
     whole = True
     for split in SPLITS:
         open_ended = [s for s in shards if s.split == split and s.take is None]
         places = np.linspace(0, len(open_ended) - 1, min(COUNTED, len(open_ended))).round().astype(int)
-        found = {open_ended[i].name: float(images.source.count(open_ended[i].name)) for i in places}
-        whole &= len(found) == len(open_ended)
-        known |= {s.name: found.get(s.name, sum(found.values()) / max(1, len(found))) for s in open_ended}
+        counted = {open_ended[i].name: float(images.source.count(open_ended[i].name)) for i in places}
+        whole &= len(counted) == len(open_ended)
+        mean = sum(counted.values()) / max(1, len(counted))
+        known |= {s.name: counted.get(s.name, mean) for s in open_ended}
     return [known[s.name] if s.take is None else float(s.take) for s in shards], whole
 
 
@@ -95,8 +96,8 @@ def estimate_disk(
             by_codec[name] = round(exact + tars(shards, "train", own, ratio))
     parts = {split: chosen(shards, split) + sidecars([s for s in shards if s.split == split]) for split in SPLITS}
     left = sum(chosen(missing, split) for split in SPLITS) + sidecars(missing)
-    there = next(folder for folder in (root, *root.absolute().parents) if folder.is_dir())
-    free = shutil.disk_usage(there).free
+    existing = next(folder for folder in (root, *root.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(existing).free
     images = {split: sum(by_name[s.name] for s in shards if s.split == split) for split in SPLITS}
     return Disk(
         root=root,
@@ -105,7 +106,9 @@ def estimate_disk(
         sidecars=round(sidecars(shards)),
         beside=sum(p.stat().st_size for p in small.root.iterdir() if p.stem in ("manifest", "head")),
         held=sorted(
-            ((s.split, by_name[s.name], chosen([s], s.split)) for s in shards), key=lambda one: one[1:], reverse=True
+            ((s.split, by_name[s.name], chosen([s], s.split)) for s in shards),
+            key=lambda shard: shard[1:],
+            reverse=True,
         ),
         missing_shards=len(missing),
         missing=round(left),
@@ -128,13 +131,13 @@ def _fitting(room: float, parts: Mapping[str, float], images: Mapping[str, float
 def _written(small: Cache, split: str, codecs: Mapping[str, Codec]) -> float:
     """Return the bytes of the small cache's tars, relative to what the codecs' `size` says."""
     readers = small.shards[split]
-    told = sum(tar_bytes(codecs, small.outputs, len(reader.samples)) - END for reader in readers)
-    return sum(reader.path.stat().st_size - END for reader in readers) / told if told else 1.0
+    nominal = sum(tar_bytes(codecs, small.outputs, len(reader.samples)) - END for reader in readers)
+    return sum(reader.path.stat().st_size - END for reader in readers) / nominal if nominal else 1.0
 
 
 def _encoded(small: Cache, codecs: Mapping[str, Codec]) -> float | None:
     """Return the bytes of the small cache's maps in these codecs, as `_written`; None if a codec cannot hold them."""
-    written = told = 0
+    written = nominal = 0
     # Validation is exact, so it tells what a codec holds; what trimming leaves out are training images' padded tokens.
     trims = any(codec.trim for codec in codecs.values())
     for reader in small.shards["train" if trims or not small.shards["validation"] else "validation"]:
@@ -149,8 +152,8 @@ def _encoded(small: Cache, codecs: Mapping[str, Codec]) -> float | None:
                 except OverflowError as error:
                     log.warning("%s: %s", reader.name, error)
                     return None
-                told += own.size(array.shape)
-    return written / told if told else 1.0
+                nominal += own.size(array.shape)
+    return written / nominal if nominal else 1.0
 
 
 def _sidecar_bytes(small: Cache, split: str) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""The manifest: what a cache is, written once and first; another identity in the same folder is refused."""
+"""The manifest: the identity of a cache, written once, before any shard. Another identity is refused."""
 
 import hashlib
 import json
@@ -32,19 +32,22 @@ FIELDS: Mapping[str, Callable[[Any], bool]] = {  # what readers rely on; the res
 
 
 def claim(root: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Create `root`/manifest.json with `identity`, or check that the one there is the same; return it."""
+    """Create `root`/manifest.json with `identity`, or check that it holds the same identity; return it.
+
+    Raises UserError if the folder holds another cache, with the settings that would continue it.
+    """
     root.mkdir(parents=True, exist_ok=True)
     wanted = json.loads(json.dumps({"format": FORMAT, **identity}))
     if not (root / NAME).exists():
         write_first(root / NAME, json.dumps(wanted, indent=1, sort_keys=True))
-    found = read(root)
-    differences = list(_differences(found, wanted))
+    stored = read(root)
+    differences = list(_differences(stored, wanted))
     if differences:
-        said = "; ".join(
-            f"{where} is {_short(was)} there and {_short(now)} here" for where, was, now in differences[:4]
+        shown = "; ".join(
+            f"{place} is {_short(was)} there and {_short(now)} here" for place, was, now in differences[:4]
         )
-        raise UserError(f"{root}: this cache is another one: {said}. {_way_out(found, differences)}")
-    return found
+        raise UserError(f"{root}: this cache is another one: {shown}. {_way_out(stored, differences)}")
+    return stored
 
 
 def read(root: Path) -> dict[str, Any]:
@@ -65,8 +68,8 @@ def read(root: Path) -> dict[str, Any]:
         )
     for name, sound in FIELDS.items():
         if name not in manifest or not sound(manifest[name]):
-            found = _short(manifest.get(name))
-            raise UserError(f"{path}: damaged, its '{name}' is {found}; delete the file to have it written anew")
+            value = _short(manifest.get(name))
+            raise UserError(f"{path}: damaged, its '{name}' is {value}; delete the file to have it written anew")
     return manifest
 
 
@@ -87,13 +90,13 @@ def identity_hash(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _differences(found: Any, wanted: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yield the place of every difference, what is there and what was wanted."""
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        for key in sorted({*found, *wanted}):
-            yield from _differences(found.get(key), wanted.get(key), f"{where}.{key}" if where else key)
-    elif found != wanted:
-        yield where, found, wanted
+def _differences(stored: Any, wanted: Any, place: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield the place of every difference, such as "teacher.dtype", with the stored and the wanted value."""
+    if isinstance(stored, dict) and isinstance(wanted, dict):
+        for key in sorted({*stored, *wanted}):
+            yield from _differences(stored.get(key), wanted.get(key), f"{place}.{key}" if place else key)
+    elif stored != wanted:
+        yield place, stored, wanted
 
 
 def _way_out(stored: Mapping[str, Any], differences: list[tuple[str, Any, Any]]) -> str:
@@ -119,7 +122,7 @@ def _setting(stored: Mapping[str, Any], place: str, value: Any) -> str | None:
         from fmdistill import teachers  # here, since a family loads torch
 
         if stored["family"] in teachers.FAMILIES:
-            return teachers.load_family(stored["family"]).way_back.get((place, str(value)))
+            return teachers.load_family(stored["family"]).matching_settings.get((place, str(value)))
     return None
 
 

@@ -18,7 +18,7 @@ from fmdistill.cache.store import Store
 from fmdistill.images import Images, Shard
 from fmdistill.recipe import Component
 from fmdistill.registry import UserError
-from fmdistill.teachers import of_cache
+from fmdistill.teachers import family_of_cache
 from fmdistill.teachers.family import Family, Preprocess
 from fmdistill.teachers.output import Shape
 
@@ -54,14 +54,14 @@ class ShardReader:
 
     def shape(self, index: int, output: str) -> Shape:
         """Return the shape in which one sample's output is stored: the cache's, or that of its valid tokens."""
-        found, whole = self.samples[index]["outputs"][output].get("shape"), self.shapes[output]
-        if found is None:
+        shape, whole = self.samples[index]["outputs"][output].get("shape"), self.shapes[output]
+        if shape is None:
             return whole
-        if len(found) != len(whole) or any(a > b for a, b in zip(found, whole, strict=True)):
+        if len(shape) != len(whole) or any(a > b for a, b in zip(shape, whole, strict=True)):
             raise UserError(
-                f"{self.path}: its sidecar gives {output} the shape {found}; delete both, run `fmdistill cache`"
+                f"{self.path}: its sidecar gives {output} the shape {shape}; delete both, run `fmdistill cache`"
             )
-        return tuple(found)
+        return tuple(shape)
 
     def read_into(self, index: int, slots: Mapping[str, np.ndarray]) -> None:
         """Fill each output's slot, uint8 of as many bytes as its codec gives its `shape`, with what is stored."""
@@ -86,7 +86,7 @@ class ShardReader:
     @staticmethod
     def _fill(file: int, member: Mapping[str, Any], data: memoryview, checked: bool) -> bool:
         """Read a member's data, after its .npy header, into `data`; return whether it is whole."""
-        before = member["size"] - len(data)  # none before one row of many
+        before = member["size"] - len(data)  # 0 for a row of a member that holds many
         if before < 0:
             return False
         if checked:
@@ -119,7 +119,7 @@ class Cache:
     @cached_property
     def record(self) -> Family:
         """The teacher's family."""
-        return of_cache(self.family, self.teacher)
+        return family_of_cache(self.family, self.teacher)
 
     @cached_property
     def preprocess(self) -> Preprocess:
@@ -138,9 +138,9 @@ class Cache:
 
     @cached_property
     def shards(self) -> dict[str, list[ShardReader]]:
-        """The planned shards by split, in the order of their names. UserError where one is missing."""
+        """The planned shards by split, in the order of their names. Raises UserError if one is missing."""
         manifest.check_decoding(self.root, self.manifest, self.images.decoding)
-        found: dict[str, list[ShardReader]] = {"train": [], "validation": []}
+        readers: dict[str, list[ShardReader]] = {"train": [], "validation": []}
         missing = []
         for shard in sorted(self.images.shards(), key=lambda s: s.name):
             finished = sidecar.finished(self.store, shard, self.identity, self.outputs)
@@ -148,13 +148,13 @@ class Cache:
                 missing.append(shard.name)
             else:
                 group = self.images.group(shard.name)
-                found[shard.split].append(ShardReader(self.store, shard, finished, group, self.outputs))
+                readers[shard.split].append(ShardReader(self.store, shard, finished, group, self.outputs))
         if missing:
             raise UserError(
                 f"{self.root}: {len(missing)} shards are not cached yet, or hold other images by now, '{missing[0]}' "
                 f"first; run `fmdistill cache RECIPE`"
             )
-        return found
+        return readers
 
     def head(self) -> Any:
         """Return the teacher's small head, stored beside the shards, of the class that its family names."""

@@ -1,4 +1,4 @@
-"""Files behind a URL, by fsspec: their failures in one line that names them."""
+"""Read and write files behind a URL through fsspec; every failure is one line that names the file."""
 
 import functools
 import os
@@ -13,21 +13,21 @@ import fsspec.core
 
 from fmdistill.registry import UserError
 
-# Stores of objects have no folders; to make one would make the bucket, of a mistyped name too.
+# Object stores have no folders; making one would create the bucket, even if its name is mistyped.
 OBJECTS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss")
 
 
 @dataclass(frozen=True)
 class Remote:
-    """The folder at `url`. What does not answer is never taken for what is not there. UserError where it fails."""
+    """The folder at `url`. A storage that does not answer is never taken for an empty one; UserError if it fails."""
 
     url: str
 
     def names(self) -> set[str]:
-        """Return the names of all files there; none where there is no such folder yet."""
+        """Return the names of all files in the folder; none if it does not exist yet."""
         with self._failing(""):
             self._system.invalidate_cache()
-            try:  # not `glob`, which takes a storage that does not answer for an empty one
+            try:  # not `glob`, which treats a storage that does not answer as empty
                 return {
                     str(path).rstrip("/").rpartition("/")[2] for path in self._system.ls(self._at(""), detail=False)
                 }
@@ -35,7 +35,7 @@ class Remote:
                 return set()
 
     def has(self, name: str) -> bool:
-        """Return whether the file is there."""
+        """Return whether the file exists."""
         with self._failing(name):
             self._system.invalidate_cache()
             try:  # not `exists`, for the same reason
@@ -50,14 +50,14 @@ class Remote:
             return self._system.cat_file(self._at(name))
 
     def put(self, path: Path, name: str) -> None:
-        """Send the file at `path`, over what may be there."""
+        """Upload the file at `path`, overwriting any file of that name."""
         with self._failing(name):
             if self.url.partition("://")[0] not in OBJECTS:
                 self._system.makedirs(self._at(""), exist_ok=True)
             self._system.put_file(str(path), self._at(name))
 
     def get(self, name: str, path: Path) -> None:
-        """Fetch the file to `path`."""
+        """Download the file to `path`."""
         with self._failing(name):
             self._system.get_file(self._at(name), str(path))
 
@@ -85,7 +85,7 @@ class Remote:
 def _system(url: str, process: int, thread: int) -> Any:
     """Return the file system of `url`, for one thread of one process.
 
-    Those that work asynchronously do not survive a fork, and some, such as FTP's, have one connection.
+    Asynchronous file systems do not survive a fork, and some, such as FTP's, have a single connection.
     """
     try:
         return fsspec.core.url_to_fs(url, skip_instance_cache=True)[0]

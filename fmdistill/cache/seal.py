@@ -1,6 +1,7 @@
-"""A tar's seal: its last member, the sha256 of all bytes before it, which the sidecar repeats.
+"""The seal of a tar: its last member holds the sha256 of all bytes before it, which the sidecar repeats.
 
-Writers whose bytes differ may leave one's tar beside the other's sidecar; the seal tells so without hashing the tar.
+Two writers whose bytes differ may leave the tar of one beside the sidecar of the other. Comparing the seals shows this
+without hashing the tar.
 """
 
 import os

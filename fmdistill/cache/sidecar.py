@@ -1,9 +1,8 @@
-"""The sidecar of a shard: what lies where in its tar, and what the teacher's statistics are; written last.
+"""The sidecar of a shard: the place of every member in its tar and the outputs' statistics; written last.
 
 {"checksum": the sha256's first half of all that follows, "identity": ..., "take": ..., "split": ..., "codecs": ...,
 "bytes": of the tar, "sha256": of the tar, "seal": the tar's, "samples": [...], "failed": [...], "statistics": {...}}.
-What is read is checked first, so that no reader meets a missing field, an offset outside the tar, or a size that it
-could not hold.
+Reading checks all of it, so that no reader meets a missing field, an offset outside the tar, or an impossible size.
 """
 
 import hashlib
@@ -30,23 +29,23 @@ def write(fields: Mapping[str, Any]) -> str:
 
 
 def read(path: Path) -> dict[str, Any] | None:
-    """Return the sidecar at `path`; None where it is missing, damaged, or describes what no tar can hold."""
+    """Return the sidecar at `path`; None if it is missing, damaged, or describes what no tar can hold."""
     try:
         text = path.read_text()
-        found = json.loads(text)
+        fields = json.loads(text)
     except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         return None
-    if not isinstance(found, dict):
+    if not isinstance(fields, dict):
         return None
-    found.pop("checksum", None)
+    fields.pop("checksum", None)
     if text[:LENGTH] != CHECKSUM.format(_checksum(text[LENGTH:])):
         return None
-    whole = _has(found, SIDECAR) and all(_has(one, FAILED) for one in found["failed"])
-    return found if whole and all(_sound(one, found["bytes"]) for one in found["samples"]) else None
+    whole = _has(fields, SIDECAR) and all(_has(failure, FAILED) for failure in fields["failed"])
+    return fields if whole and all(_sound(sample, fields["bytes"]) for sample in fields["samples"]) else None
 
 
 class Finished(NamedTuple):
-    """A finished shard: its tar, which of a bucket may not be on this machine yet, and its sidecar."""
+    """A finished shard: the local path of its tar, which a bucket may not have downloaded yet, and its sidecar."""
 
     tar: Path
     fields: dict[str, Any]
@@ -55,8 +54,8 @@ class Finished(NamedTuple):
 def finished(store: Store, shard: Shard, identity: str, outputs: Mapping[str, StoredOutput]) -> Finished | None:
     """Return the finished shard that holds all that `shard` asks for, stored as `outputs` state; else None.
 
-    None also where the sidecar is another cache's, is of other images, or is of another tar, by length and seal. A
-    shard that has changed its split is not finished: training's may be lossy, validation's is exact.
+    None also if the sidecar belongs to another cache, to other images, or by length and seal to another tar. A shard
+    whose split has changed is not finished if the codecs of the splits differ.
     """
     labels = {name: codec.label for name, codec in codecs_of(outputs, shard.split).items()}
     for path, with_tar in store.sidecars(shard.name):
@@ -81,7 +80,8 @@ def _sealed(tar: Path) -> tuple[int, str] | None:
 
 def _keys(fields: Mapping[str, Any]) -> list[str]:
     """Return the keys of all images that the teacher was given, in the source's order."""
-    return [one["key"] for one in sorted([*fields["samples"], *fields["failed"]], key=lambda one: one["index"])]
+    images = sorted([*fields["samples"], *fields["failed"]], key=lambda image: image["index"])
+    return [image["key"] for image in images]
 
 
 def _checksum(rest: str) -> str:
@@ -137,12 +137,12 @@ FAILED: Fields = {"key": _text, "index": _count, "problem": _text}
 MEMBER: Fields = {"offset": _count, "size": _count, "crc32": _count}
 
 
-def _has(found: Any, fields: Fields, *more: str) -> bool:
-    """Return whether `found` has these fields, each as it should be, and no others but `more`."""
+def _has(value: Any, fields: Fields, *optional: str) -> bool:
+    """Return whether `value` is a mapping of exactly these fields, each sound, and perhaps the `optional` ones."""
     return (
-        isinstance(found, dict)
-        and found.keys() - set(more) == fields.keys()
-        and all(sound(found[name]) for name, sound in fields.items())
+        isinstance(value, dict)
+        and value.keys() - set(optional) == fields.keys()
+        and all(sound(value[name]) for name, sound in fields.items())
     )
 
 

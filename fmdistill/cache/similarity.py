@@ -1,7 +1,7 @@
-"""SRW's average similarity: the formula, and the teacher pass that keeps it beside each map.
+"""Compute SRW's average similarity, and store it beside each map during the teacher pass.
 
-What is kept is rounded by 2^-12 at most, so a weight at temperature T is off by a factor of exp(2^-11 / T) at most.
-With `relative` T is that share of the similarities' deviation, of which 2^-12 may be a percent.
+A stored value is rounded by at most 2^-12, so a weight at temperature T is off by a factor of at most exp(2^-11 / T).
+With `relative`, T counts in deviations of the similarities, and 2^-12 may be a percent of one.
 """
 
 # Legend: B images, N patches an image, C channels, g patches a side.
@@ -15,7 +15,7 @@ from fmdistill.cache.outputs import with_similarities
 from fmdistill.teachers import refuse_similarity
 from fmdistill.teachers.family import Head, Teacher
 
-STEP = 2.0**-11  # the largest between neighbours in float16 of at most 1, which similarities are stored in
+STEP = 2.0**-11  # the largest distance between neighbours in float16 up to 1, in which similarities are stored
 
 
 def average_similarity(feature: Tensor, valid: Tensor) -> Tensor:
@@ -31,9 +31,10 @@ def average_similarity(feature: Tensor, valid: Tensor) -> Tensor:
 
 
 def kept_similarity(stored: Tensor, valid: Tensor) -> Tensor:
-    """Return `average_similarity` (B, N) of what is stored, (B, 2, g, g), where all is valid or what is no padding.
+    """Return `average_similarity` (B, N) from the stored (B, 2, g, g), for all patches valid or for the unpadded ones.
 
-    An image whose values are within one `STEP`, which may part equal ones, has zeros: its patches are alike.
+    If the values of an image differ by at most one `STEP`, which rounding alone may cause, its patches are taken to be
+    equally similar, and the image gets zeros.
     """
     all_BN, unpadded_BN = stored.flatten(2).unbind(1)
     similarity_BN = torch.where(valid.all(1, keepdim=True), all_BN, unpadded_BN)
@@ -43,9 +44,10 @@ def kept_similarity(stored: Tensor, valid: Tensor) -> Tensor:
 
 
 class WithSimilarity:
-    """A teacher that gives beside each map NAME, (B, C, g, g), NAME_similarity (B, 2, g, g): SRW's mean cosines.
+    """A teacher with an output NAME_similarity (B, 2, g, g) beside each map NAME (B, C, g, g): SRW's mean cosines.
 
-    First those to all patches; then those of valid patches to the valid ones, zero elsewhere.
+    The first plane has each patch's mean cosine to all patches, the second that of valid patches to the valid ones,
+    zero elsewhere.
     """
 
     def __init__(self, teacher: Teacher) -> None:
@@ -67,11 +69,11 @@ class WithSimilarity:
         return made
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return the teacher's own: the outputs' names tell the rest."""
+        """Return the teacher's own fingerprint; the manifest's outputs show the similarities."""
         return self.teacher.fingerprint()
 
     def head(self) -> Head | None:
-        """Return the teacher's own."""
+        """Return the teacher's own head."""
         return self.teacher.head()
 
 

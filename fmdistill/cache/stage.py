@@ -1,4 +1,4 @@
-"""Run the cache stage: find what is missing, have an executor run the teacher over it, and check what is stored."""
+"""Run the cache stage: list the missing shards, let an executor run the teacher over them, verify what is stored."""
 
 import functools
 import os
@@ -9,7 +9,7 @@ from fmdistill import recipe as recipes
 from fmdistill import teachers
 from fmdistill.cache import executors, manifest, outputs, similarity, store, unchanged
 from fmdistill.cache.executors.processes import Plan
-from fmdistill.cache.finished import asked, cache_of, complete, finished, missing
+from fmdistill.cache.finished import cache_of, complete, finished, missing, requested_identity
 from fmdistill.cache.reader import Cache
 from fmdistill.cache.store import Store
 from fmdistill.cache.teacher_pass import Pass
@@ -50,15 +50,15 @@ def run(recipe: Recipe) -> dict[str, Any]:
 
 
 def start(recipe: Recipe, images: Images | None = None) -> Pass:
-    """Load the teacher, claim its cache's folder and keep its head there; return the pass, which writes shards.
+    """Load the teacher, claim the cache's store and save the teacher's head in it; return the pass that writes shards.
 
-    Every process that caches begins so, on whatever machine. UserError where the folder holds another cache.
+    Every process that caches begins here, on any machine. Raises UserError if the store holds another cache.
     """
     settings, images = cache_of(recipe), images or build_images(recipe.images)
     opened = store.opened(settings)
     root, model = opened.folder, load_teacher(recipe)
     with opened.exclusive():
-        found = manifest.claim(root, identity(recipe, images, model))
+        claimed = manifest.claim(root, identity(recipe, images, model))
         sweep(root)
         if (head := model.head()) is not None and not holds_head(root, head):
             head.save(root)
@@ -66,13 +66,13 @@ def start(recipe: Recipe, images: Images | None = None) -> Pass:
             recipes.save(recipe, root)
         unchanged.note(recipe.teacher or {}, root)
         opened.share()
-        manifest.claim(root, found)  # another machine may have shared another one first
-    token, stored = manifest.identity_hash(found), outputs.from_json(found["outputs"])
+        manifest.claim(root, claimed)  # another machine may have shared another manifest first
+    token, stored = manifest.identity_hash(claimed), outputs.from_json(claimed["outputs"])
     return Pass(model, images, opened, token, stored, settings.max_failed, expected=0)
 
 
 def verify(recipe: Recipe, samples: int = 64) -> dict[str, float]:
-    """Check every checksum, then recompute a sample; return the errors. UserError naming what is damaged.
+    """Check every checksum, then recompute a sample; return the errors. Raises UserError naming what is damaged.
 
     If the teacher's file is gone, nothing is recomputed, and {"shards": ...} alone is returned.
     """
@@ -81,8 +81,8 @@ def verify(recipe: Recipe, samples: int = 64) -> dict[str, float]:
     log.info("%s: every checksum of the %d shards is right", cache.root, shards)
     weights = teachers.weights_file(recipe.teacher or {})
     if weights is not None and not weights.exists():
-        told = teachers.identity(recipe.teacher or {}, cache.manifest["teacher"])
-        manifest.claim(cache.root, asked(recipe, cache.images, cache.manifest, told))
+        stated = teachers.identity(recipe.teacher or {}, cache.manifest["teacher"])
+        manifest.claim(cache.root, requested_identity(recipe, cache.images, cache.manifest, stated))
         if cache.manifest["head"]:
             cache.head()
         log.warning("%s: no value was recomputed, since the teacher's file is gone: %s", cache.root, weights)
@@ -98,7 +98,7 @@ def verify(recipe: Recipe, samples: int = 64) -> dict[str, float]:
 
 
 def load_teacher(recipe: Recipe) -> Teacher:
-    """Return the recipe's teacher with the outputs that the cache keeps. UserError where it does not suit the cache."""
+    """Return the recipe's teacher with the outputs that the cache stores; UserError if the cache cannot store them."""
     settings, model = cache_of(recipe), teachers.build(recipe.teacher or {})
     if settings.trim:
         teachers.check_pads(model)
@@ -117,26 +117,26 @@ def identity(recipe: Recipe, images: Images, model: Teacher) -> dict[str, Any]:
 
 
 def estimate(images: Images, shards: list[Shard]) -> dict[str, int]:
-    """Return the images to come by split; shards beyond the first of a split are taken to be as large as it."""
+    """Return the images to cache by split, taking every shard of a split to be as large as its first one."""
     expected: dict[str, int] = {}
     for split in {s.split for s in shards}:
-        ours = [s for s in shards if s.split == split]
-        first = images.source.count(ours[0].name)
-        expected[split] = sum(first if s.take is None else s.take for s in ours)
+        own = [s for s in shards if s.split == split]
+        first = images.source.count(own[0].name)
+        expected[split] = sum(first if s.take is None else s.take for s in own)
     return expected
 
 
 def _plan(store: Store, images: Images, shards: list[Shard]) -> Plan:
     """Return what is missing in the claimed `store`; UserError if the disk has no room for it."""
     store.pull()
-    found = manifest.read(store.folder)
-    left = missing(store, shards, found)
+    stored = manifest.read(store.folder)
+    left = missing(store, shards, stored)
     expected = estimate(images, left)
     if left:
-        _check_space(store, found, expected)
+        _check_space(store, stored, expected)
     else:
         log.info("%s: all %d shards are cached", store.folder, len(shards))
-    return Plan(left, sum(expected.values()), f"caching {found['teacher']['name']}")
+    return Plan(left, sum(expected.values()), f"caching {stored['teacher']['name']}")
 
 
 def _finished_without_file(recipe: Recipe, images: Images, shards: list[Shard]) -> dict[str, Any] | None:
@@ -146,17 +146,18 @@ def _finished_without_file(recipe: Recipe, images: Images, shards: list[Shard]) 
     weights = teachers.weights_file(settings)
     if weights is None or weights.exists() or not (root / manifest.NAME).exists():
         return None
-    found = manifest.read(root)
-    done = complete(opened, asked(recipe, images, found, teachers.identity(settings, found["teacher"])), shards)
+    stored = manifest.read(root)
+    stated = teachers.identity(settings, stored["teacher"])
+    done = complete(opened, requested_identity(recipe, images, stored, stated), shards)
     if done is not None:
         log.info("%s: the teacher's file is gone, and not needed", root)
     return done
 
 
-def _check_space(store: Store, found: Mapping[str, Any], expected: dict[str, int]) -> None:
+def _check_space(store: Store, stored: Mapping[str, Any], expected: dict[str, int]) -> None:
     need = sum(RECORD * count for count in expected.values())
     for split, count in expected.items():
-        for output in outputs.from_json(found["outputs"]).values():
+        for output in outputs.from_json(stored["outputs"]).values():
             codec, shape = output.codecs[split], output.shape
             share = TRIMMED if codec.trim else 1
             need += round(share * (codec.size((count, *shape)) if output.is_vector else count * codec.size(shape)))

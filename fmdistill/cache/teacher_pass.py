@@ -1,6 +1,6 @@
-"""Run the teacher over shards in this process: images decoded ahead, batches that never cross shards.
+"""Run the teacher over shards in this process, decoding images ahead, in batches that never cross shards.
 
-Any number of processes may do so in one folder; those that torchrun or `accelerate launch` start share the work.
+Any number of processes may run in one folder. Those that torchrun or `accelerate launch` starts divide the shards.
 """
 
 import math
@@ -11,6 +11,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 
 import torch
@@ -21,8 +22,9 @@ from fmdistill import stop
 from fmdistill.cache import sidecar
 from fmdistill.cache.outputs import StoredOutput
 from fmdistill.cache.prefetch import LARGE, Waiting, advice, depth, prefetched
+from fmdistill.cache.prepare import prepare
 from fmdistill.cache.store import Store
-from fmdistill.cache.writer import Prepared, ShardWriter, image_hash
+from fmdistill.cache.writer import ShardWriter, TeacherInput, image_hash
 from fmdistill.files import being_written
 from fmdistill.images import DecodeError, Encoded, Images, Shard
 from fmdistill.images.picture import summary
@@ -32,12 +34,12 @@ from fmdistill.registry import UserError
 from fmdistill.teachers.family import Teacher
 
 BEHIND = 2  # batches of outputs that wait to be encoded and written
-TIMED = 3  # batches by which the time left is told; the one before them, which warms up, is not counted
+TIMED = 3  # batches that the time left is estimated from, after one that warms up
 
 
 @dataclass
 class Pass:
-    """One teacher pass over the missing shards: what it needs, and what it has seen so far."""
+    """One teacher pass over the missing shards: its inputs, and its progress so far."""
 
     teacher: Teacher
     images: Images
@@ -53,9 +55,9 @@ class Pass:
     waiting: Waiting = field(default_factory=Waiting)
 
     def run(self, shards: list[Shard], bar: tqdm) -> None:
-        """Write every shard of the list that no other process has finished meanwhile, one after the other.
+        """Write every shard of the list that no other process finishes meanwhile, one after the other.
 
-        Those that another one seems to be writing come last: it may be slow, or dead.
+        Shards that another process seems to be writing come last: that process may be slow, or dead.
         """
         others: list[Shard] = []
         before = self.seen
@@ -75,10 +77,10 @@ class Pass:
             log.info("%s", advice(self.waiting.share, self.teacher.workers, os.cpu_count() or 1))
 
     def write(self, shard: Shard, bar: tqdm) -> None:
-        """Write one shard; nothing is visible unless it is whole."""
+        """Write one shard, which becomes visible only when it is complete."""
         writer = ShardWriter(self.store, shard, self.identity, self.outputs)
         try:
-            self._teach(writer, bar)
+            self._run_teacher(writer, bar)
             if not writer.samples and not writer.failed:
                 raise UserError(f"{shard.name}: holds no image; remove it from the images, or restore it")
             writer.publish()
@@ -87,26 +89,25 @@ class Pass:
             writer.abandon()
             raise
 
-    def _batches(self, shard: Shard) -> Iterator[list[Prepared]]:
+    def _batches(self, shard: Shard) -> Iterator[list[TeacherInput]]:
         batch, workers = self.teacher.batch, self.teacher.workers
         ahead = depth(batch, workers, self.teacher.preprocess.image_size)
-        encoded = self.images.read(shard)
-        return self.waiting.counted(prefetched(encoded, self._prepare, batch=batch, workers=workers, ahead=ahead))
+        encoded, prepared = self.images.read(shard), partial(self._prepare, shard.name)
+        return self.waiting.counted(prefetched(encoded, prepared, batch=batch, workers=workers, ahead=ahead))
 
-    def _prepare(self, index: int, image: Encoded) -> Prepared:
-        item = Prepared(index, image.key, image_hash(image.data), image.label)
+    def _prepare(self, shard: str, index: int, encoded: Encoded) -> TeacherInput:
+        item = TeacherInput(index, encoded.key, image_hash(encoded.data), encoded.label)
         try:
-            picture = self.images.picture(image)
+            image = prepare(self.images, self.teacher.preprocess, encoded, shard)
         except DecodeError as error:
             item.problem = f"cannot be decoded: {error}"
             return item
-        height, width = picture.pixels.shape[:2]
-        item.original, item.conversions = (height, width), picture.conversions
-        item.pixels, item.resized = self.teacher.preprocess.prepare(picture.pixels)
+        item.original, item.conversions = image.original, image.conversions
+        item.pixels, item.resized = image.pixels, image.size
         return item
 
-    def _teach(self, writer: ShardWriter, bar: tqdm) -> None:
-        """Give the teacher batch after batch; one thread writes what it said, in order, while it works on the next."""
+    def _run_teacher(self, writer: ShardWriter, bar: tqdm) -> None:
+        """Run the teacher batch by batch; a thread writes its outputs, in order, while it works on the next batch."""
         waiting: deque[Future[None]] = deque()
         with ThreadPoolExecutor(1) as thread:
             try:
@@ -115,7 +116,7 @@ class Pass:
                     sizes_B2 = torch.tensor([item.resized for item in good])
                     pixels = [item.pixels for item in good if item.pixels is not None]
                     outputs = self.teacher(torch.stack(pixels), sizes_B2) if good else {}
-                    waiting.append(thread.submit(self._keep, writer, batch, good, sizes_B2, outputs, bar))
+                    waiting.append(thread.submit(self._write_batch, writer, batch, good, sizes_B2, outputs, bar))
                     if len(waiting) > BEHIND:
                         waiting.popleft().result()
                 while waiting:
@@ -124,11 +125,11 @@ class Pass:
                 for future in waiting:
                     future.cancel()
 
-    def _keep(
+    def _write_batch(
         self,
         writer: ShardWriter,
-        batch: list[Prepared],
-        good: list[Prepared],
+        batch: list[TeacherInput],
+        good: list[TeacherInput],
         sizes_B2: Tensor,
         outputs: dict[str, Tensor],
         bar: tqdm,
@@ -158,9 +159,9 @@ class Pass:
             share = self.waiting.share
             bar.set_postfix_str(f"{share:.0%} waiting for images" if share > LARGE else "", refresh=False)
         bar.update(len(batch))
-        self._tell()
+        self._log_time_left()
 
-    def _tell(self) -> None:
+    def _log_time_left(self) -> None:
         if len(self.marks) > TIMED:
             return
         self.marks.append((time.monotonic(), self.seen))
@@ -171,7 +172,7 @@ class Pass:
             hours, minutes = divmod(math.ceil(left / rate / 60), 60)
             log.info("%.3g images/s; about %d:%02d hours for the %d images left", rate, hours, minutes, left)
 
-    def _fail(self, writer: ShardWriter, item: Prepared, problem: str) -> None:
+    def _fail(self, writer: ShardWriter, item: TeacherInput, problem: str) -> None:
         writer.fail(item, problem)
         self.failed += 1
         log.warning("%s: image '%s' skipped: %s", writer.shard.name, item.key, problem)
@@ -194,9 +195,9 @@ def _finite(outputs: dict[str, Tensor]) -> Tensor:
 
 
 def ours_first(shards: Sequence[Shard], rank: int, world: int) -> list[Shard]:
-    """Return all shards, first this process's share, then the others' in an order of its own.
+    """Return all shards, this process's share first, then the other processes' in an order of its own.
 
-    So the slow and the dead are helped, and two processes that help seldom take the same shard.
+    So a process that is done helps slow or dead ones, and two helpers seldom choose the same shard.
     """
     rest = [shard for place, shard in enumerate(shards) if place % world != rank]
     random.Random(rank).shuffle(rest)

@@ -1,9 +1,9 @@
-"""Whether a cache's teacher is still the one that it was made with, told without opening the teacher's weights.
+"""Tell whether a cache's teacher is still the one that made it, without opening the teacher's weights.
 
-Hashing a checkpoint of gigabytes takes longer than looking whether a shard is missing. When a teacher was loaded and
-its fingerprint is that of the manifest, its settings and the size and time of its files are written beside the
-manifest; while these are the same, so is the teacher. No part of the cache's identity: a copy of the cache elsewhere
-loads the teacher once more.
+Hashing a checkpoint of gigabytes takes longer than looking for missing shards. So when a teacher was loaded and its
+fingerprint is the manifest's, its settings and the sizes and times of its files are written to teacher.json. While
+these stay the same, so does the teacher. The file is no part of the cache's identity: a copy of the cache on another
+machine loads the teacher once more.
 """
 
 import json
@@ -16,20 +16,20 @@ import fmdistill
 from fmdistill.files import write_whole
 
 NAME = "teacher.json"
-PACKAGED = Path(fmdistill.__file__).parent / "backbones/weights"  # holds NAME.safetensors for two teachers
+PACKAGED = Path(fmdistill.__file__).parent / "mini/weights"  # holds NAME.safetensors for two teachers
 FOLDER = "local-dir:"  # begins a model that is a folder of open_clip's
-NO_VALUES = ("device", "batch", "workers")  # settings that change none, beside what the fingerprint is compared by
+NO_VALUES = ("device", "batch", "workers")  # settings that change no value that is cached
 
 
 def note(settings: Mapping[str, Any], root: Path) -> None:
-    """Write down at `root`, if it can be written, that the teacher of these settings was loaded and is the cache's."""
+    """Write to `root`, if it is writable, that the teacher of these settings was loaded and is the cache's."""
     described = _described(settings)
     if described is not None and described != _read(root) and os.access(root, os.W_OK):
         write_whole(root / NAME, json.dumps(described, indent=1))
 
 
 def is_noted(settings: Mapping[str, Any], root: Path) -> bool:
-    """Return whether these settings are of the teacher that `note` wrote down; a file that is gone is not another."""
+    """Return whether `note` wrote these settings and files; a file that is missing now counts as unchanged."""
     described, noted = _described(settings), _read(root)
     if described is None or noted is None or described["settings"] != noted.get("settings"):
         return False
@@ -38,7 +38,7 @@ def is_noted(settings: Mapping[str, Any], root: Path) -> bool:
 
 
 def lost_files(root: Path) -> list[str]:
-    """Return the teacher's files that are noted at `root` and are gone."""
+    """Return the teacher's files that teacher.json in `root` names and that do not exist any more."""
     files = (_read(root) or {}).get("files")
     return [path for path in files if not Path(path).exists()] if isinstance(files, dict) else []
 

@@ -1,4 +1,4 @@
-"""Check a finished cache: every checksum of every file, then a sample of its values against the teacher."""
+"""Verify a finished cache: every checksum of every file, then the values of some images against the teacher."""
 
 from pathlib import Path
 
@@ -17,25 +17,25 @@ from fmdistill.registry import UserError
 from fmdistill.teachers.compute import state_hash
 from fmdistill.teachers.family import Head, Teacher
 
-NAMED = 20  # damaged shards at most, before the others are counted
-# Largest difference that arithmetic explains, relative to the largest value: another batch size or device.
+NAMED = 20  # damaged shards that an error names; the others are counted
+# Largest difference that another batch size or device explains, relative to the largest value.
 ARITHMETIC = {"fp32": 1e-4, "bf16": 4e-2}
 
 
 def verify_files(cache: Cache) -> int:
-    """Return how many shards were read whole. UserError naming each whose bytes differ from its sidecar."""
+    """Read all shards and return their number; UserError that names each whose bytes differ from its sidecar."""
     readers = [reader for split in cache.shards.values() for reader in split]
     shown = progress(readers, "verifying", unit="shard")
-    found = [damaged for reader in stop.between(shown) if (damaged := _damaged(reader, cache.identity))]
-    if found:
-        more = [f"and {len(found) - NAMED} more"] if len(found) > NAMED else []
-        which = "it" if len(found) == 1 else "these files"
-        raise UserError(f"{'; '.join(found[:NAMED] + more)}; delete {which} and run `fmdistill cache` again")
+    damaged = [text for reader in stop.between(shown) if (text := _describe_damage(reader, cache.identity))]
+    if damaged:
+        more = [f"and {len(damaged) - NAMED} more"] if len(damaged) > NAMED else []
+        which = "it" if len(damaged) == 1 else "these files"
+        raise UserError(f"{'; '.join(damaged[:NAMED] + more)}; delete {which} and run `fmdistill cache` again")
     return len(readers)
 
 
-def _damaged(reader: ShardReader, identity: str) -> str:
-    """Return which file is damaged and how, "" where the shard is whole."""
+def _describe_damage(reader: ShardReader, identity: str) -> str:
+    """Return which file of the shard is damaged and how; "" if none is."""
     fields = sidecar.read(reader.path.with_suffix(".json"))
     try:
         tar = reader.fetch()
@@ -47,18 +47,18 @@ def _damaged(reader: ShardReader, identity: str) -> str:
 
 
 def holds_head(root: Path, head: Head) -> bool:
-    """Return whether `root` keeps this very head, readable."""
+    """Return whether `root` holds exactly this head, undamaged."""
     try:
-        kept = type(head).load(root)
+        stored = type(head).load(root)
     except UserError:
         return False
-    return kept.config == head.config and state_hash(kept.state_dict()) == state_hash(head.state_dict())
+    return stored.config == head.config and state_hash(stored.state_dict()) == state_hash(head.state_dict())
 
 
 def verify_values(cache: Cache, teacher: Teacher, samples: int, seed: int = 0) -> dict[str, float]:
     """Recompute `samples` images drawn by `seed`; return the largest and mean absolute error and the mean cosine.
 
-    UserError where an error is larger than the codec's step and the teacher's arithmetic explain.
+    UserError if an error is larger than the codec's step and the teacher's arithmetic explain.
     """
     errors, cosines, count = [], [], 0
     for split in ("train", "validation"):
@@ -67,24 +67,23 @@ def verify_values(cache: Cache, teacher: Teacher, samples: int, seed: int = 0) -
         chosen = np.random.default_rng(seed).permutation(len(places))[: -(-samples // 2)]
         for number in stop.between(progress(sorted(chosen), f"recomputing {split}", unit="image")):
             shard, index = places[number]
-            item = data.item(0, shard, index)
-            fresh = teacher(item["pixels"][None], item["sizes"][None])
-            for name, value in fresh.items():
-                kept, new = item["outputs"][f"{cache.family}.{name}"], value[0]
+            batch = data.batch([(shard, index)])
+            for name, values in teacher(batch["pixels"], batch["sizes"]).items():
+                stored, new = batch["outputs"][f"{cache.family}.{name}"][0], values[0]
                 codec, member = data.shards[shard].codecs[name], data.shards[shard].samples[index]["outputs"][name]
                 if "shape" in member:
                     _, height, width = member["shape"]
-                    kept, new = kept[:, :height, :width], new[:, :height, :width]
-                error = (kept - new).abs()
+                    stored, new = stored[:, :height, :width], new[:, :height, :width]
+                error = (stored - new).abs()
                 allowed = float(new.abs().max()) * (codec.step + ARITHMETIC[cache.manifest["teacher"]["dtype"]])
                 allowed += codec.least
                 if float(error.max()) > allowed:
                     raise UserError(
-                        f"{data.shards[shard].path}: {name} of '{item['keys']}' differs from the teacher's by "
+                        f"{data.shards[shard].path}: {name} of '{batch['keys'][0]}' differs from the teacher's by "
                         f"{float(error.max()):.3g}, more than {allowed:.3g}; is this the teacher of the manifest?"
                     )
                 errors.append(error.flatten())
-                cosines.append(torch.nn.functional.cosine_similarity(kept.flatten(), new.flatten(), dim=0))
+                cosines.append(torch.nn.functional.cosine_similarity(stored.flatten(), new.flatten(), dim=0))
             count += 1
     if not errors:
         raise UserError(f"{cache.root}: holds no sample to recompute")
@@ -99,7 +98,7 @@ def verify_values(cache: Cache, teacher: Teacher, samples: int, seed: int = 0) -
 
 
 def damage(path: Path, fields: dict | None) -> str:
-    """Return where the tar at `path` differs from its sidecar: the first member whose checksum is another."""
+    """Describe how the tar at `path` differs from its sidecar, by the first member with a wrong checksum."""
     if fields is None:
         return "its sidecar is missing, damaged or disagrees with the tar's size"
     with open(path, "rb") as file:

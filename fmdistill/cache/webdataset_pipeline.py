@@ -140,6 +140,6 @@ def _images(folder: Path, opened: Mapping[str, Any], images: bool | Images | Rec
                 f"images=fmdistill.recipe.load(RECIPE)"
             )
         images = build_images(settings if isinstance(settings, dict) else {})
-    found = images if isinstance(images, Images) else build_images(images.images)
-    manifest.check_decoding(folder, opened, found.decoding)
-    return found
+    source = images if isinstance(images, Images) else build_images(images.images)
+    manifest.check_decoding(folder, opened, source.decoding)
+    return source

@@ -38,8 +38,8 @@ from fmdistill.images import Shard, escape
 
 
 @dataclass
-class Prepared:
-    """One image on its way to the teacher, or why it cannot go there."""
+class TeacherInput:
+    """One image of a shard, prepared for the teacher, or the problem with it."""
 
     index: int
     key: str
@@ -68,11 +68,11 @@ class ShardWriter:
         self.widths: dict[str, int] = {}  # of the rows
         self.statistics = Statistics()
 
-    def fail(self, item: Prepared, problem: str) -> None:
+    def fail(self, item: TeacherInput, problem: str) -> None:
         """Record an image that has no output, and why."""
         self.failed.append({"key": item.key, "index": item.index, "problem": problem})
 
-    def add(self, item: Prepared, outputs: dict[str, np.ndarray], valid: np.ndarray) -> None:
+    def add(self, item: TeacherInput, outputs: dict[str, np.ndarray], valid: np.ndarray) -> None:
         """Append one image's outputs; a value that the codec cannot hold is recorded as a failure."""
         kept = {name: cut(array, self.codecs[name], valid) for name, array in outputs.items()}
         try:
@@ -148,9 +148,9 @@ class ShardWriter:
             elif sidecar.finished(self.store, self.shard, self.identity, self.outputs):
                 self.temporary.unlink()
             else:
-                # The tar there is a dead writer's, a shorter cut, or another split's. Whoever replaces a tar replaces
-                # its sidecar too. Where two do so at once, or one dies between the two, the seal tells, and the next
-                # run writes the shard anew.
+                # The existing tar is a dead writer's, a shorter one, or another split's. A writer that replaces a tar
+                # replaces its sidecar too. If two do so at once, or one dies between the two calls, the seals differ,
+                # and the next run writes the shard again.
                 os.replace(self.temporary, self.path)
                 os.replace(described, beside)
         finally:
@@ -175,5 +175,5 @@ def cut(array: np.ndarray, codec: Codec, valid: np.ndarray) -> np.ndarray:
 
 
 def image_hash(data: bytes) -> str:
-    """Return the hash by which training knows that an image is still the one that the teacher saw."""
+    """Return the hash by which training recognises the image that the teacher saw."""
     return hashlib.blake2b(data, digest_size=12).hexdigest()

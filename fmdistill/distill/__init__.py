@@ -20,17 +20,22 @@ from fmdistill.settings import flat
 
 __all__ = ["check_claim", "check_machine", "check_run", "load_student", "run"]
 
-# Beside the fields that the recipe marks: settings of a component, whose values the cache holds, or every image's hash.
+# Settings that may change in a resumed run, in addition to the fields that the recipe marks: the cache's manifest
+# stores the hash of the weights, and the others do not change what the teacher computes.
 FREE = {f"teacher.{key}" for key in ("weights", "device", "batch", "workers")}
 
 
 def run(recipe: Recipe, resume: bool = True) -> Path:
-    """Train the recipe's student; return the run's directory. With `resume`, a finished run is left as it is."""
+    """Train the recipe's student and return the run's directory.
+
+    With `resume`, an interrupted run continues at its newest checkpoint and a finished one is returned unchanged;
+    without it, an existing run raises UserError.
+    """
     out = Path(recipe.out)
-    check_machine(recipe)  # before the run's folder holds a recipe that cannot be trained
+    check_machine(recipe)  # before a recipe that cannot be trained is written into the run's folder
     _claim(recipe, out, resume)
     if (out / WEIGHTS).is_file():
-        log.info("%s: trained already", out)
+        log.info("%s: already trained", out)
         return out
     engine = Engine(recipe.train)
     job = tasks.build(recipe)
@@ -44,23 +49,23 @@ def run(recipe: Recipe, resume: bool = True) -> Path:
 
 
 def check_machine(recipe: Recipe) -> None:
-    """Raise a UserError if the run is to be trained and the device or the launcher's variables do not allow it."""
+    """Raise a UserError if the run is not finished and the device or the launcher's variables prevent training."""
     if not (Path(recipe.out) / WEIGHTS).is_file():
         check_training()
         pick_device(recipe.train.device, "train.device")
 
 
 def _claim(recipe: Recipe, out: Path, resume: bool) -> None:
-    """Make `out` this recipe's run. What was never trained, having no checkpoint, belongs to nobody."""
+    """Save the recipe in `out`. Raises UserError if `out` holds a trained run of another recipe."""
     if _is_trained(out) and not resume:
-        raise UserError(f"{out}: holds a run already; choose another out=FOLDER, or delete it")
+        raise UserError(f"{out}: already holds a run; choose another out=FOLDER, or delete it")
     check_claim(recipe)
-    if not (out / WEIGHTS).is_file() or os.access(out, os.W_OK):  # a finished run may be lent for reading only
-        recipes.save(recipe, out)  # with the place where its images are now
+    if not (out / WEIGHTS).is_file() or os.access(out, os.W_OK):  # a finished run may be read-only
+        recipes.save(recipe, out)  # with the current location of its images
 
 
 def check_claim(recipe: Recipe) -> None:
-    """Raise a UserError if the recipe's folder holds a run of another recipe, begun or finished."""
+    """Raise a UserError if the recipe's folder contains a run of another recipe, interrupted or finished."""
     if _is_trained(Path(recipe.out)):
         check_run(recipe, Path(recipe.out))
 
@@ -70,17 +75,19 @@ def _is_trained(out: Path) -> bool:
 
 
 def check_run(recipe: Recipe, out: Path) -> None:
-    """Raise a UserError unless the run in `out` is of this recipe, in all that moves a weight."""
+    """Raise a UserError unless the run in `out` has the same recipe, in all settings that affect the weights."""
     saved = recipes.load_saved(out, ["trust=true"])
-    old, new = (flat(dataclasses.asdict(one)) for one in (saved, recipe))
+    old, new = (flat(dataclasses.asdict(version)) for version in (saved, recipe))
     free = FREE | recipes.free_settings()
-    if finished.is_live(recipe.teacher):  # no cache stands for it
+    if finished.is_live(recipe.teacher):  # a live teacher has no cache whose manifest would state its weights
         free -= {"teacher.weights"}
-    held = [key for key in sorted({*old, *new}) if not _is_free(key, free)]
-    changed = [k for k in held if str(old.get(k)) != str(new.get(k))]
+    fixed = [key for key in sorted({*old, *new}) if not _is_free(key, free)]
+    changed = [key for key in fixed if str(old.get(key)) != str(new.get(key))]
     if changed:
-        shown = "; ".join(f"{k} is {old.get(k)!r} there and {new.get(k)!r} here" for k in changed[:3])
-        raise UserError(f"{out}: holds a run of another recipe: {shown}. Choose another out=FOLDER, or delete it")
+        differences = "; ".join(
+            f"{key} is {old.get(key)!r} in the run and {new.get(key)!r} in the recipe" for key in changed[:3]
+        )
+        raise UserError(f"{out}: holds a run of another recipe: {differences}. Choose another out=FOLDER, or delete it")
 
 
 def _is_free(key: str, free: set[str]) -> bool:

@@ -1,4 +1,4 @@
-"""Checkpoints: a folder of safetensors and JSON that appears whole, and is all that an exact resume needs."""
+"""Checkpoints: folders of safetensors and JSON, each written whole, from which training resumes exactly."""
 
 import json
 import os
@@ -15,11 +15,14 @@ from torch import Tensor, nn
 from fmdistill.files import write_whole
 from fmdistill.registry import UserError
 
-KEEP = 2  # newest checkpoints of a run
+KEEP = 2  # number of a run's newest checkpoints that are not deleted
 
 
 def save(run: Path, step: int, task: nn.Module, optimizer: torch.optim.Optimizer, order: str) -> Path:
-    """Write `run`/checkpoints/step-NNNNNNNN and drop all but the newest; return its path. `order` names the data."""
+    """Write `run`/checkpoints/step-NNNNNNNN and delete all but the newest; return its path.
+
+    `order` is the identity of the order of the training images.
+    """
     folder = run / "checkpoints"
     final, part = folder / f"step-{step:08d}", folder / f".step-{step:08d}.{os.getpid()}.part"
     part.mkdir(parents=True)
@@ -28,59 +31,60 @@ def save(run: Path, step: int, task: nn.Module, optimizer: torch.optim.Optimizer
     write_whole(part / "state.json", json.dumps({"step": step, "order": order}))
     shutil.rmtree(final, ignore_errors=True)
     part.rename(final)
-    for old in _steps(run)[:-KEEP]:
+    for old in _folders(run)[:-KEEP]:
         shutil.rmtree(old)
     return final
 
 
 def resume(run: Path, task: nn.Module, optimizer: torch.optim.Optimizer, order: str) -> int:
-    """Load the newest checkpoint of `run` into task and optimizer; return its step, 0 where there is none.
+    """Load the newest checkpoint of `run` into task and optimizer; return its step, or 0 if the run has none.
 
-    UserError where it cannot be read, or was trained on other images, so that its step would mean another batch.
+    Raises UserError if it cannot be read, or if its `order` differs, since its step would then mean another batch.
     """
     for part in (run / "checkpoints").glob(".*.part"):
         shutil.rmtree(part, ignore_errors=True)  # another process of this run may be removing it too
-    found = _steps(run)
-    if not found:
+    folders = _folders(run)
+    if not folders:
         return 0
+    folder = folders[-1]
     try:
-        task.load_state_dict(load_file(found[-1] / "task.safetensors"))
-        _restore(optimizer, load_file(found[-1] / "optimizer.safetensors"))
-        state = json.loads((found[-1] / "state.json").read_text())
+        task.load_state_dict(load_file(folder / "task.safetensors"))
+        _restore(optimizer, load_file(folder / "optimizer.safetensors"))
+        state = json.loads((folder / "state.json").read_text())
         step, trained_on = int(state["step"]), state["order"]
     except (SafetensorError, RuntimeError, OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"{found[-1]}: cannot resume from it ({reason}); delete this folder to use an earlier one"
+            f"{folder}: cannot resume from this checkpoint ({reason}); delete this folder to use an earlier one"
         ) from None
     if trained_on != order:
         raise UserError(
-            f"{found[-1]}: the training images have changed since, so the order of samples is another; "
-            f"give the images that the run began with, or choose another out=FOLDER"
+            f"{folder}: the training images have changed since, so their order differs; "
+            f"use the images that the run began with, or choose another out=FOLDER"
         )
     return step
 
 
 def exists(run: Path) -> bool:
     """Return whether the run has a checkpoint."""
-    return bool(_steps(run))
+    return bool(_folders(run))
 
 
 def newest(run: Path) -> Path:
-    """Return the newest checkpoint's folder. UserError where there is none."""
-    found = _steps(run)
-    if not found:
-        raise UserError(f"{run}: keeps no checkpoint, so nothing of its objective; train it anew")
-    return found[-1]
+    """Return the folder of the newest checkpoint. Raises UserError if the run has none."""
+    folders = _folders(run)
+    if not folders:
+        raise UserError(f"{run}: has no checkpoint, which stores the objective's state; train it again")
+    return folders[-1]
 
 
 def save_state(state: dict[str, Tensor], path: Path) -> None:
     """Write tensors to `path` as safetensors, whole or not at all."""
-    # Not save_file: where the disk is full it raises no OSError.
+    # Not save_file, which raises no OSError if the disk is full.
     write_whole(path, to_bytes({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}))
 
 
-def _steps(run: Path) -> list[Path]:
+def _folders(run: Path) -> list[Path]:
     return sorted(path for path in (run / "checkpoints").glob("step-*") if (path / "state.json").is_file())
 
 

@@ -1,8 +1,9 @@
 """Load batches ahead of training, in worker processes, or in threads if shared memory is too small for processes.
 
-Worker processes hand their batches over in shared memory (/dev/shm), of which a container has 64 MB unless told
-otherwise. It is measured before the first batch, and a worker that meets its end says so instead of leaving the loader
-waiting. Batches are the same, in the same order, whatever the number of workers and however they work.
+Worker processes pass their batches on in shared memory (/dev/shm), of which a container has 64 MB by default. Its free
+space is measured before the first batch, and a worker that runs out of it reports that, so that the loader does not
+wait forever. Batches and their order depend neither on the number of workers nor on whether these are processes or
+threads.
 """
 
 import logging
@@ -20,26 +21,26 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from fmdistill import stop
-from fmdistill.distill.data import Data, Place, Together, changed
+from fmdistill.cache.batch import Batch, BatchReader, Data, Place, collate, fill, map_tensors
 from fmdistill.registry import UserError
 
 AHEAD = 2  # batches that each worker has ready, as PyTorch's loader has
-GRACE = 5.0  # seconds after a requested stop for which a batch is awaited, so that the step can end
-PATIENCE = 600.0  # seconds without a batch after which the images are taken to be out of reach
+GRACE = 5.0  # seconds to wait for a batch after a stop was requested, so that the step can end
+PATIENCE = 600.0  # seconds without a batch after which the storage is taken to be unreachable
 SHARED = "/dev/shm"
 
 _log = logging.getLogger(__name__)
 _logged: set[str] = set()
 
 
-def batches(data: Data, places: Iterable[list[Place]], workers: int) -> Generator[dict[str, Any]]:
-    """Yield one collated batch for each list of places, in their order.
+def batches(data: Data, places: Iterable[list[Place]], workers: int) -> Generator[Batch]:
+    """Yield one batch for each list of places, in their order.
 
-    UserError if a sample cannot be read, or if no batch came for `PATIENCE` seconds; Stopped if a stop was requested
-    and the next batch is not there within `GRACE` seconds.
+    UserError if an image cannot be read, or if no batch comes for `PATIENCE` seconds; Stopped if a stop was requested
+    and the next batch does not come within `GRACE` seconds.
     """
     places = iter(places)
     first = next(places, None)
@@ -47,22 +48,22 @@ def batches(data: Data, places: Iterable[list[Place]], workers: int) -> Generato
         return
     places, workers = chain([first], places), _startable(workers)
     if workers == 0:
-        yield from (_whole(data, chosen) for chosen in places)
+        yield from (_read_whole(data, chosen) for chosen in places)
     elif _fits_shared_memory(data, first, workers):
         yield from _by_processes(data, places, workers)
     else:
         yield from _by_threads(data, places, workers)
 
 
-def _by_processes(data: Data, places: Iterator[list[Place]], workers: int) -> Generator[dict[str, Any]]:
+def _by_processes(data: Data, places: Iterator[list[Place]], workers: int) -> Generator[Batch]:
     sampler: Any
-    sampler, again, beside = tee(places, 3)
+    sampler, untaken, read_here = tee(places, 3)
     loader = DataLoader(
-        _Items(data),
+        _Samples(data),
         batch_sampler=sampler,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
-        collate_fn=_as_it_is,
+        collate_fn=_unchanged,
         worker_init_fn=_begin,
         timeout=stop.POLL,
     )
@@ -72,33 +73,33 @@ def _by_processes(data: Data, places: Iterator[list[Place]], workers: int) -> Ge
     started = set(multiprocessing.active_children()) - others
     full = None
     try:
-        with closing(_ahead(lambda chosen: _together(data, chosen), beside, workers)) as read:
+        with closing(_ahead(lambda chosen: _read_here(data, chosen), read_here, workers)) as parts:
             while (loaded := _next(loading)) is not None:
                 if isinstance(loaded, _NoSharedMemory):
                     full = loaded
                     break
-                next(again)
-                yield {**_checked(loaded), **next(read)}
+                next(untaken)
+                batch = _checked(loaded)
+                batch.update(next(parts))
+                yield batch
     finally:
-        loading._shutdown_workers()  # not left to the garbage collector, for which a traceback may hold it back
+        loading._shutdown_workers()  # now, since a traceback may keep the garbage collector from it
         for process in started:
-            process.kill()  # one that is stuck in reading: it ignores SIGTERM, and Python would wait for it at its end
+            process.kill()  # it may be stuck in a read: it ignores SIGTERM, and Python would wait for it at exit
     if full is not None:
         _warn(f"{full.reason}; from here on {workers} threads load the images. {_way_out()}")
-        yield from _by_threads(data, again, workers)
+        yield from _by_threads(data, untaken, workers)
 
 
-def _by_threads(data: Data, places: Iterator[list[Place]], threads: int) -> Generator[dict[str, Any]]:
-    with closing(_ahead(lambda chosen: _whole(data, chosen), places, threads)) as loaded:
+def _by_threads(data: Data, places: Iterator[list[Place]], threads: int) -> Generator[Batch]:
+    with closing(_ahead(lambda chosen: _read_whole(data, chosen), places, threads)) as loaded:
         yield from loaded
 
 
-def _ahead(
-    read: Callable[[list[Place]], dict[str, Any]], places: Iterator[list[Place]], threads: int
-) -> Generator[dict[str, Any]]:
-    """Yield what `read` gives for each list of places, read as far ahead as the loader's workers are."""
+def _ahead(read: Callable[[list[Place]], Any], places: Iterator[list[Place]], threads: int) -> Generator[Any]:
+    """Yield what `read` returns for each list of places, read by threads as far ahead as worker processes read."""
     gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
-    # A thread begins with the first GPU, on which to pin memory would cost every process a context.
+    # A new thread uses the first GPU, and pinning memory there would cost every process a context on it.
     own = {} if gpu is None else {"initializer": torch.cuda.set_device, "initargs": (gpu,)}
     pool, waiting = ThreadPoolExecutor(threads, **own), deque()
     try:
@@ -112,39 +113,38 @@ def _ahead(
         pool.shutdown(wait=False, cancel_futures=True)  # a download may take minutes
 
 
-def _whole(data: Data, chosen: list[Place]) -> dict[str, Any]:
-    return {**_pinned(_checked(_Items(data).__getitems__(chosen))), **_together(data, chosen)}
+def _read_whole(data: Data, chosen: list[Place]) -> Batch:
+    return _pinned(fill(data, chosen))
 
 
-def _together(data: Data, chosen: list[Place]) -> dict[str, Any]:
-    return _pinned(data.together(chosen)) if isinstance(data, Together) else {}
+def _read_here(data: Data, chosen: list[Place]) -> Any:
+    """Return the part of a batch that no worker process reads."""
+    return _pinned(data.read_batch(chosen)) if isinstance(data, BatchReader) else {}
 
 
 class _NoSharedMemory(NamedTuple):
-    """What a worker returns in a batch's place if shared memory has no room for it."""
+    """What a worker process returns if shared memory has no room for the batch."""
 
     reason: str
 
 
-class _Items(Dataset):
+class _Samples(Dataset):
     def __init__(self, data: Data) -> None:
         self.data = data
 
-    def __getitems__(self, places: list[Place]) -> dict[str, Any] | UserError | _NoSharedMemory:
+    def __getitems__(self, places: list[Place]) -> Batch | UserError | _NoSharedMemory:
         try:
-            batch = _stack([self.data.item(*place) for place in places])
-        except UserError as error:  # returned, since a worker would wrap it in a traceback
+            batch = collate([self.data.item(*place) for place in places])
+        except UserError as error:  # returned, since a worker process would raise it with its traceback as text
             return error
-        if get_worker_info() is None:
-            return batch
-        try:  # here, since in the queue's own thread an error would be printed and the batch lost
-            return changed(batch, Tensor.share_memory_)
+        try:  # here, since an error in the queue's own thread would be printed and the batch lost
+            return map_tensors(batch, Tensor.share_memory_)
         except (RuntimeError, OSError) as error:
             return _NoSharedMemory(" ".join(str(error).split())[:160])
 
 
 def _next(loading: Iterator[Any]) -> Any:
-    """Return the loader's next batch, None after the last."""
+    """Return the loader's next batch, or None after the last."""
     began = time.monotonic()
     while True:
         try:
@@ -152,10 +152,12 @@ def _next(loading: Iterator[Any]) -> Any:
         except RuntimeError as error:
             if "timed out after" not in str(error):
                 raise
+        except (ConnectionError, EOFError) as error:  # a worker that dies here takes a batch that it announced along
+            raise RuntimeError("a DataLoader worker died while its batch was received") from error
         _wait_on(began)
 
 
-def _awaited(future: Future[dict[str, Any]]) -> dict[str, Any]:
+def _awaited(future: Future[Any]) -> Any:
     return stop.result(future, partial(_wait_on, time.monotonic()))
 
 
@@ -170,7 +172,7 @@ def _wait_on(began: float) -> None:
 
 
 def _startable(workers: int) -> int:
-    """Return how many of `workers` to start: no more than there are processors for this process."""
+    """Return how many of `workers` to start, at most one for each processor of this process."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if workers > cores:
         _warn(f"workers={workers}: {cores} processors are available, so {cores} are started", logging.INFO)
@@ -178,13 +180,13 @@ def _startable(workers: int) -> int:
 
 
 def _fits_shared_memory(data: Data, chosen: list[Place], workers: int) -> bool:
-    """Return whether shared memory holds what the worker processes of this machine have ready at once."""
+    """Return whether shared memory holds all batches that this machine's worker processes have ready at once."""
     free = _free_shared_memory()
     if free is None:
         return True
-    item = _bytes(data.item(*chosen[0]))
+    size = _bytes(data.item(*chosen[0]))
     share = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # training processes of this machine
-    needed = item * len(chosen) * (AHEAD * workers + 2) * share  # one in the loop's hands, one on its way there
+    needed = size * len(chosen) * (AHEAD * workers + 2) * share  # one in use, one on its way to the loop
     if needed <= free:
         return True
     _warn(
@@ -195,14 +197,14 @@ def _fits_shared_memory(data: Data, chosen: list[Place], workers: int) -> bool:
 
 
 def _free_shared_memory() -> int | None:
-    """Return the free bytes of shared memory, 0 if there is none, None if this system does not say."""
+    """Return the free bytes of shared memory: 0 without any, None if the system does not tell."""
     if not sys.platform.startswith("linux"):
         return None
     try:
-        found = os.statvfs(SHARED)
+        status = os.statvfs(SHARED)
     except OSError:
         return 0
-    return found.f_bavail * found.f_frsize
+    return status.f_bavail * status.f_frsize
 
 
 def _way_out() -> str:
@@ -221,36 +223,30 @@ def _bytes(value: Any) -> int:
 
 
 def _warn(line: str, level: int = logging.WARNING) -> None:
-    """Log a line once a process: training, validation and evaluation each start loaders."""
+    """Log a line once in each process, since training, validation and evaluation each start loaders."""
     kind = line.partition(" ")[0]
     if kind not in _logged:
         _logged.add(kind)
         _log.log(level, "%s", line)
 
 
-def _checked(loaded: Any) -> dict[str, Any]:
+def _checked(loaded: Any) -> Any:
     if isinstance(loaded, UserError):
         raise loaded
     return loaded
 
 
 def _begin(worker: int) -> None:
-    """Leave signals to the training process, and say nothing when it goes away in the middle of a batch."""
+    """Leave signals to the training process, and print nothing if it ends in the middle of a batch."""
     stop.ignore()
     report, gone = sys.excepthook, (EOFError, ConnectionError)
     sys.excepthook = lambda kind, error, trace: None if issubclass(kind, gone) else report(kind, error, trace)
 
 
 def _pinned(batch: Any) -> Any:
-    """Return the batch in memory that a GPU copies from by itself, if there is a GPU."""
-    return changed(batch, Tensor.pin_memory) if torch.cuda.is_available() else batch
+    """Return the batch in page-locked memory, from which a GPU copies by itself, if there is a GPU."""
+    return map_tensors(batch, Tensor.pin_memory) if torch.cuda.is_available() else batch
 
 
-def _as_it_is(batch: Any) -> Any:
+def _unchanged(batch: Any) -> Any:
     return batch
-
-
-def _stack(values: list[Any]) -> Any:
-    if isinstance(values[0], dict):
-        return {key: _stack([value[key] for value in values]) for key in values[0]}
-    return torch.stack(values) if isinstance(values[0], Tensor) else values

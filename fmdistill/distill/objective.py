@@ -1,4 +1,4 @@
-"""The objective: named terms, each rectify -> measure -> weigh -> reduce, and only the last step reduces."""
+"""The objective: named terms, each rectify -> measure -> weight -> reduce; only the last step reduces."""
 
 import dataclasses
 import inspect
@@ -17,7 +17,7 @@ from fmdistill.logs import log
 from fmdistill.registry import UserError, bind, complete, typed
 
 Shape = tuple[int, ...]
-SHAPES = ("student", "teacher", "shapes")  # of one image's outputs: the compared ones, and all by name
+SHAPES = ("student", "teacher", "shapes")  # arguments: shapes of one image's compared outputs, and of all by name
 
 
 @dataclass(frozen=True)
@@ -30,15 +30,15 @@ class TermSettings:
     rectify: dict | None = None
     padding: Literal["include", "exclude"] = "include"  # whether padded patches take part; the SRW paper includes them
     scale: float = 1.0
-    warmup: float = 0.0  # epochs in which the scale rises from zero in a straight line
+    warmup: float = 0.0  # epochs in which the scale rises linearly from zero
 
     def __post_init__(self) -> None:
         if self.warmup < 0:
-            raise UserError(f"objective: warmup={self.warmup}: expected epochs, 0 for none")
+            raise UserError(f"objective: warmup={self.warmup}: expected a number of epochs, 0 for no warm-up")
 
 
 class Term(nn.Module):
-    """One weighted distance. What learns is a submodule, so it reaches optimizer and checkpoint."""
+    """One weighted distance. Learned parts are submodules, so that the optimizer and checkpoints include them."""
 
     def __init__(
         self, settings: TermSettings, where: str, shapes: Mapping[str, Shape], priors: Priors | None = None
@@ -51,7 +51,7 @@ class Term(nn.Module):
         self.rectify = rectify and complete(rectify, known, f"{where}.rectify", why)
         self.distance = complete(distance, known, f"{where}.distance", why)
         self.weighting = complete(weighting, known, f"{where}.weighting", why)
-        self.named, self.looked = f"{where}.weighting={settings.weighting['name']}", False
+        self.weighting_setting, self.weights_checked = f"{where}.weighting={settings.weighting['name']}", False
 
     def forward(self, seen: Seen) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the term's scalar loss and its statistics: effective sample size and largest weight."""
@@ -65,7 +65,7 @@ class Term(nn.Module):
         }
 
     def measure(self, seen: Seen) -> tuple[Tensor, Tensor, Seen]:
-        """Return the distance and its weight, both (B,) or (B, N), and the rectified view that both were made from."""
+        """Return the distance and its weight, both (B,) or (B, N), and the rectified view they were computed from."""
         seen = seen.focus(self.settings.output, self.settings.padding)
         if self.rectify is not None:
             seen = self.rectify(seen)
@@ -73,9 +73,9 @@ class Term(nn.Module):
         if distance.dim() == 2 and (seen.valid is None or seen.valid.shape != distance.shape):
             if seen.valid is not None and not seen.valid.all():
                 raise UserError(
-                    f"objective: padding=exclude: output={self.settings.output} has {distance.shape[1]} patches an "
-                    f"image, and what is padding is known for {seen.valid.shape[1]}; use padding=include, or an output "
-                    f"of the teacher's grid"
+                    f"objective: padding=exclude: output={self.settings.output} has {distance.shape[1]} patches per "
+                    f"image, but padding is known for {seen.valid.shape[1]} patches; use padding=include, or an output "
+                    f"on the teacher's grid"
                 )
             seen = dataclasses.replace(seen, valid=torch.ones_like(distance, dtype=torch.bool))
         weight = self.weighting(distance.detach(), seen)
@@ -83,26 +83,29 @@ class Term(nn.Module):
         return distance, weight, seen
 
     def _check(self, weight: Tensor, distance: Tensor, valid: Tensor | None) -> None:
-        """Refuse weights of another shape; look at their values once, since that makes a GPU wait."""
+        """Raise a UserError for weights of a wrong shape; check their values once only, since that makes a GPU wait."""
         if getattr(weight, "shape", None) != distance.shape:
-            found = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+            actual = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
             raise UserError(
-                f"{self.named}: gave {found}; expected weights of the distance's shape {(*distance.shape,)}"
+                f"{self.weighting_setting}: returned {actual}; expected weights of the distance's shape "
+                f"{(*distance.shape,)}"
             )
-        if self.looked:
+        if self.weights_checked:
             return
-        self.looked = True
+        self.weights_checked = True
         if bool(distance.isfinite().all()) and not bool(weight.isfinite().all()):
             raise UserError(
-                f"{self.named}: gave weights that are not finite for distances that are; is 0 divided by 0?"
+                f"{self.weighting_setting}: returned weights that are not finite for finite distances; does it divide "
+                f"0 by 0?"
             )
         count = weight.numel() if valid is None or weight.dim() == 1 else int(valid.sum())
         mean = float(weight.sum()) / max(count, 1)
-        if self.settings.weighting["name"] not in WEIGHTINGS and abs(mean - 1) > 1e-3:  # ours say where it is another
+        # fmdistill's own weightings document a mean other than one.
+        if self.settings.weighting["name"] not in WEIGHTINGS and abs(mean - 1) > 1e-3:
             log.warning(
                 "%s: the mean weight of the first batch is %.4g, not one, so a comparison with another weighting "
-                "compares learning rates too; divide by the mean, unless this is meant",
-                self.named,
+                "also compares learning rates; divide by the mean, unless this is intended",
+                self.weighting_setting,
                 mean,
             )
 
@@ -113,10 +116,10 @@ class Term(nn.Module):
 
 
 class Objective(nn.Module):
-    """A mapping of named terms.
+    """The loss as a mapping of named terms.
 
-    `shapes` are those of one image's outputs by name, as in `Seen`: what a part that learns is made for. `priors`
-    tell how often each class occurs, for what goes by frequency.
+    `shapes` are the shapes of one image's outputs, by the names of `Seen`; learned parts are built for them. `priors`
+    are the class statistics, for rectifiers that need class frequencies.
     """
 
     def __init__(
@@ -127,16 +130,18 @@ class Objective(nn.Module):
     ) -> None:
         super().__init__()
         terms = check(settings).items()
-        for name, one in terms:
-            _check_padding(one, f"objective.{name}", _shapes(one.output, shapes or {}))
-        self.terms = nn.ModuleDict({name: Term(one, f"objective.{name}", shapes or {}, priors) for name, one in terms})
+        for name, term in terms:
+            _check_padding(term, f"objective.{name}", _shapes(term.output, shapes or {}))
+        self.terms = nn.ModuleDict(
+            {name: Term(term, f"objective.{name}", shapes or {}, priors) for name, term in terms}
+        )
 
     def forward(self, seen: Seen) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the named losses and the named statistics."""
         losses, statistics = {}, {}
         for name, term in self.items():
-            losses[name], found = term(seen)
-            statistics |= {f"{name}/{key}": value for key, value in found.items()}
+            losses[name], term_statistics = term(seen)
+            statistics |= {f"{name}/{key}": value for key, value in term_statistics.items()}
         return losses, statistics
 
     def items(self) -> Iterator[tuple[str, Term]]:
@@ -147,9 +152,9 @@ class Objective(nn.Module):
 
 
 def check(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, TermSettings]:
-    """Type every term and bind its components, without touching data."""
+    """Return the typed settings of every term; bind its components, without reading data."""
     if not settings:
-        raise UserError("objective: names no term; a recipe that distils needs one, such as objective.embedding")
+        raise UserError("objective: has no term; a recipe that distils needs one, such as objective.embedding")
     terms = {name: TermSettings(**typed(TermSettings, s, f"objective.{name}")) for name, s in settings.items()}
     for name, term in terms.items():
         _bound(term, f"objective.{name}")
@@ -157,17 +162,17 @@ def check(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, TermSettings]:
 
 
 def check_trimmed(settings: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise a UserError for a term that takes in padded patches, of which a trimmed cache holds none."""
+    """Raise a UserError for a term that includes padded patches, which a trimmed cache does not store."""
     for name, term in check(settings).items():
         if term.padding == "include":
             raise UserError(
-                f"objective.{name}.padding=include: a cache with cache.trim=true keeps no padded patch to compare; "
+                f"objective.{name}.padding=include: a cache with cache.trim=true stores no padded patches to compare; "
                 f"set objective.{name}.padding=exclude, or cache.trim=false"
             )
 
 
 def check_vectors(settings: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise a UserError for a term that excludes padding, of a teacher whose outputs are all vectors."""
+    """Raise a UserError for a term that excludes padding, given a teacher whose outputs are all vectors."""
     for name, term in check(settings).items():
         _check_padding(term, f"objective.{name}", {"student": (1,), "teacher": (1,)})
 
@@ -176,15 +181,15 @@ def _check_padding(term: TermSettings, where: str, shapes: Mapping[str, Any]) ->
     known = [shape for shape in (shapes["student"], shapes["teacher"]) if shape is not None]
     if term.padding == "exclude" and known and all(len(shape) == 1 for shape in known):
         raise UserError(
-            f"{where}.padding=exclude: ignored, since output={term.output} is one vector per image, which has no "
-            f"padded patches; leave `padding` out"
+            f"{where}.padding=exclude: ignored, since output={term.output} is one vector per image and has no "
+            f"padded patches; remove `padding`"
         )
 
 
 def needs_priors(settings: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Return whether a term goes by how often each class occurs."""
+    """Return whether a term needs the class statistics `Priors`."""
     rectifiers = [_bound(term, f"objective.{name}")[2] for name, term in check(settings).items()]
-    return any(one and "priors" in inspect.signature(one.func).parameters for one in rectifiers)
+    return any(rectify and "priors" in inspect.signature(rectify.func).parameters for rectify in rectifiers)
 
 
 def _bound(term: TermSettings, where: str) -> tuple[Any, Any, Any]:
@@ -196,17 +201,20 @@ def _bound(term: TermSettings, where: str) -> tuple[Any, Any, Any]:
 
 
 def _shapes(output: str, shapes: Mapping[str, Shape]) -> dict[str, Any]:
-    """Return the shapes of the student's and the teacher's `output` and of all, None where they are not known."""
+    """Return the shapes of the student's and the teacher's `output` and of all outputs; None if not known."""
     student = shapes.get(f"student.{output.rpartition('.')[2]}")
     try:
         teacher = shapes[teacher_name(output, shapes)]
     except UserError:
-        teacher = None  # a distance to labels needs none, any other says so
+        teacher = None  # a distance to labels needs no teacher; any other raises an error
     return {"student": student, "teacher": teacher, "shapes": shapes or None}
 
 
 def reduce(values: Tensor, valid: Tensor | None) -> Tensor:
-    """Return the mean over the batch of each image's sum over its valid count; (B, N) with (B, N) valid, or (B,)."""
+    """Return the mean over the batch of `values` (B,), or of each image's mean over its valid patches for (B, N).
+
+    `values` are zero for invalid patches; `valid` is (B, N) for maps, None for vectors.
+    """
     if values.dim() == 1:
         return values.mean()
     assert valid is not None
@@ -215,7 +223,10 @@ def reduce(values: Tensor, valid: Tensor | None) -> Tensor:
 
 @torch.no_grad()
 def effective_sample_size(weight: Tensor, valid: Tensor | None) -> Tensor:
-    """Return (sum w)^2 / (n sum w^2) in (0, 1]: the images' mean over valid patches; for (B,) over the micro-batch."""
+    """Return (sum w)^2 / (n sum w^2) in (0, 1]: over the micro-batch for `weight` (B,).
+
+    For (B, N), it is computed over each image's valid patches and averaged over the images.
+    """
     if weight.dim() == 1:
         return weight.sum().square() / (len(weight) * weight.square().sum().clamp_min(1e-12))
     assert valid is not None

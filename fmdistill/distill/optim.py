@@ -13,7 +13,7 @@ from fmdistill.registry import UserError
 def adamw(
     model: nn.Module, lr: float, weight_decay: float = 0.01, betas: tuple[float, float] = (0.9, 0.999)
 ) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019); biases and norms, every parameter of one dimension, are not decayed."""
+    """Return AdamW (Loshchilov and Hutter 2019); one-dimensional parameters (biases and norms) are not decayed."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.dim() > 1], "weight_decay": weight_decay},
@@ -23,7 +23,7 @@ def adamw(
 
 
 def sgd(model: nn.Module, lr: float, weight_decay: float = 5e-4, momentum: float = 0.9) -> torch.optim.Optimizer:
-    """SGD with momentum; as in the CIFAR-100 distillation tables, every parameter is decayed, and without Nesterov."""
+    """Return SGD with momentum, weight decay for all parameters and no Nesterov, as in the CIFAR-100 tables."""
     trained = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.SGD(trained, lr=lr, momentum=momentum, weight_decay=weight_decay)
 
@@ -37,39 +37,42 @@ def muon(
     convolutions: bool = False,
     betas: tuple[float, float] = (0.9, 0.999),
 ) -> torch.optim.Optimizer:
-    """Muon (Jordan et al. 2024) with Nesterov momentum for the weights of linear layers, NAdamW for all others.
+    """Return Muon (Jordan et al. 2024) with Nesterov momentum for the weights of linear layers, NAdamW for all others.
 
-    With `convolutions`, ungrouped kernels (O, I, h, w) count as linear layers too, as matrices (O, I h w).
+    With `convolutions`, Muon also takes ungrouped kernels (O, I, h, w), as matrices (O, I h w).
 
-    Each update is scaled to AdamW's root mean square (Liu et al. 2025), so `lr` is of AdamW's order; NAdamW's is
-    `other_lr`, or `lr` too. As in `adamw`, parameters of one dimension are not decayed. timm's implementation.
+    Each update is scaled to AdamW's root mean square (Liu et al. 2025), so `lr` is of the order of AdamW's; NAdamW uses
+    `other_lr`, or `lr` if that is None. As in `adamw`, parameters of one dimension are not decayed. The implementation
+    is timm's; raises UserError if the installed timm has none.
     """
     try:
         from timm.optim.muon import Muon
     except ImportError as error:
-        raise UserError("optimizer.name=muon: this timm has no Muon; `pip install -U timm`, or use adamw") from error
+        raise UserError(
+            "optimizer.name=muon: the installed timm has no Muon; `pip install -U timm`, or use adamw"
+        ) from error
     dense = [m for m in model.modules() if isinstance(m, nn.Linear)]
     dense += [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.groups == 1 and convolutions]
     matrices = {id(layer.weight) for layer in dense}
     trained = [p for p in model.parameters() if p.requires_grad]
-    rest = [p for p in trained if id(p) not in matrices]
-    other = {"lr": lr if other_lr is None else other_lr, "use_fallback": True}
+    others = [p for p in trained if id(p) not in matrices]
+    nadamw = {"lr": lr if other_lr is None else other_lr, "use_fallback": True}
     groups = [
         {"params": [p for p in trained if id(p) in matrices], "lr": lr, "weight_decay": weight_decay},
-        {"params": [p for p in rest if p.dim() > 1], "weight_decay": weight_decay, **other},
-        {"params": [p for p in rest if p.dim() <= 1], "weight_decay": 0.0, **other},
+        {"params": [p for p in others if p.dim() > 1], "weight_decay": weight_decay, **nadamw},
+        {"params": [p for p in others if p.dim() <= 1], "weight_decay": 0.0, **nadamw},
     ]
     return Muon([g for g in groups if g["params"]], lr=lr, momentum=momentum, nesterov=True, betas=betas)
 
 
 @dataclass(frozen=True)
-class Cosine:
-    """Linear warm-up over a share of the steps, then a cosine from one to `final`.
+class CosineSchedule:
+    """Learning-rate factor that warms up linearly and then falls along a cosine from one to `final`.
 
-    With a `horizon` the rates are those of a run of so many steps, for one that stops earlier.
+    With `horizon`, the factors are those of a run of that many steps, of which this run does the first.
     """
 
-    warmup: float = 0.02
+    warmup: float = 0.02  # share of the steps
     final: float = 0.0
     horizon: int | None = None  # steps
 
@@ -80,7 +83,7 @@ class Cosine:
     def __call__(self, step: int, steps: int) -> float:
         """Return the factor of the learning rate at `step` of `steps`, counted from zero."""
         if self.horizon is not None and self.horizon < steps:
-            raise UserError(f"schedule.horizon={self.horizon}: the run has {steps} steps; expected as many or more")
+            raise UserError(f"schedule.horizon={self.horizon}: the run has {steps} steps; expected at least as many")
         steps = self.horizon or steps
         warm = math.ceil(self.warmup * steps)
         if step < warm:
@@ -90,10 +93,10 @@ class Cosine:
 
 
 @dataclass(frozen=True)
-class Constant:
-    """The learning rate as given, after a linear warm-up over a share of the steps."""
+class ConstantSchedule:
+    """Learning-rate factor that is one after a linear warm-up."""
 
-    warmup: float = 0.0
+    warmup: float = 0.0  # share of the steps
 
     def __call__(self, step: int, steps: int) -> float:
         """Return the factor of the learning rate at `step` of `steps`, counted from zero."""
@@ -102,26 +105,26 @@ class Constant:
 
 
 @dataclass(frozen=True)
-class Steps:
-    """The learning rate times `factor` at each milestone, a share of the steps: CIFAR-100's 150, 180 and 210 of 240."""
+class StepSchedule:
+    """Learning-rate factor that is multiplied by `factor` at each milestone."""
 
-    milestones: tuple[float, ...] = (0.625, 0.75, 0.875)
+    milestones: tuple[float, ...] = (0.625, 0.75, 0.875)  # shares of the steps; CIFAR-100: epochs 150, 180, 210 of 240
     factor: float = 0.1
 
     def __post_init__(self) -> None:
-        if not all(0 < one < 1 for one in self.milestones):
+        if not all(0 < milestone < 1 for milestone in self.milestones):
             raise UserError(
                 f"schedule.milestones={list(self.milestones)}: expected shares of the steps between 0 and 1"
             )
 
     def __call__(self, step: int, steps: int) -> float:
         """Return the factor of the learning rate at `step` of `steps`, counted from zero."""
-        return self.factor ** sum(step >= one * steps for one in self.milestones)
+        return self.factor ** sum(step >= milestone * steps for milestone in self.milestones)
 
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": adamw, "muon": muon, "sgd": sgd}
 SCHEDULES: dict[str, Callable[..., Callable[[int, int], float]]] = {
-    "cosine": Cosine,
-    "constant": Constant,
-    "steps": Steps,
+    "cosine": CosineSchedule,
+    "constant": ConstantSchedule,
+    "steps": StepSchedule,
 }

@@ -1,9 +1,8 @@
-"""Images of a source as they are, with their labels, for tasks whose teacher runs live or that have none."""
+"""Images of a source with their labels and without a cache, for tasks whose teacher runs live or that have none."""
 
 import math
 import zlib
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,8 +10,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from fmdistill.cache.dataset import NO_LABEL
-from fmdistill.distill.data import Prepared, SplitImages
+from fmdistill.cache.batch import Sample, sample
+from fmdistill.cache.prepare import PreparedImage, must_prepare
+from fmdistill.distill.data import SplitImages
 from fmdistill.images import Encoded
 from fmdistill.registry import UserError
 from fmdistill.teachers.family import Preprocess
@@ -20,10 +20,10 @@ from fmdistill.teachers.family import Preprocess
 
 @dataclass(frozen=True)
 class Augment:
-    """What is drawn anew for each image and epoch: a part of the image or a shift, and a flip of every other one.
+    """Crop or shift each image at random, anew in each epoch, and mirror it with probability one half.
 
-    `crop` is CIFAR's: pad by so many black pixels, cut the old size out at random. `resized_crop` is ImageNet's: a box
-    of the image as it is stored, as `crop_box` draws it, bilinearly resized to the network's size.
+    `crop` is CIFAR's: pad by so many black pixels, then cut the original size out at random. `resized_crop` is
+    ImageNet's: a box of the stored image, drawn by `crop_box` and resized bilinearly to the network's size.
     """
 
     crop: int = 0
@@ -54,10 +54,10 @@ def crop_box(
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> tuple[int, int, int, int]:
-    """Return (top, left, height, width) of a box of a random share of the area and a random ratio of width to height.
+    """Draw a box (top, left, height, width) with a random share of the area and a random ratio of width to height.
 
-    The rule of torchvision's RandomResizedCrop: the share is uniform, the ratio in its logarithm; ten draws that do not
-    fit give the largest box at the centre whose ratio is allowed.
+    This is torchvision's RandomResizedCrop: the share is uniform, the ratio uniform in its logarithm; if ten draws do
+    not fit, the box is the largest one at the centre with an allowed ratio.
     """
     for _ in range(10):
         area = height * width * rng.uniform(*scale)
@@ -70,11 +70,11 @@ def crop_box(
 
 
 def check_memory(augment: Augment, memory: float) -> None:
-    """Raise a UserError if `memory`, GB of prepared images, would be kept for nothing."""
+    """Raise a UserError if `memory`, GB for prepared images, would be of no use."""
     if augment.resized_crop and memory > 0:
         raise UserError(
-            f"train.image_memory={memory}: with task.resized_crop each epoch cuts its images anew from those that are "
-            f"stored, so there is nothing to keep; set it to 0"
+            f"train.image_memory={memory}: with task.resized_crop each epoch crops the stored images anew, so no "
+            f"prepared image can be kept; set it to 0"
         )
 
 
@@ -89,30 +89,25 @@ class PlainImages(SplitImages):
     def __post_init__(self) -> None:
         check_memory(self.augment, self.memory)
 
-    def prepare(self, name: str, encoded: Encoded) -> Prepared:
-        """Return the image with its label beside it."""
-        pixels, size = self.preprocess.prepare(self.images.decode(encoded, name))
-        return Prepared(encoded.key, pixels, size, encoded.label, pixels.nbytes)
-
-    def item(self, epoch: int, shard: int, index: int) -> dict[str, Any]:
-        """Return pixels uint8 (3, S, S), size (h, w), label (-1: none) and key."""
+    def item(self, epoch: int, shard: int, index: int) -> Sample:
+        """Return one image without outputs, augmented."""
         if self.augment.resized_crop:
-            name, encoded = self.encoded(shard, index)
-            side, rng = self.preprocess.image_size, self._rng(epoch, encoded.key)
-            pixels = self.augment(_resized_crop(self.images.decode(encoded, name), side, rng), rng)
-            key, size, label = encoded.key, (side, side), encoded.label
-        else:
-            key, pixels, size, label, _ = self.prepared(shard, index)
-            pixels = self.augment(pixels, self._rng(epoch, key)) if self.augment else pixels
-        label = NO_LABEL if label is None else label
-        return {
-            "pixels": pixels,
-            "sizes": torch.tensor(size),
-            "label": torch.tensor(label),
-            "label_values": label,  # once more, since it stays on the CPU
-            "keys": key,
-            "outputs": {},
-        }
+            return sample(self._cropped(epoch, shard, index))
+        image = self.prepared(shard, index, self._prepare)
+        if self.augment:
+            image = image._replace(pixels=self.augment(image.pixels, self._rng(epoch, image.key)))
+        return sample(image)
+
+    def _prepare(self, shard: str, encoded: Encoded) -> PreparedImage:
+        return must_prepare(self.images, self.preprocess, encoded, shard)
+
+    def _cropped(self, epoch: int, shard: int, index: int) -> PreparedImage:
+        name, encoded = self.shards[shard].name, self.encoded(shard, index)
+        side, rng = self.preprocess.image_size, self._rng(epoch, encoded.key)
+        stored = self.images.decode(encoded, name)
+        pixels = self.augment(_resized_crop(stored, side, rng), rng)
+        original = (stored.shape[0], stored.shape[1])
+        return PreparedImage(encoded.key, name, encoded.label, pixels, (side, side), original)
 
     def _rng(self, epoch: int, key: str) -> np.random.Generator:
         return np.random.default_rng([self.seed, epoch, zlib.crc32(key.encode())])

@@ -1,8 +1,7 @@
-"""Where a task's batches come from, with what the teacher says: from a cache, from a live teacher, or without one."""
+"""Provide a task's images with their teacher's outputs: from a cache, from a live teacher, or without a teacher."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -10,8 +9,8 @@ from torch import Tensor
 
 from fmdistill import teachers
 from fmdistill.cache import finished, open_cache
-from fmdistill.cache.dataset import CachedImages, StoredImages, decoded
-from fmdistill.distill.data import Data
+from fmdistill.cache.batch import NO_LABEL, Batch, Data, with_outputs
+from fmdistill.cache.dataset import CachedImages
 from fmdistill.distill.objective import check_trimmed
 from fmdistill.distill.plain import Augment, PlainImages, check_memory
 from fmdistill.distill.rectifiers import Priors
@@ -23,14 +22,16 @@ from fmdistill.registry import UserError
 from fmdistill.teachers.family import Preprocess
 from fmdistill.teachers.output import Output
 
+CHUNK = 256  # images whose outputs are read at once
+
 
 @dataclass(frozen=True)
 class Provider:
-    """Training and validation data of one batch layout, whoever fills its "outputs".
+    """Training and validation images, and what adds the teacher's outputs to their batches.
 
-    `outputs` are the teacher's for one image, by their names in a batch; `complete` adds the outputs to
-    a batch that is on its device, by decoding what a cache stores or by asking a live teacher, None where there are
-    none; `source` says in errors where they come from.
+    `outputs` describes the teacher's for one image, by their names in a batch. `complete` adds them to a batch that is
+    on its device, by decoding what a cache stores or by running a live teacher; None without a teacher. `source` names
+    in errors where they come from.
     """
 
     preprocess: Preprocess
@@ -39,12 +40,12 @@ class Provider:
     validation: Data
     complete: Complete | None
     source: str
-    labels: Callable[[], np.ndarray]  # of the training images, int (N,), -1 for none
-    rows: Callable[[str], np.ndarray]  # a teacher's vectors for them, (N, D)
+    labels: Callable[[], np.ndarray]  # of the training images, int (N,), NO_LABEL for none
+    vectors: Callable[[str], np.ndarray]  # a teacher's output for them, (N, D)
 
 
 def build(recipe: Recipe, own: Preprocess | None = None, augment: Augment | None = None) -> Provider:
-    """Return the recipe's provider; `own` is how images are prepared where no teacher decides it."""
+    """Return the recipe's provider; `own` prepares images if the recipe has no teacher."""
     if recipe.teacher is None:
         if own is None:
             raise UserError(f"task.name={recipe.task['name']}: learns from a teacher; the recipe needs one")
@@ -52,15 +53,14 @@ def build(recipe: Recipe, own: Preprocess | None = None, augment: Augment | None
     check(recipe, augment or Augment())
     if not finished.is_live(recipe.teacher):
         return _cached(recipe)
-    with torch.random.fork_rng(devices=[]):  # so that one seed gives the student that a cached teacher's run gives
+    with torch.random.fork_rng(devices=[]):  # so that a seed draws the same student as with a cached teacher
         model = teachers.build(recipe.teacher)
     outputs = with_prefix(model.family, model.outputs)
 
-    def complete(batch: dict) -> dict:
-        device = batch["pixels"].device
-        found = model(batch["pixels"], batch["sizes"]).items()
-        # Cloned, since autograd keeps no tensor of inference mode, and a learned distance may need the teacher's.
-        return {**batch, "outputs": {f"{model.family}.{name}": value.to(device).clone() for name, value in found}}
+    def complete(batch: Batch) -> Batch:
+        device, made = batch["pixels"].device, model(batch["pixels"], batch["sizes"])
+        # Cloned, since autograd saves no tensor of inference mode, and a learned distance may need the teacher's.
+        return with_outputs(batch, model.family, {name: value.to(device).clone() for name, value in made.items()})
 
     return _plain(recipe, model.preprocess, outputs, augment or Augment(), complete, "the live teacher")
 
@@ -75,7 +75,7 @@ def with_prefix(family: str, outputs: Mapping[str, Output]) -> dict[str, Output]
 
 
 def check(recipe: Recipe, augment: Augment) -> None:
-    """Raise a UserError if the recipe's teacher or `train.image_memory` contradicts `augment`."""
+    """Raise a UserError if `augment` does not fit the recipe's teacher or `train.image_memory`."""
     if augment and recipe.teacher is not None and not finished.is_live(recipe.teacher):
         raise UserError(
             "task.crop, .flip, .resized_crop: a cached teacher saw the images as they are; add teacher.live=true and "
@@ -85,7 +85,7 @@ def check(recipe: Recipe, augment: Augment) -> None:
 
 
 def priors(provider: Provider, classes: int) -> Priors:
-    """Return how often each class occurs among the training images. UserError where one has no label among them."""
+    """Return how often each class occurs among the training images; UserError if an image has no such label."""
     label_N = provider.labels()
     outside = np.flatnonzero((label_N < 0) | (label_N >= classes))
     if len(outside):
@@ -99,8 +99,8 @@ def priors(provider: Provider, classes: int) -> Priors:
     counts_K = torch.from_numpy(np.bincount(label_N, minlength=classes))
 
     def means(output: str) -> Tensor:
-        rows_ND = torch.from_numpy(provider.rows(output)).float()
-        sums_KD = torch.zeros(classes, rows_ND.shape[1]).index_add_(0, torch.from_numpy(label_N), rows_ND)
+        vectors_ND = torch.from_numpy(provider.vectors(output)).float()
+        sums_KD = torch.zeros(classes, vectors_ND.shape[1]).index_add_(0, torch.from_numpy(label_N), vectors_ND)
         return sums_KD / counts_K[:, None]
 
     return Priors(counts_K, means)
@@ -113,15 +113,17 @@ def _cached(recipe: Recipe) -> Provider:
     train = CachedImages(cache, "train", recipe.train.image_memory)
 
     def labels() -> np.ndarray:
-        return np.array([sample.get("label", -1) for shard in train.shards for sample in shard.samples])
+        return np.array([sample.get("label", NO_LABEL) for shard in train.shards for sample in shard.samples])
 
-    def rows(output: str) -> np.ndarray:
+    def vectors(output: str) -> np.ndarray:
         name = output.removeprefix(f"{cache.family}.")
-        return np.stack([shard.read(index)[name] for shard in train.shards for index in range(len(shard.samples))])
+        places = [(shard, index) for shard, count in enumerate(train.counts) for index in range(count)]
+        chunks = [places[start : start + CHUNK] for start in range(0, len(places), CHUNK)]
+        return np.concatenate([train.outputs(chunk)[name].numpy().copy() for chunk in chunks])  # frees its buffer
 
-    data, validation = StoredImages(train), StoredImages(CachedImages(cache, "validation"))
     outputs = with_prefix(cache.family, cache.outputs)
-    return Provider(cache.preprocess, outputs, data, validation, partial(decoded, cache), "the cache", labels, rows)
+    validation = CachedImages(cache, "validation")
+    return Provider(cache.preprocess, outputs, train, validation, train.decode, "the cache", labels, vectors)
 
 
 def _plain(
@@ -139,10 +141,10 @@ def _plain(
     )
 
     def labels() -> np.ndarray:
-        found = [label for shard in train.shards for label in images.labels(shard)]
-        return np.array([-1 if label is None else label for label in found])
+        known = [label for shard in train.shards for label in images.labels(shard)]
+        return np.array([NO_LABEL if label is None else label for label in known])
 
-    def rows(output: str) -> np.ndarray:
+    def vectors(output: str) -> np.ndarray:
         raise UserError(f"rectify: the classes' means of {output} come from a cache; leave teacher.live out")
 
-    return Provider(preprocess, outputs, train, validation, complete, source, labels, rows)
+    return Provider(preprocess, outputs, train, validation, complete, source, labels, vectors)

@@ -1,4 +1,4 @@
-"""What an objective sees of a batch."""
+"""A batch as the objective sees it: outputs of student and teachers, masks, labels, keys."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -12,16 +12,15 @@ from fmdistill.registry import UserError, suggest
 
 @dataclass(frozen=True)
 class Seen:
-    """The named outputs of student and teachers, such as "student.embedding" and "sam.embedding", and what is valid.
+    """The outputs of student and teachers for a batch, by names such as "student.embedding" and "sam.embedding".
 
-    `grids` holds, for each teacher output that is a map, (B, N) bool: true where a patch holds any real pixel. In the
-    view of one term `output` is the output that it compares and `valid` its grid, all true if padding is included; None
-    for vectors. `similarity` holds the SRW similarities (B, 2, g, g) that a cache stores, by the name of their map.
-    `whole` holds the teachers' vectors
-    (G, D) of the whole optimizer step's G images, over processes and accumulation. `label` is (B,) int64, -1 for
-    an image without one, None if none has one; `label_values` are the same on the CPU, so that looking at them makes no
-    GPU wait; `keys` are the images' keys; `epoch` is how many epochs are done, with its fraction, None outside of
-    training.
+    `grids` holds, for each teacher output that is a map, a bool mask (B, N): true if the patch holds any real pixel. In
+    the view of one term, `output` is the output that it compares and `valid` that output's mask, all true if padding is
+    included; None for vectors. `similarity` holds the SRW similarities (B, 2, g, g) that a cache stores, by the name of
+    their map. `whole` holds the teachers' vectors (G, D) for the G images of the whole optimizer step, over processes
+    and accumulation. `label` is (B,) int64, -1 for an image without a label, and None if no image has one;
+    `label_values` are the same on the CPU, so that reading them makes no GPU wait. `keys` are the images' keys, and
+    `epoch` is the number of epochs done, with its fraction; None outside of training.
     """
 
     outputs: Mapping[str, Tensor]
@@ -37,60 +36,67 @@ class Seen:
 
     @property
     def labelled(self) -> int:
-        """How many images have a label."""
+        """Return the number of images with a label."""
         return sum(value >= 0 for value in self.label_values)
 
     def focus(self, output: str, padding: str) -> "Seen":
-        """Return the view of one term: its output and its grid, of which padding "include" makes every patch valid."""
-        valid = next((grid for name, grid in self.grids.items() if _is_called(name, output)), None)
+        """Return the view of a term that compares `output`; if `padding` is "include", all patches are valid."""
+        valid = next((grid for name, grid in self.grids.items() if _matches(name, output)), None)
         if valid is not None and padding == "include":
             valid = torch.ones_like(valid)
         return dataclasses.replace(self, output=output, valid=valid)
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """Return the student's and the teacher's output that the term compares, in float32 or better."""
-        return self.student(), exact(self.teacher(self.output))
+        return self.student(), at_least_float32(self.teacher(self.output))
 
     def student(self, output: str | None = None) -> Tensor:
-        """Return the student's `output`, by default the term's, in float32 or better; "sam.x" asks for "x"."""
-        asked = self.output if output is None else output
-        short = asked.rpartition(".")[2]
+        """Return the student's `output`, by default the term's, in float32 or better.
+
+        A teacher's prefix is ignored: "sam.x" means the student's "x". Raises UserError if the student lacks it.
+        """
+        name = self.output if output is None else output
+        short = name.rpartition(".")[2]
         if f"student.{short}" not in self.outputs:
             raise UserError(
-                f"output={asked}: the student has none.{suggest(asked, self._names('student.'))} "
-                f"Choose one of these, or a student that makes it"
+                f"output={name}: the student has no such output.{suggest(name, self._names('student.'))} "
+                f"Choose one of these, or a student that has it"
             )
-        return exact(self.outputs[f"student.{short}"])
+        return at_least_float32(self.outputs[f"student.{short}"])
 
     def teacher(self, output: str) -> Tensor:
-        """Return the teachers' `output`, (B, C) or (B, C, H, W): "embedding" where one has it, or "sam.embedding"."""
+        """Return the teacher's `output`, (B, C) or (B, C, H, W), named with its prefix ("sam.embedding") or without.
+
+        Raises UserError if no output, or that of several teachers, has this name.
+        """
         return self.outputs[self._teacher_name(output)]
 
-    def labels(self, asking: str) -> Tensor:
-        """Return the images' labels (B,) int64. UserError that names who is `asking` and an image without a label.
+    def labels(self, setting: str) -> Tensor:
+        """Return the images' labels (B,) int64, for the setting or command `setting`.
 
-        Also for a label that is not one of the student's classes.
+        Raises UserError, which names `setting` and the image, if an image has no label or one that is not among the
+        student's classes.
         """
         if self.label is None or self.labelled < len(self.label_values):
             without = [key for key, value in zip(self.keys, self.label_values, strict=False) if value < 0]
-            image = f"image '{without[0]}' carries" if without else "these images carry"
+            images = f"image '{without[0]}' has" if without else "these images have"
             raise UserError(
-                f"{asking}: learns from labels, and {image} none; use a source that gives each image one, such as "
+                f"{setting}: learns from labels, but {images} none; use a source with a label for each image, such as "
                 f"image_classes, cifar100 or digits, or leave this image out"
             )
         logits = self.outputs.get("student.logits")
         if logits is not None and max(self.label_values, default=0) >= logits.shape[1]:
             key, value = max(zip(self.keys, self.label_values, strict=True), key=lambda pair: pair[1])
             raise UserError(
-                f"{asking}: image '{key}' has the label {value}, and the student makes logits of {logits.shape[1]} "
-                f"classes, from 0 to {logits.shape[1] - 1}; choose a student of the images' classes"
+                f"{setting}: image '{key}' has the label {value}, but the student's logits are of {logits.shape[1]} "
+                f"classes, from 0 to {logits.shape[1] - 1}; choose a student with the images' classes"
             )
         return self.label
 
     def whole_teacher(self, output: str) -> Tensor:
-        """Return the teachers' vectors `output` of the whole optimizer step, (G, D)."""
+        """Return the teacher's vectors `output` (G, D) for all images of the optimizer step."""
         name = self._teacher_name(output)
-        assert name in self.whole, f"the loop shares no {name}"
+        assert name in self.whole, f"the loop does not share {name}"
         return self.whole[name]
 
     def _teacher_name(self, output: str) -> str:
@@ -101,19 +107,19 @@ class Seen:
 
 
 def teacher_name(output: str, names: Mapping[str, object]) -> str:
-    """Return the one of `names` that is a teacher's `output`. UserError where none or several match."""
-    others = [name for name in names if not name.startswith("student.")]
-    matching = [name for name in others if _is_called(name, output)]
+    """Return the name in `names` of the teacher output `output`. Raises UserError if none or several match."""
+    teacher_names = [name for name in names if not name.startswith("student.")]
+    matching = [name for name in teacher_names if _matches(name, output)]
     if len(matching) != 1:
-        raise UserError(f"output={output}: {len(matching)} teacher outputs match.{suggest(output, others)}")
+        raise UserError(f"output={output}: {len(matching)} teacher outputs match.{suggest(output, teacher_names)}")
     return matching[0]
 
 
-def _is_called(name: str, output: str) -> bool:
-    """Return whether `output`, with or without a teacher's prefix, means the teacher output called `name`."""
+def _matches(name: str, output: str) -> bool:
+    """Return whether `output`, with or without a teacher's prefix, names the teacher output `name`."""
     return name == output or name.endswith(f".{output}")
 
 
-def exact(output: Tensor) -> Tensor:
+def at_least_float32(output: Tensor) -> Tensor:
     """Return `output` in float32 or better."""
     return output.to(torch.promote_types(output.dtype, torch.float32))

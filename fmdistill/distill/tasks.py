@@ -13,23 +13,15 @@ from torch import Tensor, nn
 from fmdistill import recipe as recipes
 from fmdistill.backbones.class_preprocess import ClassPreprocess
 from fmdistill.backbones.classifiers import Classifier
-from fmdistill.backbones.clip_mini import MiniClip
-from fmdistill.backbones.mini import MiniSam
-from fmdistill.backbones.sam import SamPreprocess
+from fmdistill.cache.batch import Batch, Data
 from fmdistill.distill import checkpoint
 from fmdistill.distill import provider as providers
 from fmdistill.distill import student as students
-from fmdistill.distill.contrastive import CaptionedImages, Contrastive
-from fmdistill.distill.data import Data
-from fmdistill.distill.labelled import LabelledImages
 from fmdistill.distill.objective import Objective, needs_priors
 from fmdistill.distill.plain import Augment
-from fmdistill.distill.promptable import Promptable
 from fmdistill.distill.provider import Provider
 from fmdistill.distill.seen import Seen
 from fmdistill.distill.train import Complete, Shared
-from fmdistill.images import build as build_images
-from fmdistill.images.source import SPLITS
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError, bind
 from fmdistill.teachers.family import Preprocess
@@ -60,7 +52,7 @@ class Distill(nn.Module):
         self.student = student.to(memory_format=torch.channels_last)  # convolutions are faster so, on CPU and GPU
         self.objective, self.preprocess, self.outputs = objective, preprocess, outputs  # of the teacher, by name
 
-    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return {"loss", each named term, each term's statistics} for a batch of images and teacher outputs.
 
         batch["whole"] holds the teacher's vectors of the whole optimizer step; without it the batch is the whole.
@@ -74,23 +66,20 @@ class Distill(nn.Module):
                 statistics["accuracy"] = right_B.float().sum() / seen.labelled
             return {"loss": torch.stack(list(losses.values())).sum(), **losses, **statistics}
 
-    def see(self, batch: dict[str, Any]) -> Seen:
+    def see(self, batch: Batch) -> Seen:
         """Return what the objective sees of a batch."""
         pixels, sizes = batch["pixels"], batch["sizes"]
         image_BCHW = self.preprocess.normalize(pixels, sizes).contiguous(memory_format=torch.channels_last)
         student = {f"student.{name}": value for name, value in self.student(image_BCHW).items()}
         teacher = {name: value for name, value in batch["outputs"].items() if self.outputs[name].of is None}
-        label, values = batch.get("label"), batch.get("label_values", ())
-        if label is not None and "label_values" not in batch:  # data of another kind; on a GPU this waits
-            values = label.tolist()
-        label = label if any(value >= 0 for value in values) else None
+        label_values = batch["label_values"]
         return Seen(
             outputs={**student, **teacher},
             whole=batch.get("whole") or vectors(batch),
-            label=label,
+            label=batch["labels"] if any(value >= 0 for value in label_values) else None,
             keys=batch["keys"],
             epoch=batch.get("epoch"),
-            label_values=values,
+            label_values=label_values,
             grids={name: self._grid(name, value, sizes) for name, value in teacher.items() if value.dim() > 2},
             similarity={of: batch["outputs"][name] for name, output in self.outputs.items() if (of := output.of)},
         )
@@ -173,67 +162,24 @@ def _student_shapes(student: nn.Module, provider: Provider) -> dict[str, Shape]:
     return {f"student.{name}": tuple(value.shape[1:]) for name, value in found.items()}
 
 
-def vectors(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+def vectors(batch: Batch) -> dict[str, Tensor]:
     """Return the teachers' outputs that are one vector per image, (B, D) each: small enough to share."""
     return {name: output for name, output in batch["outputs"].items() if output.dim() == 2}
 
 
-def promptable(
-    recipe: Recipe,
-    prompts: int = 6,
-    background: float = 0.1,
-    focal: float = 1.0,
-    focal_norm: str = "parts",
-    iou: float = 1.0,
-    dense: float = 1.0,
-) -> Job:
-    """Train a promptable segmenter from images with exact masks: `prompts` an image, a share of them for `background`.
-
-    `focal`, `iou` and `dense` weigh the losses of `Promptable`; `focal_norm` says what divides the focal loss: "parts"
-    (which a fresh network needs), "object" or "image", see `mask_losses`.
-    """
-    if prompts < 1:
-        raise UserError(f"task.prompts={prompts}: expected at least 1")
-    if not 0 <= background < 1:
-        raise UserError(f"task.background={background}: expected a share of the prompts, from 0 to below 1")
-    student = students.build(recipe.student)
-    if not isinstance(student, MiniSam):
-        raise UserError(f"student.name={recipe.student['name']}: task promptable trains sam_mini, which makes masks")
-    images = build_images(recipe.images)
-    preprocess = SamPreprocess(image_size=student.image_size)
-    train, validation = (
-        LabelledImages(images, split, preprocess, prompts, recipe.seed, background, memory=_memory(recipe, split))
-        for split in SPLITS
-    )
-    task = Promptable(student, focal=focal, focal_norm=focal_norm, iou=iou, dense=dense)
-    return Job(task, student, train, validation)
-
-
-def contrastive(recipe: Recipe) -> Job:
-    """Train image and text tower together from images and their captions."""
-    student = students.build(recipe.student)
-    if not isinstance(student, MiniClip):
-        raise UserError(f"student.name={recipe.student['name']}: task contrastive trains clip_mini alone")
-    images, rows = build_images(recipe.images), student.token_ids.clone()
-    train, validation = (
-        CaptionedImages(images, split, student.preprocess, rows, recipe.seed, memory=_memory(recipe, split))
-        for split in SPLITS
-    )
-    return Job(Contrastive(student), student, train, validation)
-
-
-TASKS: dict[str, Callable[..., Job]] = {
+TASKS: dict[str, Callable[..., Job] | str] = {
     "distill": distill,
     "classify": classify,
-    "promptable": promptable,
-    "contrastive": contrastive,
+    "promptable": "fmdistill.mini.promptable:promptable",
+    "contrastive": "fmdistill.mini.contrastive:contrastive",
 }
+WITHOUT_TEACHER = ("promptable", "contrastive")  # tasks that learn from the images alone, by losses of their own
 
 
 def check(recipe: Recipe) -> None:
     """Bind the task's settings and raise a UserError for what it would ignore, without touching data."""
     task = bind(recipe.task, TASKS, "task", context=("recipe",))
-    if task.func in (promptable, contrastive):
+    if recipe.task["name"] in WITHOUT_TEACHER:
         for part in ("teacher", "cache", "objective"):
             if getattr(recipe, part):
                 raise UserError(
@@ -277,10 +223,6 @@ def open_task(run: str | Path, trust: bool = False) -> tuple[Job, Distill]:
             reason = str(error).splitlines()[0]
             raise UserError(f"{path}: does not hold this run's objective ({reason}); train it anew") from None
     return job, job.task.eval()
-
-
-def _memory(recipe: Recipe, split: str) -> float:
-    return recipe.train.image_memory if split == "train" else 0.0  # loaders of the validation images live for one pass
 
 
 def _check_fit(student: Any, provider: Provider, recipe: Recipe) -> None:

@@ -1,4 +1,4 @@
-"""The only loop. It knows steps, not objectives: it minimises the "loss" of whatever task it is given."""
+"""The only training loop. It knows steps, not objectives: it minimises the "loss" that a task returns."""
 
 import itertools
 import math
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from fmdistill import stop
 from fmdistill.backbones.device import pick_device
+from fmdistill.cache.batch import Batch, Data, to_device
 from fmdistill.cache.order import Batches
 from fmdistill.distill import checkpoint
-from fmdistill.distill.data import Data, every, to_device
+from fmdistill.distill.data import every
 from fmdistill.distill.loader import batches
 from fmdistill.distill.optim import OPTIMIZERS, SCHEDULES
 from fmdistill.launcher import check_training, processes
@@ -28,13 +29,13 @@ from fmdistill.recipe import Recipe, Train
 from fmdistill.registry import UserError, bind
 
 Validator = Callable[[nn.Module], dict[str, float]]
-Shared = Callable[[dict], dict[str, Tensor]]
-Complete = Callable[[dict], dict]
+Shared = Callable[[Batch], dict[str, Tensor]]
+Complete = Callable[[Batch], Batch]
 
 
 @dataclass
 class Engine:
-    """The process's place among the processes, its device and its precision."""
+    """The process's rank, its device and its precision."""
 
     settings: Train
     accelerator: Accelerator = field(init=False)
@@ -42,9 +43,9 @@ class Engine:
     def __post_init__(self) -> None:
         check_training()
         device = pick_device(self.settings.device, "train.device")
-        if device.index is not None and device.type != "mps":  # of which there is one
+        if device.index is not None and device.type != "mps":  # mps has a single device
             torch.get_device_module(device).set_device(device)
-        try:  # autocast is the recipe's, whatever `accelerate config` was told on this machine
+        try:  # "no": the recipe decides on autocast, not this machine's `accelerate config`
             self.accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
         except ValueError as error:  # another run of this process trained on another device
             raise UserError(f"train.device={self.settings.device}: {error}") from None
@@ -52,7 +53,7 @@ class Engine:
         check_share(self.settings, self.accelerator.num_processes)
 
     def _check_device(self, device: torch.device) -> None:
-        """Raise a UserError unless accelerate, which picks device and processes by itself, picked those meant."""
+        """Raise a UserError unless accelerate chose the device and the number of processes that were requested."""
         picked, (_, world) = self.accelerator.device, processes()
         if picked.type != device.type and self.settings.device != "auto":
             raise UserError(
@@ -61,36 +62,36 @@ class Engine:
             )
         if self.accelerator.num_processes != world:
             raise UserError(
-                f"train.device={self.settings.device}: {world} processes were started, and accelerate joins none on "
-                f"{picked.type}; start one process, or train on cuda or cpu"
+                f"train.device={self.settings.device}: {world} processes were started, but accelerate does not join "
+                f"processes on {picked.type}; start one process, or train on cuda or cpu"
             )
 
     @property
     def micro_batch(self) -> int:
-        """Images of one forward pass on one device."""
+        """Return the number of images of one forward pass on one device."""
         return self.settings.batch_size // (self.accelerator.num_processes * self.settings.accumulate)
 
     def autocast(self) -> Any:
         """Return the autocast context of the recipe's precision."""
         kind = self.accelerator.device.type
-        wanted = self.settings.precision
-        bf16 = wanted == "bf16" or (wanted == "auto" and kind == "cuda")
+        precision = self.settings.precision
+        bf16 = precision == "bf16" or (precision == "auto" and kind == "cuda")
         return torch.autocast(kind, dtype=torch.bfloat16, enabled=bf16)
 
     def any(self, flag: bool) -> bool:
-        """Return whether `flag` is true in any of the processes; all of them have to ask."""
+        """Return whether `flag` is true in any of the processes; all of them have to call it."""
         if self.accelerator.num_processes == 1:
             return flag
         flags = torch.tensor(float(flag), device=self.accelerator.device)
         return float(self.accelerator.reduce(flags, "sum")) > 0  # type: ignore[arg-type]
 
     def check_stop(self) -> None:
-        """Raise Stopped if a stop was requested of any of the processes, so that they leave at the same step."""
+        """Raise Stopped if any of the processes was asked to stop, so that all leave at the same step."""
         if self.any(stop.requested() is not None):
             raise stop.Stopped(stop.requested() or signal.SIGTERM)
 
     def mean(self, values: dict[str, Tensor]) -> dict[str, float]:
-        """Return the values' means over the processes, each over those that have it: not all may have seen a label."""
+        """Return each value's mean over the processes that have it; a process without labels may lack some."""
         names, device = sorted({name for own in gather_object([list(values)]) for name in own}), self.accelerator.device
         own = [values[name].detach().float() if name in values else torch.zeros((), device=device) for name in names]
         counts = torch.tensor([float(name in values) for name in names], device=device)
@@ -109,11 +110,11 @@ def fit(
 ) -> int:
     """Train `task` on `data` for the recipe's steps, resuming from the run's newest checkpoint; return the steps.
 
-    `complete` adds to each micro-batch, on its device, what the data lack; batch["epoch"] counts the epochs done.
-    What `shared` names of a batch reaches every micro-batch of the optimizer step as batch["whole"], from all processes
-    and all accumulation, in the order of the global batch. So an objective that asks for no more of the other images
-    gives the same gradient for any number of processes and any accumulation. A BatchNorm in train mode does not: its
-    statistics are those of a micro-batch, on every device (PyTorch's SyncBatchNorm, not used here, needs a GPU).
+    `complete` adds values to each micro-batch on its device; batch["epoch"] is the number of epochs done. The tensors
+    that `shared` returns for each micro-batch are gathered over all processes and all accumulation, and every
+    micro-batch of the step has them as batch["whole"], in the order of the global batch. An objective that needs no
+    more of other images thus has the same gradient for any number of processes and any accumulation. BatchNorm in train
+    mode is an exception: its statistics are one micro-batch's (SyncBatchNorm, which is not used, needs a GPU).
     """
     settings, accelerator, run = recipe.train, engine.accelerator, Path(recipe.out)
     plan = _plan(data, recipe, engine)
@@ -127,7 +128,7 @@ def fit(
     disk = _Disk(run, task, optimizer, plan.identity, accelerator.is_main_process, start)
     disk.begin()
     validates, saves = (_due(every, steps) for every in (settings.validate_every, settings.checkpoint_every))
-    if start and validates(start) and not engine.any(disk.validated()):  # stopped between step and validation
+    if start and validates(start) and not engine.any(disk.validated()):  # the run stopped before this validation
         disk.write(start, validate(model))
     parts, clock = batches(data, plan.between(start, steps), settings.workers), time.monotonic()
     with progress(total=steps, initial=start, description=f"training {run.name}", unit="step") as bar, closing(parts):
@@ -138,7 +139,7 @@ def fit(
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * schedule(step, steps)
             micro_batches = step_batches(parts, engine, shared, complete)
-            with disk.saving_if_stopped(step if settings.accumulate == 1 else None):  # else half a step may be done
+            with disk.saving_if_stopped(step if settings.accumulate == 1 else None):  # else a step may be half done
                 losses = _backward(model, micro_batches, engine, step, (step + 1) / plan.steps_per_epoch)
             norm = float(accelerator.clip_grad_norm_(model.parameters(), settings.clip or math.inf))  # type: ignore[arg-type]
             _check_gradient(task, losses, norm, step)
@@ -162,7 +163,7 @@ def fit(
 
 @dataclass
 class _Disk:
-    """What a run has on disk: the rows of its log, and checkpoints. Only the first process writes."""
+    """A run's files on disk: the rows of its log, and its checkpoints. Only the first process writes."""
 
     run: Path
     task: nn.Module
@@ -173,21 +174,21 @@ class _Disk:
 
     @property
     def rows(self) -> JsonLines:
-        """The log."""
+        """Return the log."""
         return JsonLines(self.run / "metrics.jsonl")
 
     def begin(self) -> None:
-        """Drop what was logged after the newest checkpoint: those steps are done again."""
+        """Delete the rows logged after the newest checkpoint, since those steps are done again."""
         if self.writes:
             self.rows.truncate_after(self.saved)
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
-        """Log a row, unless it is empty."""
+        """Append a row to the log, unless it is empty."""
         if self.writes and row:
             self.rows.write({"step": step, **row})
 
     def validated(self) -> bool:
-        """Return whether the losses of validation are logged for the newest checkpoint's step."""
+        """Return whether the validation losses of the newest checkpoint's step are logged."""
         logged = read_json_lines(self.rows.path)
         return any(name.startswith("validation/") for row in logged if row.get("step") == self.saved for name in row)
 
@@ -199,7 +200,7 @@ class _Disk:
 
     @contextmanager
     def saving_if_stopped(self, step: int | None) -> Iterator[None]:
-        """Save the checkpoint of `step` if a stop ends the block; with None nothing is saved."""
+        """Save the checkpoint of `step`, unless it is None, if a stop request ends the block."""
         try:
             yield
         except stop.Stopped:
@@ -213,29 +214,29 @@ def _due(every: int, steps: int) -> Callable[[int], bool]:
 
 
 def check_share(settings: Train, processes: int) -> None:
-    """Raise a UserError unless the optimizer step's images can be shared evenly by processes and accumulation."""
+    """Raise a UserError unless an optimizer step's images divide evenly among processes and accumulation."""
     if settings.batch_size % (processes * settings.accumulate):
         raise UserError(
             f"train.batch_size={settings.batch_size}: not divisible by "
             f"{processes} processes x train.accumulate={settings.accumulate}; "
-            f"it counts the images of one optimizer step"
+            f"it is the number of images of one optimizer step"
         )
 
 
 def too_few_images(batch_size: int, count: int) -> UserError:
-    """Return the error that there are only `count` training images."""
+    """Return the UserError for a batch larger than the number of training images, `count`."""
     return UserError(
-        f"train.batch_size={batch_size}: there are only {count} training images; make it smaller, or give more images"
+        f"train.batch_size={batch_size}: there are only {count} training images; make it smaller, or add images"
     )
 
 
 def total_steps(settings: Train, plan: Batches) -> int:
-    """Return the optimizer steps that `train.steps` or `train.epochs` ask for, at least one."""
+    """Return the number of optimizer steps by `train.steps` or `train.epochs`, at least one."""
     return settings.steps or max(1, round((settings.epochs or 0) * plan.steps_per_epoch))
 
 
 def validator(data: Data, engine: Engine, complete: Complete | None = None) -> Validator:
-    """Return a callable that gives the task's mean losses over `data`, every sample exactly once."""
+    """Return a function from the task to its mean losses over `data`, with every sample used exactly once."""
 
     @torch.no_grad()
     def validate(model: nn.Module) -> dict[str, float]:
@@ -244,10 +245,10 @@ def validator(data: Data, engine: Engine, complete: Complete | None = None) -> V
         count = torch.zeros((), device=accelerator.device)
         places = list(every(data, engine.micro_batch, accelerator.process_index, accelerator.num_processes))
         module = accelerator.unwrap_model(model).eval()
-        for buffer in module.buffers():  # BatchNorm's statistics are each process's own; the first one's are saved
+        for buffer in module.buffers():  # BatchNorm's statistics differ by process; the first process's are saved
             broadcast(buffer)
         loaded = batches(data, places, engine.settings.workers)
-        # Of several processes none may leave alone: the others would wait for it in the reductions below.
+        # With several processes none may leave alone: the others would wait for it in the reductions below.
         for batch in stop.between(loaded) if accelerator.num_processes == 1 else loaded:
             size = len(batch["keys"])
             batch = to_device(batch, accelerator.device)
@@ -257,7 +258,7 @@ def validator(data: Data, engine: Engine, complete: Complete | None = None) -> V
                 sums[name] = sums.get(name, torch.zeros_like(count)) + value.float() * size
             count += size
         module.train()
-        # A process may have got no sample, but every process has to take part in every reduction.
+        # A process may have no sample, but every process has to take part in every reduction.
         names = sorted({name for own in gather_object([list(sums)]) for name in own})
         rows = torch.stack([count, *(sums.get(name, torch.zeros_like(count)) for name in names)])
         total, *values = accelerator.reduce(rows, "sum").tolist()  # type: ignore[union-attr]
@@ -275,8 +276,8 @@ def _plan(data: Data, recipe: Recipe, engine: Engine) -> Batches:
     return Batches(counts, settings.batch_size, recipe.seed, settings.window, accumulate=settings.accumulate, **place)
 
 
-def _backward(model: nn.Module, parts: Iterator[dict], engine: Engine, step: int, epoch: float) -> dict[str, Tensor]:
-    """Accumulate one step's gradients; return its losses, the mean over its micro-batches."""
+def _backward(model: nn.Module, parts: Iterator[Batch], engine: Engine, step: int, epoch: float) -> dict[str, Tensor]:
+    """Accumulate the gradients of one step; return its losses, averaged over its micro-batches."""
     accelerator, accumulate = engine.accelerator, engine.settings.accumulate
     sums: dict[str, Tensor] = {}
     for part, batch in enumerate(parts):
@@ -292,24 +293,25 @@ def _backward(model: nn.Module, parts: Iterator[dict], engine: Engine, step: int
 
 
 def step_batches(
-    parts: Iterator[dict], engine: Engine, shared: Shared | None = None, complete: Complete | None = None
-) -> Iterator[dict]:
-    """Yield the micro-batches of one optimizer step on the device, each with what the step shares as "whole"."""
+    parts: Iterator[Batch], engine: Engine, shared: Shared | None = None, complete: Complete | None = None
+) -> Iterator[Batch]:
+    """Yield the micro-batches of one optimizer step on the device, each with the step's shared tensors as "whole"."""
     device = engine.accelerator.device
-    step: Iterable[dict] = (to_device(batch, device) for batch in itertools.islice(parts, engine.settings.accumulate))
+    step: Iterable[Batch] = (to_device(batch, device) for batch in itertools.islice(parts, engine.settings.accumulate))
     if complete is not None:
         step = map(complete, step)
     whole: dict[str, Tensor] = {}
     if shared is not None:
         step = list(step)
-        named = [shared(batch) for batch in step]
-        own = {name: torch.cat([one[name] for one in named]) for name in sorted(named[0])}
+        tensors = [shared(batch) for batch in step]
+        own = {name: torch.cat([part[name] for part in tensors]) for name in sorted(tensors[0])}
         whole = {name: engine.accelerator.gather(value) for name, value in own.items()}  # type: ignore[misc]
     for batch in step:
-        yield {**batch, "whole": whole}
+        batch["whole"] = whole
+        yield batch
 
 
-def _check_loss(loss: Tensor, batch: dict, step: int) -> None:
+def _check_loss(loss: Tensor, batch: Batch, step: int) -> None:
     if not torch.isfinite(loss):
         raise UserError(
             f"step {step + 1}: the loss is {float(loss)} for images {', '.join(batch['keys'][:4])}...; "
@@ -324,7 +326,7 @@ def _check_gradient(task: nn.Module, losses: dict[str, Tensor], norm: float, ste
         return
     if float(losses["loss"]) == 0:
         raise UserError("step 1: the loss is exactly zero: the objective compares nothing, or every weight is zero")
-    silent = [name for name, p in task.named_parameters() if p.requires_grad and p.grad is None]
-    if silent or norm == 0:
-        which = f"{len(silent)} parameters, {silent[0]} first" if silent else "any parameter"
-        raise UserError(f"step 1: no gradient reaches {which}; the student's output is cut off from the loss")
+    without = [name for name, p in task.named_parameters() if p.requires_grad and p.grad is None]
+    if without or norm == 0:
+        parameters = f"{len(without)} parameters, {without[0]} first" if without else "any parameter"
+        raise UserError(f"step 1: no gradient reaches {parameters}; the student's output is cut off from the loss")

@@ -22,12 +22,12 @@ from fmdistill.registry import UserError, bind
 
 EVALUATORS: dict[str, Any] = {
     "grid_miou": "fmdistill.evaluate.grid_miou:GridMiou",
-    "scene_miou": "fmdistill.evaluate.scene_miou:SceneMiou",
+    "scene_miou": "fmdistill.mini.scene_miou:SceneMiou",
     "cosine": "fmdistill.evaluate.cosine:Cosine",
     "knn": "fmdistill.evaluate.knn:Knn",
     "zeroshot": "fmdistill.evaluate.zeroshot:Zeroshot",
     "retrieval": "fmdistill.evaluate.retrieval:Retrieval",
-    "captioned_zeroshot": "fmdistill.evaluate.colour_baseline:CaptionedZeroshot",
+    "captioned_zeroshot": "fmdistill.mini.colour_baseline:CaptionedZeroshot",
     "top1": "fmdistill.evaluate.top1:Top1",
 }
 
@@ -109,7 +109,7 @@ def run(protocol: str | Path, subject: str | Path, overrides: Iterable[str] = ()
         weights = subject
     else:
         recipe = recipes.load(named, trusted) if named else recipes.load_saved(subject, trusted)
-        weights, out = students.weights_of(subject), subject / "evaluation"
+        weights, out = students.weights_path(subject), subject / "evaluation"
     check(judged, recipe)
     path = out / f"{Path(protocol).stem}.json"
     state = _state(judged, recipe, {"student": weights})
@@ -134,7 +134,7 @@ def run_together(protocol: str | Path, runs: Sequence[str | Path], trust: bool =
             raise UserError(f"{', '.join(map(str, runs))}: their recipes' `{part}` differ; evaluate them one by one")
     check(judged, loaded[0])
     names, stem = {f"run {number}": Path(run) for number, run in enumerate(runs)}, Path(protocol).stem
-    weights = {name: students.weights_of(run) for name, run in names.items()}
+    weights = {name: students.weights_path(run) for name, run in names.items()}
     states = {name: _state(judged, loaded[0], {"student": path}) for name, path in weights.items()}
     paths = {name: run / "evaluation" / f"{stem}.json" for name, run in names.items()}
     if all(kept.stored(paths[name], state) is not None for name, state in states.items()):

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from fmdistill import stop
 from fmdistill.backbones.device import pick_device
 from fmdistill.cache import Cache, open_cache
+from fmdistill.cache.batch import Batch, to_device
 from fmdistill.cache.dataset import CachedImages
-from fmdistill.distill.data import to_device
 from fmdistill.distill.loader import batches
 from fmdistill.evaluate import results, text_side
 from fmdistill.evaluate.annotated import DType
@@ -96,7 +96,7 @@ class Cosine:
                 ]
         return _rows(images, (*students, *floors)), {"images": images}
 
-    def _batches(self, cache: Cache, device: torch.device) -> Iterator[tuple[dict[str, Any], list[str]]]:
+    def _batches(self, cache: Cache, device: torch.device) -> Iterator[tuple[Batch, list[str]]]:
         """Yield the validation images with the teacher's outputs, on the device, and the groups of the images."""
         data = CachedImages(cache, "validation")
         places = [(0, shard, index) for shard, index in in_turn(data)][: self.limit]
@@ -105,7 +105,7 @@ class Cosine:
         chosen = [places[start : start + self.batch] for start in range(0, len(places), self.batch)]
         loaded = progress(batches(data, chosen, self.workers), "cosine", total=len(chosen), unit="batch")
         for batch, own in zip(stop.between(loaded), chosen, strict=True):
-            yield to_device(batch, device), [data.shards[shard].group for _, shard, _ in own]
+            yield data.decode(to_device(batch, device)), [data.shards[shard].group for _, shard, _ in own]
 
 
 def compare(a_BX: Tensor, b_BX: Tensor, valid_Bgg: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -128,7 +128,7 @@ def mean_output(cache: Cache, output: str) -> Tensor:
     total, count = torch.zeros(shape), torch.zeros(shape[1:])
     for shard, index in in_turn(data)[:MEAN_OF]:
         reader = data.shards[shard]
-        value = torch.from_numpy(reader.read(index)[output])
+        value = data.outputs([(shard, index)])[output][0]
         valid = torch.ones(())
         if value.dim() == 3:
             valid = valid_tokens(cache.preprocess, torch.tensor([reader.samples[index]["resized"]]), value[None])[0]

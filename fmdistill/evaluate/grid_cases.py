@@ -1,4 +1,4 @@
-"""The images that grid_miou judges: the teacher's and the students' embeddings, and those of floors."""
+"""Collect what grid_miou compares for each image: the embeddings of teacher, students and floors."""
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Case:
-    """One image: the teacher's exact full embedding and the students' by name, float32 (C, g, g); sizes as (H, W)."""
+    """One image: the teacher's exact embedding and the students' by name, float32 (C, g, g); sizes are (H, W)."""
 
     key: str
     group: str
@@ -30,7 +30,7 @@ class Case:
 
     @property
     def image(self) -> str:
-        """What tells the image from those of other shards, whose keys may be the same."""
+        """Return SHARD/KEY, since images of different shards may have the same key."""
         return f"{self.shard}/{self.key}"
 
 
@@ -42,9 +42,9 @@ def cases(
     device: torch.device,
     done: Collection[str] = (),
 ) -> Iterator[Case]:
-    """Yield one case per validation image, every group in turn, with the floors, if wanted, among the students.
+    """Yield one case per validation image, the groups of a mix in turn; with `floors`, these are among the students.
 
-    Images that are `done`, by `Case.image`, are left out.
+    Images in `done`, by `Case.image`, are skipped.
     """
     data = CachedImages(cache, "validation")
     models = dict(models)
@@ -59,31 +59,37 @@ def cases(
         reader = data.shards[shard]
         if f"{reader.name}/{reader.samples[index]['key']}" in done:
             continue
-        item = data.item(0, shard, index)
-        embeddings = {name: embed(model, cache.preprocess, item) for name, model in models.items()} | constant
+        batch = data.batch([(shard, index)])
+        pixels, sizes = batch["pixels"], batch["sizes"]
+        embeddings = {name: embed(model, cache.preprocess, pixels, sizes)[0] for name, model in models.items()}
+        embeddings |= constant
         if floors:
-            other, place = others[shard, index]
-            embeddings["another image"] = torch.from_numpy(data.shards[other].read(place)["embedding"])
-        wanted = item["outputs"][f"{cache.family}.embedding"]
+            embeddings["another image"] = data.outputs([others[shard, index]])["embedding"][0]
+        teacher = batch["outputs"][f"{cache.family}.embedding"][0]
         for name, embedding in embeddings.items():
-            if embedding.shape != wanted.shape:
+            if embedding.shape != teacher.shape:
                 raise UserError(
                     f"student.name={recipe.student['name']}: {name} gives an embedding of {tuple(embedding.shape)}, "
-                    f"the cache holds {tuple(wanted.shape)}; judge it by the cache that it learned from"
+                    f"the cache holds {tuple(teacher.shape)}; judge it by the cache that it learned from"
                 )
         yield Case(
-            key=item["keys"],
+            key=batch["keys"][0],
             group=reader.group,
             shard=reader.name,
-            teacher=wanted,
+            teacher=teacher,
             students=embeddings,
-            original=(int(item["originals"][0]), int(item["originals"][1])),
-            resized=(int(item["sizes"][0]), int(item["sizes"][1])),
+            original=_size(batch["originals"]),
+            resized=_size(sizes),
         )
 
 
+def _size(sizes_12: Tensor) -> Size:
+    height, width = sizes_12[0].tolist()
+    return height, width
+
+
 def _others(data: CachedImages, places: list[tuple[int, int]]) -> dict[tuple[int, int], tuple[int, int]]:
-    """Return for each place the next one of its group; of all if its group has no other."""
+    """Return for each image the next one of its group, or the next of all if its group has no other."""
     following = {}
     for group in dict.fromkeys(data.shards[shard].group for shard, _ in places):
         members = [place for place in places if data.shards[place[0]].group == group]

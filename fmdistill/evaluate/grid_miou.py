@@ -86,7 +86,7 @@ class GridMiou:
 
         The mean embedding needs every token of training images.
         """
-        if recipe.cache is None or not teachers.may_be(recipe.teacher, "sam"):
+        if recipe.cache is None or not teachers.may_belong_to(recipe.teacher, "sam"):
             raise UserError(
                 f"grid_miou: judges a run that was distilled from SAM by its cache; this recipe's teacher is "
                 f"{(recipe.teacher or {}).get('name', 'none')}{', not cached' if recipe.cache is None else ''}"

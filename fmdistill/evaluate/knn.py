@@ -16,6 +16,7 @@ from fmdistill import images as image_sources
 from fmdistill import stop
 from fmdistill.backbones.device import pick_device
 from fmdistill.cache import Cache, open_cache
+from fmdistill.cache.batch import NO_LABEL
 from fmdistill.cache.dataset import CachedImages
 from fmdistill.evaluate import annotated, results, text_side
 from fmdistill.evaluate.annotated import Annotated, Embedded
@@ -172,7 +173,7 @@ def _rows(name: str, predicted_Qk: np.ndarray, label_Q: np.ndarray, ks: Sequence
 
 def _labels(embedded: Embedded) -> np.ndarray:
     for key, label in zip(embedded.keys, embedded.labels, strict=True):
-        if label is None:
+        if label == NO_LABEL:
             raise _no_label(key)
     return np.array(embedded.labels, dtype=np.int64)
 

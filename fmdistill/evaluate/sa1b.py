@@ -119,7 +119,7 @@ def cases(data: CachedImages, shards: Iterable[int]) -> Iterator[Sa1bCase]:
     for number in shards:
         for index, sample in enumerate(data.shards[number].samples):
             text = data.encoded(number, index).extra.get(COLUMN, b"")
-            embedding = torch.from_numpy(data.shards[number].read(index)["embedding"])
+            embedding = data.outputs([(number, index)])["embedding"][0]
             sizes = [(int(h), int(w)) for h, w in (sample["original"], sample["resized"])]
             yield Sa1bCase(sample["key"], embedding, text, sizes[0], sizes[1])
 

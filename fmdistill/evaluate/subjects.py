@@ -1,4 +1,4 @@
-"""What evaluators share: a student's outputs for images of a cache, their valid tokens, and the order of the images."""
+"""Share between evaluators a student's outputs for images of a cache, their valid tokens, and the images' order."""
 
 # Legend: B images of a batch, C channels or a vector's width, g tokens a side.
 
@@ -16,33 +16,27 @@ MEAN_OF = 512  # training images whose mean embedding is a floor
 
 
 @torch.inference_mode()
-def embed(model: nn.Module, preprocess: Preprocess, item: dict) -> Tensor:
-    """Return the model's embedding (C, g, g) of one item of the cache, on the model's device."""
-    return outputs(model, preprocess, item)["embedding"][0].float()
-
-
-def outputs(model: nn.Module, preprocess: Preprocess, item: dict) -> Mapping[str, Tensor]:
-    """Return what the model makes of one item of the cache, on the model's device; UserError without an embedding."""
+def embed(model: nn.Module, preprocess: Preprocess, pixels: Tensor, sizes: Tensor) -> Tensor:
+    """Return the model's embeddings float32 (B, C, g, g) or (B, D) of a batch's images, on the model's device."""
     device = next(model.parameters(), torch.empty(0)).device
-    pixels, sizes = item["pixels"][None].to(device), item["sizes"][None].to(device)
-    return forward(model, preprocess.normalize(pixels, sizes))
+    return forward(model, preprocess.normalize(pixels.to(device), sizes.to(device)))["embedding"].float()
 
 
 def forward(model: nn.Module, image: Tensor, output: str = "embedding") -> Mapping[str, Tensor]:
-    """Return what the model makes of normalised images (B, 3, S, S); UserError without `output`."""
-    made = model(image)
-    if isinstance(made, Mapping) and output in made:
-        return made
-    if output == "embedding" or not isinstance(made, Mapping):
+    """Return the model's outputs for normalised images (B, 3, S, S); UserError if `output` is not among them."""
+    outputs = model(image)
+    if isinstance(outputs, Mapping) and output in outputs:
+        return outputs
+    if output == "embedding" or not isinstance(outputs, Mapping):
         raise UserError(
             f"{type(model).__name__}: a student's forward returns {{'{output}': (B, C, g, g) or (B, D)}}, "
-            f"this one a {type(made).__name__} without it"
+            f"this one a {type(outputs).__name__} without it"
         )
-    raise UserError(f"output={output}: {type(model).__name__} makes none.{suggest(output, made)}")
+    raise UserError(f"output={output}: {type(model).__name__} makes none.{suggest(output, outputs)}")
 
 
 def valid_tokens(preprocess: Preprocess, sizes: Tensor, map_BCgg: Tensor) -> Tensor:
-    """Return which tokens of a map hold any real pixel, bool (B, g, g); `sizes` are the images' (h, w)."""
+    """Return bool (B, g, g): which tokens of a map hold any real pixel; `sizes` are the images' (h, w)."""
     valid_Bgg = preprocess.valid(sizes)
     if valid_Bgg.shape[1:] == map_BCgg.shape[2:]:
         return valid_Bgg.to(map_BCgg.device)
@@ -63,17 +57,17 @@ def pooled(output_BX: Tensor, preprocess: Preprocess, sizes: Tensor) -> Tensor:
 
 
 def mean_embedding(cache: Cache) -> Tensor:
-    """Return the mean embedding (C, g, g) of training images, every group in turn, position by position."""
+    """Return the mean embedding (C, g, g) of the first MEAN_OF training images, the groups of a mix in turn."""
     data = CachedImages(cache, "train")
     chosen = in_turn(data)[:MEAN_OF]
     total = torch.zeros(cache.shapes["embedding"])
     for shard, index in chosen:
-        total += torch.from_numpy(data.shards[shard].read(index)["embedding"])
+        total += data.outputs([(shard, index)])["embedding"][0]
     return total / max(len(chosen), 1)
 
 
 def in_turn(data: CachedImages) -> list[tuple[int, int]]:
-    """Return (shard, index) of every sample, the groups alternating, so that the first N hold some of each."""
+    """Return (shard, index) of every image, the groups alternating, so that the first N include each group."""
     groups: dict[str, list[tuple[int, int]]] = {}
     for number, shard in enumerate(data.shards):
         groups.setdefault(shard.group, []).extend((number, index) for index in range(len(shard.samples)))

@@ -8,11 +8,10 @@ from typing import Any
 from torch import nn
 
 from fmdistill import teachers
-from fmdistill.backbones.clip import TextHead
-from fmdistill.backbones.clip_mini import MiniClip
+from fmdistill.backbones.clip import TextHead, WholeClip
 from fmdistill.cache import Cache, open_cache
 from fmdistill.cache.dataset import CachedImages
-from fmdistill.distill.student import STUDENTS
+from fmdistill.distill.student import STUDENTS, WHOLE_CLIPS
 from fmdistill.evaluate.annotated import Annotated
 from fmdistill.images import build as build_images
 from fmdistill.recipe import Recipe
@@ -31,12 +30,12 @@ class TextSide:
 def check(evaluator: str, recipe: Recipe) -> None:
     """Raise a UserError that names the `evaluator` if neither the recipe's teacher nor its student has a text tower."""
     name = recipe.student.get("name")
-    if recipe.cache is None and name in STUDENTS and name != "clip_mini":
+    if recipe.cache is None and name in STUDENTS and name not in WHOLE_CLIPS:
         raise UserError(
             f"student.name={name}: has no text tower, and its recipe no cache with a teacher's; "
             f"{evaluator} judges a run that was distilled from CLIP"
         )
-    if recipe.cache is not None and not teachers.may_be(recipe.teacher, "clip"):
+    if recipe.cache is not None and not teachers.may_belong_to(recipe.teacher, "clip"):
         raise UserError(
             f"teacher.name={(recipe.teacher or {}).get('name')}: has no text tower; {evaluator} judges a run "
             f"that was distilled from CLIP"
@@ -52,14 +51,14 @@ def of_run(
     """
     if recipe.cache is not None:
         return of_cache(open_cache(recipe), images, protocol)
-    whole = list(models.values())
-    if len(whole) != 1 or not isinstance(whole[0], MiniClip):
+    student = next(iter(models.values())) if len(models) == 1 else None
+    if not isinstance(student, WholeClip):
         raise UserError(
             f"student.name={recipe.student['name']}: has no text tower, and its recipe no cache with a teacher's; "
             f"{protocol} judges a run that was distilled from CLIP"
         )
-    data = Annotated(build_images(recipe.images if images is None else images), whole[0].preprocess)
-    return TextSide(whole[0].head(), data, None)
+    data = Annotated(build_images(recipe.images if images is None else images), student.preprocess)
+    return TextSide(TextHead.from_clip(student.whole(), student.config), data, None)
 
 
 def of_cache(cache: Cache, images: Mapping[str, Any] | None, protocol: str, pixels: bool = True) -> TextSide:

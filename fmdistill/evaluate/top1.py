@@ -15,8 +15,9 @@ from fmdistill import stop
 from fmdistill.backbones.class_preprocess import ClassPreprocess
 from fmdistill.backbones.classifiers import CLASSIFIERS
 from fmdistill.backbones.device import pick_device
+from fmdistill.cache.batch import Batch, to_device
 from fmdistill.distill import provider as providers
-from fmdistill.distill.data import every, to_device
+from fmdistill.distill.data import every
 from fmdistill.distill.loader import batches
 from fmdistill.distill.provider import Provider
 from fmdistill.distill.student import STUDENTS
@@ -135,7 +136,7 @@ def _read(
     logits: dict[str, list[Tensor]] = {}
     features: list[Tensor] = []
     for batch in _batches(protocol, provider, device):
-        labels.append(batch["label"].cpu())
+        labels.append(batch["labels"].cpu())
         keys += batch["keys"]
         image = provider.preprocess.normalize(batch["pixels"], batch["sizes"])
         made = {name: model(image)["logits"] for name, model in models.items()}
@@ -154,7 +155,7 @@ def _read(
 
 
 @torch.no_grad()
-def _batches(protocol: Top1, provider: Provider, device: torch.device) -> Iterator[dict]:
+def _batches(protocol: Top1, provider: Provider, device: torch.device) -> Iterator[Batch]:
     places = list(every(provider.validation, protocol.batch))
     loaded = batches(provider.validation, places, protocol.workers)
     for batch in stop.between(progress(loaded, "top1", total=len(places))):

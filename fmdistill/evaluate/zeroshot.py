@@ -3,7 +3,7 @@
 Letters: N images, K classes, D the shared embedding's width.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from fmdistill import images as image_sources
 from fmdistill.backbones.device import pick_device
 from fmdistill.cache import Cache
+from fmdistill.cache.batch import NO_LABEL
 from fmdistill.evaluate import annotated, rarity, results, text_side
 from fmdistill.evaluate.results import TEACHER, Judged, Metric, Row
 from fmdistill.evaluate.text_classifier import check_classes, class_names, classifier, templates
@@ -163,14 +164,13 @@ def accuracy(name: str, best_NT: np.ndarray, labels_N: np.ndarray, classes: int,
 
 
 def _labels(embedded: annotated.Embedded, classes: int) -> np.ndarray:
-    labels: Sequence[int | None] = embedded.labels
-    for key, label in zip(embedded.keys, labels, strict=True):
+    for key, label in zip(embedded.keys, embedded.labels, strict=True):
         _check_label(key, label, classes)
-    return np.array(labels, dtype=np.int64)
+    return np.array(embedded.labels, dtype=np.int64)
 
 
 def _check_label(key: str, label: int | None, classes: int) -> None:
-    if label is None:
+    if label is None or label == NO_LABEL:
         raise UserError(
             f"image '{key}': has no label; zeroshot needs class folders (source image_classes), or a tar with "
             f"KEY.cls beside each image"

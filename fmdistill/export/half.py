@@ -1,4 +1,4 @@
-"""Write a student alone, in half precision: how sam_mini ships."""
+"""Write a student alone, in half precision: the format of the packaged sam_mini."""
 
 from pathlib import Path
 

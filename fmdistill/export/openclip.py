@@ -1,4 +1,4 @@
-"""Write a student and its teacher's text side as a folder that open_clip loads by itself, as "local-dir:FOLDER"."""
+"""Write a student and its teacher's text side as a folder that open_clip itself loads, as "local-dir:FOLDER"."""
 
 import json
 import os
@@ -12,9 +12,7 @@ from open_clip.tokenizer import HFTokenizer
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from fmdistill.backbones.clip import ClipPreprocess, TextHead
-from fmdistill.backbones.clip_mini import CONFIG as CLIP_MINI
-from fmdistill.backbones.clip_mini import MiniClip
+from fmdistill.backbones.clip import ClipPreprocess, TextHead, WholeClip
 from fmdistill.backbones.tinyvit_clip import TinyViTCLIP
 from fmdistill.files import temporary_name, write_whole
 from fmdistill.registry import UserError
@@ -23,19 +21,19 @@ CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 
 
 def export(student: nn.Module, head: TextHead, preprocess: ClipPreprocess, out: Path) -> Path:
-    """Write `out`/open_clip_config.json and open_clip_model.safetensors, float32, and return `out`.
+    """Write `out`/open_clip_config.json and open_clip_model.safetensors, float32; return `out`.
 
-    The folder appears whole, after open_clip has loaded it, or not at all; an earlier export at `out` is replaced, any
-    other folder refused.
+    The folder is written whole, and only if open_clip can load it. An earlier export at `out` is replaced. Raises
+    UserError if `out` is anything else, or if the student does not fit.
     """
-    fitting = _checked(student, head, preprocess)
-    state = {f"visual.{name}": value for name, value in fitting.state_dict().items()}
-    return _write({**state, **head.state_dict()}, config(fitting, head, preprocess), head.tokenizer, out)
+    tinyvit = _checked(student, head, preprocess)
+    state = {f"visual.{name}": value for name, value in tinyvit.state_dict().items()}
+    return _write({**state, **head.state_dict()}, config(tinyvit, head, preprocess), head.tokenizer, out)
 
 
-def export_whole(student: MiniClip, out: Path) -> Path:
-    """Write both towers of a clip_mini that was trained here, its vocabulary whole, as `export` does."""
-    described = {"model_cfg": CLIP_MINI["model_cfg"], "preprocess_cfg": _preprocess_cfg(student.preprocess)}
+def export_whole(student: WholeClip, out: Path) -> Path:
+    """Write both towers of a student that is a whole CLIP, as `export` does."""
+    described = {"model_cfg": student.config["model_cfg"], "preprocess_cfg": _preprocess_cfg(student.preprocess)}
     return _write(student.whole().state_dict(), described, None, out)
 
 
@@ -47,7 +45,7 @@ def _write(state: Mapping[str, Tensor], described: dict[str, Any], tokenizer: An
     try:
         write_whole(temporary / WEIGHTS, to_bytes({name: _plain(value) for name, value in state.items()}))
         write_whole(temporary / CONFIG, json.dumps(described, indent=2) + "\n")
-        if isinstance(tokenizer, HFTokenizer):  # of a folder, open_clip looks for its files there
+        if isinstance(tokenizer, HFTokenizer):  # open_clip looks for its files in the folder
             tokenizer.save_pretrained(temporary)
         open_clip.create_model(f"local-dir:{temporary}", require_pretrained=True, pretrained_text=False)
         _put(temporary, out)
@@ -58,9 +56,9 @@ def _write(state: Mapping[str, Tensor], described: dict[str, Any], tokenizer: An
 
 
 def config(student: TinyViTCLIP, head: TextHead, preprocess: ClipPreprocess) -> dict[str, Any]:
-    """Return the open_clip_config.json: the teacher's, with the student in place of its image tower.
+    """Return the content of open_clip_config.json: the teacher's, with the student as its image tower.
 
-    `quick_gelu` stays as the text tower needs it; a TinyViT always uses its own GELU.
+    `quick_gelu` is the text tower's; a TinyViT always uses its own GELU.
     """
     image_tower = {
         "timm_model_name": student.timm_name,
@@ -95,26 +93,26 @@ def _checked(student: nn.Module, head: TextHead, preprocess: ClipPreprocess) -> 
             "export openclip: open_clip builds image towers from timm by name, and timm has none of this small size; "
             "train a `tinyvit_clip`, or write the student alone with the format half"
         )
-    for setting, own, theirs in (
+    for setting, of_student, of_teacher in (
         ("embedding has", student.out_channels, head.config["model_cfg"]["embed_dim"]),
         ("image side is", student.image_size, preprocess.image_size),
     ):
-        if own != theirs:
+        if of_student != of_teacher:
             raise UserError(
-                f"export openclip: the student's {setting} {own}, its teacher's {theirs}; use the cache that the "
-                f"student was distilled from"
+                f"export openclip: the student's {setting} {of_student}, its teacher's {of_teacher}; use the cache "
+                f"that the student was distilled from"
             )
     return student
 
 
 def check_place(out: Path) -> None:
-    """Raise a UserError if something else than an earlier export is at `out`."""
+    """Raise a UserError if `out` exists and is neither empty nor an earlier export."""
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / CONFIG).is_file())):
-        raise UserError(f"{out}: is there already and no export of open_clip's; choose another name for the folder")
+        raise UserError(f"{out}: already exists and is not an openclip export; choose another name for the folder")
 
 
 def _put(temporary: Path, out: Path) -> None:
-    """Rename `temporary` to `out`; an earlier export steps aside first, and back if that fails."""
+    """Rename `temporary` to `out`; an earlier export is renamed first, deleted afterwards, and restored on failure."""
     if not out.exists():
         os.rename(temporary, out)
         return

@@ -16,7 +16,7 @@ from fmdistill.cache.store import opened
 from fmdistill.files import write_whole
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError
-from fmdistill.teachers import of_cache
+from fmdistill.teachers import family_of_cache
 from fmdistill.teachers.timm import TimmPreprocess
 
 
@@ -25,7 +25,7 @@ def run(recipe: Recipe, student: nn.Module, out: Path) -> Path:
     if recipe.cache is None:
         raise UserError(f"{recipe.out}: its recipe has no `cache`, which states the preprocessing; set cache.root")
     stated = manifest.read(opened(recipe.cache).folder)
-    preprocess = of_cache(stated["family"], recipe.teacher).preprocess.from_json(stated["teacher"]["preprocess"])
+    preprocess = family_of_cache(stated["family"], recipe.teacher).preprocess.from_json(stated["teacher"]["preprocess"])
     if not isinstance(preprocess, TimmPreprocess | ClipPreprocess):
         raise UserError(
             f"export timm: {recipe.cache.root} prepares images as for the family '{stated['family']}', and timm has no "

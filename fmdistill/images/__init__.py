@@ -1,36 +1,33 @@
 """Images: where they come from, in shards. `build` makes the source that a recipe names."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import islice
 from typing import Any
 
 import numpy as np
 
-from fmdistill.images.captioned import Captioned
 from fmdistill.images.cifar100 import Cifar100
 from fmdistill.images.digits import Digits
 from fmdistill.images.folder import Folder
 from fmdistill.images.image_classes import ImageClasses
 from fmdistill.images.mix import Mix
-from fmdistill.images.photos import Photos
 from fmdistill.images.picture import DecodeError, Decoding, Picture, decode
 from fmdistill.images.picture import read as read_picture
-from fmdistill.images.scenes import Scenes
 from fmdistill.images.source import SPLITS, Encoded, Source, captions, escape, unescape
 from fmdistill.images.tar import Tar
 from fmdistill.registry import UserError, bind, convert, typed
 
 __all__ = ["SOURCES", "DecodeError", "Decoding", "Encoded", "Images", "Picture", "Shard", "Source"]
-__all__ += ["build", "captions", "check", "decode", "escape", "labels", "unescape"]
+__all__ += ["build", "captions", "check", "decode", "escape", "labels", "undecodable", "unescape"]
 
-SOURCES = {
+SOURCES: dict[str, Callable[..., Source] | str] = {
     "folder": Folder,
     "image_classes": ImageClasses,
     "tar": Tar,
-    "photos": Photos,
-    "scenes": Scenes,
-    "captioned": Captioned,
+    "photos": "fmdistill.mini.photos:Photos",
+    "scenes": "fmdistill.mini.scenes:Scenes",
+    "captioned": "fmdistill.mini.captioned:Captioned",
     "digits": Digits,
     "cifar100": Cifar100,
     "mix": Mix,
@@ -89,9 +86,7 @@ class Images:
         try:
             return self.picture(encoded).pixels
         except DecodeError as error:
-            raise UserError(
-                f"{shard}: image '{encoded.key}' cannot be decoded: {error}; repair the file or take it out"
-            ) from None
+            raise undecodable(shard, encoded.key, error) from None
 
     def identity(self) -> dict:
         """Return what determines keys, labels and pixels."""
@@ -118,6 +113,11 @@ class Images:
                 count = counts[group][name]
                 yield Shard(name, split, left[group] if count > left[group] else None, self._keys(name))
                 left[group] -= count
+
+
+def undecodable(shard: str, key: str, error: DecodeError) -> UserError:
+    """Return the error that an image cannot be decoded, and why."""
+    return UserError(f"{shard}: image '{key}' cannot be decoded: {error}; repair the file or take it out")
 
 
 def _shares(held: Mapping[str, int], limit: int) -> dict[str, int]:

@@ -7,8 +7,7 @@ from http.client import HTTPException
 import numpy as np
 import PIL.Image
 
-from fmdistill.images.generated import Generated
-from fmdistill.images.photos import check_counts, png
+from fmdistill.images.numbered import Numbered, check_counts, png
 from fmdistill.images.source import Encoded
 from fmdistill.registry import UserError
 
@@ -16,7 +15,7 @@ FILES, ARCHIVE = "cifar-100-python", "cifar-100-python.tar.gz"
 
 
 @dataclass(frozen=True)
-class Cifar100(Generated):
+class Cifar100(Numbered):
     """The 50,000 training and 10,000 test images below `root`, the latter as validation; PNG with fine labels 0 to 99.
 
     `root` holds the folder cifar-100-python; with `download` torchvision makes it first, from cifar-100-python.tar.gz

@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 import PIL.Image
 
-from fmdistill.images.photos import check_counts, png, shard_names, shard_range
+from fmdistill.images.numbered import check_counts, png, shard_names, shard_range
 from fmdistill.images.source import Encoded
 from fmdistill.registry import UserError
 

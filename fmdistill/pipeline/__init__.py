@@ -48,7 +48,7 @@ def check(settings: Recipe) -> None:
         executors.check(settings.cache.executor)
     if settings.objective or settings.teacher is not None:
         (objective.check_trimmed if trimmed else objective.check)(settings.objective)
-    if settings.teacher is not None and teachers.only_vectors(settings.teacher):
+    if settings.teacher is not None and teachers.makes_only_vectors(settings.teacher):
         objective.check_vectors(settings.objective)
     student.check(settings.student)
     bind(settings.optimizer, OPTIMIZERS, "optimizer", context=("model",))

@@ -13,11 +13,11 @@ from torch import nn
 from fmdistill import cache
 from fmdistill.backbones.device import pick_device
 from fmdistill.cache import manifest
+from fmdistill.cache.batch import BatchReader, Data, Place
 from fmdistill.cache.outputs import from_json
 from fmdistill.cache.store import Folder
 from fmdistill.cache.teacher_pass import Pass
 from fmdistill.distill import tasks
-from fmdistill.distill.data import Data, Place, Together
 from fmdistill.distill.train import Engine, fit
 from fmdistill.images import DecodeError, Encoded, Images
 from fmdistill.images import build as build_images
@@ -52,14 +52,14 @@ class Repeated:
         """The samples of each shard, repetitions counted."""
         return tuple(count * -(-self.least // sum(self.data.counts)) for count in self.data.counts)
 
-    def item(self, epoch: int, shard: int, index: int) -> dict[str, Any]:
+    def item(self, epoch: int, shard: int, index: int) -> Mapping[str, Any]:
         """Return one sample."""
         return self.data.item(*self._place(epoch, shard, index))
 
-    def together(self, places: Sequence[Place]) -> dict[str, Any]:
+    def read_batch(self, places: Sequence[Place]) -> Mapping[str, Any]:
         """Return what the data reads of a whole batch at once."""
         once = [self._place(*place) for place in places]
-        return self.data.together(once) if isinstance(self.data, Together) else {}
+        return self.data.read_batch(once) if isinstance(self.data, BatchReader) else {}
 
     def _place(self, epoch: int, shard: int, index: int) -> Place:
         return epoch, shard, index % self.data.counts[shard]

@@ -15,7 +15,7 @@ from fmdistill.cache.footprint import tar_bytes
 from fmdistill.cache.outputs import codecs_of, stored
 from fmdistill.cache.reader import ShardReader
 from fmdistill.cache.store import Folder
-from fmdistill.cache.writer import Prepared, ShardWriter
+from fmdistill.cache.writer import ShardWriter, TeacherInput
 from fmdistill.images import Shard
 from fmdistill.pipeline.measurement import Measurement, rates
 from fmdistill.recipe import Cache, CodecName
@@ -62,7 +62,7 @@ def of_shards(
     def write() -> None:
         writer = ShardWriter(Folder(folder), Shard(f"{name}-{next(made)}", "train"), "", entries)
         for index in range(total):
-            item = Prepared(index, f"image-{index:07}", "", original=(1, 1), resized=(1, 1))
+            item = TeacherInput(index, f"image-{index:07}", "", original=(1, 1), resized=(1, 1))
             writer.add(item, {k: v[index % count] for k, v in values.items()}, valid[index % count])
         writer.publish()
         kept.append(writer.path)
@@ -89,17 +89,14 @@ def of_shards(
     reads = take_turns(reading, CPU, rounds)  # from memory, so nothing waits
     for path in kept:
         path.unlink()
-    size, told = len(data) / 1e6, tar_bytes(codecs_of(entries, "train"), outputs, total) / total
+    size, nominal = len(data) / 1e6, tar_bytes(codecs_of(entries, "train"), outputs, total) / total
+    plain_write, plain_read = size / writes["plain"], size / reads["plain"]
     return [
-        Measurement(f"{name}: an image in a shard", len(data) / total, "bytes", "as `plan` counts", told),
-        Measurement(
-            f"{name}: write a shard", size / writes["write"], "MB/s", "its bytes, synced", size / writes["plain"]
-        ),
+        Measurement(f"{name}: an image in a shard", len(data) / total, "bytes", "as `plan` counts", nominal),
+        Measurement(f"{name}: write a shard", size / writes["write"], "MB/s", "its bytes, synced", plain_write),
         Measurement(f"{name}: read, with checksums", total / reads["first"], "embeddings/s"),
         Measurement(f"{name}: read again", total / reads["later"], "embeddings/s"),
-        Measurement(
-            f"{name}: read again, bytes", size / reads["later"], "MB/s", "the file's bytes", size / reads["plain"]
-        ),
+        Measurement(f"{name}: read again, bytes", size / reads["later"], "MB/s", "the file's bytes", plain_read),
     ]
 
 

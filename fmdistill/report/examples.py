@@ -1,4 +1,4 @@
-"""A few validation images with what teacher, students and weightings make of them, as arrays for pictures."""
+"""Collect a few validation images with weights and masks of teacher and students, as arrays to draw."""
 
 # Legend: C channels, g patches a side, P points, h x w pixels of the resized image.
 
@@ -20,7 +20,7 @@ from fmdistill.distill.tasks import Distill, open_task
 from fmdistill.evaluate.grid_miou import choose
 from fmdistill.report.rows import Run
 
-GRID = 10  # points a side, of which the shown one is chosen
+GRID = 10  # points a side, one of which is shown
 BATCH = 50  # points decoded at once
 AREA = (0.03, 0.30)  # share of the image that the teacher's mask at the shown point may cover
 
@@ -50,8 +50,8 @@ class Opened:
 def gather(runs: list[Run], per_group: int = 3, trust: bool = False) -> tuple[list[Example], int]:
     """Return examples, `per_group` of each group of validation images, and the stride of a patch in pixels.
 
-    Runs of another cache than the first run's are left out. UserError where images, cache or students are missing,
-    or where a run names code and `trust` is not given.
+    Runs of another cache than the first run's are left out. UserError if images, cache or students are missing,
+    or if a run names code and `trust` is false.
     """
     cache, opened = open_runs(runs, trust)
     head = None if cache.record.head is None else cache.head()
@@ -62,7 +62,7 @@ def gather(runs: list[Run], per_group: int = 3, trust: bool = False) -> tuple[li
 
 
 def open_runs(runs: list[Run], trust: bool = False) -> tuple[Cache, list[Opened]]:
-    """Return the cache of the first run, and those of the runs that learned from it; errors as `gather`."""
+    """Return the first run's cache, and the opened runs that learned from it; errors as for `gather`."""
     for run in runs:
         recipes.load_saved(run.folder, ["trust=true"] if trust else [])
     first = runs[0].recipe
@@ -100,33 +100,23 @@ def _places(data: CachedImages, per_group: int) -> list[tuple[int, int]]:
 
 
 def _example(data: CachedImages, place: tuple[int, int], cache: Cache, head: Any, opened: list[Opened]) -> Example:
-    item = data.item(0, *place)
-    h, w = (int(n) for n in item["sizes"])
-    sizes = item["sizes"][None]
-    valid = cache.preprocess.valid(sizes)
-    teacher = {name: value[None] for name, value in item["outputs"].items()}
-    batch = {
-        "pixels": item["pixels"][None],
-        "sizes": sizes,
-        "outputs": teacher,
-        "keys": (item["keys"],),
-        "label": item["label"][None],
-        "label_values": (item["label_values"],),
-    }
-    embeddings = {"teacher": teacher[f"{cache.family}.embedding"][0]}
+    batch = data.batch([place])
+    h, w = batch["sizes"][0].tolist()
+    valid = cache.preprocess.valid(batch["sizes"])
+    embeddings = {"teacher": batch["outputs"][f"{cache.family}.embedding"][0]}
     weights = {}
-    for one in opened:
-        seen = one.task.see(batch)
-        embeddings[one.name] = seen.student("embedding")[0]
-        weights |= _weights(one, seen, valid.shape[-1])
+    for run in opened:
+        seen = run.task.see(batch)
+        embeddings[run.name] = seen.student("embedding")[0]
+        weights |= _weights(run, seen, valid.shape[-1])
     point, masks = _masks(head, embeddings, (h, w)) if isinstance(head, PromptHead) else (None, {})
-    image = item["pixels"][:, :h, :w].permute(1, 2, 0).numpy()
+    image = batch["pixels"][0, :, :h, :w].permute(1, 2, 0).numpy()
     group = data.shards[place[0]].group
-    return Example(item["keys"], group, image, weights, valid[0].numpy(), point, masks)
+    return Example(batch["keys"][0], group, image, weights, valid[0].numpy(), point, masks)
 
 
 def _weights(run: Opened, seen: Seen, g: int) -> dict[str, np.ndarray]:
-    """Return the weights of every term whose weights differ between patches."""
+    """Return the weights (g, g) of each term that weighs patches differently."""
     return {
         name: weight.view(g, g).numpy()
         for name, weight, focused in term_weights(run, seen)
@@ -135,7 +125,7 @@ def _weights(run: Opened, seen: Seen, g: int) -> dict[str, np.ndarray]:
 
 
 def term_weights(run: Opened, seen: Seen) -> Iterator[tuple[str, Tensor, Seen]]:
-    """Yield each term's name, its weights (B,) or (B, N), and what it saw."""
+    """Yield each term's name, its weights (B,) or (B, N), and its view of the batch."""
     for name, term in run.task.objective.items():
         _, weight, focused = term.measure(seen)
         yield run.name if len(run.task.objective.terms) == 1 else f"{run.name}, {name}", weight, focused
@@ -166,9 +156,9 @@ def _masks(
 
 def _best(head: PromptHead, embedding: Tensor, points_P2: Tensor) -> tuple[Tensor, Tensor]:
     """Return each point's mask with the top predicted IoU: logits (P, 4g, 4g) and that IoU (P,)."""
-    decode, kept = image_decoder(head, embedding), []
+    decode, parts = image_decoder(head, embedding), []
     for points in points_P2.split(BATCH):
         logits_PMnn, iou_PM = decode(points[:, None], torch.ones(len(points), 1, dtype=torch.int))
-        kept.append((choose(logits_PMnn, iou_PM, "best_predicted")[:, 0], iou_PM.amax(1)))
-    logits_Pnn, iou_P = (torch.cat(part) for part in zip(*kept, strict=True))
+        parts.append((choose(logits_PMnn, iou_PM, "best_predicted")[:, 0], iou_PM.amax(1)))
+    logits_Pnn, iou_P = (torch.cat(part) for part in zip(*parts, strict=True))
     return logits_Pnn, iou_P

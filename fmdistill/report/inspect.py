@@ -24,7 +24,7 @@ from fmdistill.images import Shard, escape
 from fmdistill.recipe import parse_overrides
 from fmdistill.registry import UserError, suggest, typed
 from fmdistill.report.plots import weights_figure
-from fmdistill.teachers import of_cache
+from fmdistill.teachers import family_of_cache
 from fmdistill.teachers.family import Preprocess
 
 SHOWN = 3  # keys at either end of a list, and failed images
@@ -64,7 +64,7 @@ def run(path: str, overrides: list[str]) -> Iterator[str]:
         finished = sidecar.Finished(base.with_name(f"{base.name}.tar"), fields)
         reader = ShardReader(Folder(base.parent), Shard(base.name, fields["split"]), finished, "", outputs)
         yield from _weights(
-            reader, of_cache(found["family"], None).preprocess.from_json(teacher["preprocess"]), settings
+            reader, family_of_cache(found["family"], None).preprocess.from_json(teacher["preprocess"]), settings
         )
     except UserError:
         raise

@@ -1,4 +1,4 @@
-"""An image classifier as a teacher: its logits, its pooled feature, and the maps of its stages that are asked for."""
+"""An image classifier as a teacher: its logits, its pooled feature and, if requested, maps of its stages."""
 
 # Legend: B images, K classes, D the feature's width, C the channels of a stage's map.
 
@@ -22,7 +22,7 @@ from fmdistill.teachers.output import Output
 
 
 class ClassTeacher:
-    """A classifier, frozen and in eval mode: logits (B, K), feature (B, D), and maps (B, C, H, W) by their names."""
+    """A frozen classifier in eval mode with the outputs logits (B, K), feature (B, D) and named maps (B, C, H, W)."""
 
     family = "classifier"
 
@@ -42,17 +42,17 @@ class ClassTeacher:
         self.device = own_device(device)
         self.dtype: Precision = own_dtype(dtype, self.device)
         self.model = model.eval().requires_grad_(False).to(self.device)
-        made = self._outputs(torch.zeros(1, 3, *(2 * [model.image_size]), device=self.device))
+        outputs = self._outputs(torch.zeros(1, 3, *(2 * [model.image_size]), device=self.device))
         for name in maps:
-            if name not in made or made[name].dim() != 4:
-                raise UserError(f"teacher.maps={name}: {kind['name']} makes no such map.{suggest(name, made)}")
-        vectors = {name: Output(tuple(made[name].shape[1:])) for name in ("logits", "feature")}
-        self.outputs = {**vectors, **{name: Output(tuple(made[name].shape[1:]), "all") for name in maps}}
+            if name not in outputs or outputs[name].dim() != 4:
+                raise UserError(f"teacher.maps={name}: {kind['name']} has no such map.{suggest(name, outputs)}")
+        vectors = {name: Output(tuple(outputs[name].shape[1:])) for name in ("logits", "feature")}
+        self.outputs = {**vectors, **{name: Output(tuple(outputs[name].shape[1:]), "all") for name in maps}}
 
     def __call__(self, pixels: Tensor, sizes: Tensor) -> dict[str, Tensor]:
         """Return the named outputs, float32 on the CPU, for uint8 (B, 3, S, S) pixels."""
-        made = self._outputs(self.preprocess.normalize(pixels.to(self.device), sizes.to(self.device)))
-        return {name: made[name].float().cpu().contiguous() for name in self.outputs}
+        outputs = self._outputs(self.preprocess.normalize(pixels.to(self.device), sizes.to(self.device)))
+        return {name: outputs[name].float().cpu().contiguous() for name in self.outputs}
 
     @torch.inference_mode()
     def _outputs(self, image_BCHW: Tensor) -> dict[str, Tensor]:
@@ -85,15 +85,17 @@ def classifier(
     batch: int = 256,
     workers: int = 2,
 ) -> ClassTeacher:
-    """A classifier that a recipe trained: `network` as its `student` had it, `weights` its run or safetensors file.
+    """Return a classifier that a recipe trained, as a teacher.
 
-    `statistics` names the pixels' mean and deviation, as in task `classify`; `maps` the stages whose maps are cached.
+    `network` is that recipe's `student`, and `weights` its run or safetensors file. `statistics` names the pixels' mean
+    and deviation, as in task `classify`; `maps` names the stages whose maps are cached. Raises UserError if the weights
+    are missing or do not fit.
     """
     model = bind(network, CLASSIFIERS, "teacher.network")()
     path = Path(weights) / "student.safetensors" if Path(weights).is_dir() else Path(weights)
     if not path.is_file():
         raise UserError(
-            f"teacher.weights={weights}: no such run or file; train the teacher first with its own recipe, or give the "
+            f"teacher.weights={weights}: no such run or file; train the teacher first with its own recipe, or name the "
             f"safetensors file of a {network['name']}"
         )
     state = read_state(path, f"teacher.weights={weights}", model.state_dict().keys())
@@ -101,20 +103,23 @@ def classifier(
         model.load_state_dict(state)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"teacher.weights={weights}: does not hold this {network['name']} ({reason})") from None
+        raise UserError(
+            f"teacher.weights={weights}: does not contain this {network['name']} ({reason}); set teacher.network to "
+            f"the `student` of the recipe that trained it"
+        ) from None
     preprocess = ClassPreprocess.of(model.image_size, statistics)
     settings: dict[str, Any] = {"device": device, "dtype": dtype, "batch": batch, "workers": workers}
     return ClassTeacher(model, preprocess, kind=dict(network), maps=maps or [], **settings)
 
 
 def weights_file(settings: Mapping[str, Any]) -> Path | None:
-    """Return the run or file of weights that the settings name."""
+    """Return the run or file of weights that the settings name; None if they name none."""
     weights = settings.get("weights")
     return Path(weights) if isinstance(weights, str) and weights else None
 
 
 def random_weights(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Return the settings with weights that are drawn instead of read, saved in `folder`."""
+    """Return the settings with random weights instead of a checkpoint's; they are saved in `folder`."""
     path = folder / "drawn.safetensors"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -1,6 +1,6 @@
-"""CLIP as a teacher: the image tower of any open_clip model, its embeddings as they are, not normalised."""
+"""CLIP as a teacher: the image tower of any open_clip model; its embeddings are not normalised."""
 
-# Legend: B images, D the embedding's width, C the tokens' width, g tokens a side, N = g * g.
+# Legend: B images, D the embedding's width, C the tokens' width, g tokens per side, N = g * g.
 
 import copy
 import io
@@ -17,8 +17,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fmdistill.backbones.clip import ClipPreprocess, TextHead, load_clip
-from fmdistill.backbones.clip_mini import CONFIG, build_clip_mini
-from fmdistill.backbones.clip_tags import PREPROCESSING, ClipSettings, Interpolation, ResizeMode, of_tag, of_text
+from fmdistill.backbones.clip_tags import (
+    PREPROCESSING,
+    ClipSettings,
+    Interpolation,
+    ResizeMode,
+    tag_values,
+    text_values,
+)
 from fmdistill.backbones.clip_weights import LOCAL
 from fmdistill.backbones.throughput import flops
 from fmdistill.registry import UserError, convert, typed
@@ -30,9 +36,10 @@ DEFAULT = "ViT-B-32"
 
 
 class ClipTeacher:
-    """An open_clip model's image tower, frozen: its projected embedding (B, D), and patch tokens (B, C, g, g) if asked.
+    """A frozen image tower of open_clip with the outputs embedding (B, D) and, if `tokens`, tokens (B, C, g, g).
 
-    The tokens are the tower's own `output_tokens`: of its last layer, at its width C, not projected.
+    The embedding is projected. The tokens are the patch tokens of the tower's last layer, at its width C and not
+    projected: open_clip's `output_tokens`.
     """
 
     family = "clip"
@@ -61,7 +68,7 @@ class ClipTeacher:
         if tokens:
             if grid is None:
                 raise UserError(
-                    f"teacher.tokens=true: the image tower of {kind} ({type(self.visual).__name__}) gives no patch "
+                    f"teacher.tokens=true: the image tower of {kind} ({type(self.visual).__name__}) returns no patch "
                     f"tokens; choose one of open_clip's own ViTs without attentional pooling, or teacher.tokens=false"
                 )
             self.visual.output_tokens = True
@@ -71,7 +78,7 @@ class ClipTeacher:
 
     @torch.inference_mode()
     def __call__(self, pixels: Tensor, sizes: Tensor) -> dict[str, Tensor]:
-        """Return {"embedding": float32 (B, D)} on the CPU for uint8 (B, 3, S, S) pixels; and "tokens" (B, C, g, g)."""
+        """Return float32 {"embedding": (B, D)} on the CPU for uint8 (B, 3, S, S) pixels, and "tokens" if requested."""
         x_BCHW = self.preprocess.normalize(pixels.to(self.device), sizes.to(self.device))
         with computing(self.dtype, self.device):
             encoded = self.visual(x_BCHW)
@@ -90,7 +97,7 @@ class ClipTeacher:
             "weights": state_hash(self.model.state_dict()),
             "preprocess": self.preprocess.to_json(),
             "quick_gelu": bool(self.config["model_cfg"].get("quick_gelu", False)),
-            "context_length": of_text(self.config["model_cfg"])["context_length"],
+            "context_length": text_values(self.config["model_cfg"])["context_length"],
             "tokenizer": self.config["tokenizer"],
             "tokens": self.tokens,
             "normalized": False,
@@ -120,38 +127,26 @@ def open_clip(
     batch: int = 64,
     workers: int = 2,
 ) -> ClipTeacher:
-    """Any CLIP of open_clip: `model` a name or local-dir:FOLDER, `pretrained` a tag, a checkpoint file or none.
+    """Return any CLIP of open_clip: `model` is a name or local-dir:FOLDER, `pretrained` a tag, a file or none.
 
-    A tag states preprocessing and activation, as do OpenAI's own .pt files and a folder. For another file they are
-    `as_tag`'s or what all tags of `model` agree on; each of `ClipSettings` replaces one value.
+    Tags, OpenAI's own .pt files and folders determine preprocessing and activation. For other files these come from
+    the tag `as_tag`, or else from all tags of `model` if they agree; each of `ClipSettings` replaces one value. Raises
+    UserError if `pretrained` is not set or the weights cannot be loaded.
     """
     local = model.startswith(LOCAL)
     if pretrained is None and not local:
         raise UserError(
-            "teacher.pretrained: not set; give one of open_clip's tags such as openai, a checkpoint file, "
+            "teacher.pretrained: not set; set it to one of open_clip's tags such as openai, a checkpoint file, "
             "or none for an untrained model"
         )
     unstated = ClipSettings(as_tag, mean, std, interpolation, resize_mode, quick_gelu, context_length, tokenizer)
-    made, config = load_clip(model, pretrained or "none", unstated)
+    clip, config = load_clip(model, pretrained or "none", unstated)
     settings: dict[str, Any] = {"device": device, "dtype": dtype, "batch": batch, "workers": workers}
-    return ClipTeacher(made, config, name="open_clip", kind=_kind(model), tokens=tokens, **settings)
-
-
-def clip_mini(
-    weights: str = "packaged",
-    tokens: bool = False,
-    device: str = "auto",
-    dtype: DType = "auto",
-    batch: int = 64,
-    workers: int = 2,
-) -> ClipTeacher:
-    """The small CLIP that ships with fmdistill, 64 px; or one that you trained: its run or safetensors file."""
-    settings: dict[str, Any] = {"device": device, "dtype": dtype, "batch": batch, "workers": workers}
-    return ClipTeacher(build_clip_mini(weights), CONFIG, name="clip_mini", kind="clip_mini", tokens=tokens, **settings)
+    return ClipTeacher(clip, config, name="open_clip", kind=_kind(model), tokens=tokens, **settings)
 
 
 def weights_file(settings: Mapping[str, Any]) -> Path | None:
-    """Return the folder or checkpoint file that the settings name; None for a tag, packaged weights, and none."""
+    """Return the folder or checkpoint file that the settings name; None for a tag, packaged weights, or none."""
     if settings["name"] != "open_clip":
         weights = settings.get("weights")
         return Path(weights) if isinstance(weights, str) and weights not in ("", "none", "packaged") else None
@@ -163,15 +158,15 @@ def weights_file(settings: Mapping[str, Any]) -> Path | None:
 
 
 def clip_settings(settings: Mapping[str, Any]) -> ClipSettings:
-    """Return those of a recipe's teacher settings that state what a checkpoint's tensors do not tell."""
+    """Return the `ClipSettings` among a recipe's teacher settings."""
     names = [field.name for field in fields(ClipSettings)]
     return ClipSettings(**typed(ClipSettings, {name: settings[name] for name in names if name in settings}, "teacher"))
 
 
 def identity(settings: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the part of the fingerprint that the settings state without the weights.
+    """Return the part of the fingerprint that follows from the settings alone, without reading weights.
 
-    `stored` is a fingerprint with the preprocessing's values that the settings do not state.
+    `stored` is a fingerprint; it completes the preprocessing's values that the settings do not state.
     """
     if settings.get("name") != "open_clip":
         return {}
@@ -182,7 +177,7 @@ def identity(settings: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str
     }
     values = given.given()
     if given.as_tag is not None and not model.startswith(LOCAL):
-        values = {**of_tag(_kind(model), given.as_tag, get_model_config(_kind(model)) or {}), **values}
+        values = {**tag_values(_kind(model), given.as_tag, get_model_config(_kind(model)) or {}), **values}
     stated |= {key: values[key] for key in ("quick_gelu", "context_length", "tokenizer") if key in values}
     preprocessing = {key: values[key] for key in PREPROCESSING if key in values}
     if preprocessing and "preprocess" in stored:
@@ -191,16 +186,16 @@ def identity(settings: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str
 
 
 def random_weights(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Return the settings with weights that are drawn instead of read. UserError for a model in a folder."""
+    """Return the settings with random weights instead of a checkpoint's. Raises UserError for a model in a folder."""
     if str(settings.get("model", "")).startswith(LOCAL):
         raise UserError(
-            f"bench.weights=random: the weights of teacher.model={settings['model']} cannot be drawn; leave it out"
+            f"bench.weights=random: not possible for teacher.model={settings['model']}; remove bench.weights"
         )
     return {**settings, "pretrained" if settings["name"] == "open_clip" else "weights": "none"}
 
 
 def reference(teacher: ClipTeacher) -> Reference:
-    """Return open_clip's own loop, by batches as large as the teacher's, with a copy of its weights."""
+    """Return open_clip's own loop, in batches of the teacher's size, with a copy of its weights."""
     network: Any = copy.deepcopy(teacher.model).to(teacher.device)
     network.visual.output_tokens = False
     transform: Any = image_transform_v2(PreprocessCfg(**teacher.config["preprocess_cfg"]), is_train=False)
@@ -228,7 +223,7 @@ def _kind(model: str) -> str:
 
 
 def _grid(visual: Any) -> int | None:
-    """Return the side of the patch tokens' grid; None for a tower that gives no such tokens."""
+    """Return the side of the patch tokens' grid; None for a tower that returns no patch tokens."""
     if not isinstance(visual, VisionTransformer) or visual.attn_pool is not None or visual.pool_type == "none":
         return None
     return visual.grid_size[0] if visual.grid_size[0] == visual.grid_size[1] else None
@@ -236,7 +231,7 @@ def _grid(visual: Any) -> int | None:
 
 FAMILY = Family(
     name="clip",
-    teachers={"open_clip": open_clip, "clip_mini": clip_mini},
+    teachers={"open_clip": open_clip, "clip_mini": "fmdistill.mini.clip:clip_mini"},
     preprocess=ClipPreprocess,
     head=TextHead,
     map_setting="tokens",

@@ -1,4 +1,4 @@
-"""What every teacher computes with: its own device, exact float32, and a hash of its weights."""
+"""Device, precision and weights' hash of teachers."""
 
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -17,7 +17,7 @@ Precision = Literal["fp32", "bf16"]
 
 
 def own_device(name: str) -> torch.device:
-    """Return the device called `name`; of several processes that a launcher started, "auto" gives each its own GPU."""
+    """Return the device called `name`; "auto" is a different GPU for each process of a launcher."""
     device = pick_device(name, "teacher.device")
     if name == "auto" and device.type == "cuda" and (rank := local_rank()) is not None:
         return torch.device("cuda", rank % torch.cuda.device_count())
@@ -32,9 +32,9 @@ def own_dtype(name: DType, device: torch.device) -> Precision:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Return whether `device` is a CPU that multiplies bf16 itself; an emulated product is slower than float32's.
+    """Return whether `device` is a CPU with bf16 multiplication; emulating it is slower than float32.
 
-    Linux tells so for x86; of any other system it is not known, and `teacher.dtype=bf16` decides.
+    It can be detected on Linux for x86 only; elsewhere False is returned, and `teacher.dtype=bf16` overrides it.
     """
     info = Path("/proc/cpuinfo")
     if device.type != "cpu" or not torch.backends.mkldnn.is_available() or not info.is_file():
@@ -45,7 +45,7 @@ def has_bf16(device: torch.device) -> bool:
 
 @contextmanager
 def computing(dtype: Precision, device: torch.device) -> Iterator[None]:
-    """Compute in `dtype`: fp32 exactly, bf16 by autocast."""
+    """Compute in `dtype` within the context: fp32 without reduced precision, bf16 by autocast."""
     if dtype == "fp32":
         with full_precision(), torch.autocast(device.type, enabled=False):
             yield
@@ -56,7 +56,7 @@ def computing(dtype: Precision, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Compute in float32 as such: by default PyTorch's convolutions on CUDA round their inputs to TF32's 10 bits."""
+    """Turn off TF32 within the context: by default CUDA convolutions round their float32 inputs to 10 bits."""
     convolutions, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
     torch.backends.cudnn.allow_tf32 = False
     torch.set_float32_matmul_precision("highest")
@@ -68,7 +68,7 @@ def full_precision() -> Iterator[None]:
 
 
 def state_hash(state: Mapping[str, Tensor]) -> str:
-    """Return the sha256 of a state dict's names, dtypes, shapes and values, whatever file it came in."""
+    """Return the sha256 of a state dict's names, dtypes, shapes and values; the file's format does not matter."""
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -1,6 +1,6 @@
-"""Define what a teacher family is: one record with all that the rest of the package needs to know about it."""
+"""Define a teacher family: one record with everything that the rest of the package needs to know about it."""
 
-# Legend: B images, S the square's side, g = S / stride tokens a side, C channels, D a vector's width.
+# Legend: B images, S the square's side, g = S / stride tokens per side, C channels, D a vector's width.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ Settings = Mapping[str, Any]  # a recipe's `teacher`
 
 
 class Preprocess(Protocol):
-    """Prepares images for a network in two halves: the first on the CPU, the second where the network is."""
+    """Prepares images for a network in two halves: the first on the CPU, the second on the network's device."""
 
     @property
     def image_size(self) -> int:
@@ -27,11 +27,11 @@ class Preprocess(Protocol):
 
     @property
     def stride(self) -> int:
-        """Return the pixels of a token's side; the grid has g = S / stride tokens a side."""
+        """Return the side of a token in pixels; the grid has g = S / stride tokens per side."""
         ...
 
     def prepare(self, image: Picture) -> tuple[Tensor, tuple[int, int]]:
-        """Return uint8 pixels (3, S, S) in RGB and the (h, w) of them that are real."""
+        """Return uint8 pixels (3, S, S) in RGB and the size (h, w) of the part that is not padding."""
         ...
 
     def normalize(self, pixels: Tensor, sizes: Tensor) -> Tensor:
@@ -48,9 +48,9 @@ class Preprocess(Protocol):
 
 
 class Head(Protocol):
-    """The small part of a teacher that is stored beside its outputs; how an embedding is used is up to its family."""
+    """The small part of a teacher that is stored beside its outputs; its family defines how embeddings use it."""
 
-    config: Any  # JSON: all that `load` needs beside the weights
+    config: Any  # JSON: the settings that `load` needs in addition to the weights
 
     def state_dict(self) -> Mapping[str, Tensor]:
         """Return the head's weights by name."""
@@ -62,7 +62,7 @@ class Head(Protocol):
 
     @classmethod
     def load(cls, folder: str | Path) -> "Head":
-        """Return the head that `save` wrote, in eval mode; UserError if it is missing or damaged."""
+        """Return the head that `save` wrote, in eval mode. Raises UserError if it is missing or damaged."""
         ...
 
 
@@ -75,12 +75,12 @@ class Teacher(Protocol):
 
     @property
     def preprocess(self) -> Preprocess:
-        """Return what prepares its images; a student shares it."""
+        """Return the preprocessing of its images, which a student shares."""
         ...
 
     @property
     def outputs(self) -> Mapping[str, Output]:
-        """Return what it gives for one image, by name."""
+        """Return a description of each of its outputs for one image, by name."""
         ...
 
     def __call__(self, pixels: Tensor, sizes: Tensor) -> dict[str, Tensor]:
@@ -88,7 +88,7 @@ class Teacher(Protocol):
         ...
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return all that the outputs depend on: weights, preprocessing, compute dtype and path."""
+        """Return everything that the outputs depend on: weights, preprocessing, compute dtype and code path."""
         ...
 
     def head(self) -> Head | None:
@@ -97,22 +97,22 @@ class Teacher(Protocol):
 
 
 class JsonPreprocess(Protocol):
-    """A class of preprocessing that a manifest's JSON opens."""
+    """A preprocessing class that can be restored from a manifest's JSON."""
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> Preprocess:
-        """Return the preprocessing that `to_json` described; UserError for any other description."""
+        """Return the preprocessing that `to_json` described. Raises UserError for any other description."""
         ...
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The way from images to embeddings that a package's own README shows, with a teacher's weights, for benchmarks."""
+    """Another package's own code from images to embeddings, with a teacher's weights, for benchmarks."""
 
     name: str
     embed: Callable[[Sequence[Image.Image]], Tensor]  # prepares and embeds; float32 (B, ...) on the CPU
-    pixels: Callable[[bytes], Any]  # encoded bytes -> what its network takes
-    flops: Callable[[], int]  # of its network for one image
+    pixels: Callable[[bytes], Any]  # encoded bytes -> the network's input
+    flops: Callable[[], int]  # of the network for one image
 
 
 def _no_file(settings: Settings) -> Path | None:
@@ -129,10 +129,11 @@ def _no_reference(teacher: Any) -> Reference | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """All that the package knows about one kind of teacher.
+    """Everything the package knows about one kind of teacher.
 
-    `teachers` are builders by the name that a recipe gives, or their "module:Name"; a recipe's settings are checked
-    against their signatures. `preprocess` opens the JSON that a manifest stores, `head` the files beside the shards.
+    `teachers` maps the names used in recipes to builders, or to their "module:Name"; a recipe's settings are checked
+    against their signatures. `preprocess` restores the preprocessing from the JSON in a manifest, and `head` the head
+    from the files beside the shards.
     """
 
     name: str  # the prefix of its outputs
@@ -140,22 +141,22 @@ class Family:
     preprocess: type[JsonPreprocess]
     head: type[Head] | None = None  # None if nothing is stored beside the shards
     pads: bool = False  # whether images are padded to the square, so that some tokens hold no real pixel
-    map_setting: str | None = None  # the setting that asks for maps; None if every teacher of the family makes one
-    # the file or folder that the settings name; None for packaged weights, downloads, and weights that are drawn
+    map_setting: str | None = None  # the setting that requests maps; None if every teacher of the family makes one
+    # Returns the weights' file or folder that the settings name; None for packaged, downloaded and random weights.
     weights_file: Callable[[Settings], Path | None] = _no_file
-    # the part of the fingerprint that the settings state without the weights, given the fingerprint that is stored
+    # Returns the part of the fingerprint that follows from the settings alone, given the stored fingerprint.
     identity: Callable[[Settings, Mapping[str, Any]], dict[str, Any]] = _nothing_stated
-    # the setting with which a teacher computes as a manifest says, by place and value in the manifest
-    way_back: Mapping[tuple[str, str], str] = field(default_factory=dict)
-    # the settings with weights that are drawn instead of read, given a folder for a checkpoint of them
+    # For a key and value in a manifest, the setting with which a teacher computes in the same way.
+    matching_settings: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    # Returns the settings with random weights, which may be saved in the folder.
     random_weights: Callable[[Settings, Path], dict[str, Any]] | None = None
     reference: Callable[[Any], Reference | None] = _no_reference
 
     def makes_maps(self, settings: Settings) -> bool:
-        """Return whether the teacher of these settings makes a map of tokens, without loading it."""
+        """Return whether the teacher with these settings makes a map of tokens, without loading it."""
         return self.map_setting is None or bool(settings.get(self.map_setting))
 
 
 def pads(preprocess: Preprocess) -> bool:
-    """Return whether some images are padded, so that not all of their tokens are valid."""
+    """Return whether `preprocess` pads some images, so that not all of their tokens are valid."""
     return not bool(preprocess.valid(torch.tensor([[1, 1]])).all())

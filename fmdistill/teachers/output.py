@@ -1,4 +1,4 @@
-"""State what a teacher gives for one image: the shape of each output and which of its tokens are real."""
+"""Describe a teacher's outputs for one image: the shape of each, and which of its tokens are valid."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -13,9 +13,9 @@ Tokens = Literal["image", "all"]
 class Output:
     """One output of a teacher for one image, float32: a map (C, g, g) or a vector (D,).
 
-    `tokens` is "image" for a map whose grid lies over the padded image, so that a token is valid if it holds any real
-    pixel; "all" for a map of which every token counts; None for a vector. `of` names the map whose SRW similarities
-    (2, g, g) this output holds; None for an output of its own.
+    `tokens` is "image" for a map whose grid covers the padded image, so that a token is valid if it contains any real
+    pixel; "all" for a map whose tokens are all valid; None for a vector. If this output contains SRW similarities
+    (2, g, g), `of` names their map; otherwise it is None.
     """
 
     shape: Shape
@@ -31,5 +31,5 @@ class Output:
 
     @property
     def is_vector(self) -> bool:
-        """Return whether an image has one vector instead of a map."""
+        """Return whether the output is one vector per image, not a map."""
         return self.tokens is None

@@ -1,6 +1,6 @@
-"""SAM as a teacher: the image encoder of segment_anything, its embedding after the neck."""
+"""SAM as a teacher: segment_anything's image encoder, whose output is the embedding after the neck."""
 
-# Legend: B images, S the padded square's side, C channels, g tokens a side.
+# Legend: B images, S the padded square's side, C channels, g tokens per side.
 
 import copy
 import io
@@ -16,7 +16,6 @@ from segment_anything.modeling import Sam
 from torch import Tensor, nn
 
 from fmdistill.backbones.fast_encoder import FastEncoder, supported
-from fmdistill.backbones.mini import build_sam_mini
 from fmdistill.backbones.promptable import PromptHead
 from fmdistill.backbones.sam import RESIZE, SamPreprocess, build_sam
 from fmdistill.backbones.throughput import flops
@@ -34,8 +33,8 @@ OFFICIAL = {"sam_vit_b": "vit_b", "sam_vit_l": "vit_l", "sam_vit_h": "vit_h"}  #
 class SamTeacher:
     """SAM's image encoder, frozen; its output is the post-neck embedding (B, C, g, g).
 
-    It runs through `FastEncoder`, compiled on a GPU; `exact` runs segment_anything's own forward instead, in fp32
-    unless `dtype` says otherwise.
+    It runs as a `FastEncoder`, compiled on a GPU. With `exact`, it runs segment_anything's own forward instead, in fp32
+    unless `dtype` is set.
     """
 
     family = "sam"
@@ -46,26 +45,27 @@ class SamTeacher:
         self.name, self.batch, self.workers = name, batch, workers
         self.device = own_device(device)
         self.sam = sam.eval().requires_grad_(False)
-        own: Any = self.sam.image_encoder
-        self.exact = exact or not supported(own)
+        sam_encoder: Any = self.sam.image_encoder
+        self.exact = exact or not supported(sam_encoder)
         self.dtype: Precision = "fp32" if exact and dtype == "auto" else own_dtype(dtype, self.device)
         accelerated = self.device.type != "cpu"
-        fast = None if self.exact else FastEncoder(own, PRECISIONS[self.dtype], fused=accelerated)
-        self.encoder: nn.Module = (fast or own).eval().to(self.device)
+        fast = None if self.exact else FastEncoder(sam_encoder, PRECISIONS[self.dtype], fused=accelerated)
+        self.encoder: nn.Module = (fast or sam_encoder).eval().to(self.device)
         self.compiled = fast is not None and accelerated
         self._run: Any = torch.compile(self.encoder, dynamic=False) if self.compiled else self.encoder
         grid = self.sam.prompt_encoder.image_embedding_size[0]
-        self.preprocess = SamPreprocess(image_size=own.img_size, stride=own.img_size // grid, exact=exact)
+        size = sam_encoder.img_size
+        self.preprocess = SamPreprocess(image_size=size, stride=size // grid, exact=exact)
         self.outputs = {"embedding": Output((self.sam.prompt_encoder.embed_dim, grid, grid), "image")}
 
     @torch.inference_mode()
     def __call__(self, pixels: Tensor, sizes: Tensor) -> dict[str, Tensor]:
         """Return {"embedding": float32 (B, C, g, g)} on the CPU for uint8 (B, 3, S, S) pixels."""
         count = len(pixels)
-        if self.compiled and count < self.batch:  # a batch of another size would be compiled anew
+        if self.compiled and count < self.batch:  # a batch of another size would be compiled again
             pixels, sizes = (_filled(x, self.batch) for x in (pixels, sizes))
         x_BCHW = self.preprocess.normalize(pixels.to(self.device), sizes.to(self.device))
-        # FastEncoder converts for itself, once; autocast would do so at every call.
+        # FastEncoder converts its weights once; autocast would convert them at every call.
         with computing(self.dtype if self.exact else "fp32", self.device):
             embedding_BCHW = self._encode(x_BCHW)
         return {"embedding": embedding_BCHW[:count].float().cpu()}
@@ -76,7 +76,7 @@ class SamTeacher:
         except RuntimeError as error:
             if not self.compiled or isinstance(error, torch.OutOfMemoryError):
                 raise
-            # Compiling needs what not every machine has, such as a C compiler; the arithmetic is the same without it.
+            # Compiling needs a C compiler and more, which not every machine has; without it the arithmetic is the same.
             reason = " ".join(str(error).split())[:200]
             log.warning("teacher %s: not compiled, so slower: %s", self.name, reason)
             self.compiled, self._run = False, self.encoder
@@ -85,8 +85,8 @@ class SamTeacher:
     def fingerprint(self) -> dict[str, Any]:
         """Return the teacher's identity.
 
-        One word stands for the fast path on every device: kernels differ there within the rounding of `dtype`, as they
-        do between devices on segment_anything's own path.
+        "path" is "fast" on every device: kernels differ within the rounding of `dtype`, as they do between devices on
+        segment_anything's own path.
         """
         return {
             "name": self.name,
@@ -110,7 +110,7 @@ def sam_vit_b(
     workers: int = 2,
     exact: bool = False,
 ) -> SamTeacher:
-    """SAM ViT-B, 1024 px."""
+    """Return SAM ViT-B, 1024 px, with the checkpoint `weights`."""
     return _official("vit_b", weights, device=device, dtype=dtype, batch=batch, workers=workers, exact=exact)
 
 
@@ -122,7 +122,7 @@ def sam_vit_l(
     workers: int = 2,
     exact: bool = False,
 ) -> SamTeacher:
-    """SAM ViT-L, 1024 px."""
+    """Return SAM ViT-L, 1024 px, with the checkpoint `weights`."""
     return _official("vit_l", weights, device=device, dtype=dtype, batch=batch, workers=workers, exact=exact)
 
 
@@ -134,45 +134,32 @@ def sam_vit_h(
     workers: int = 2,
     exact: bool = False,
 ) -> SamTeacher:
-    """SAM ViT-H, 1024 px."""
+    """Return SAM ViT-H, 1024 px, with the checkpoint `weights`."""
     return _official("vit_h", weights, device=device, dtype=dtype, batch=batch, workers=workers, exact=exact)
 
 
-def sam_mini(
-    weights: str = "packaged",
-    device: str = "auto",
-    dtype: DType = "auto",
-    batch: int = 16,
-    workers: int = 2,
-    exact: bool = False,
-) -> SamTeacher:
-    """The quarter-scale SAM that ships with fmdistill, 256 px; or one that you trained: its run or safetensors file."""
-    sam = build_sam_mini(Path(weights) / "student.safetensors" if Path(weights).is_dir() else weights)
-    return SamTeacher(sam, name="sam_mini", device=device, dtype=dtype, batch=batch, workers=workers, exact=exact)
-
-
 def identity(settings: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the part of the fingerprint that a SAM teacher's settings state without the weights."""
+    """Return the part of the fingerprint that follows from a SAM teacher's settings alone, without reading weights."""
     exact = convert(settings.get("exact", False), bool, "teacher.exact")
     dtype = {"dtype": "fp32"} if exact and settings.get("dtype", "auto") == "auto" else {}
     return {"path": PATHS[exact], **dtype}
 
 
 def weights_file(settings: Mapping[str, Any]) -> Path | None:
-    """Return the checkpoint that the settings name; None for packaged weights and for none."""
+    """Return the checkpoint that the settings name; None for packaged weights or none."""
     weights = settings.get("weights")
     return Path(weights) if isinstance(weights, str) and weights not in ("", "none", "packaged") else None
 
 
 def random_weights(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Return the settings with weights that are drawn instead of read; an official network's are saved in `folder`."""
+    """Return the settings with random weights instead of a checkpoint's; those of official networks are in `folder`."""
     name = settings["name"]
     if name not in OFFICIAL:
         return {**settings, "weights": "none"}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         sam, path = sam_model_registry[OFFICIAL[name]](), folder / "drawn.pth"
-        for parameter in sam.parameters():  # at zero some would cost less on a device that sees zeros
+        for parameter in sam.parameters():  # a device may multiply zeros faster
             if not parameter.any():
                 nn.init.normal_(parameter, std=0.02)
         torch.save(sam.state_dict(), path)
@@ -218,7 +205,7 @@ def _official(
 
 
 def _filled(x_B: Tensor, count: int) -> Tensor:
-    """Return `x_B` with copies of its first entry up to `count` of them."""
+    """Append copies of the first entry to `x_B` until it has `count` entries."""
     return torch.cat([x_B, x_B[:1].expand(count - len(x_B), *x_B.shape[1:])])
 
 
@@ -228,14 +215,14 @@ FAMILY = Family(
         "sam_vit_b": sam_vit_b,
         "sam_vit_l": sam_vit_l,
         "sam_vit_h": sam_vit_h,
-        "sam_mini": sam_mini,
+        "sam_mini": "fmdistill.mini.sam:sam_mini",
     },
     preprocess=SamPreprocess,
     head=PromptHead,
     pads=True,
     weights_file=weights_file,
     identity=identity,
-    way_back={
+    matching_settings={
         ("teacher.path", PATHS[True]): "teacher.exact=true",
         ("teacher.path", PATHS[False]): "teacher.exact=false",
         ("teacher.preprocess.resize", RESIZE[True]): "teacher.exact=true",

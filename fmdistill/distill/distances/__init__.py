@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fmdistill.distill.distances.at import AT
 from fmdistill.distill.distances.cc import CC
-from fmdistill.distill.distances.cosine import Cosine
+from fmdistill.distill.distances.cosine import CosineDistance
 from fmdistill.distill.distances.cross_entropy import CrossEntropy
 from fmdistill.distill.distances.dkd import DKD
 from fmdistill.distill.distances.fitnet import FitNet
@@ -22,10 +22,10 @@ __all__ = ["DISTANCES", "Distance"]
 
 
 class Distance(Protocol):
-    """Measures how far the student's `seen.output` is from the teacher's, or from the label.
+    """Measures how far the student's output named `seen.output` is from the teacher's, or from the label.
 
-    A frozen dataclass, or an nn.Module where it learns; its constructor may ask for `student` and `teacher`, the shapes
-    of one image's outputs that it will compare.
+    It is a frozen dataclass, or an nn.Module if it learns. Its constructor may take the arguments `student` and
+    `teacher`: the shapes of the outputs of one image that it compares.
     """
 
     def __call__(self, seen: Seen) -> Tensor:
@@ -38,7 +38,7 @@ DISTANCES: dict[str, Callable[..., Distance]] = {
     "kd": KD,
     "dkd": DKD,
     "mse": MSE,
-    "cosine": Cosine,
+    "cosine": CosineDistance,
     "fitnet": FitNet,
     "at": AT,
     "rkd": RKD,

@@ -9,9 +9,9 @@ from fmdistill.registry import UserError
 class FitNet(nn.Module):
     """Mean over the channels of (r(s) - t)^2, one value per sample or patch of the teacher's map, with r learned.
 
-    (Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, Eq. 3, without its factor of a half.) For maps r is
-    a convolution to the teacher's height, width and channels, BatchNorm and ReLU, as RepDistiller and mdistiller have
-    it (who weigh it 100); the ReLU suits a teacher's output that is one. For vectors r is one linear layer.
+    (Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, Eq. 3, without its factor 1/2.) For maps, r is a
+    convolution to the teacher's height, width and channels, BatchNorm and ReLU, as in RepDistiller and mdistiller
+    (scale 100); the ReLU suits a teacher's output that follows a ReLU itself. For vectors, r is one linear layer.
     """
 
     def __init__(self, student: tuple[int, ...], teacher: tuple[int, ...], relu: bool | None = None) -> None:
@@ -19,7 +19,7 @@ class FitNet(nn.Module):
         self.projection = projection(student, teacher, "distance.name=fitnet", relu)
 
     def forward(self, seen: Seen) -> Tensor:
-        """Return (B,) for vectors (B, C), or (B, H W) for maps, H W of the teacher's."""
+        """Return (B,) for vectors (B, C), or (B, H W) for maps, with the teacher's H and W."""
         student, teacher = seen.pair()
         projected = self.projection(student)
         assert projected.shape == teacher.shape, f"made for another shape than {tuple(student.shape[1:])}"
@@ -27,19 +27,23 @@ class FitNet(nn.Module):
 
 
 def projection(
-    student: tuple[int, ...], teacher: tuple[int, ...], asking: str, relu: bool | None = None
+    student: tuple[int, ...], teacher: tuple[int, ...], setting: str, relu: bool | None = None
 ) -> nn.Sequential:
-    """Return the layers from one image's output (C, H, W) or (C,) to the other's. `relu` None = for maps alone."""
-    maps = are_maps(student, teacher, asking)
+    """Return layers that map the student's output shape to the teacher's, (C, H, W) or (C,) both.
+
+    They end in a ReLU if `relu` is true, or if it is None and the outputs are maps. Raises UserError that names
+    `setting` if the shapes are of two kinds or no convolution fits.
+    """
+    maps = are_maps(student, teacher, setting)
     layers: list[nn.Module] = [nn.Linear(student[0], teacher[0])]
     if maps:
-        layers = [_resizing(student, teacher, asking), nn.BatchNorm2d(teacher[0])]
+        layers = [_resizing(student, teacher, setting), nn.BatchNorm2d(teacher[0])]
     if maps if relu is None else relu:
         layers.append(nn.ReLU())
     return nn.Sequential(*layers)
 
 
-def _resizing(student: tuple[int, ...], teacher: tuple[int, ...], asking: str) -> nn.Module:
+def _resizing(student: tuple[int, ...], teacher: tuple[int, ...], setting: str) -> nn.Module:
     (channels, h, w), (out, to_h, to_w) = student, teacher
     if (h, w) == (2 * to_h, 2 * to_w):
         return nn.Conv2d(channels, out, 3, stride=2, padding=1, bias=False)  # no bias: the BatchNorm after it has one
@@ -48,8 +52,8 @@ def _resizing(student: tuple[int, ...], teacher: tuple[int, ...], asking: str) -
     if h >= to_h and w >= to_w:
         return nn.Conv2d(channels, out, (1 + h - to_h, 1 + w - to_w), bias=False)
     raise UserError(
-        f"{asking}: no convolution of its brings the student's map of {h} x {w} to the teacher's {to_h} x {to_w}; it "
-        f"takes one of half the size, or of the same size or more. Choose another output, or at or vid, which pool"
+        f"{setting}: cannot project the student's {h} x {w} map to the teacher's {to_h} x {to_w}; the student's map "
+        f"must have half the teacher's size, or at least its size. Choose another output, or at or vid, which pool"
     )
 
 
@@ -59,11 +63,14 @@ def channel_mean(values: Tensor) -> Tensor:
     return mean.flatten(1) if mean.dim() > 1 else mean
 
 
-def are_maps(student: tuple[int, ...], teacher: tuple[int, ...], asking: str) -> bool:
-    """Tell whether one image's outputs are maps (C, H, W) rather than vectors (C,). UserError where they differ."""
+def are_maps(student: tuple[int, ...], teacher: tuple[int, ...], setting: str) -> bool:
+    """Return whether the outputs of one image are maps (C, H, W), not vectors (C,).
+
+    Raises UserError that names `setting` if one is a map and the other a vector.
+    """
     if (len(student), len(teacher)) not in ((1, 1), (3, 3)):
         raise UserError(
-            f"{asking}: an image's output is {student} by the student and {teacher} by the teacher; it takes two maps "
-            f"(C, H, W) or two vectors (C,), so choose outputs of one kind"
+            f"{setting}: the student's output for an image has shape {student}, the teacher's {teacher}; choose two "
+            f"maps (C, H, W) or two vectors (C,)"
         )
     return len(student) == 3

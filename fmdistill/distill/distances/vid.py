@@ -19,10 +19,10 @@ SMALLEST = 1e-5  # variance
 class VID(nn.Module):
     """Mean over the channels of 0.5 [(r(s) - t)^2 / v + ln v], one value per sample or patch, with r and v learned.
 
-    v = ln(1 + e^a) + 1e-5 is one variance per channel for all samples, at first `initial`: a channel that the student
-    cannot tell gets a large one and counts less. (Ahn et al., "Variational Information Distillation for Knowledge
-    Transfer", CVPR 2019.) r is three 1 x 1 convolutions with ReLU between them, of `hidden` channels,
-    None for as many as the teacher has; for vectors three linear layers. The larger map is average-pooled first.
+    v = ln(1 + e^a) + 1e-5 is one variance per channel for all samples, initially `initial`: a channel that the student
+    cannot predict gets a large variance and counts less. (Ahn et al., "Variational Information Distillation for
+    Knowledge Transfer", CVPR 2019.) r is three 1 x 1 convolutions, or three linear layers for vectors, with ReLU
+    between them and `hidden` channels (None: as many as the teacher's). The larger map is average-pooled first.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class VID(nn.Module):
         self.before_softplus_C = nn.Parameter(torch.full(teacher[:1], softened + math.log(-math.expm1(-softened))))
 
     def forward(self, seen: Seen) -> Tensor:
-        """Return (B,) for vectors (B, C), or (B, H W) for maps, H W of the smaller."""
+        """Return (B,) for vectors (B, C), or (B, H W) for maps, with H and W of the smaller map."""
         student, teacher = pool_larger(*seen.pair()) if self.maps else seen.pair()
         variance = self.variance().view(-1, 1, 1) if self.maps else self.variance()
         gap = (self.regressor(student) - teacher).square()

@@ -1,4 +1,4 @@
-"""Rectifiers: what a teacher says, set right before the student is compared with it. No gradient."""
+"""Rectifiers: correct the teacher's output before the student is compared with it, without gradient."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -14,10 +14,10 @@ __all__ = ["RECTIFIERS", "Priors", "Rectifier"]
 
 
 class Rectifier(Protocol):
-    """Rewrites the teacher's output that a term compares."""
+    """Corrects the teacher's output that a term compares."""
 
     def __call__(self, seen: Seen) -> Seen:
-        """Return what was seen, with the teacher's `seen.output` set right, of the same shape."""
+        """Return `seen` with the teacher's output named `seen.output` corrected, of the same shape."""
         ...
 
 

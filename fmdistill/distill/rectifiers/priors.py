@@ -1,4 +1,4 @@
-"""What rectifiers know of the classes before training."""
+"""Class statistics of the training images, for rectifiers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,19 +10,19 @@ from fmdistill.registry import UserError
 
 @dataclass(frozen=True)
 class Priors:
-    """What is known of the classes before training: `counts` (K,) are the training images of each class.
+    """Class statistics of the training images: `counts` (K,) is the number of images of each class.
 
-    `means(output)` gives the teacher's mean `output` of each class over the training images, (K, D).
+    `means(output)` returns the mean of the teacher's `output` over the training images of each class, (K, D).
     """
 
     counts: Tensor
     means: Callable[[str], Tensor]
 
     def shares(self) -> Tensor:
-        """Return each class's share of the training images, float64 (K,). UserError for a class without any."""
+        """Return each class's share of the training images, float64 (K,). Raises UserError if a class has none."""
         if not (self.counts > 0).all():
             raise UserError(
-                f"rectify: class {int((self.counts > 0).int().argmin())} has no training image, and so no frequency; "
-                f"take a teacher and a source of the same classes"
+                f"rectify: class {int((self.counts > 0).int().argmin())} has no training image, so no frequency; "
+                f"use a teacher and a source of images with the same classes"
             )
         return self.counts.double() / self.counts.sum()

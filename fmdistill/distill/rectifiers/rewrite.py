@@ -1,4 +1,4 @@
-"""Put a rectified output in the place of the teacher's."""
+"""Replace the teacher's output by a rectified one."""
 
 import dataclasses
 
@@ -7,11 +7,11 @@ from torch import Tensor
 from fmdistill.distill.seen import Seen, teacher_name
 
 
-def rewrite(seen: Seen, output: Tensor) -> Seen:
-    """Return what was seen with `output`, detached, in the place of the teacher's output that the term compares.
+def replace_teacher_output(seen: Seen, output: Tensor) -> Seen:
+    """Return `seen` with the teacher's output that the term compares replaced by `output`, detached.
 
-    The whole optimizer step's teacher vectors of that name go: those of the other images are not rectified; and the
-    similarities that a cache keeps of a map, which are not those of the rectified one.
+    It drops what belongs to the unrectified output: the vectors of that name for the whole optimizer step, and the
+    similarities that a cache stores for the map of that name.
     """
     name = teacher_name(seen.output, seen.outputs)
     whole = {key: value for key, value in seen.whole.items() if key != name}

@@ -1,4 +1,7 @@
-"""Weightings: how much each sample or patch counts. No gradient, zero where not valid, mean one unless one says not."""
+"""Weightings: how much each sample or patch counts.
+
+Weights carry no gradient, are zero for invalid patches and have mean one, unless a weighting documents another mean.
+"""
 
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
@@ -21,19 +24,19 @@ __all__ = ["WEIGHTINGS", "Learned", "Weighting"]
 
 
 class Weighting(Protocol):
-    """Weighs the entries of a distance."""
+    """Computes a weight for each entry of a distance."""
 
     def __call__(self, distance: Tensor, seen: Seen) -> Tensor:
-        """Map the detached distance, (B,) or (B, N), and all that was seen to weights of the same shape."""
+        """Return weights of the shape of the detached `distance`, (B,) or (B, N)."""
         ...
 
 
 @runtime_checkable
 class Learned(Protocol):
-    """A weighting with parts of its own that learn (an nn.Module), by a loss that is added to the term's."""
+    """A weighting with learned parameters (an nn.Module), trained by a loss that is added to the term's."""
 
     def auxiliary(self, seen: Seen) -> Tensor:
-        """Return the parts' own loss, (B,), which no weight multiplies and no scale."""
+        """Return the weighting's own loss (B,), which neither weights nor the term's scale multiply."""
         ...
 
 

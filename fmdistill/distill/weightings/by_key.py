@@ -16,12 +16,12 @@ from fmdistill.text import read_text
 
 @dataclass(frozen=True)
 class ByKey:
-    """Weigh each image by what the file `weights`, JSON {key: weight}, lists for its key; all its patches alike.
+    """Weighs each image, and all its patches alike, by the weight of its key in the JSON file `weights`.
 
-    For what another run leaves behind: 1 / variance of a trained PAD ("weights from PAD" in its paper's ablation), or
-    the two-stage IPWD. The mean is one over the batch that a process sees at once, so what an image weighs varies with
-    its company; with `normalize` false the weights are the file's own. Outside of training an unlisted image, such as
-    one that validates, weighs one.
+    The file is {key: weight}. Use it for weights computed by another run: 1 / variance of a trained PAD ("weights from
+    PAD" in its paper's ablation), or the two-stage IPWD. Weights are normalised to mean one over one process's batch,
+    so an image's weight depends on its batch; with `normalize` false they are the file's own. Outside of training, such
+    as in validation, an unlisted image has weight one.
     """
 
     weights: str
@@ -32,12 +32,15 @@ class ByKey:
         object.__setattr__(self, "listed", _read(Path(self.weights)))
 
     def __call__(self, distance: Tensor, seen: Seen) -> Tensor:
-        """Return (B,) weights for (B,), or (B, N), zero where not valid, for (B, N). UserError for an unlisted key."""
-        assert len(seen.keys) == len(distance), "the loop tells no keys"
+        """Return weights of the distance's shape, (B,) or (B, N); zero for invalid patches.
+
+        Raises UserError if an image's key is not in the file, while training.
+        """
+        assert len(seen.keys) == len(distance), "the batch has no keys"
         unlisted = [key for key in seen.keys if key not in self.listed]
         if unlisted and seen.epoch is not None:
             raise UserError(
-                f"weighting.weights={self.weights}: lists no weight for image '{unlisted[0]}', nor for "
+                f"weighting.weights={self.weights}: has no weight for image '{unlisted[0]}', nor for "
                 f"{len(unlisted) - 1} others of this batch; write the file from the images that the recipe trains on"
             )
         weight_B = torch.tensor([self.listed.get(key, 1.0) for key in seen.keys], dtype=torch.float64)
@@ -56,11 +59,13 @@ def _read(path: Path) -> dict[str, float]:
         raise
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(
-            f"weighting.weights={path}: no JSON file to read: {error}; write {{key: weight}} there"
+            f"weighting.weights={path}: not a readable JSON file: {error}; write {{key: weight}} to it"
         ) from error
     if not isinstance(listed, dict):
-        raise UserError(f"weighting.weights={path}: holds a {type(listed).__name__}; expected {{key: weight}}")
+        raise UserError(f"weighting.weights={path}: contains a {type(listed).__name__}; expected {{key: weight}}")
     for key, weight in listed.items():
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
-            raise UserError(f"weighting.weights={path}: image '{key}' weighs {weight!r}; expected a number from 0")
+            raise UserError(
+                f"weighting.weights={path}: image '{key}' has weight {weight!r}; expected a number of at least 0"
+            )
     return listed

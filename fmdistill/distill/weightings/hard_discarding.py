@@ -1,6 +1,6 @@
-"""No weight for the largest distances."""
+"""Weight zero for the largest distances."""
 
-# Legend: B images, N patches an image, R groups of M entries.
+# Legend: B images, N patches per image, R groups of M entries.
 
 from dataclasses import dataclass
 
@@ -8,32 +8,32 @@ import torch
 from torch import Tensor
 
 from fmdistill.distill.seen import Seen
-from fmdistill.distill.weightings.groups import Group, grouped, mean_one, refuse_global_batch
+from fmdistill.distill.weightings.groups import Group, check_group, grouped, mean_one
 from fmdistill.registry import UserError
 
 
 @dataclass(frozen=True)
 class HardDiscarding:
-    """Weight zero for the `fraction` of a group that the student finds hardest, one and the same for the others.
+    """Gives weight zero to the `fraction` of a group with the largest distances, and equal weights to the others.
 
-    A baseline of Zhang et al., "Prime-Aware Adaptive Distillation", ECCV 2020, who drop "the largest in each batch" and
-    give no fraction: its default is a guess. As many are dropped as the nearest whole number, never all, and none of
-    several that are equally large unless all of these fit. The mean is one, so the others weigh more than one.
+    A baseline of Zhang et al., "Prime-Aware Adaptive Distillation", ECCV 2020, who drop "the largest in each batch"
+    without stating a fraction: the default is a guess. The number dropped is rounded to the nearest integer and never
+    all of a group; equal distances are dropped together or not at all. The mean is one, so the others weigh more.
     """
 
     fraction: float = 0.1
     group: Group | None = None  # None = image for maps, batch for vectors
 
     def __post_init__(self) -> None:
-        refuse_global_batch(self.group)
+        check_group(self.group)
         if not 0 <= self.fraction < 1:
-            raise UserError(f"weighting.fraction={self.fraction}: expected a share of the group, from 0 to below 1")
+            raise UserError(f"weighting.fraction={self.fraction}: expected a fraction of at least 0 and below 1")
 
     def __call__(self, distance: Tensor, seen: Seen) -> Tensor:
-        """Return (B, N) weights for the (B, N) distance of N patches, or (B,) for (B,)."""
+        """Return weights of the shape of the distance, (B, N) for maps of N patches or (B,) for vectors."""
         distance_RM, valid_RM = grouped(distance, seen, self.group)
         count_R1 = valid_RM.sum(1, keepdim=True)
-        kept_R1 = (count_R1 - (count_R1 * self.fraction).round().long()).clamp_min(1)
+        remaining_R1 = (count_R1 - (count_R1 * self.fraction).round().long()).clamp_min(1)
         sorted_RM = distance_RM.masked_fill(~valid_RM, torch.inf).sort(1).values
-        kept_RM = distance_RM <= sorted_RM.gather(1, kept_R1 - 1)
-        return mean_one(kept_RM.to(distance.dtype), valid_RM).view_as(distance)
+        remains_RM = distance_RM <= sorted_RM.gather(1, remaining_R1 - 1)
+        return mean_one(remains_RM.to(distance.dtype), valid_RM).view_as(distance)

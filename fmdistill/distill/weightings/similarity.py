@@ -1,6 +1,6 @@
-"""How similar each entry is to its group in the teacher's embedding."""
+"""Similarity of each entry to its group in the teacher's embedding."""
 
-# Legend: B images, N patches an image, C or D channels, G images of the optimizer step, R groups of M entries.
+# Legend: B images, N patches per image, C or D channels, G images of the optimizer step, R groups of M entries.
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from fmdistill.cache.similarity import average_similarity, kept_similarity
 from fmdistill.distill.seen import Seen, teacher_name
-from fmdistill.distill.weightings.groups import Group, refuse_image, rows
+from fmdistill.distill.weightings.groups import Group, raise_single_vector, rows
 from fmdistill.registry import UserError
 
 ROUNDING = 1e-5  # mean cosines of one group that differ by less are taken as equal
@@ -18,11 +18,11 @@ ROUNDING = 1e-5  # mean cosines of one group that differ by less are taken as eq
 def similarities(
     distance: Tensor, seen: Seen, feature: str | None, group: Group | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return each entry's mean cosine to its group (R, M), what of them is valid (R, M), and None.
+    """Return each entry's mean cosine to its group (R, M), the mask of valid entries (R, M), and None.
 
-    The last is the similarities (1, B) of the distance's own entries where the group is more than these. `feature` None
-    is the output that the term compares, `group` None the image for maps and the global batch for vectors. Of a map's
-    images they are what the cache keeps, where it does.
+    For vectors the third value is instead the similarities (1, B) of the distance's own entries, since the group may
+    contain other images. `feature` None means the output that the term compares; `group` None means the image for maps
+    and the global batch for vectors. For maps, use the similarities stored in the cache if it has them.
     """
     name, patches = feature or seen.output, distance.dim() == 2
     vectors, group = seen.teacher(name), group or ("image" if patches else "global_batch")
@@ -30,9 +30,9 @@ def similarities(
     if not patches:
         return sample_similarity(vectors, seen.whole_teacher(name) if group == "global_batch" else vectors)
     assert seen.valid is not None
-    kept = seen.similarity.get(teacher_name(name, seen.outputs))
-    if group == "image" and kept is not None:
-        return kept_similarity(kept, seen.valid), seen.valid, None
+    stored = seen.similarity.get(teacher_name(name, seen.outputs))
+    if group == "image" and stored is not None:
+        return kept_similarity(stored, seen.valid), seen.valid, None
     feature_RCM, valid_RM = vectors.flatten(2), rows(seen.valid, group)
     if group == "batch":
         feature_RCM = feature_RCM.transpose(0, 1).flatten(1)[None]
@@ -40,7 +40,10 @@ def similarities(
 
 
 def sample_similarity(feature: Tensor, whole: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return as `similarities` the mean cosines to the group `whole` (G, D): its own (1, G), and `feature`'s (1, B)."""
+    """Return, as `similarities` does, the mean cosines to the group `whole` (G, D) of its own entries and `feature`'s.
+
+    Shapes: (1, G), a mask (1, G) that is all true, and (1, B).
+    """
     mean_D = F.normalize(whole.float(), dim=1).mean(0)
     own_1B, whole_1G = ((F.normalize(f.float(), dim=1) @ mean_D)[None] for f in (feature, whole))
     return whole_1G, torch.ones_like(whole_1G, dtype=torch.bool), own_1B
@@ -61,13 +64,13 @@ def _check(group: Group, feature: str, seen: Seen, distance: Tensor, vectors: Te
     )
     if patches != map_feature:
         raise UserError(
-            f"weighting.feature={feature}: has {kinds[map_feature]}, output={seen.output} {kinds[patches]}; "
+            f"weighting.feature={feature}: has {kinds[map_feature]}, but output={seen.output} has {kinds[patches]}; "
             f"weigh by a feature of the output's kind"
         )
     if patches and vectors.flatten(2).shape[2] != distance.shape[1]:
         raise UserError(
-            f"weighting.feature={feature}: has {vectors.flatten(2).shape[2]} patches, the distance of "
-            f"output={seen.output} {distance.shape[1]}; weigh by a feature of the distance's size"
+            f"weighting.feature={feature}: has {vectors.flatten(2).shape[2]} patches, but the distance of "
+            f"output={seen.output} has {distance.shape[1]}; weigh by a feature with as many patches"
         )
     if patches and group == "global_batch":
         raise UserError(
@@ -75,9 +78,9 @@ def _check(group: Group, feature: str, seen: Seen, distance: Tensor, vectors: Te
             f"between processes; use image or batch"
         )
     if not patches and group == "image":
-        refuse_image(seen.output, "global_batch or batch")
+        raise_single_vector(seen.output, "global_batch or batch")
     if group == "global_batch" and teacher_name(feature, seen.outputs) not in seen.whole:
         raise UserError(
-            f"weighting.group=global_batch: {feature} is rectified for these images alone, not for the optimizer "
-            f"step's others; use batch, or weigh by another feature"
+            f"weighting.group=global_batch: {feature} is rectified for the images of this batch only, not for the "
+            f"others of the optimizer step; use batch, or weigh by another feature"
         )

@@ -1,6 +1,6 @@
-"""SRW's ablation "SumNormalizer": weights in proportion to how unlike its group a sample or patch is."""
+"""SRW's ablation "SumNormalizer": weights proportional to a sample's or patch's dissimilarity to its group."""
 
-# Legend: B images, N patches an image, R groups of M entries.
+# Legend: B images, N patches per image, R groups of M entries.
 
 from dataclasses import dataclass
 
@@ -14,19 +14,19 @@ from fmdistill.distill.weightings.similarity import ROUNDING, similarities
 
 @dataclass(frozen=True)
 class SumNormalizer:
-    """w_i = (x_i - min x) / sum_j (x_j - min x), here times their count, for a mean of one.
+    """w_i = (x_i - min x) / sum_j (x_j - min x), multiplied by the number of entries, for a mean of one.
 
     (Yu et al., "Knowledge Distillation Dealing with Sample-wise Long-tail Problem", ACCV 2024, Eq. 7.) The paper does
-    not say what x is: x_i = -s_i, with s_i the mean cosine of `SRW`, is our reconstruction, and the one reading that
-    favours what is rare. The most typical entry gets weight zero; where all are alike, each gets one. Groups and
+    not say what x is: x_i = -s_i, with s_i the mean cosine of `SRW`, is our reconstruction, the only reading that
+    favours rare entries. The most typical entry gets weight zero; if all are equally similar, each gets one. Groups and
     `feature` are those of `SRW`.
     """
 
-    feature: str | None = None  # teacher output whose geometry weighs; None = the output that the term compares
+    feature: str | None = None  # teacher output whose similarities are used; None = the output that the term compares
     group: Group | None = None  # None = image for maps, global_batch for vectors
 
     def __call__(self, distance: Tensor, seen: Seen) -> Tensor:
-        """Return (B, N) weights for the (B, N) distance of N patches, or (B,) for (B,)."""
+        """Return weights of the shape of the distance, (B, N) for maps of N patches or (B,) for vectors."""
         similarity_RM, valid_RM, own_RM = similarities(distance, seen, self.feature, self.group)
         largest_R1 = similarity_RM.masked_fill(~valid_RM, -torch.inf).amax(1, keepdim=True)
         unlike_RM = (largest_R1 - similarity_RM).masked_fill(~valid_RM, 0)

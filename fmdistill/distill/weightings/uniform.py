@@ -1,4 +1,4 @@
-"""Every valid entry counts the same."""
+"""Equal weights for all valid entries."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ class Uniform:
     """Weight one for every valid entry."""
 
     def __call__(self, distance: Tensor, seen: Seen) -> Tensor:
-        """Return ones where valid, zeros elsewhere, of the distance's shape."""
+        """Return weights of the distance's shape: one for valid entries, zero for the others."""
         if distance.dim() == 1:
             return torch.ones_like(distance)
         assert seen.valid is not None

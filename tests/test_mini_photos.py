@@ -7,7 +7,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from fmdistill.images.photos import PHOTOGRAPHS, Photos, photograph
+from fmdistill.mini.photos import PHOTOGRAPHS, Photos, photograph
 from fmdistill.registry import UserError
 
 SMALL = Photos(train=26, validation=9, size=48, shard_size=8)
@@ -63,7 +63,7 @@ def test_counts_and_reads_agree_and_fetch_equals_read():
 
 
 def test_crops_are_the_same_in_another_process_and_differ_by_seed():
-    code = "from tests.test_images_photos import SMALL, digest; print(digest(SMALL))"
+    code = "from tests.test_mini_photos import SMALL, digest; print(digest(SMALL))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split()[-1] == digest(SMALL)
     assert digest(Photos(train=26, validation=9, size=48, shard_size=8, seed=1)) != digest(SMALL)

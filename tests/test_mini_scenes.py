@@ -9,9 +9,9 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from fmdistill.images import drawing
-from fmdistill.images.photos import PHOTOGRAPHS
-from fmdistill.images.scenes import Scenes, decode_labels, draw, visible_areas
+from fmdistill.mini import drawing
+from fmdistill.mini.photos import PHOTOGRAPHS
+from fmdistill.mini.scenes import Scenes, decode_labels, draw, visible_areas
 from fmdistill.registry import UserError
 
 SMALL = Scenes(train=10, validation=5, size=64, shard_size=4)
@@ -23,7 +23,7 @@ def digest(scenes):
 
 
 def test_scenes_are_the_same_in_another_process_whatever_its_threads():
-    code = "from tests.test_images_scenes import SMALL, digest; print(digest(SMALL))"
+    code = "from tests.test_mini_scenes import SMALL, digest; print(digest(SMALL))"
     for threads in ("1", "2"):
         env = {"OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads, "PYTHONHASHSEED": threads, "PATH": ""}
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)

@@ -1,4 +1,4 @@
-"""One figure in a small picture: a shape of a colour, texture, size and place on a photographic or plain background.
+"""Draw a small image of one figure: a shape of a colour, texture, size and place on a photographic or plain background.
 
 Legend: H, W height and width; C = 3 colours in [0, 255]; V vertices; 2 = (x, y), right and down.
 """
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fmdistill.images.drawing import colour, rasterize, surface, texture
+from fmdistill.mini.drawing import colour, rasterize, surface, texture
 
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "heart", "crescent")
 COLOURS = {
@@ -34,7 +34,7 @@ CONTRAST = 90  # least distance in levels between the figure's colour and the ba
 
 
 class Attributes(NamedTuple):
-    """What a caption says of an image."""
+    """What an image shows and its caption says."""
 
     shape: str
     colour: str
@@ -48,24 +48,24 @@ class Attributes(NamedTuple):
         return f"{self.texture} {self.colour} {self.shape}"
 
 
-def draw(rng: np.random.Generator, shown: Attributes, size: int, photo_background: float, noise: float) -> np.ndarray:
-    """Return the picture of `shown`, uint8 (size, size, 3).
+def draw(rng: np.random.Generator, figure: Attributes, size: int, photo_background: float, noise: float) -> np.ndarray:
+    """Return an image of the figure, uint8 (size, size, 3).
 
     `photo_background` is the share of backgrounds that are a photograph, `noise` the largest standard deviation.
     """
-    base_C = np.clip(np.array(COLOURS[shown.colour]) + rng.uniform(-18, 18, 3), 0, 255)
+    base_C = np.clip(np.array(COLOURS[figure.colour]) + rng.uniform(-18, 18, 3), 0, 255)
     canvas = _background(rng, size, base_C, rng.random() < photo_background)
-    radius = rng.uniform(*SIZES[shown.size]) * size
+    radius = rng.uniform(*SIZES[figure.size]) * size
     # A large figure at an edge is cut a little, so that its place still shows.
     offset = min(0.31 * size, 0.5 * size - 0.85 * radius)
-    centre = size / 2 + np.array(PLACES[shown.place]) * offset + rng.uniform(-0.05, 0.05, 2) * size
+    centre = size / 2 + np.array(PLACES[figure.place]) * offset + rng.uniform(-0.05, 0.05, 2) * size
     turn = rng.uniform(-0.3, 0.3)
     rotation = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
     stretch = np.array([rng.uniform(0.88, 1.12), 1.0])
-    drawn = rasterize([curve * stretch @ rotation * radius + centre for curve in curves(shown.shape)], (size, size))
-    assert drawn is not None, "a figure lies in its picture"
+    drawn = rasterize([curve * stretch @ rotation * radius + centre for curve in curves(figure.shape)], (size, size))
+    assert drawn is not None, "a figure lies in its image"
     box, coverage = drawn
-    painted = _paint(rng, base_C, shown.texture, coverage.shape, size)
+    painted = _paint(rng, base_C, figure.texture, coverage.shape, size)
     alpha = coverage[:, :, None] * np.float32(1 / 255)
     canvas[box] += alpha * (painted - canvas[box])
     canvas *= rng.uniform(0.82, 1.12)
@@ -112,7 +112,7 @@ def _background(rng: np.random.Generator, size: int, base_C: np.ndarray, photogr
 
 
 def _paint(rng: np.random.Generator, base_C: np.ndarray, pattern: str, shape: tuple[int, ...], size: int) -> np.ndarray:
-    """Return the figure's surface (h, w, C): its colour, and in the pattern's marks a darker one (on black lighter)."""
+    """Return the figure's surface (h, w, C): its colour, and the pattern's marks darker (on black lighter)."""
     marks_C = base_C + 0.6 * (255 - base_C) if base_C.mean() < 60 else base_C * 0.4
     turn, phase = rng.uniform(0, np.pi) if pattern == "striped" else rng.uniform(-0.3, 0.3), rng.random(2)
     period = rng.uniform(0.09, 0.125) * size

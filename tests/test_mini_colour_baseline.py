@@ -3,12 +3,12 @@ import pytest
 import torch
 
 from fmdistill import evaluate, recipe
-from fmdistill.backbones.clip_mini import clip_mini_student
-from fmdistill.evaluate.colour_baseline import CaptionedZeroshot, guess, nearest_colour
 from fmdistill.evaluate.results import value
 from fmdistill.evaluate.zeroshot import Zeroshot
-from fmdistill.images.captioned import Captioned, class_names
-from fmdistill.images.figures import COLOURS
+from fmdistill.mini.captioned import Captioned, class_names
+from fmdistill.mini.clip import clip_mini_student
+from fmdistill.mini.colour_baseline import CaptionedZeroshot, guess, nearest_colour
+from fmdistill.mini.figures import COLOURS
 from fmdistill.recipe import locate
 from fmdistill.registry import UserError
 

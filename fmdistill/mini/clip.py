@@ -1,6 +1,6 @@
-"""clip_mini: a small CLIP of open_clip's own classes, whose text tower keeps the token rows of `captioned` alone."""
+"""Build clip_mini, a small CLIP of open_clip's own classes that has token embeddings only for `captioned`'s words."""
 
-# Legend: B images or texts, L context length, D embedding channels, W text width, V the whole vocabulary, R rows kept.
+# Legend: B images or texts, L context length, D embedding channels, W text width, V tokens in all, R known.
 
 import copy
 import logging
@@ -15,14 +15,16 @@ from open_clip.model import CLIP
 from torch import Tensor, nn
 
 from fmdistill.backbones.checkpoints import read_state
-from fmdistill.backbones.clip import ClipPreprocess, TextHead
-from fmdistill.images.captioned import words
+from fmdistill.backbones.clip import ClipPreprocess
+from fmdistill.mini.captioned import words
 from fmdistill.registry import UserError
+from fmdistill.teachers.clip import ClipTeacher
+from fmdistill.teachers.compute import DType
 
 IMAGE_SIZE, EMBED_DIM, CONTEXT = 64, 128, 16
 MODEL_CFG: dict[str, Any] = {
     "embed_dim": EMBED_DIM,
-    # A ResNet: a ViT of 8-px patches told colours and textures apart in 2,000 steps, but 56 % of the shapes.
+    # A ResNet: in 2,000 steps, a ViT of 8-px patches learned colours and textures but only 56 % of the shapes.
     "vision_cfg": {"image_size": IMAGE_SIZE, "layers": [1, 2, 2, 1], "width": 24, "head_width": 32},
     "text_cfg": {"context_length": CONTEXT, "vocab_size": 49408, "width": 128, "heads": 4, "layers": 3},
 }
@@ -35,9 +37,10 @@ _log = logging.getLogger(__name__)
 
 
 class MiniClip(nn.Module):
-    """Both towers as one trainable network; `token_ids` (R,) says which rows of the vocabulary it has, ascending."""
+    """Both towers of a CLIP as one trainable network; `token_ids` (R,) are the tokens that it knows, ascending."""
 
     token_ids: Tensor
+    config = CONFIG
 
     def __init__(self, token_ids: Tensor):
         super().__init__()
@@ -51,25 +54,21 @@ class MiniClip(nn.Module):
         return {"embedding": self.clip.encode_image(image)}
 
     def encode_text(self, tokens_BL: Tensor) -> Tensor:
-        """Return the embeddings (B, D), not normalised, of the whole vocabulary's token ids."""
-        # The rows ascend, so the end token keeps the largest number, by which open_clip finds it.
+        """Return the embeddings (B, D), not normalised, of token ids of the whole vocabulary."""
+        # The tokens ascend, so the end token still has the largest number, by which open_clip recognises it.
         rows_BL = torch.searchsorted(self.token_ids, tokens_BL.contiguous()).clamp(max=len(self.token_ids) - 1)
         assert (self.token_ids[rows_BL] == tokens_BL).all(), "a token without a row"
         return self.clip.encode_text(rows_BL)
 
     def whole(self) -> CLIP:
-        """Return the network with the whole vocabulary, in eval mode; rows that are not kept are zero."""
+        """Return the network with the whole vocabulary, in eval mode; embeddings of unknown tokens are zero."""
         full = CLIP(**_config(MODEL_CFG["text_cfg"]["vocab_size"]))
         state = self.clip.state_dict()
-        kept_RW = state["token_embedding.weight"]
-        rows_VW = kept_RW.new_zeros(full.vocab_size, kept_RW.shape[1])
-        rows_VW[self.token_ids] = kept_RW
+        known_RW = state["token_embedding.weight"]
+        rows_VW = known_RW.new_zeros(full.vocab_size, known_RW.shape[1])
+        rows_VW[self.token_ids] = known_RW
         full.load_state_dict({**state, "token_embedding.weight": rows_VW})
         return full.eval()
-
-    def head(self) -> TextHead:
-        """Return the text side, which knows the whole vocabulary by name and the kept rows by meaning."""
-        return TextHead.from_clip(self.whole(), CONFIG)
 
 
 @cache
@@ -79,14 +78,14 @@ def tokenizer() -> SimpleTokenizer:
 
 
 def tokenize(texts: list[str], token_ids: Tensor) -> Tensor:
-    """Return the token ids (B, L) of texts; UserError for one with a token that is not among `token_ids`."""
+    """Return the token ids (B, L) of texts; UserError if a token is not among `token_ids`."""
     tokens_BL = tokenizer()(texts)
     missing_B = ~torch.isin(tokens_BL, token_ids).all(1)
     if missing_B.any():
         text = texts[int(missing_B.nonzero()[0])]
         raise UserError(
-            f"clip_mini: the caption '{text}' has a word beyond the {len(words())} of the source `captioned`, which "
-            f"are all that clip_mini has; train it on that source"
+            f"clip_mini: the caption '{text}' has a word that clip_mini does not know; it has the {len(words())} "
+            f"words of the source `captioned`, so train it on that source"
         )
     return tokens_BL
 
@@ -102,18 +101,31 @@ def build_clip_mini(weights: str | Path = "packaged") -> CLIP:
     """Return clip_mini as open_clip's CLIP in eval mode, unused token rows zero.
 
     `weights` is "packaged", "none", a safetensors file or a run's folder. Without weights ("none", or a checkout that
-    has no packaged ones) the network is untrained, the same every time.
+    has no packaged ones) the network is untrained and always the same.
     """
     untrained = str(weights) == "none"
     if str(weights) == "packaged" and not PACKAGED.is_file():
         _log.warning("clip_mini is untrained: this checkout has no %s", PACKAGED.name)
         untrained = True
-    with torch.random.fork_rng(devices=[]):  # open_clip draws weights even where they are replaced
+    with torch.random.fork_rng(devices=[]):  # open_clip draws weights even if they are then replaced
         torch.manual_seed(0)
         if untrained:
             return clip_mini_student().whole()
         path = PACKAGED if str(weights) == "packaged" else Path(weights)
         return _load(path / "student.safetensors" if path.is_dir() else path).whole()
+
+
+def clip_mini(
+    weights: str = "packaged",
+    tokens: bool = False,
+    device: str = "auto",
+    dtype: DType = "auto",
+    batch: int = 64,
+    workers: int = 2,
+) -> ClipTeacher:
+    """Return clip_mini as a teacher, 64 px; `weights` is "packaged", "none", a run's folder or a safetensors file."""
+    settings: dict[str, Any] = {"device": device, "dtype": dtype, "batch": batch, "workers": workers}
+    return ClipTeacher(build_clip_mini(weights), CONFIG, name="clip_mini", kind="clip_mini", tokens=tokens, **settings)
 
 
 def _config(rows: int) -> dict:

@@ -3,9 +3,9 @@
 import torch
 
 from fmdistill import evaluate, recipe
-from fmdistill.backbones.clip_mini import PACKAGED, clip_mini_student
-from fmdistill.evaluate.colour_baseline import CaptionedZeroshot
 from fmdistill.evaluate.results import value
+from fmdistill.mini.clip import PACKAGED, clip_mini_student
+from fmdistill.mini.colour_baseline import CaptionedZeroshot
 
 
 def test_the_packaged_file_is_small_and_complete():

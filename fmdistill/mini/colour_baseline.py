@@ -1,4 +1,4 @@
-"""Zero-shot accuracy on generated captioned images, beside chance and what a figure's colour alone would give."""
+"""Compare zero-shot accuracy on generated captioned images with chance and with what a figure's colour alone gives."""
 
 # Legend: h, w pixels of the centre, C = 3 colours in [0, 255].
 
@@ -14,7 +14,7 @@ from fmdistill.evaluate import results, text_side, zeroshot
 from fmdistill.evaluate.results import Judged, Metric
 from fmdistill.evaluate.text_classifier import class_names
 from fmdistill.evaluate.zeroshot import Zeroshot
-from fmdistill.images.figures import COLOURS
+from fmdistill.mini.figures import COLOURS
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError
 
@@ -23,7 +23,7 @@ CENTRE = 0.5  # of the image's side
 
 @dataclass(frozen=True)
 class CaptionedZeroshot:
-    """Judge by `zeroshot`, as its own protocol does, and by two subjects beside the student that never saw a picture.
+    """Judge the student as the protocol `zeroshot` does, and beside it two subjects that learned nothing.
 
     "chance" guesses among all classes; "nearest colour" compares the mean colour of the image's centre with the
     colours' reference values and guesses among the classes that name the nearest one.
@@ -35,12 +35,12 @@ class CaptionedZeroshot:
     dimensions: ClassVar[Mapping[str, str]] = Zeroshot.dimensions
 
     def __post_init__(self) -> None:
-        """Refuse class names without colours."""
+        """Raise a UserError for class names without colours."""
         names = class_names(self.zeroshot.classnames)
         if not any(_named(names, colour) for colour in COLOURS):
             raise UserError(
                 f"zeroshot.classnames={self.zeroshot.classnames}: no name holds a colour ({', '.join(COLOURS)}); "
-                f"judge other classes by the protocol zeroshot"
+                f"use the protocol zeroshot for other classes"
             )
 
     def check(self, recipe: Recipe) -> None:
@@ -71,13 +71,13 @@ class CaptionedZeroshot:
 
 
 def guess(pixels_hwC: np.ndarray, label: int, names: Sequence[str]) -> float:
-    """Return the chance of naming `label` from the colour of the picture's centre alone."""
+    """Return the chance of guessing `label` from the colour of the image's centre alone."""
     named = _named(names, nearest_colour(pixels_hwC))
     return 1 / len(named) if label in named else 0.0
 
 
 def nearest_colour(pixels_hwC: np.ndarray) -> str:
-    """Return the name whose reference colour is nearest to the mean of the picture's centre."""
+    """Return the name whose reference colour is nearest to the mean of the image's centre."""
     margin = [round(side * (1 - CENTRE) / 2) for side in pixels_hwC.shape[:2]]
     centre = pixels_hwC[margin[0] : -margin[0] or None, margin[1] : -margin[1] or None]
     mean_C = centre.reshape(-1, 3).mean(axis=0)

@@ -1,4 +1,4 @@
-"""Source `captioned`: generated images of one object each, with a caption and the class that the caption names."""
+"""Generate the images of source `captioned`: one object each, a caption, and the class that the caption names."""
 
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
@@ -7,10 +7,9 @@ from typing import Literal
 import numpy as np
 import PIL.Image
 
-from fmdistill.images.figures import COLOURS, PLACES, SHAPES, SIZES, TEXTURES, Attributes, draw
-from fmdistill.images.generated import Generated
-from fmdistill.images.photos import check_counts, png
+from fmdistill.images.numbered import Numbered, check_counts, png
 from fmdistill.images.source import SPLITS, Encoded
+from fmdistill.mini.figures import COLOURS, PLACES, SHAPES, SIZES, TEXTURES, Attributes, draw
 from fmdistill.registry import UserError
 
 # The first ones name the class alone, as zero-shot prompts do; {name} is texture, colour and shape.
@@ -28,11 +27,11 @@ Combinations = Literal["seen", "unseen", "all"]
 
 
 @dataclass(frozen=True)
-class Captioned(Generated):
-    """One object on a photographic or plain background, PNG with a caption in the column `txt`.
+class Captioned(Numbered):
+    """A source of PNG images of one object on a photographic or plain background, with a caption in the column `txt`.
 
-    The label is the class of shape, colour and texture, by its place in `class_names()`. A fixed fifth of the classes
-    never occurs in the train split, where every attribute is Zipf distributed; validation is uniform over its classes.
+    The label is the class of shape, colour and texture: its index in `class_names()`. A fixed fifth of the classes
+    never occurs in the train split, whose attributes are Zipf distributed; validation is uniform over its classes.
     """
 
     train: int = 4096
@@ -70,10 +69,10 @@ class Captioned(Generated):
     def encode(self, split: str, index: int) -> Encoded:
         """Return image `index` of a split."""
         rng = np.random.default_rng([self.seed, SPLITS.index(split), index])
-        shown = self._attributes(rng, split, index)
-        text = caption(rng, shown)
-        pixels = draw(rng, shown, self.size, self.photo_background, self.noise)
-        label = class_names().index(shown.name)
+        attributes = self._attributes(rng, split, index)
+        text = caption(rng, attributes)
+        pixels = draw(rng, attributes, self.size, self.photo_background, self.noise)
+        label = class_names().index(attributes.name)
         return Encoded(self.key(split, index), png(PIL.Image.fromarray(pixels)), label, {"txt": text.encode()})
 
     def labels(self, shard: str) -> list[int | None]:
@@ -89,8 +88,8 @@ class Captioned(Generated):
             size, place = self._pick(rng, list(SIZES)), self._pick(rng, list(PLACES))
             return Attributes(*names, size, place)
         chosen = [c for c in combinations() if self.validation_combinations in ("all", _part(c))]
-        turn, number = divmod(index, len(chosen))  # every class once a turn
-        order = np.random.default_rng([self.seed, turn]).permutation(len(chosen))
+        cycle, number = divmod(index, len(chosen))  # every class once a cycle
+        order = np.random.default_rng([self.seed, cycle]).permutation(len(chosen))
         size, place = (values[rng.integers(len(values))] for values in (list(SIZES), list(PLACES)))
         return Attributes(*chosen[int(order[number])], size, place)
 
@@ -102,7 +101,7 @@ class Captioned(Generated):
 
     @cached_property
     def _shares(self) -> dict[int, np.ndarray]:
-        """Upper ends of the values' shares of [0, 1), by the number of values; the last value takes the rest."""
+        """The upper end of each value's share of [0, 1), by the number of values; the last value takes the rest."""
         counts = {len(SHAPES), len(COLOURS), len(TEXTURES), len(SIZES), len(PLACES)}
         weights = {n: np.arange(1, n + 1) ** -self.zipf for n in counts}
         return {n: np.cumsum(w / w.sum())[:-1] for n, w in weights.items()}
@@ -117,17 +116,17 @@ def combinations() -> list[tuple[str, str, str]]:
 @cache
 def unseen() -> frozenset[tuple[str, str, str]]:
     """Return the fifth of the combinations that training never shows: at most one texture of a shape and colour."""
-    found = set()
+    left_out = set()
     for s, shape in enumerate(SHAPES):
         for c, name in enumerate(COLOURS):
-            found |= {(shape, name, pattern) for t, pattern in enumerate(TEXTURES) if (s + 2 * c + t) % 5 == 4}
-    return frozenset(found)
+            left_out |= {(shape, name, pattern) for t, pattern in enumerate(TEXTURES) if (s + 2 * c + t) % 5 == 4}
+    return frozenset(left_out)
 
 
 @cache
 def class_names() -> list[str]:
     """Return the name of each label, such as "striped red star"."""
-    return [Attributes(*one, "", "").name for one in combinations()]
+    return [Attributes(*combination, "", "").name for combination in combinations()]
 
 
 def words() -> list[str]:
@@ -138,10 +137,10 @@ def words() -> list[str]:
     return sorted({word for text in texts for word in text.split()} - named)
 
 
-def caption(rng: np.random.Generator, shown: Attributes) -> str:
-    """Return a caption by one of the templates."""
+def caption(rng: np.random.Generator, attributes: Attributes) -> str:
+    """Return a caption of an image with these attributes, by a template drawn at random."""
     template = CAPTIONS[rng.integers(len(CAPTIONS))]
-    return template.format(name=shown.name, **shown._asdict())
+    return template.format(name=attributes.name, **attributes._asdict())
 
 
 def _part(combination: tuple[str, str, str]) -> str:

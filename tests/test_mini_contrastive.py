@@ -6,12 +6,12 @@ from torch.nn import functional as F
 
 from fmdistill import recipe as recipes
 from fmdistill.backbones.clip import ClipPreprocess
-from fmdistill.backbones.clip_mini import clip_mini_student, tokenizer
 from fmdistill.distill import tasks
-from fmdistill.distill.contrastive import CaptionedImages, Contrastive, same, symmetric_cross_entropy
 from fmdistill.images import Images
 from fmdistill.images import build as build_images
-from fmdistill.images.captioned import Captioned
+from fmdistill.mini.captioned import Captioned
+from fmdistill.mini.clip import clip_mini_student, tokenizer
+from fmdistill.mini.contrastive import CaptionedImages, Contrastive, same, symmetric_cross_entropy
 from fmdistill.registry import UserError
 
 IMAGES = {"name": "captioned", "train": 24, "validation": 8, "shard_size": 8}

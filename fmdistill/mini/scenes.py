@@ -1,4 +1,4 @@
-"""Source `scenes`: generated images whose objects and masks are known exactly.
+"""Generate the images of source `scenes`, whose objects and masks are known exactly.
 
 Legend: H, W height and width; C = 3 colours in [0, 255].
 """
@@ -12,10 +12,10 @@ import numpy as np
 import PIL.Image
 import PIL.ImageFilter
 
-from fmdistill.images.drawing import colour, outline, rasterize, surface, texture
-from fmdistill.images.generated import Generated
-from fmdistill.images.photos import check_counts, frame, png
+from fmdistill.images.numbered import Numbered, check_counts, png
 from fmdistill.images.source import SPLITS, Encoded
+from fmdistill.mini.drawing import colour, outline, rasterize, surface, texture
+from fmdistill.mini.photos import frame
 from fmdistill.registry import UserError
 
 
@@ -27,8 +27,8 @@ class Scene(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Scenes(Generated):
-    """Shapes over a background, PNG with `labels.png`; half are square, half are 3:2 or 2:3 with long side `size`."""
+class Scenes(Numbered):
+    """A source of shapes on a background, PNG with `labels.png`: half square, half 3:2 or 2:3 with long side `size`."""
 
     train: int = 256
     validation: int = 64
@@ -37,12 +37,12 @@ class Scenes(Generated):
     shard_size: int = 32
     objects: tuple[int, int] = (3, 12)  # fewest and most drawn, uniform
     area: tuple[float, float] = (0.001, 0.25)  # of the image before occlusion, log-uniform
-    occlusion: float = 0.5  # share of objects that are put on an earlier one's edge; the others keep their distance
+    occlusion: float = 0.5  # share of objects placed on the edge of an earlier one; the others are placed apart
     disorder: float = 0.7  # standard deviation, in log area, of the painter's order from large to small
     min_visible: int = 12  # pixels; an object with fewer left is painted but not labelled
-    low_contrast: float = 0.15  # share of objects whose colour is 12 to 28 levels from what lies beneath
+    low_contrast: float = 0.15  # share of objects whose colour is 12 to 28 levels from the colour beneath
     textured: float = 0.6  # share of objects with photographic texture
-    photo_background: float = 0.35  # share of backgrounds that are a photograph as it is
+    photo_background: float = 0.35  # share of backgrounds that are an unchanged photograph
     illumination: float = 0.3  # largest relative change of brightness from the centre to an edge
     blur: float = 0.8  # largest standard deviation, pixels
     noise: float = 6.0  # largest standard deviation, levels
@@ -89,7 +89,7 @@ def visible_areas(labels: np.ndarray) -> np.ndarray:
 
 
 def draw(scenes: Scenes, split: str, index: int) -> Scene:
-    """Return scene `index` >= 0 of a split, past its count too: a pure function of settings, split and index."""
+    """Return scene `index` >= 0 of a split, even beyond its count: a pure function of settings, split and index."""
     rng = np.random.default_rng([scenes.seed, SPLITS.index(split), index])
     width, height = frame(index, scenes.size)
     canvas = _background(scenes, rng, (width, height))
@@ -173,6 +173,6 @@ def _expose(scenes: Scenes, rng: np.random.Generator, canvas: np.ndarray) -> np.
 
 def _visible(labels: np.ndarray, least: int) -> np.ndarray:
     counts = np.bincount(labels.ravel())
-    kept = counts >= max(least, 1)
-    kept[0] = False
-    return np.where(kept, np.cumsum(kept), 0).astype(np.int16)[labels]
+    large = counts >= max(least, 1)
+    large[0] = False
+    return np.where(large, np.cumsum(large), 0).astype(np.int16)[labels]

@@ -10,9 +10,9 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from fmdistill.images import drawing, figures
-from fmdistill.images.captioned import Captioned, class_names, combinations, unseen, words
-from fmdistill.images.photos import PHOTOGRAPHS
+from fmdistill.mini import drawing, figures
+from fmdistill.mini.captioned import Captioned, class_names, combinations, unseen, words
+from fmdistill.mini.photos import PHOTOGRAPHS
 from fmdistill.registry import UserError
 
 SMALL = Captioned(train=10, validation=5, shard_size=4)
@@ -32,7 +32,7 @@ def digest(source):
 
 
 def test_images_and_captions_are_the_same_in_another_process():
-    code = "from tests.test_images_captioned import SMALL, digest; print(digest(SMALL))"
+    code = "from tests.test_mini_captioned import SMALL, digest; print(digest(SMALL))"
     env = {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "3", "PATH": ""}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
     assert done.stdout.split()[-1] == digest(SMALL)

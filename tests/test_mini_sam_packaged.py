@@ -6,12 +6,12 @@ import torch
 from segment_anything import SamPredictor
 
 from fmdistill import evaluate, recipe
-from fmdistill.backbones.mini import PACKAGED, build_sam_mini, sam_mini_student
 from fmdistill.backbones.promptable import PromptHead
 from fmdistill.evaluate.grid_miou import GridMiou, image_iou
 from fmdistill.evaluate.results import value
-from fmdistill.evaluate.scene_miou import SceneMiou
-from fmdistill.images.photos import photograph
+from fmdistill.mini.photos import photograph
+from fmdistill.mini.sam import PACKAGED, build_sam_mini, sam_mini_student
+from fmdistill.mini.scene_miou import SceneMiou
 
 
 def test_the_packaged_file_is_small_and_complete():

@@ -1,7 +1,6 @@
-"""Source `photos`: crops of the photographs that ship inside the scikit-image and scikit-learn wheels; no download."""
+"""Crop the photographs that ship inside the scikit-image and scikit-learn wheels, for the source `photos`."""
 
 import functools
-import io
 import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -11,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 
+from fmdistill.images.numbered import check_counts, png, shard_names, shard_range
 from fmdistill.images.source import Encoded
 from fmdistill.registry import UserError
 
-# Split by photograph: a validation photograph gives neither crops nor textures to anything that trains.
+# Split by photograph: nothing trains on a crop or a texture of a validation photograph.
 PHOTOGRAPHS = {
     "train": [
         "astronaut",
@@ -33,7 +33,7 @@ PHOTOGRAPHS = {
     "validation": ["chelsea", "coffee", "flower", "coins"],
 }
 FOLDERS = (("skimage", "data"), ("sklearn", "datasets/images"))
-# Crop side / largest side that fits, log-uniform; a dozen photographs train, so their crops range wider.
+# Crop side / largest side that fits, log-uniform; wider for training, which has only a dozen photographs.
 ZOOM = {"train": (0.2, 1.0), "validation": (0.45, 1.0)}
 
 
@@ -55,46 +55,15 @@ def photograph(name: str) -> np.ndarray:
     )
 
 
-def png(image: PIL.Image.Image) -> bytes:
-    """Return the image as PNG bytes, stored without compression: they are made on the fly and kept nowhere."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=0)
-    return buffer.getvalue()
-
-
 def frame(index: int, size: int) -> tuple[int, int]:
     """Return the (width, height) of image `index`: even ones are square, odd ones 3:2 and 2:3 in turn."""
     short = round(size * 2 / 3)
     return {1: (size, short), 3: (short, size)}.get(index % 4, (size, size))
 
 
-def shard_names(train: int, validation: int, shard_size: int) -> dict[str, list[str]]:
-    """Return the names of a source's shards, `shard_size` images each and the last one less."""
-    counts = {"train": train, "validation": validation}
-    return {split: [f"{split}-{i:03d}" for i in range(-(-n // shard_size))] for split, n in counts.items()}
-
-
-def shard_range(shard: str, train: int, validation: int, shard_size: int) -> tuple[str, range]:
-    """Return the split of `shard` and the indices of its images in the split; KeyError for an unknown shard."""
-    if not any(shard in names for names in shard_names(train, validation, shard_size).values()):
-        raise KeyError(shard)
-    split, _, number = shard.rpartition("-")
-    total = train if split == "train" else validation
-    first = int(number) * shard_size
-    return split, range(first, min(first + shard_size, total))
-
-
-def check_counts(where: str, **counts: int) -> None:
-    """Raise where a count is negative, or where `size` or `shard_size` is too small to work."""
-    least = {"size": 16, "shard_size": 1}
-    for name, value in counts.items():
-        if value < least.get(name, 0):
-            raise UserError(f"{where}.{name}={value}: expected at least {least.get(name, 0)}")
-
-
 @dataclass(frozen=True)
 class Photos:
-    """Random crops at several scales, PNG; half are square, half are 3:2 or 2:3 with long side `size`."""
+    """A source of random crops at several scales, PNG; half are square, half are 3:2 or 2:3 with long side `size`."""
 
     train: int = 192
     validation: int = 48
@@ -120,13 +89,13 @@ class Photos:
             yield self._encode(key)
 
     def fetch(self, shard: str, key: str) -> Encoded:
-        """Return one crop; KeyError where the shard holds no such key."""
+        """Return one crop; KeyError if the shard holds no such key."""
         if key not in self.keys(shard):
             raise KeyError(key)
         return self._encode(key)
 
     def identity(self) -> dict:
-        """Return all settings and the split by photograph."""
+        """Return all settings, the photographs of each split, and the range of the crops' sides."""
         return {"name": "photos", **asdict(self), "photographs": PHOTOGRAPHS, "zoom": ZOOM}
 
     def keys(self, shard: str) -> list[str]:
@@ -144,9 +113,9 @@ def crop(key: str, size: int, seed: int) -> PIL.Image.Image:
     name, _, number = key.rpartition("-")
     rng = np.random.default_rng([seed, zlib.crc32(key.encode())])
     image = PIL.Image.fromarray(photograph(name))
-    # the photograph's place is added so that every few crops in a row hold all three shapes
-    split, place = next((split, names.index(name)) for split, names in PHOTOGRAPHS.items() if name in names)
-    width, height = frame(int(number) + place, size)
+    # the photograph's index is added so that a few consecutive crops have all three shapes
+    split, offset = next((split, names.index(name)) for split, names in PHOTOGRAPHS.items() if name in names)
+    width, height = frame(int(number) + offset, size)
     fit = min(image.width / width, image.height / height)
     scale = fit * np.exp(rng.uniform(*np.log(ZOOM[split])))
     left = rng.uniform(0, image.width - width * scale)

@@ -1,4 +1,4 @@
-"""Score a promptable model on scenes whose exact masks are known: one positive point per visible object.
+"""Score a promptable model on scenes with exact masks, by one positive point per visible object.
 
 Letters: P objects of one image, M masks of a prompt, C channels, g tokens a side, H x W original pixels,
 h x w resized pixels (before padding to SAM's square input).
@@ -17,9 +17,8 @@ from torch.nn import functional as F
 
 from fmdistill import stop
 from fmdistill.backbones.device import pick_device
-from fmdistill.backbones.mini import MiniSam
 from fmdistill.backbones.promptable import PromptHead
-from fmdistill.distill.labelled import COLUMN, check_size
+from fmdistill.cache.prepare import must_prepare
 from fmdistill.distill.student import STUDENTS
 from fmdistill.evaluate import results
 from fmdistill.evaluate.masks import innermost, iou, pack
@@ -28,8 +27,10 @@ from fmdistill.evaluate.subjects import embed
 from fmdistill.evaluate.tails import SHARES
 from fmdistill.images import Images
 from fmdistill.images import build as build_images
-from fmdistill.images.scenes import decode_labels
 from fmdistill.logs import progress
+from fmdistill.mini.labelled import COLUMN, check_size
+from fmdistill.mini.sam import MiniSam
+from fmdistill.mini.scenes import decode_labels
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError
 
@@ -46,7 +47,7 @@ class SceneMiou:
     """Judge one point per object, the visible pixel furthest from the object's edge; logits > 0 at H x W.
 
     `best` is the best of masks 1 to 3, `picked` the one with the top predicted IoU, `single` mask 0, `ceiling` the
-    true mask averaged onto the 4g x 4g logits and upsampled like them: what that resolution keeps of an object.
+    true mask averaged onto the 4g x 4g logits and upsampled like them, which is the best that this resolution allows.
     """
 
     points_per_batch: int = 64
@@ -58,7 +59,7 @@ class SceneMiou:
     }
 
     def __post_init__(self) -> None:
-        """Refuse what would measure nothing."""
+        """Raise a UserError for settings that would measure nothing."""
         if self.points_per_batch < 1:
             raise UserError(f"points_per_batch={self.points_per_batch}: needs at least 1")
         if self.images is not None and self.images < 1:
@@ -76,13 +77,14 @@ class SceneMiou:
         if not isinstance(student, MiniSam):
             raise _no_masks(recipe.student["name"])
         student.to(pick_device(self.device, "device"))
-        shown = progress(_cases(build_images(recipe.images), student), "scene_miou", total=self.images, unit="image")
-        return run(self, student.head, shown, name)
+        cases = _cases(build_images(recipe.images), student)
+        cases = progress(cases, "scene_miou", total=self.images, unit="image")
+        return run(self, student.head, cases, name)
 
 
 @dataclass(frozen=True)
 class SceneCase:
-    """One scene: float32 embedding (C, g, g), int labels (H, W) with object ids above 0, resized (h, w)."""
+    """A scene to judge: float32 embedding (C, g, g), int labels (H, W) with object ids above 0, resized (h, w)."""
 
     key: str
     embedding: Tensor
@@ -130,8 +132,8 @@ def run(protocol: SceneMiou, head: PromptHead, cases: Iterable[SceneCase], subje
     head = head.to(device).eval()
     objects = []
     for case in stop.between(itertools.islice(cases, protocol.images)):
-        seen = scene_rows(head, case.embedding.to(device), case.labels, case.resized, protocol.points_per_batch)
-        objects += [{"key": case.key, "subject": subject} | one for one in seen]
+        scores = scene_rows(head, case.embedding.to(device), case.labels, case.resized, protocol.points_per_batch)
+        objects += [{"key": case.key, "subject": subject} | row for row in scores]
     if not objects:
         raise UserError("scene_miou: no objects to evaluate; the source has no validation scenes")
     return summarise(objects, subject), {"objects": objects}
@@ -141,9 +143,9 @@ def summarise(objects: list[dict], subject: str) -> list[Row]:
     """Return rows of the mean of each measure over all objects, and over those of each area bucket that has any."""
     rows = []
     for name in (None, *(name for _, name in SHARES)):
-        members = [one for one in objects if name in (None, one["bucket"])]
+        members = [row for row in objects if name in (None, row["bucket"])]
         for measure in MEASURES if members else ():
-            mean = float(np.mean([one[measure] for one in members]))
+            mean = float(np.mean([row[measure] for row in members]))
             rows.append(results.row(subject, "miou", mean, len(members), mask=measure, bucket=name))
     return rows
 
@@ -163,11 +165,10 @@ def _cases(images: Images, student: MiniSam) -> Iterator[SceneCase]:
             if COLUMN not in encoded.extra:
                 raise UserError(f"{shard.name}: image '{encoded.key}' has no {COLUMN}; scene_miou needs exact masks")
             labels: np.ndarray = decode_labels(encoded.extra[COLUMN])
-            image = images.decode(encoded, shard.name)
-            check_size(shard.name, encoded.key, (labels.shape[0], labels.shape[1]), image)
-            pixels, size = student.preprocess.prepare(image)
-            item = {"pixels": pixels, "sizes": torch.tensor(size)}
-            yield SceneCase(encoded.key, embed(student, student.preprocess, item), labels, size)
+            image = must_prepare(images, student.preprocess, encoded, shard.name)
+            check_size(shard.name, encoded.key, (labels.shape[0], labels.shape[1]), image.original)
+            (embedding,) = embed(student, student.preprocess, image.pixels[None], torch.tensor([image.size]))
+            yield SceneCase(encoded.key, embedding, labels, image.size)
 
 
 def _no_masks(student: str) -> UserError:
@@ -182,7 +183,7 @@ def _scores(head: PromptHead, embedding: Tensor, xy: Tensor, true_PHW: Tensor, r
     single, _ = head.decode(embedding, xy[:, None], labels, multimask=False)
     truth, ceiling = pack(true_PHW), ceiling_logits(head, true_PHW, resized)
     ious = []
-    for mask in (*logits.split(1, dim=1), single, ceiling):  # one mask of every prompt at a time bounds the memory
+    for mask in (*logits.split(1, dim=1), single, ceiling):  # mask by mask, to bound the memory
         ious.append(iou(truth, pack((head.upsample(mask, resized, original) > 0).squeeze(1))))
     three = np.stack(ious[:-2], axis=1)
     picked = np.take_along_axis(three, predicted.argmax(1, keepdim=True).cpu().numpy(), axis=1)[:, 0]

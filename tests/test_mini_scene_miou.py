@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fmdistill.evaluate.results import value
-from fmdistill.evaluate.scene_miou import MEASURES, SceneCase, SceneMiou, bucket, object_points, run, scene_rows
+from fmdistill.mini.scene_miou import MEASURES, SceneCase, SceneMiou, bucket, object_points, run, scene_rows
 from fmdistill.registry import UserError
 
 SIZE, GRID = 64, 8
@@ -90,7 +90,7 @@ def test_measures_of_planted_masks():
 
 
 def test_ceiling_falls_with_the_object():
-    from fmdistill.backbones.mini import sam_mini_modules
+    from fmdistill.mini.sam import sam_mini_modules
 
     _, head = sam_mini_modules()
     labels = np.zeros((256, 256), dtype=np.int64)

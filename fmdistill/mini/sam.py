@@ -1,4 +1,4 @@
-"""sam_mini: a quarter-scale SAM from segment_anything's own classes, small enough to ship and to train on two cores."""
+"""Build sam_mini, a quarter-scale SAM of segment_anything's own classes, small enough to ship and to train on a CPU."""
 
 import logging
 from functools import partial
@@ -12,6 +12,8 @@ from fmdistill.backbones.checkpoints import read_state
 from fmdistill.backbones.promptable import PromptHead
 from fmdistill.backbones.sam import PIXEL_MEAN, PIXEL_STD, SamPreprocess
 from fmdistill.registry import UserError
+from fmdistill.teachers.compute import DType
+from fmdistill.teachers.sam import SamTeacher
 
 IMAGE_SIZE = 256
 OUT_CHANNELS = 128
@@ -21,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 
 class MiniSam(nn.Module):
-    """The image encoder and the prompt head as one trainable network."""
+    """SAM's image encoder and prompt head as one trainable network."""
 
     def __init__(self, encoder: ImageEncoderViT, head: PromptHead):
         super().__init__()
@@ -57,7 +59,7 @@ def sam_mini_modules() -> tuple[ImageEncoderViT, PromptHead]:
         global_attn_indexes=(1, 3, 5),
     )
     assert encoder.pos_embed is not None
-    # At zero, a plain ViT starts blind to position; SAM's own starts from MAE weights.
+    # All zeros would hide positions from the ViT at the start; SAM itself starts from MAE weights.
     nn.init.trunc_normal_(encoder.pos_embed, std=0.02)
     head = PromptHead.from_config(
         {
@@ -87,7 +89,7 @@ def sam_mini_student(pretrained: str = "none") -> MiniSam:
 def build_sam_mini(weights: str | Path = "packaged") -> Sam:
     """Return sam_mini as segment_anything's Sam in eval mode; `weights` is "packaged", "none" or a safetensors file.
 
-    Without weights ("none", or a checkout that has no packaged ones) the network is untrained, the same every time.
+    Without weights ("none", or a checkout that has no packaged ones) the network is untrained and always the same.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -98,6 +100,19 @@ def build_sam_mini(weights: str | Path = "packaged") -> Sam:
         _load(model, PACKAGED if str(weights) == "packaged" else Path(weights))
     sam = Sam(model.encoder, model.head.prompt_encoder, model.head.mask_decoder, list(PIXEL_MEAN), list(PIXEL_STD))
     return sam.eval()
+
+
+def sam_mini(
+    weights: str = "packaged",
+    device: str = "auto",
+    dtype: DType = "auto",
+    batch: int = 16,
+    workers: int = 2,
+    exact: bool = False,
+) -> SamTeacher:
+    """Return sam_mini as a teacher, 256 px; `weights` is "packaged", "none", a run's folder or a safetensors file."""
+    sam = build_sam_mini(Path(weights) / "student.safetensors" if Path(weights).is_dir() else weights)
+    return SamTeacher(sam, name="sam_mini", device=device, dtype=dtype, batch=batch, workers=workers, exact=exact)
 
 
 def _load(model: MiniSam, path: Path) -> None:

@@ -8,9 +8,9 @@ from PIL import Image
 from segment_anything import SamPredictor
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder
 
-from fmdistill.backbones import mini
-from fmdistill.backbones.mini import MiniSam, build_sam_mini, sam_mini_modules, sam_mini_student
 from fmdistill.export import half
+from fmdistill.mini import sam as mini
+from fmdistill.mini.sam import MiniSam, build_sam_mini, sam_mini_modules, sam_mini_student
 from fmdistill.registry import UserError
 
 

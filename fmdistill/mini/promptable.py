@@ -1,28 +1,65 @@
-"""Task `promptable`: train a small SAM on images with known objects, by random prompts and a dense helper loss."""
+"""Train a small SAM on images with known objects, by random prompts and a dense auxiliary loss: task `promptable`."""
 
 # Legend: B images, P prompts an image, N = B P, M masks, n low-resolution side, S image side, L drawn pixels.
 
 import math
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fmdistill.backbones.mini import MiniSam
 from fmdistill.backbones.promptable import PromptHead
+from fmdistill.backbones.sam import SamPreprocess
+from fmdistill.distill import student as students
+from fmdistill.distill.tasks import Job
+from fmdistill.images import build as build_images
+from fmdistill.images.source import SPLITS
+from fmdistill.mini.labelled import LabelledImages
+from fmdistill.mini.sam import MiniSam
+from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError
 
 FOCAL_NORMS = ("parts", "object", "image")
 
 
-class Promptable(nn.Module):
-    """Focal and dice on the best of three masks and on the single mask, IoU head, same-object loss on the embedding.
+def promptable(
+    recipe: Recipe,
+    prompts: int = 6,
+    background: float = 0.1,
+    focal: float = 1.0,
+    focal_norm: str = "parts",
+    iou: float = 1.0,
+    dense: float = 1.0,
+) -> Job:
+    """Train a promptable segmenter from images with exact masks: `prompts` an image, a share of them for `background`.
 
-    The losses are those of SAM (Kirillov et al. 2023, appendix A) with `mask_losses`' focal loss at weight 1. A share
-    `refined` of the prompts is asked again, with a corrective point and the first answer as mask prompt. forward takes
-    pixels uint8 (B, 3, S, S), sizes (B, 2), labels (B, S, S) with -1 for padding, points (B, P, 2) xy,
-    target (B, P) object id, boxes (B, P, 4) xyxy, use_box bool (B, P).
+    `focal`, `iou` and `dense` weigh the losses of `Promptable`; `focal_norm` says what divides the focal loss: "parts"
+    (which a fresh network needs), "object" or "image", see `mask_losses`.
+    """
+    if prompts < 1:
+        raise UserError(f"task.prompts={prompts}: expected at least 1")
+    if not 0 <= background < 1:
+        raise UserError(f"task.background={background}: expected a share of the prompts, from 0 to below 1")
+    student = students.build(recipe.student)
+    if not isinstance(student, MiniSam):
+        raise UserError(f"student.name={recipe.student['name']}: task promptable trains sam_mini, which makes masks")
+    images, preprocess = build_images(recipe.images), SamPreprocess(image_size=student.image_size)
+    train, validation = (
+        LabelledImages(images, split, preprocess, prompts, recipe.seed, background, memory=memory)
+        for split, memory in zip(SPLITS, (recipe.train.image_memory, 0.0), strict=True)
+    )
+    task = Promptable(student, focal=focal, focal_norm=focal_norm, iou=iou, dense=dense)
+    return Job(task, student, train, validation)
+
+
+class Promptable(nn.Module):
+    """The losses of a promptable segmenter: of its masks, of its IoU predictions, and of its embedding.
+
+    Focal and dice losses are of the best of three masks and of the single mask, as SAM has them (Kirillov et al. 2023,
+    appendix A), but with `mask_losses`' focal loss at weight 1; `SameObject` judges the embedding. A share `refined` of
+    the prompts is decoded a second time, with a corrective point and the first mask as mask prompt. `forward` takes
+    pixels uint8 (B, 3, S, S), sizes (B, 2), labels (B, S, S) with -1 for padding, points (B, P, 2) xy, target (B, P)
+    object id, boxes (B, P, 4) xyxy, use_box bool (B, P).
     """
 
     def __init__(
@@ -49,7 +86,7 @@ class Promptable(nn.Module):
         head, prompts = self.student.head, batch["target"].shape[1]
         embedding_BCgg = self.student.embed(batch["pixels"], batch["sizes"])
         side = embedding_BCgg.shape[-1] * 4
-        target_Nnn, valid_Nnn = coverage(batch["labels"], batch["target"], side)
+        target_Nnn, valid_Nnn = coverage(batch["objects"], batch["target"], side)
         boxed_N = batch["use_box"].flatten(0, 1)
         point_N12 = batch["points"].flatten(0, 1)[:, None].float()
         box_N4 = batch["boxes"].flatten(0, 1).float()
@@ -61,21 +98,21 @@ class Promptable(nn.Module):
         picked_N = iou_NM[rows, score_NM[:, 1:].argmax(1) + 1]
         best_N = iou_NM[:, 1:].argmax(1) + 1
 
-        again = math.ceil(self.refined * prompts)
-        if again:
+        count = math.ceil(self.refined * prompts)
+        if count:
             # The prompts are drawn at random, so each image's first ones are a random share.
-            keep = (rows % prompts) < again
+            keep = (rows % prompts) < count
             mask_N1nn = logits_NMnn.detach()[rows, best_N][keep][:, None].float()
             new_N12, label_N1 = correction(
-                mask_N1nn[:, 0], target_Nnn[keep], valid_Nnn[keep], batch["labels"].shape[-1]
+                mask_N1nn[:, 0], target_Nnn[keep], valid_Nnn[keep], batch["objects"].shape[-1]
             )
             second = mixed_prompts(
                 head, point_N12[keep], foreground_N1[keep], box_N4[keep], boxed_N[keep], (new_N12, label_N1), mask_N1nn
             )
-            answer = head.decode_batch(embedding_BCgg, *second)
-            refined, _ = self._losses(*answer, target_Nnn[keep], valid_Nnn[keep])
+            decoded = head.decode_batch(embedding_BCgg, *second)
+            refined, _ = self._losses(*decoded, target_Nnn[keep], valid_Nnn[keep])
             losses["refined"] = torch.stack(list(refined.values())).sum() * self.refined
-        losses["dense"] = self.dense_weight * self.dense(embedding_BCgg, batch["labels"], _generator(batch))
+        losses["dense"] = self.dense_weight * self.dense(embedding_BCgg, batch["objects"], _generator(batch))
         total = torch.stack(list(losses.values())).sum()
         errors = {"best_error": 1 - iou_NM[rows, best_N].mean(), "picked_error": 1 - picked_N.mean()}
         return {"loss": total, **losses, **errors}
@@ -93,9 +130,10 @@ class Promptable(nn.Module):
 
 
 class SameObject(nn.Module):
-    """Same object or not, for random pairs of an image's pixels: logistic loss on the scaled cosine of embeddings.
+    """A loss that tells whether two pixels are of one object: logistic, on the scaled cosine of their embeddings.
 
-    The pixels' embeddings come from a pixel shuffle of the image embedding; the head is thrown away after training.
+    The pairs are of random pixels of an image, whose embeddings are a pixel shuffle of the image embedding. The head is
+    discarded after training.
     """
 
     def __init__(self, channels: int, width: int = 16, upscale: int = 4, samples: int = 256):
@@ -106,13 +144,13 @@ class SameObject(nn.Module):
         self.bias = nn.Parameter(torch.tensor(0.0))
 
     def forward(self, embedding_BCgg: Tensor, labels_BSS: Tensor, generator: torch.Generator) -> Tensor:
-        """Return the loss, positives and negatives weighing the same; padding (label -1) takes no part."""
+        """Return the loss, with the same weight for positives and negatives; padding (label -1) is left out."""
         pixels_BDnn = F.pixel_shuffle(self.expand(embedding_BCgg), self.upscale).float()
         step = labels_BSS.shape[-1] // pixels_BDnn.shape[-1]
         label_Bn = labels_BSS[:, step // 2 :: step, step // 2 :: step].flatten(1).long()
         picks_BL = torch.multinomial(_by_object(label_Bn), self.samples, replacement=True, generator=generator)
         picked_BDL = pixels_BDnn.flatten(2).gather(2, picks_BL[:, None].expand(-1, pixels_BDnn.shape[1], -1))
-        # Fresh embeddings share one large direction; without its removal the loss stands still for hundreds of steps.
+        # Fresh embeddings share a large direction; unless it is removed, the loss does not fall for hundreds of steps.
         unit_BDL = F.normalize(picked_BDL - picked_BDL.mean(2, keepdim=True), dim=1)
         logits_BLL = self.log_scale.exp() * unit_BDL.transpose(1, 2) @ unit_BDL + self.bias
         label_BL = label_Bn.gather(1, picks_BL)
@@ -133,10 +171,10 @@ def mixed_prompts(
     correction: tuple[Tensor, Tensor] | None = None,
     masks_N1nn: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return sparse (N, T, C) and dense (N, C, g, g) embeddings: a box where `boxed_N`, else the point.
+    """Return sparse (N, T, C) and dense (N, C, g, g) embeddings: of the box if `boxed_N`, else of the point.
 
-    A point brings SAM's padding token and a box has two corners, so both make the same number of tokens and share one
-    decoder call, also with a corrective point (xy (N, 1, 2), label (N, 1)) added to either.
+    A point comes with SAM's padding token and a box has two corners, so both are as many tokens and share a decoder
+    call; this holds too if a corrective point (xy (N, 1, 2), label (N, 1)) is added to either.
     """
     if correction:
         points_NK2 = torch.cat([points_NK2, correction[0]], dim=1)
@@ -161,7 +199,7 @@ def mask_losses(
     """Return focal (gamma 1) and dice losses and the IoU (no gradient), each (N, M), over the valid cells.
 
     Targets are shares in [0, 1]: focal is Lin et al. 2017, Eq. 5, with |y - p| for 1 - p_t and twice its value, so that
-    an undecided cell costs its cross-entropy. `focal_norm` says what divides its sum:
+    an undecided cell costs its cross-entropy. `focal_norm` is what divides its sum:
     "parts": object and rest by their own areas, so that a fresh network does not drown small objects; a trained one
     then draws them too large.
     "object": the object's sum and half of the rest's by the object's area; with dice, a cell then goes to the object
@@ -203,48 +241,8 @@ def correction(mask_Nnn: Tensor, target_Nnn: Tensor, valid_Nnn: Tensor, size: in
     return (xy_N2 * step + (step - 1) / 2)[:, None], label_N1
 
 
-def sample_prompts(
-    labels: np.ndarray,
-    rng: np.random.Generator,
-    n: int,
-    box_share: float = 0.3,
-    min_area: int = 12,
-    background: float = 0.1,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return points (n, 2) xy, target ids (n,), noisy boxes (n, 4) xyxy and use_box (n,) for labels (S, S).
-
-    Objects of `min_area` visible pixels or more are drawn with area^-1/4, so small ones mildly more often, the point
-    uniformly from the object; a share `background` asks for the background, which a grid of points mostly hits. Boxes
-    move by SAM's noise: a tenth of the side, at most 20 / 1024 of the image.
-    An image without objects prompts its background.
-    """
-    flat, size = labels.ravel(), labels.shape[1]
-    areas = np.bincount(flat + 1)[1:]  # padding is -1
-    objects = np.flatnonzero(areas >= min_area)
-    objects = objects[objects > 0]
-    if not len(objects):
-        objects = np.flatnonzero(areas > 0)[-1:]
-    chance = areas[objects] ** -0.25
-    target = rng.choice(objects, n, p=chance / chance.sum())
-    if areas[0] >= min_area:
-        target[rng.random(n) < background] = 0
-    points, boxes = np.empty((n, 2), np.float32), np.empty((n, 4), np.float32)
-    for one in np.unique(target):
-        mine = target == one
-        inside = np.flatnonzero(flat == one)
-        chosen = rng.choice(inside, mine.sum())
-        points[mine] = np.stack([chosen % size, chosen // size], axis=1)
-        columns = inside % size
-        boxes[mine] = columns.min(), inside[0] // size, columns.max(), inside[-1] // size
-    sides = np.tile(boxes[:, 2:] - boxes[:, :2], 2)
-    noise = rng.normal(size=(n, 4)) * sides * 0.1
-    limit = 20 * size / 1024
-    boxes = (boxes + np.clip(noise, -limit, limit)).clip(0, size - 1).astype(np.float32)
-    return points, target, boxes, (rng.random(n) < box_share) & (target > 0)
-
-
 def _by_object(label_Bn: Tensor) -> Tensor:
-    """Return drawing weights (B, n) of area^-1/2 of each pixel's object, so small ones are seen; padding has 0."""
+    """Return sampling weights (B, n): area^-1/2 of each pixel's object, so that small objects occur; 0 for padding."""
     images, most = len(label_Bn), int(label_Bn.max()) + 1
     real = label_Bn >= 0
     area = torch.zeros(images, most, device=label_Bn.device).scatter_add_(1, label_Bn.clamp(min=0), real.float())

@@ -8,10 +8,11 @@ from nondegenerate import randomize
 from open_clip.model import CLIP
 from safetensors.torch import save_file
 
-from fmdistill.backbones import clip_mini
-from fmdistill.backbones.clip_mini import CONFIG, build_clip_mini, clip_mini_student, tokenize, tokenizer
+from fmdistill.backbones.clip import TextHead
 from fmdistill.export import half
-from fmdistill.images.captioned import Captioned, class_names
+from fmdistill.mini import clip
+from fmdistill.mini.captioned import Captioned, class_names
+from fmdistill.mini.clip import CONFIG, build_clip_mini, clip_mini_student, tokenize, tokenizer
 from fmdistill.registry import UserError
 
 
@@ -55,7 +56,7 @@ def test_kept_rows_give_the_whole_vocabularys_text_embeddings(model):
     assert torch.equal(tokenize(texts, model.token_ids), tokens)
     ours = model.encode_text(tokens)
     torch.testing.assert_close(ours, whole.encode_text(tokens), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(model.head().encode_text(texts), ours, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(TextHead.from_clip(whole, model.config).encode_text(texts), ours, rtol=1e-5, atol=1e-5)
     assert (torch.nn.functional.normalize(ours, dim=1) @ torch.nn.functional.normalize(ours[0], dim=0)).std() > 1e-3
     pixels = torch.randn(2, 3, 64, 64)
     assert torch.equal(model(pixels)["embedding"], model.clip.encode_image(pixels))
@@ -70,7 +71,7 @@ def test_every_caption_and_class_name_fits_the_context_and_has_its_rows(model):
 
 
 def test_a_word_without_a_row_is_named(model):
-    with pytest.raises(UserError, match="'a photo of a zebra' has a word beyond"):
+    with pytest.raises(UserError, match="'a photo of a zebra' has a word that clip_mini does not know"):
         tokenize(["a red star", "a photo of a zebra"], model.token_ids)
     with pytest.raises(AssertionError):
         model.encode_text(tokenizer()(["a zebra"]))
@@ -104,7 +105,7 @@ def test_the_kept_rows_ascend_to_the_end_token(model):
 
 
 def test_a_checkout_without_weights_warns_in_one_line(monkeypatch, tmp_path, caplog):
-    monkeypatch.setattr(clip_mini, "PACKAGED", tmp_path / "clip_mini.safetensors")
+    monkeypatch.setattr(clip, "PACKAGED", tmp_path / "clip_mini.safetensors")
     with caplog.at_level(logging.WARNING):
         build_clip_mini("packaged")
     assert [record.levelname for record in caplog.records] == ["WARNING"]

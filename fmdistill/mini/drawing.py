@@ -1,4 +1,4 @@
-"""The pieces of a generated scene: outlines, anti-aliased masks, colours and surfaces with photographic texture.
+"""Draw the parts of generated images: outlines, anti-aliased masks, colours and surfaces with photographic texture.
 
 Legend: H, W height and width; C = 3 colours in [0, 255]; V vertices; 2 = (x, y) in pixels.
 """
@@ -9,7 +9,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageDraw
 
-from fmdistill.images.photos import PHOTOGRAPHS, photograph
+from fmdistill.mini.photos import PHOTOGRAPHS, photograph
 
 SUPERSAMPLE = 2
 TEXTURES = PHOTOGRAPHS["train"]  # for validation scenes too: a validation photograph is never seen before it is judged
@@ -83,7 +83,7 @@ def outline(rng: np.random.Generator, area: float) -> list[np.ndarray]:
 
 
 def rasterize(curves: list[np.ndarray], frame: tuple[int, int]) -> tuple[tuple[slice, slice], np.ndarray] | None:
-    """Return the bounding box in a (W, H) frame and the coverage uint8 (h, w) inside it; None where it lies outside."""
+    """Return the bounding box in a (W, H) frame and the coverage uint8 (h, w) inside it; None if it lies outside."""
     low, high = np.floor(curves[0].min(axis=0)), np.ceil(curves[0].max(axis=0))
     left, top = (max(int(v), 0) for v in low)
     right, bottom = (min(int(v), limit) for v, limit in zip(high, frame, strict=True))
@@ -108,7 +108,7 @@ def colour(rng: np.random.Generator, beneath_C: np.ndarray, distance: tuple[floa
     if length < 1:
         away, length = np.where(beneath_C > 127, -1.0, 1.0), 3**0.5
     moved = beneath_C + away * (np.clip(length, *distance) / length)
-    # past the end of the range the colour would be clipped back towards the one beneath it: go the other way
+    # a colour outside the range would be clipped towards the colour beneath it: move it the other way instead
     outside = (moved < 0) | (moved > 255)
     return np.clip(np.where(outside, 2 * beneath_C - moved, moved), 0, 255).astype(np.float32)
 
@@ -141,7 +141,7 @@ def surface(
         detail = texture(rng, size, (0.4, 1.6))
         detail -= np.einsum("hwc->c", detail) / (width * height)
         deviation = float(np.sqrt(np.einsum("hwc,hwc->", detail, detail) / detail.size))
-        # a flat crop is mostly sensor noise and compression blocks: amplify it no more than 1.5 times
+        # a flat crop is mostly sensor noise and compression blocks, so it is amplified at most 1.5 times
         detail *= np.float32(min(roughness / (deviation + 1e-3), 1.5))
         painted += detail
     return painted
