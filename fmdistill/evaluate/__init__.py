@@ -23,7 +23,7 @@ from fmdistill.registry import UserError, bind
 EVALUATORS: dict[str, Any] = {
     "grid_miou": "fmdistill.evaluate.grid_miou:GridMiou",
     "scene_miou": "fmdistill.evaluate.scene_miou:SceneMiou",
-    "cosine": "fmdistill.evaluate.cosine:Cosine",
+    "cosine": "fmdistill.evaluate.cosine:TeacherSimilarity",
     "knn": "fmdistill.evaluate.knn:Knn",
     "zeroshot": "fmdistill.evaluate.zeroshot:Zeroshot",
     "retrieval": "fmdistill.evaluate.retrieval:Retrieval",

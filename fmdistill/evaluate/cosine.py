@@ -32,7 +32,7 @@ MSE = "MSE: the mean squared difference between the student's output and the tea
 
 
 @dataclass(frozen=True)
-class Cosine:
+class TeacherSimilarity:
     """Cosine similarity and MSE of a student's `output` to the teacher's cached one, on the validation images.
 
     The cosine of a map is the mean over its valid tokens, those that hold any real pixel. The squared difference is

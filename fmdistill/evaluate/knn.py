@@ -87,7 +87,7 @@ class Knn:
             _check_label(annotated.first_image(source, "knn", split))
 
     def judge(self, recipe: Recipe, students: Mapping[str, nn.Module]) -> Judged:
-        """Score the students by name, the cached teacher, and the floor; details have an entry per image and subject."""
+        """Score the students by name, the cached teacher and the floor; details have an entry per image and subject."""
         cache = open_cache(recipe)
         if self.images is None and self.output not in cache.shapes:
             raise UserError(f"output={self.output}: not in {cache.root}.{suggest(self.output, cache.shapes)}")
