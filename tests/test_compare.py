@@ -109,7 +109,7 @@ def test_what_cannot_be_compared_is_said(recipes):
     wrong = folder / "hundred.yaml"
     wrong.write_text(toy_digits.TOP1 + "classes: 100\n")
     out = compare.run(both, 1, QUICK).parent / "plain/seed-0"
-    with pytest.raises(UserError, match="classes=100, but .* tells 10 apart"):
+    with pytest.raises(UserError, match="classes=100, but .* has 10 classes"):
         evaluate.run(wrong, out)
     with pytest.raises(UserError, match="0 < few <= many"):
         top1.Top1(few=0)

@@ -38,7 +38,7 @@ def line(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
         ("schedule.horizon=5 train.epochs=2", r"schedule\.horizon=5: the run has 6 steps"),
         ("protocols=[eval/clip_retrieval.yaml]", "image 'chelsea-0000' has no caption"),
         ("protocols=[eval/clip_retrieval.yaml] teacher.name=sam_mini", "sam_mini: has no text tower"),
-        ("protocols=[eval/imagenet_top1.yaml] student.name=tinyvit_sam_mini", "tells no classes apart"),
+        ("protocols=[eval/imagenet_top1.yaml] student.name=tinyvit_sam_mini", "top1: needs a classifier"),
     ],
 )
 def test_a_run_that_cannot_train_or_be_judged_is_refused(tmp_path, capsys, settings, message):
