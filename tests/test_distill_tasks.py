@@ -65,7 +65,7 @@ def test_micro_batches_are_given_what_the_step_shares_and_a_batch_alone_is_its_o
             return {"embedding": torch.ones(len(image), 24)}
 
     objective = Objective({"a": {"distance": {"name": "mse"}, "weighting": SRW}})
-    task = tasks.Distill(Constant(), objective, ClipPreprocess(32, 8), {})
+    task = tasks.Distill(Constant(), objective, ClipPreprocess(32, 8), job.task.outputs)
     assert torch.equal(task(batch)["loss"], task({**batch, "whole": whole})["loss"])
     other = {"clip.embedding": torch.cat([whole["clip.embedding"], -3 * whole["clip.embedding"][:2]])}
     assert abs(float(task(batch)["loss"] - task({**batch, "whole": other})["loss"])) > 1e-3
