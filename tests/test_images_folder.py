@@ -82,10 +82,10 @@ def test_validation_is_about_the_fraction_and_only_grows_with_it(tmp_path):
 
 def test_split_and_shard_are_drawn_apart(tmp_path):
     fill(tmp_path, 1000)
-    listed = Folder(str(tmp_path), validation=0.3, shard_size=300).shards()
+    shards = Folder(str(tmp_path), validation=0.3, shard_size=300).shards()
     # If both came from the same bits, validation's shards would share their first bits.
-    assert {name[-1] for name in listed["validation"]} == {"0", "1"} or listed["validation"] == ["validation-all"]
-    assert {name.split("-")[1][0] for name in listed["train"]} == {"0", "1"}
+    assert {name[-1] for name in shards["validation"]} == {"0", "1"} or shards["validation"] == ["validation-all"]
+    assert {name.split("-")[1][0] for name in shards["train"]} == {"0", "1"}
 
 
 def test_suffixes_in_any_case_and_nothing_hidden(tmp_path):
@@ -99,7 +99,7 @@ def test_suffixes_in_any_case_and_nothing_hidden(tmp_path):
     assert keys == ["a.JPG", "b.Jpeg", "c.webp", "d.TIFF", "e.bmp", "f.tif", "g.png", "h.v1.jpg"]
 
 
-def test_what_can_be_decoded_is_taken_and_the_rest_is_counted_by_suffix_in_one_line(tmp_path, caplog):
+def test_decodable_files_are_images_and_one_line_counts_the_others_by_suffix(tmp_path, caplog):
     image = PIL.Image.new("RGB", (8, 6), "red")
     kinds = {"a.gif": "GIF", "b.jfif": "JPEG", "c.JPE": "JPEG", "d.ppm": "PPM", "e": "JPEG", "f": "PNG", "g.pgm": "PPM"}
     if "avif" in SUFFIXES:
@@ -113,21 +113,21 @@ def test_what_can_be_decoded_is_taken_and_the_rest_is_counted_by_suffix_in_one_l
     with caplog.at_level("WARNING"):
         folder = Folder(str(tmp_path), validation=0)
         images = list(folder.read("train-all"))
-        Folder(str(tmp_path), validation=0).shards()  # says nothing a second time
+        Folder(str(tmp_path), validation=0).shards()  # logs nothing a second time
     assert [image.key for image in images] == sorted(kinds)
     assert all(decode(image.data).shape == (6, 8, 3) for image in images)
     (record,) = caplog.records
-    assert ": left out 3 without a suffix, 3 .heic, 1 .json, 1 .part; images are jpg," in record.getMessage()
+    assert ": ignored 3 without a suffix, 3 .heic, 1 .json, 1 .part; images are jpg," in record.getMessage()
 
 
-def test_files_that_are_known_to_lie_beside_images_are_counted_without_a_warning(tmp_path, caplog):
+def test_files_that_usually_accompany_images_are_counted_without_a_warning(tmp_path, caplog):
     fill(tmp_path, 2)
     for name in ("a.txt", "a.json", "b.json"):
         (tmp_path / name).write_bytes(b"{}")
     with caplog.at_level("INFO"):
         Folder(str(tmp_path), validation=0).shards()
     assert [(r.levelname, r.getMessage().partition(": ")[2].partition(";")[0]) for r in caplog.records] == [
-        ("INFO", "left out 2 .json, 1 .txt")
+        ("INFO", "ignored 2 .json, 1 .txt")
     ]
 
 
@@ -137,7 +137,7 @@ def test_of_many_suffixes_the_most_frequent_are_named():
     assert text.startswith("20 .s0, 19 .s1, ") and text.endswith("13 .s7, 33 of 3 other suffixes")
 
 
-def test_loops_and_second_ways_to_a_file_give_each_image_one_key(tmp_path, caplog):
+def test_an_image_reached_by_several_links_has_one_key(tmp_path, caplog):
     root, outside = tmp_path / "root", tmp_path / "outside"
     fill(root, 4)
     fill(outside, 2, "o{1}.jpg")
@@ -154,7 +154,7 @@ def test_loops_and_second_ways_to_a_file_give_each_image_one_key(tmp_path, caplo
         keys = contents(Folder(str(root), validation=0))["train-all"]
     own = ["d0/image_0.jpg", "d0/image_3.jpg", "d1/image_1.jpg", "d2/image_2.jpg"]
     assert keys == [*own, "linked/o0.jpg", "linked/o1.jpg"]
-    assert "1 links to images lead nowhere" in caplog.text
+    assert "ignored 1 broken links to images" in caplog.text
 
 
 def test_validation_root_is_its_own_folder(tmp_path):
@@ -174,13 +174,13 @@ def test_validation_root_is_its_own_folder(tmp_path):
         ({"root": "empty"}, ["images.root=empty", "no images", "tiff"]),
         ({"root": "some", "validation": 1.0}, ["images.validation=1.0"]),
         ({"root": "some", "shard_size": 0}, ["images.shard_size=0"]),
-        ({"root": "some", "validation": 1e-9}, ["images.validation=1e-09", "0 fall to validation"]),
+        ({"root": "some", "validation": 1e-9}, ["images.validation=1e-09", "0 are for validation"]),
         ({"root": "some", "validation_root": "some/d0"}, ["images.validation_root=some/d0", "inside"]),
         ({"root": "some", "validation_root": "empty"}, ["images.validation_root=empty", "no images"]),
         ({"root": "some", "validation_root": "empty", "validation": 0.5}, ["images.validation=0.5", "one of the two"]),
     ],
 )
-def test_a_wrong_setting_gives_one_line(tmp_path, monkeypatch, settings, says):
+def test_a_wrong_setting_raises_one_line(tmp_path, monkeypatch, settings, says):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     fill(tmp_path / "some", 3)
