@@ -106,10 +106,10 @@ def test_a_run_resumes_from_the_recipe_that_it_saved(done, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("verb", "settings", "message"),
     [
-        ("distill", "train.stepps=3", "train.stepps: no such setting here.*Did you mean 'steps'"),
+        ("distill", "train.stepps=3", "train.stepps: no such setting.*Did you mean 'steps'"),
         ("distill", "train.steps=many", "train.steps='many': expected int"),
-        ("cache", "images.root=x", r"images\.root: no such setting here"),
-        ("cache", "images.name=photos images.root=x", r"images\.root: no such setting here"),
+        ("cache", "images.root=x", r"images\.root: no such setting"),
+        ("cache", "images.name=photos images.root=x", r"images\.root: no such setting"),
         ("cache", "images.name=folder images.root=/nowhere/at/all", "/nowhere/at/all"),
         ("cache", "images.name=tar images.train=x.tar images.root=/nowhere", "/nowhere/x.tar: no such tar"),
         ("cache", "steps", "'steps': expected key=value"),
@@ -121,7 +121,7 @@ def test_a_run_resumes_from_the_recipe_that_it_saved(done, capsys, tmp_path):
         ("distill", "optimizer.lr=1", r"holds a run of another recipe: optimizer\.lr.*out=FOLDER"),
         ("evaluate", "optimizer.lr=1 protocols=[grid.yaml]", r"holds a run of another recipe: optimizer\.lr"),
         ("evaluate", "", "names no protocols; give one"),
-        ("evaluate", "out={0}/none protocols=[{0}/grid.yaml]", "not a run, it holds no recipe.yaml"),
+        ("evaluate", "out={0}/none protocols=[{0}/grid.yaml]", "not a run, it contains no recipe.yaml"),
     ],
 )
 def test_a_setting_that_is_wrong_is_one_line(done, capsys, verb, settings, message):

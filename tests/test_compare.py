@@ -172,7 +172,7 @@ def test_what_a_name_cannot_tell_apart_is_named_in_full():
         ("train.steps=9,objective.kd.scale=1.0", "objective.kd.scale=1.0: changes nothing"),
         ("train.workers=1", "trains the same student as"),  # it moves no weight
         ("objective.kd.weighting={name: uniform}", "changes nothing"),
-        ("objective.kd.distance.temprature=2", "temprature: no such setting here.* 'temperature'"),
+        ("objective.kd.distance.temprature=2", "temprature: no such setting.* 'temperature'"),
     ],
 )
 def test_a_variant_without_effect_is_refused(recipes, settings, says):

@@ -481,10 +481,10 @@ def test_ipwd_needs_vectors_of_a_student_that_is_known():
     partial = bind({"name": "ipwd"}, WEIGHTINGS, "weighting", SHAPES)
     with pytest.raises(UserError, match=r"feature=feature: the student's is a map \(8, 2, 2\); ipwd needs one vector"):
         partial(shapes={"student.feature": (8, 2, 2), "student.logits": (K,)})
-    with pytest.raises(UserError, match="weighting.shapes: no such setting here"):
+    with pytest.raises(UserError, match="weighting.shapes: no such setting"):
         bind({"name": "ipwd", "shapes": {}}, WEIGHTINGS, "weighting", SHAPES)
     settings = {"distance": {"name": "mse"}, "weighting": {"name": "ipwd"}}
-    with pytest.raises(UserError, match="objective.a.weighting: IPWD is made for one `shapes`"):
+    with pytest.raises(UserError, match="objective.a.weighting: IPWD needs `shapes`"):
         Objective({"a": settings})
 
 

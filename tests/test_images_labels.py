@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fmdistill.images import build, captioned, cifar100, digits
-from fmdistill.images.folder import Folder
+from fmdistill.images.folder import ImageFolder
 from fmdistill.images.tar import Place
 
 
@@ -61,7 +61,7 @@ def test_no_image_is_read_drawn_or_encoded_for_its_label(tmp_path, monkeypatch):
     for module in (digits, captioned, cifar100):
         monkeypatch.setattr(module, "png", lambda *a: pytest.fail("encoded an image"))
     monkeypatch.setattr(captioned, "draw", lambda *a: pytest.fail("drew an image"))
-    monkeypatch.setattr(Folder, "_read", lambda *a: pytest.fail("read an image"))
+    monkeypatch.setattr(ImageFolder, "_read", lambda *a: pytest.fail("read an image"))
     for images in sources.values():
         for shard in images.shards():
             assert len(images.labels(shard)) == images.source.count(shard.name)

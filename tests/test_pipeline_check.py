@@ -24,7 +24,7 @@ def digits(folder, *overrides):
         (["teacher.live=true"], "cache: ignored, since teacher.live=true caches nothing; .*cache=null"),
         (["task.crop=1"], "task.crop.*: a cached teacher saw the images as they are; add teacher.live=true"),
         (["task.resized_crop=true", "teacher.live=true", "cache=null"], "train.image_memory=0.1: with task.resized"),
-        (["cache.local_gb=20"], "cache.local_gb=20.0: only for a URL, and cache.root=.* is a folder; leave it out"),
+        (["cache.local_gb=20"], "cache.local_gb=20.0: only for a URL, but cache.root=.* is a folder; remove it"),
         (["cache.local=/tmp/x"], "cache.local=/tmp/x: only for a URL"),
         (["teacher.maps=[]", "objective.kd.padding=exclude"], "objective.kd.padding=exclude: ignored, .*output=logits"),
     ],

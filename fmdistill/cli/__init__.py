@@ -179,11 +179,11 @@ def _evaluate(protocol: str, subject: list[str]) -> None:
     from fmdistill.evaluate.results import text
     from fmdistill.recipe import load, locate, read_yaml
     from fmdistill.registry import UserError
-    from fmdistill.settings import refer
+    from fmdistill.settings import parse_recipe_name
 
     if subject and "=" not in subject[0]:
         results = {protocol: evaluate.run(protocol, subject[0], subject[1:])}
-    elif "name" in read_yaml(locate(refer(protocol).path)):  # a protocol; a recipe has none
+    elif "name" in read_yaml(locate(parse_recipe_name(protocol).path)):  # a protocol; a recipe has none
         raise UserError(f"{protocol}: a protocol judges something; give it: fmdistill evaluate {protocol} RUN")
     else:
         results = pipeline.evaluate_recipe(load(protocol, subject))

@@ -10,7 +10,7 @@ import numpy as np
 from fmdistill.images.captioned import Captioned
 from fmdistill.images.cifar100 import Cifar100
 from fmdistill.images.digits import Digits
-from fmdistill.images.folder import Folder
+from fmdistill.images.folder import ImageFolder
 from fmdistill.images.image_classes import ImageClasses
 from fmdistill.images.mix import Mix
 from fmdistill.images.photos import Photos
@@ -25,7 +25,7 @@ __all__ = ["SOURCES", "DecodeError", "Decoding", "Encoded", "Images", "Picture",
 __all__ += ["build", "captions", "check", "decode", "escape", "labels", "unescape"]
 
 SOURCES = {
-    "folder": Folder,
+    "folder": ImageFolder,
     "image_classes": ImageClasses,
     "tar": Tar,
     "photos": Photos,

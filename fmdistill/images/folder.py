@@ -21,7 +21,7 @@ SHOWN = 8  # how many suffixes a line about ignored files names
 
 
 @dataclass(frozen=True)
-class Folder:
+class ImageFolder:
     """Images under `root`; a key is the path below `root`, with its suffix. Names that begin with a dot are ignored.
 
     A file's suffix tells whether it is an image or, if it has none, its first bytes. A log line counts the other files
@@ -42,7 +42,7 @@ class Folder:
             raise UserError(f"images.validation={self.validation}: expected a fraction, at least 0 and below 1")
         if self.shard_size < 1:
             raise UserError(f"images.shard_size={self.shard_size}: expected at least 1 image in a shard")
-        if self.validation_root is not None and self.validation not in (0, Folder.validation):
+        if self.validation_root is not None and self.validation not in (0, ImageFolder.validation):
             raise UserError(
                 f"images.validation={self.validation}: ignored beside images.validation_root={self.validation_root}; "
                 f"set one of the two"

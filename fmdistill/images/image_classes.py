@@ -8,7 +8,7 @@ from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 
-from fmdistill.images.folder import Folder
+from fmdistill.images.folder import ImageFolder
 from fmdistill.images.source import Encoded
 from fmdistill.registry import UserError
 
@@ -113,8 +113,8 @@ class ImageClasses:
         return {"name": "image_classes", "validation": held_out, "shard_size": self.shard_size, "classes": classes}
 
     @cached_property
-    def _folder(self) -> Folder:
-        return Folder(self.root, 0.0, self.shard_size, self.validation_root)
+    def _folder(self) -> ImageFolder:
+        return ImageFolder(self.root, 0.0, self.shard_size, self.validation_root)
 
     def _inner(self, shard: str) -> str:
         return _other_split(shard) if self.validation_root is None else shard
@@ -128,7 +128,7 @@ class ImageClasses:
 
 
 def _other_split(shard: str) -> str:
-    """Return a shard's name in the other split: a single root is for training in Folder, for validation here."""
+    """Return a shard's name in the other split: a single root is for training in ImageFolder, for validation here."""
     split, _, rest = shard.partition("-")
     return f"{'validation' if split == 'train' else 'train'}-{rest}"
 

@@ -20,7 +20,7 @@ from fmdistill.logs import log
 from fmdistill.pipeline import variants
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError, bind
-from fmdistill.settings import refer
+from fmdistill.settings import parse_recipe_name
 
 TRUSTED = ["trust=true"]  # of a run that was checked to be of the recipe that the user gave
 RECIPE_KEYS = {"extends", "out", "student", "task", "teacher"}  # a protocol has none of these
@@ -107,7 +107,7 @@ def check_files(paths: Iterable[str], overrides: Sequence[str] = ()) -> list[str
     """Check recipes, each with `overrides`, studies and protocols by path, or all that ship; return their names."""
     names, recipes = [], 0
     for path in [file for given in paths for file in _files_of(given)] or shipped():
-        if not RECIPE_KEYS & recipe.read_yaml(recipe.locate(refer(path).path)).keys():
+        if not RECIPE_KEYS & recipe.read_yaml(recipe.locate(parse_recipe_name(path).path)).keys():
             with variants.named(path):
                 evaluate.load(path)
             names.append(path)

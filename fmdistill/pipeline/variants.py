@@ -16,7 +16,7 @@ from fmdistill.distill.rectifiers import RECTIFIERS
 from fmdistill.distill.weightings import WEIGHTINGS
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError, bind, parse
-from fmdistill.settings import flat, refer
+from fmdistill.settings import flat, parse_recipe_name
 
 TABLES = {
     "distance": DISTANCES,
@@ -60,7 +60,7 @@ def check_distinct(loaded: Mapping[str, Recipe], overrides: Sequence[str] = ()) 
 
 def _check_effect(name: str, settings: Recipe, overrides: Sequence[str]) -> None:
     """Raise a UserError for a setting in the recipe's name without which it is the same recipe."""
-    given = refer(name)
+    given = parse_recipe_name(name)
     for setting in given.settings:
         rest = ",".join([*filter(None, [given.method]), *(one for one in given.settings if one != setting)])
         try:
@@ -103,7 +103,7 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
     """Return what a table calls each recipe: a method's name or a file's, and settings; two alike are named in full."""
     short = {}
     for name in names:
-        given = refer(name)
+        given = parse_recipe_name(name)
         parts = [setting.partition("=") for setting in given.settings]
         shown = [f"{key.removesuffix('.name').rpartition('.')[2]}={value}" for key, _, value in parts]
         short[name] = ", ".join([given.method or Path(given.path).stem, *shown])
