@@ -31,7 +31,7 @@ SHOWN = 3  # keys at either end of a list, and failed images
 
 
 @dataclass(frozen=True)
-class Settings:
+class InspectSettings:
     """What KEY=VALUE sets: the image and the output that are weighed, SRW's temperature, and the picture's file."""
 
     key: str | None = None  # null = the first
@@ -50,7 +50,7 @@ def run(path: str, overrides: list[str]) -> Iterator[str]:
 
     UserError where it is no shard, or, after all that can be told, where it is damaged.
     """
-    settings = Settings(**typed(Settings, parse_overrides(overrides), "inspect"))
+    settings = InspectSettings(**typed(InspectSettings, parse_overrides(overrides), "inspect"))
     base = _base(path)
     found = manifest.read(base.parent)
     teacher, outputs = dict(found["teacher"]), from_json(found["outputs"])
@@ -141,7 +141,7 @@ def _statistics(values: Any) -> str:
     return f"{count} tokens, mean {mean:.4g}, deviation {deviation:.4g}, largest {largest:.4g}"
 
 
-def _weights(reader: ShardReader, preprocess: Preprocess, settings: Settings) -> Iterator[str]:
+def _weights(reader: ShardReader, preprocess: Preprocess, settings: InspectSettings) -> Iterator[str]:
     if not reader.samples:
         return
     output = settings.output or ("embedding" if "embedding" in reader.shapes else next(iter(reader.shapes)))
