@@ -120,7 +120,7 @@ def test_a_run_resumes_from_the_recipe_that_it_saved(done, capsys, tmp_path):
         ("cache", "cache.root={0}/grid.yaml", "grid.yaml.*expected a folder"),
         ("distill", "optimizer.lr=1", r"holds a run of another recipe: optimizer\.lr.*out=FOLDER"),
         ("evaluate", "optimizer.lr=1 protocols=[grid.yaml]", r"holds a run of another recipe: optimizer\.lr"),
-        ("evaluate", "", "names no protocols; give one"),
+        ("evaluate", "", "protocols: this recipe has none; name one"),
         ("evaluate", "out={0}/none protocols=[{0}/grid.yaml]", "not a run, it contains no recipe.yaml"),
     ],
 )

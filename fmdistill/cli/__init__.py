@@ -61,11 +61,8 @@ def parser() -> argparse.ArgumentParser:
          ("runs", "runs' folders, and trust=true if one names code outside fmdistill", "+"))  # fmt: skip
     verb("check", "check every setting without touching data; without names, of all recipes in the package",
          ("paths", "recipes, studies and protocols, and settings of each recipe as key=value", "*"))  # fmt: skip
-    verb(
-        "demo",
-        "run a small distillation with the embedded teacher",
-        ("overrides", "sam or clip; settings as key=value", "*"),
-    )
+    verb("demo", "run a small distillation of an embedded teacher",
+         ("overrides", "sam or clip; settings as key=value", "*"))  # fmt: skip
     return top
 
 
