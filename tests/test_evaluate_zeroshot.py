@@ -155,7 +155,7 @@ def test_top5_needs_five_classes_and_recall_counts_classes_with_images():
         (["classnames=imagenet"], "6 class folders, but classnames=imagenet has 1000 names"),
         (["templates=none.txt"], "templates=none.txt: no such file"),
         (["templates={ran}/short.txt"], r"templates=.*short.txt: 'owl' needs \{\} once"),
-        (["images.root={ran}/flat"], "flat: holds no class folders"),
+        (["images.root={ran}/flat"], "flat: contains no class folders"),
         (["images.name=folder", "images.root={ran}/val", "images.validation=0.5"], "has no label; zeroshot needs"),
         (["images.name=photos", "images.train=1", "images.validation=0"], "no validation images"),
         (["batch=0"], "batch=0: needs at least 1"),
