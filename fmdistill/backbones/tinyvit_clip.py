@@ -31,7 +31,7 @@ class TinyViTCLIP(nn.Module):
                 f"expected at least 1, and a multiple of TinyViT's stride 32"
             )
         self.variant, self.image_size, self.out_channels = variant, image_size, embed_dim
-        self.timm_name = None if trunk else variant
+        self.timm_name, self.trunk_settings = None if trunk else variant, trunk
         self.trunk: Any = timm.create_model(variant, num_classes=0, global_pool="avg", drop_path_rate=0.0, **trunk)
         projection = nn.Linear(self.trunk.num_features, embed_dim, bias=False)
         self.head = nn.Sequential(OrderedDict(drop=nn.Dropout(0.0), proj=projection))

@@ -60,9 +60,14 @@ def _half(recipe: Recipe, student: nn.Module, out: Path) -> Path:
     return half.export(student, out)
 
 
-FORMATS: dict[str, Callable[[Recipe, nn.Module, Path], Path]] = {
+FORMATS: dict[str, Callable[[Recipe, nn.Module, Path], Path] | str] = {
     "mobilesam": _mobilesam,
     "openclip": _openclip,
     "half": _half,
+    "timm": "fmdistill.export.timm_checkpoint:run",
 }
-FILES = {"mobilesam": "mobile_sam.pt", "half": "student.safetensors"}  # example file names of the one-file formats
+FILES = {  # example file names of the one-file formats
+    "mobilesam": "mobile_sam.pt",
+    "half": "student.safetensors",
+    "timm": "model.safetensors",
+}

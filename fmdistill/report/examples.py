@@ -54,7 +54,8 @@ def gather(runs: list[Run], per_group: int = 3, trust: bool = False) -> tuple[li
     or if a run names code and `trust` is false.
     """
     cache, opened = open_runs(runs, trust)
-    head, data = cache.head(), CachedImages(cache, "validation")
+    head = None if cache.record.head is None else cache.head()
+    data = CachedImages(cache, "validation")
     if "embedding" not in cache.shapes:
         return [], cache.preprocess.stride
     return [_example(data, place, cache, head, opened) for place in _places(data, per_group)], cache.preprocess.stride

@@ -14,6 +14,7 @@ FAMILIES = {
     "sam": "fmdistill.teachers.sam:FAMILY",
     "clip": "fmdistill.teachers.clip:FAMILY",
     "classifier": "fmdistill.teachers.classifier:FAMILY",
+    "timm": "fmdistill.teachers.timm:FAMILY",
 }
 NO_ARGUMENT = ("live", "family")  # a recipe's teacher settings that no builder takes
 
