@@ -90,16 +90,13 @@ def measure_shards(
     for path in tars:
         path.unlink()
     size, planned = len(data) / 1e6, tar_bytes(codecs_of(entries, "train"), outputs, total) / total
+    plain_write, plain_read = size / writes["plain"], size / reads["plain"]
     return [
         Measurement(f"{name}: an image in a shard", len(data) / total, "bytes", "as `plan` counts", planned),
-        Measurement(
-            f"{name}: write a shard", size / writes["write"], "MB/s", "its bytes, synced", size / writes["plain"]
-        ),
+        Measurement(f"{name}: write a shard", size / writes["write"], "MB/s", "its bytes, synced", plain_write),
         Measurement(f"{name}: read, with checksums", total / reads["first"], "embeddings/s"),
         Measurement(f"{name}: read again", total / reads["later"], "embeddings/s"),
-        Measurement(
-            f"{name}: read again, bytes", size / reads["later"], "MB/s", "the file's bytes", size / reads["plain"]
-        ),
+        Measurement(f"{name}: read again, bytes", size / reads["later"], "MB/s", "the file's bytes", plain_read),
     ]
 
 
