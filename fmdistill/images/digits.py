@@ -46,7 +46,7 @@ class Digits:
         return shard_names(*self._totals, self.shard_size)
 
     def count(self, shard: str) -> int:
-        """Return how many images the shard holds."""
+        """Return the number of images in the shard."""
         return len(shard_range(shard, *self._totals, self.shard_size)[1])
 
     def keys(self, shard: str) -> list[str]:

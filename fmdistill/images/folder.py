@@ -44,8 +44,8 @@ class ImageFolder:
             raise UserError(f"images.shard_size={self.shard_size}: expected at least 1 image in a shard")
         if self.validation_root is not None and self.validation not in (0, ImageFolder.validation):
             raise UserError(
-                f"images.validation={self.validation}: ignored beside images.validation_root={self.validation_root}; "
-                f"set one of the two"
+                f"images.validation={self.validation}: ignored, since images.validation_root is "
+                f"{self.validation_root}; set one of the two"
             )
 
     def shards(self) -> dict[str, list[str]]:
@@ -53,7 +53,7 @@ class ImageFolder:
         return {split: list(shards) for split, shards in self._listing.items()}
 
     def count(self, shard: str) -> int:
-        """Return how many images the shard holds."""
+        """Return the number of images in the shard."""
         return len(self.keys(shard))
 
     def keys(self, shard: str) -> list[str]:
@@ -107,7 +107,7 @@ class ImageFolder:
             base = self._base("validation")
             if base.resolve().is_relative_to(self._base("train").resolve()):
                 raise UserError(
-                    f"images.validation_root={self.validation_root}: lies inside images.root={self.root}, so its "
+                    f"images.validation_root={self.validation_root}: is inside images.root={self.root}, so its "
                     f"images would also be training images; choose folders that do not overlap"
                 )
             held_out = [(_hash(key)[0], key) for key in _image_paths(base, "images.validation_root")]
@@ -138,14 +138,14 @@ def _image_paths(root: Path, where: str) -> list[str]:
     if not root.is_dir():
         raise UserError(f"{where}={root}: no such folder; expected a folder of images ({', '.join(SUFFIXES)})")
     paths, linked, visited, ignored = _walk(root)
-    seen: set[str] = set()
+    targets: set[str] = set()
     broken = 0
     for path in sorted(linked):
         target = os.path.realpath(path)
         if not os.path.isfile(target):
             broken += 1
-        elif target not in seen and not (os.path.dirname(target) in visited and _is_image(target)):
-            seen.add(target)
+        elif target not in targets and not (os.path.dirname(target) in visited and _is_image(target)):
+            targets.add(target)
             paths.append(path)
     if broken:
         log.warning("%s=%s: ignored %d broken links to images", where, root, broken)

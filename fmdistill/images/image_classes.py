@@ -85,7 +85,7 @@ class ImageClasses:
         return shards
 
     def count(self, shard: str) -> int:
-        """Return how many images the shard holds."""
+        """Return the number of images in the shard."""
         return self._folder.count(self._inner(shard))
 
     def keys(self, shard: str) -> list[str]:

@@ -35,7 +35,7 @@ class Mix:
         }
 
     def count(self, shard: str) -> int:
-        """Return how many images the shard holds."""
+        """Return the number of images in the shard."""
         source, name = self._find(shard)
         return source.count(name)
 

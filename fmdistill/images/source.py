@@ -37,7 +37,7 @@ class Source(Protocol):
         ...
 
     def count(self, shard: str) -> int:
-        """Return how many images the shard holds."""
+        """Return the number of images in the shard."""
         ...
 
     def keys(self, shard: str) -> list[str]:
@@ -58,9 +58,9 @@ class Source(Protocol):
 
 
 def captions(shard: str, encoded: Encoded) -> list[str]:
-    """Return the image's captions, one a line of its column; [] if it has none.
+    """Return the captions of an image, one for each line of its caption column; [] if it has none.
 
-    Runs of white space become one space, and blank lines are dropped. UserError if the column is not UTF-8.
+    Runs of white space become one space, and blank lines are removed. Raises UserError if the column is not UTF-8.
     """
     column = encoded.caption_column
     if column is None or column not in encoded.extra:

@@ -65,7 +65,7 @@ class Tar:
         return shards
 
     def count(self, shard: str) -> int:
-        """Return how many complete images the tar contains."""
+        """Return the number of complete images in the tar."""
         return len(self._index(shard).images)
 
     def keys(self, shard: str) -> list[str]:

@@ -81,12 +81,12 @@ def check_before(settings: Recipe) -> None:
 
 def _check_amount(settings: Recipe) -> None:
     """Raise a UserError if the training images do not fill a batch, or if the schedule has too few steps for them."""
-    listed, train = images.build(settings.images), settings.train
+    data, train = images.build(settings.images), settings.train
     horizon = train.epochs is not None and settings.schedule.get("horizon") is not None
     count = 0
-    for shard in listed.shards():
+    for shard in data.shards():
         if shard.split == "train" and (horizon or count < train.batch_size):  # counting a tar's images reads the tar
-            count += listed.source.count(shard.name) if shard.take is None else shard.take
+            count += data.source.count(shard.name) if shard.take is None else shard.take
     if count < train.batch_size:
         raise too_few_images(train.batch_size, count)
     if horizon:

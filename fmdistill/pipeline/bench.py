@@ -83,7 +83,7 @@ def run(recipe: Recipe, settings: BenchSettings) -> dict[str, Any]:
         plain = record.reference(model) if record is not None else None
         log.info("bench: decoding %d images, %d rounds of each part", len(few.pictures), settings.rounds)
         rows = _decoding(images, few, model, plain, settings)
-        log.info("bench: the teacher%s", f", beside {plain.name}" if plain else "")
+        log.info("bench: the teacher%s", f", compared with {plain.name}" if plain else "")
         rows += _teaching(recipe, few, model, plain, settings)
         outputs = {name: value.numpy() for name, value in model(few.pixels, few.sizes).items()}
         valid = model.preprocess.valid(few.sizes).numpy()
