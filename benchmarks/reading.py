@@ -24,7 +24,7 @@ from fmdistill.cache.reader import ShardReader
 from fmdistill.cache.store import Folder
 from fmdistill.cache.writer import ShardWriter, TeacherInput
 from fmdistill.images import Shard
-from fmdistill.recipe import Cache
+from fmdistill.recipe import CacheSettings
 from fmdistill.teachers.output import Output
 
 SHAPE, SHARDS, IMAGES, BATCH, ROUNDS = (256, 64, 64), 2, 64, 16, 9
@@ -39,7 +39,9 @@ def write(root: Path, label: str) -> list[ShardReader]:
     valid[: VALID[0], : VALID[1]] = True
     for number in range(SHARDS):
         shard = Shard(f"{label}-{number}", "train")
-        stored = outputs.stored({"embedding": Output(SHAPE, "image")}, Cache(str(root), codec.name, trim=codec.trim))
+        stored = outputs.stored(
+            {"embedding": Output(SHAPE, "image")}, CacheSettings(str(root), codec.name, trim=codec.trim)
+        )
         writer = ShardWriter(Folder(root), shard, "benchmark", stored)
         writer.statistics.add = lambda *_: None  # type: ignore[method-assign]
         for index in range(IMAGES):

@@ -26,7 +26,7 @@ from fmdistill.cache.statistics import Statistics
 from fmdistill.cache.store import Folder
 from fmdistill.cache.writer import ShardWriter, TeacherInput, cut
 from fmdistill.images import Shard
-from fmdistill.recipe import Cache
+from fmdistill.recipe import CacheSettings
 from fmdistill.teachers.output import Output
 
 SHAPE, IMAGES = (256, 64, 64), 32
@@ -36,7 +36,9 @@ VALID = (43, 64)  # of a 3:2 image, which a trimmed codec keeps
 
 def write(root: Path, codec: Codec, arrays: list[np.ndarray], valid: np.ndarray) -> float:
     """Return the CPU seconds in which a shard takes the images; it is not published, which would wait for the disk."""
-    stored = outputs.stored({"embedding": Output(SHAPE, "image")}, Cache(str(root), codec.name, trim=codec.trim))  # type: ignore[arg-type]
+    stored = outputs.stored(
+        {"embedding": Output(SHAPE, "image")}, CacheSettings(str(root), codec.name, trim=codec.trim)
+    )  # type: ignore[arg-type]
     writer = ShardWriter(Folder(root), Shard("shard", "train"), "benchmark", stored)
     start = time.process_time()
     for index, array in enumerate(arrays):

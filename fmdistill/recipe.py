@@ -25,7 +25,7 @@ FREE = {"free": True}  # marks a field that does not affect weights: it may chan
 
 
 @dataclass(frozen=True)
-class Cache:
+class CacheSettings:
     """The settings of a cache: where and how teacher outputs are stored."""
 
     root: str
@@ -116,7 +116,7 @@ class Recipe:
     title: str = field(default="", metadata=FREE)
     seed: int = 0
     teacher: Component | None = None
-    cache: Cache | None = None
+    cache: CacheSettings | None = None
     objective: dict[str, dict] = field(default_factory=dict)
     protocols: list[str] = field(default_factory=list, metadata=FREE)
 
@@ -200,7 +200,7 @@ def free_settings(kind: type = Recipe, where: str = "") -> set[str]:
         name = f"{where}.{setting.name}" if where else setting.name
         if setting.metadata.get("free"):
             names.add(name)
-        for nested in (Cache, Train):
+        for nested in (CacheSettings, Train):
             if nested in (setting.type, *typing.get_args(setting.type)):
                 names |= free_settings(nested, name)
     return names

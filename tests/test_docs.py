@@ -237,7 +237,9 @@ def test_make_targets_exist():
     assert {"demo", "test"} <= made["README.md"] and set().union(*made.values()) <= targets
 
 
-@pytest.mark.parametrize(("kind", "prefix"), [(recipe.Recipe, ""), (recipe.Cache, "cache."), (recipe.Train, "train.")])
+@pytest.mark.parametrize(
+    ("kind", "prefix"), [(recipe.Recipe, ""), (recipe.CacheSettings, "cache."), (recipe.Train, "train.")]
+)
 def test_the_settings_page_has_every_field_and_its_default(kind, prefix):
     listed = {row[0].strip("`"): row[1] for row in rows(PAGES["docs/settings.md"]) if len(row) == 3}
     told = {name: value for name, value in listed.items() if name.rpartition(".")[0] == prefix.rstrip(".")}

@@ -32,7 +32,7 @@ def base(tmp_path, monkeypatch) -> Path:
 def test_load_is_typed_frozen_and_full_of_defaults(base):
     loaded = load("base.yaml", ["train.batch_size=8"])
     assert (loaded.seed, loaded.train.steps, loaded.train.batch_size, loaded.train.window) == (3, 10, 8, 8)
-    assert loaded.cache == recipe.Cache("caches/a") and loaded.optimizer["lr"] == 1e-3
+    assert loaded.cache == recipe.CacheSettings("caches/a") and loaded.optimizer["lr"] == 1e-3
     with pytest.raises(dataclasses.FrozenInstanceError):
         loaded.seed = 4  # type: ignore[misc]
 
@@ -101,7 +101,7 @@ def test_a_wrong_recipe_raises_one_line(base, tmp_path, text, says):
     alone = text.startswith(("extends", "-", "a:", "title"))
     (tmp_path / "a.yaml").write_text(text if alone else f"extends: base.yaml\n{text}")
     if says is None:
-        assert load("a.yaml").cache == recipe.Cache("caches/a", codec="fp16")
+        assert load("a.yaml").cache == recipe.CacheSettings("caches/a", codec="fp16")
         return
     with pytest.raises(UserError, match=says) as error:
         load("a.yaml")
@@ -152,7 +152,9 @@ def test_a_wrong_override_raises_one_line(base, overrides, says):
 
 def test_the_ends_of_a_range_and_every_kind_of_root_are_valid(base):
     for root in ("caches/a", "/", "s3://bucket", "gs://bucket/a", "file:///data/caches", "memory://a"):
-        assert load(base, [f"cache.root={root}", "cache.max_failed=0"]).cache == recipe.Cache(root, max_failed=0)
+        assert load(base, [f"cache.root={root}", "cache.max_failed=0"]).cache == recipe.CacheSettings(
+            root, max_failed=0
+        )
     ends = ["cache.root=memory://a", "cache.max_failed=1", "cache.local_gb=0.001"]
     assert load(base, ends).cache.local_gb == 0.001
 

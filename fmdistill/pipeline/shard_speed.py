@@ -18,7 +18,7 @@ from fmdistill.cache.store import Folder
 from fmdistill.cache.writer import ShardWriter, TeacherInput
 from fmdistill.images import Shard
 from fmdistill.pipeline.measurement import Measurement, rates
-from fmdistill.recipe import Cache, CodecName
+from fmdistill.recipe import CacheSettings, CodecName
 from fmdistill.teachers.output import Output
 
 CPU = torch.device("cpu")
@@ -53,7 +53,7 @@ def measure_shards(
 
     `values` are float32 (B, ...) by output, of images with the token masks `valid` (B, g, g).
     """
-    entries = stored(outputs, Cache(root=str(folder), codec=name))
+    entries = stored(outputs, CacheSettings(root=str(folder), codec=name))
     count, counter = len(valid), numbers()
     image_bytes = sum(value[0].nbytes for value in values.values())
     total = max(count, round(megabytes * 1e6 / image_bytes))
