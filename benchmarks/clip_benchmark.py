@@ -1,9 +1,9 @@
-"""Images of `captioned` as clip_benchmark reads them, and the commands whose figures must be the same.
+"""Write images of `captioned` in clip_benchmark's format, and print the commands that must give the same accuracy.
 
     python benchmarks/clip_benchmark.py FOLDER RUN
 
-RUN is a run whose student `fmdistill export RUN openclip FOLDER/model` takes, such as runs/mini/clip_mini.
-clip_benchmark 1.6.2 needs numpy below 2.4, so give it an environment of its own.
+RUN is a run that `fmdistill export RUN openclip FOLDER/model` can export, such as runs/mini/clip_mini.
+clip_benchmark 1.6.2 needs numpy below 2.4, so install it in a separate environment.
 """
 
 import io
@@ -17,7 +17,7 @@ TEMPLATES = ("a {}", "a picture of a {}", "a photo of a {}")
 
 
 def main(folder: Path, run: str) -> None:
-    """Write one image of each class, as a webdataset with class names and templates, and print what to run."""
+    """Write one image of each class as a webdataset with class names and templates, and print the commands to run."""
     source, shards = Captioned(train=1, validation=len(class_names()), seed=1000), folder / "test"
     shards.mkdir(parents=True, exist_ok=True)
     with tarfile.open(shards / "0.tar", "w") as tar:
@@ -31,8 +31,8 @@ def main(folder: Path, run: str) -> None:
     (folder / "dataset_type.txt").write_text("zeroshot_classification")
     (folder / "classnames.txt").write_text("\n".join(class_names()))
     (folder / "templates.txt").write_text("\n".join(TEMPLATES))
-    theirs = "\n".join(one.replace("{}", "{c}") for one in TEMPLATES)
-    (folder / "zeroshot_classification_templates.txt").write_text(theirs)
+    templates = "\n".join(template.replace("{}", "{c}") for template in TEMPLATES)
+    (folder / "zeroshot_classification_templates.txt").write_text(templates)
     print(f"""fmdistill export {run} openclip {folder}/model
 fmdistill evaluate eval/imagenet_zeroshot.yaml {run} images.name=tar images.root={shards} 'images.validation=[0.tar]' \\
     classnames={folder}/classnames.txt templates={folder}/templates.txt

@@ -1,11 +1,11 @@
-"""What each codec costs: bytes of embedding against the mIoU of the masks that are decoded from it, on sam_mini.
+"""Measure each codec on sam_mini: the bytes of an embedding, and the mIoU of the masks decoded from it.
 
     OMP_NUM_THREADS=1 python benchmarks/codecs.py
 
-Validation images of the generated scenes and of the packaged photographs, cut to 3:2; 8x8 points an image, masks
-chosen and compared as by eval/sam_grid_miou.yaml, against those of the exact embedding. Prints a markdown table.
-"trimmed" puts zeros into the padded tokens, as a reader does: what an evaluation by such a cache would lose. sam_mini's
-rows have 16 tokens, so its 16-bit scales take 12 % more than the values; the bytes are those of SAM's rows of 64.
+Uses validation images of the generated scenes and of the packaged photographs, cropped to 3:2, with 8x8 points per
+image; masks are selected and compared as in eval/sam_grid_miou.yaml, with those of the exact embedding as reference.
+Prints a markdown table. "trimmed" sets the padded tokens to zero, as a reader does. sam_mini's rows have 16 tokens, so
+their 16-bit scales add 12 % to the values; the bytes shown are for SAM's rows of 64.
 """
 
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ FULL, PROTOCOL = (256, 64, 64), GridMiou(grids=(8,))
 
 
 def pictures(settings: dict) -> Iterator[Image.Image]:
-    """Yield the source's validation images, their upper left 3:2."""
+    """Yield the source's validation images, cropped to the upper left 3:2."""
     images = build(settings)
     for shard in (s for s in images.shards() if s.split == "validation"):
         for encoded in images.read(shard):
@@ -57,14 +57,14 @@ def main() -> None:
             rows, columns = int(valid.any(1).sum()), int(valid.any(0).sum())
             if not codec.trim:
                 rows, columns = valid.shape
-            kept = exact.numpy()[:, :rows, :columns]
-            found = padded(torch.from_numpy(codec.decode(codec.pack(kept), kept.shape)), tuple(exact.shape))
-            gap, real = (found - exact)[:, torch.from_numpy(valid)], exact[:, torch.from_numpy(valid)]
-            errors.append(float(gap.norm() / real.norm()))
-            scores[kind].append(image_iou(head, exact, found, original, size, PROTOCOL.grids[0], PROTOCOL).mean())
-        stored = codec.size((FULL[0], 43, 64) if codec.trim else FULL) / 1e6
-        means = " | ".join(f"{100 * np.mean(found):.2f}" for found in scores.values())
-        print(f"| {label} | {stored:.2f} | {np.mean(errors):.1e} | {means} |", flush=True)
+            stored = exact.numpy()[:, :rows, :columns]
+            decoded = padded(torch.from_numpy(codec.decode(codec.pack(stored), stored.shape)), tuple(exact.shape))
+            error, real = (decoded - exact)[:, torch.from_numpy(valid)], exact[:, torch.from_numpy(valid)]
+            errors.append(float(error.norm() / real.norm()))
+            scores[kind].append(image_iou(head, exact, decoded, original, size, PROTOCOL.grids[0], PROTOCOL).mean())
+        megabytes = codec.size((FULL[0], 43, 64) if codec.trim else FULL) / 1e6
+        means = " | ".join(f"{100 * np.mean(ious):.2f}" for ious in scores.values())
+        print(f"| {label} | {megabytes:.2f} | {np.mean(errors):.1e} | {means} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Time a JPEG's way to SAM's input against PIL's, as SamPredictor goes: decode, longest side to 1024, pad.
+"""Time the preparation of a JPEG for SAM, with PIL and with fmdistill: decode, longest side to 1024, pad.
 
     OMP_NUM_THREADS=1 python benchmarks/decode.py
 
-Photographs that ship with scikit-image, enlarged to 2250x1500, q90 4:2:0. The ways take turns in this process; printed
-are the least milliseconds of CPU time of several rounds, which other work on the machine hardly touches, as a table.
+Uses photographs that ship with scikit-image, enlarged to 2250x1500, q90 4:2:0. The methods alternate in this process;
+prints a markdown table of the minimum CPU time over several rounds, which other load on the machine hardly changes.
 """
 
 import io
@@ -38,8 +38,8 @@ def reference(data: bytes) -> torch.Tensor:
 
 
 def pil(data: bytes) -> torch.Tensor:
-    """Return uint8 (3, S, S) by PIL's decoder and PIL's resize, without arrays in between, as it was done before."""
-    image = Image.open(io.BytesIO(data)).convert("RGB").convert("RGB")  # once where it is decoded, once prepared
+    """Return uint8 (3, S, S) by PIL's decoder and PIL's resize, without an intermediate array."""
+    image = Image.open(io.BytesIO(data)).convert("RGB").convert("RGB")  # once by the decoder, once by the preparation
     h, w = SamPreprocess(SIDE).resized(image.height, image.width)
     padded = torch.zeros(3, SIDE, SIDE, dtype=torch.uint8)
     small = np.asarray(image.resize((w, h), Image.Resampling.BILINEAR))
@@ -48,7 +48,7 @@ def pil(data: bytes) -> torch.Tensor:
 
 
 def race(works: dict[str, Callable[[bytes], torch.Tensor]], images: list[bytes]) -> dict[str, float]:
-    """Return the least CPU milliseconds an image of ROUNDS rounds, by name; the works take turns at every image."""
+    """Return the minimum CPU milliseconds per image over ROUNDS rounds by name; the works alternate at every image."""
     spent = {name: [[] for _ in images] for name in works}
     for _ in range(ROUNDS):
         for number, data in enumerate(images):
@@ -60,7 +60,7 @@ def race(works: dict[str, Callable[[bytes], torch.Tensor]], images: list[bytes])
 
 
 def main() -> None:
-    """Print one row per way and kind of JPEG."""
+    """Print one row per method and kind of JPEG."""
     works = {
         "PIL, as SamPredictor": reference,
         "PIL": pil,

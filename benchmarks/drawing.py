@@ -1,8 +1,8 @@
-"""Time the generated sources: does drawing an image keep up with a student that trains on it?
+"""Time the generated sources: is drawing an image faster than a training step on it?
 
 Run: OMP_NUM_THREADS=1 python benchmarks/drawing.py [rounds=5]
-CPU seconds of this process for one image of each source, and for the forward and backward pass of the network that
-trains on it, one image of a batch; the least of the rounds, in which both take turns. Prints a markdown table.
+Prints a markdown table of this process's CPU time per image, for drawing and for the forward and backward pass of the
+network that trains on the source; the minimum over the rounds, in which both alternate.
 """
 
 import sys
@@ -18,25 +18,25 @@ from fmdistill.mini.labelled import sample_prompts
 from fmdistill.mini.sam import sam_mini_student
 from fmdistill.mini.scenes import decode_labels
 
-COUNT = 16  # images of a round
+COUNT = 16  # images per round
 
 
 def spent(work: Callable[[], object]) -> float:
-    """Return the CPU seconds of `work` for one of `COUNT` images."""
+    """Return the CPU seconds of `work` per image, of which it processes `COUNT`."""
     start = time.process_time()
     work()
     return (time.process_time() - start) / COUNT
 
 
 def drawn(settings: dict) -> Callable[[], object]:
-    """Return what draws `COUNT` images of a source, new ones at each call."""
+    """Return a function that draws `COUNT` images of a source, new ones at each call."""
     source = images.build({**settings, "train": 100 * COUNT, "shard_size": COUNT}).source
     names = iter(source.shards()["train"])
     return lambda: list(source.read(next(names)))
 
 
 def stepped(network: torch.nn.Module) -> Callable[[], object]:
-    """Return a forward and a backward pass of `COUNT` images."""
+    """Return a function that runs a forward and a backward pass on `COUNT` images."""
     side = network.image_size
     batch = torch.randn(COUNT, 3, side, side)  # type: ignore[call-overload]
     return lambda: network(batch)["embedding"].sum().backward()

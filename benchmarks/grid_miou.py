@@ -2,7 +2,8 @@
 
     python benchmarks/grid_miou.py
 
-Random weights and embeddings, 480x640 images, both in this process and on the same threads; prints a markdown table.
+Uses sam_mini's weights, random embeddings and 480x640 images; both run in this process with the same threads. Prints a
+markdown table.
 """
 
 import time
@@ -28,7 +29,7 @@ def iou(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def loop(sam: Sam, teacher: torch.Tensor, student: torch.Tensor, protocol: GridMiou) -> np.ndarray:
-    """Return the metric by one `SamPredictor.predict` per point and side."""
+    """Return each point's IoU, computed with one `SamPredictor.predict` per point and embedding."""
     predictors = []
     for embedding in (teacher, student):
         predictor = SamPredictor(sam)
@@ -38,13 +39,14 @@ def loop(sam: Sam, teacher: torch.Tensor, student: torch.Tensor, protocol: GridM
     scores, cells = [], np.ceil(np.array(RESIZED) * 4 * teacher.shape[-1] / sam.image_encoder.img_size).astype(int)
     for y in (np.arange(K) + 0.5) / K * ORIGINAL[0]:
         for x in (np.arange(K) + 0.5) / K * ORIGINAL[1]:
-            sides = []
+            predictions = []
             for predictor in predictors:
                 masks, predicted, low = predictor.predict(
                     np.array([[x, y]]), np.array([1]), multimask_output=protocol.select != "single"
                 )
-                sides.append((low[:, : cells[0], : cells[1]] > 0 if protocol.resolution == "low" else masks, predicted))
-            (t, t_iou), (s, s_iou) = sides
+                masks = low[:, : cells[0], : cells[1]] > 0 if protocol.resolution == "low" else masks
+                predictions.append((masks, predicted))
+            (t, t_iou), (s, s_iou) = predictions
             if protocol.select == "paired":
                 scores.append(np.mean([iou(a, b) for a, b in zip(t, s, strict=True)]))
             elif protocol.select == "oracle":
@@ -55,7 +57,7 @@ def loop(sam: Sam, teacher: torch.Tensor, student: torch.Tensor, protocol: GridM
 
 
 def race(*works: Callable[[], np.ndarray]) -> list[tuple[float, np.ndarray]]:
-    """Return the least seconds of REPEATS runs, and the result, of each; they take turns, so that noise hits all."""
+    """Return each work's minimum seconds over REPEATS runs, and its result; they alternate, so that all share noise."""
     results, seconds = [work() for work in works], [[] for _ in works]
     for _ in range(REPEATS):
         for work, spent in zip(works, seconds, strict=True):
@@ -77,14 +79,14 @@ def main() -> None:
     for resolution in ("original", "low"):
         for select in MODES:
             protocol = GridMiou(select=select, resolution=resolution)
-            (slow, expected), (fast, found) = race(
+            (slow, expected), (fast, measured) = race(
                 lambda p=protocol: loop(sam, teacher, student, p),
                 lambda p=protocol: image_iou(head, teacher, student, ORIGINAL, RESIZED, K, p),
             )
             per_point = 1000 / (K * K)
             print(
                 f"| {resolution} | {select} | {slow * per_point:.2f} | {fast * per_point:.2f} "
-                f"| {slow / fast:.1f} | {abs(found.mean() - expected.mean()):.0e} |"
+                f"| {slow / fast:.1f} | {abs(measured.mean() - expected.mean()):.0e} |"
             )
 
 

@@ -1,10 +1,10 @@
-"""SIGKILLs at random moments of a teacher pass: does the cache end as an undisturbed one, byte for byte?
+"""Kill a teacher pass with SIGKILL at random moments, and check that the cache still ends up identical in every byte.
 
 Run: OMP_NUM_THREADS=1 python benchmarks/kills.py [one=30 two=30 race=30 publish=20 ray=10] [seed=0]
-Five situations, each with so many kills: one process; two that share the shards; two that race for the same shard; one
-between two of the calls that put files on disk, where random moments seldom fall; Ray actors. A few kills strike each
-cache, then it is completed and every file compared. Nothing but an actor is loaded anew for a kill: children are forked
-from this process, which has imported torch but never computed with it.
+Five situations, each with the given number of kills: one process; two that share the shards; two that race for the same
+shard; one that is killed between the calls that write files to disk, which random moments seldom hit; Ray actors. After
+a few kills each cache is completed and every file compared with those of an undisturbed cache. Processes other than
+actors are forked from this one, which has imported torch but never computed with it, so they start quickly.
 """
 
 import itertools
@@ -44,16 +44,16 @@ train: {{steps: 1}}
 
 
 class Photographs(Photos):
-    """The packaged photographs, but one is no image: what the sidecar says of it is compared too."""
+    """The packaged photographs, of which one cannot be decoded, so that its sidecar entry is compared too."""
 
     def read(self, shard: str) -> Iterator[Encoded]:
-        """Yield the shard's images in their order."""
+        """Yield the shard's images in order."""
         for image in super().read(shard):
             yield replace(image, data=b"no image") if image.key == "astronaut-0000" else image
 
 
 def teacher() -> SamTeacher:
-    """Return segment_anything's encoder at 64 px with random weights of a fixed seed."""
+    """Return a teacher with segment_anything's encoder at 64 px and random weights from a fixed seed."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     encoder = sam.ImageEncoderViT(
@@ -66,19 +66,19 @@ def teacher() -> SamTeacher:
 
 
 def load(folder: Path, *overrides: str) -> recipe.Recipe:
-    """Return the recipe of a cache in `folder`."""
+    """Write and return a recipe whose cache is in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "toy.yaml").write_text(RECIPE.format(folder=folder))
     return recipe.load(folder / "toy.yaml", overrides)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Return every file but the recipe, which names the folder."""
+    """Return the content of every file of a cache but its recipe, which contains the folder's path."""
     return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name != recipe.SAVED}
 
 
 def start(folder: Path, rank: int = 0, world: int = 1, last: int | None = None) -> multiprocessing.Process:
-    """Start to cache in a forked process, one of `world`; it kills itself at call number `last` to the disk."""
+    """Start caching in a forked process, one of `world`; it kills itself at call number `last` that writes to disk."""
 
     def work() -> None:
         if last is not None:
@@ -109,7 +109,7 @@ def _die_at(last: int) -> None:
 
 
 def strike_publishing(folder: Path, kills: int, rng: random.Random, whole: float) -> int:
-    """Let one process after the other kill itself at one of its first 16 calls, of two shards or so; then finish."""
+    """Let one process after another kill itself at one of its first 16 calls, about two shards' worth; then finish."""
     for _ in range(kills):
         process = start(folder, last=rng.randrange(16))
         process.join()
@@ -121,7 +121,7 @@ def strike_publishing(folder: Path, kills: int, rng: random.Random, whole: float
 
 
 def strike(folder: Path, kills: int, rng: random.Random, whole: float, ranks: list[tuple[int, int]]) -> int:
-    """Keep processes of these (rank, world) at work; kill a random one `kills` times, then let them finish; count."""
+    """Run processes with these (rank, world), killing and restarting random ones; return the kills at the end."""
     running = {n: start(folder, *ranks[n]) for n in range(len(ranks))}
     struck = 0
     while struck < kills:
@@ -132,7 +132,7 @@ def strike(folder: Path, kills: int, rng: random.Random, whole: float, ranks: li
         running[victim].join()
         struck += running[victim].exitcode == -signal.SIGKILL
         if running[victim].exitcode == 0 and all(p.exitcode == 0 for p in running.values()):
-            break  # it got through; the other kills strike another cache
+            break  # all have finished; the remaining kills strike another cache
         running[victim] = start(folder, *ranks[victim])
     for process in running.values():
         process.join()
@@ -141,7 +141,7 @@ def strike(folder: Path, kills: int, rng: random.Random, whole: float, ranks: li
 
 
 def strike_actor(folder: Path, kills: int, rng: random.Random, whole: float) -> int:
-    """Cache by two Ray actors, and kill a random one of those at work `kills` times."""
+    """Run the cache stage with two Ray actors, killing a random active one `kills` times; return the kills."""
     done, struck = threading.Event(), 0
 
     def work() -> None:
@@ -152,13 +152,13 @@ def strike_actor(folder: Path, kills: int, rng: random.Random, whole: float) -> 
     thread.start()
     while struck < kills and thread.is_alive():
         time.sleep(0.001)
-        at_work = {int(path.name.split(".")[-3]) for path in (folder / "cache").glob(f".*.tar.{files._host()}.*.tmp")}
-        if at_work:  # an actor's shard; all it takes to kill it anywhere in this one or the next
+        active = {int(path.name.split(".")[-3]) for path in (folder / "cache").glob(f".*.tar.{files._host()}.*.tmp")}
+        if active:  # wait, so that the kill falls anywhere in this shard or the next
             time.sleep(rng.uniform(0, 0.2 * whole))
             try:
-                os.kill(rng.choice(sorted(at_work)), signal.SIGKILL)
+                os.kill(rng.choice(sorted(active)), signal.SIGKILL)
                 struck += 1
-            except ProcessLookupError:  # a dead one's file
+            except ProcessLookupError:  # the file of a dead process
                 pass
     thread.join()
     assert done.is_set(), "the run failed"
@@ -166,33 +166,33 @@ def strike_actor(folder: Path, kills: int, rng: random.Random, whole: float) -> 
 
 
 SITUATIONS: dict[str, Callable[..., int]] = {
-    "one": lambda *given: strike(*given, [(0, 1)]),
-    "two": lambda *given: strike(*given, [(0, 2), (1, 2)]),
-    "race": lambda *given: strike(*given, [(0, 1), (0, 1)]),
+    "one": lambda *arguments: strike(*arguments, [(0, 1)]),
+    "two": lambda *arguments: strike(*arguments, [(0, 2), (1, 2)]),
+    "race": lambda *arguments: strike(*arguments, [(0, 1), (0, 1)]),
     "publish": strike_publishing,
     "ray": strike_actor,
 }
 
 
 def run(situation: str, kills: int, seed: int, folder: Path, whole: float, expected: dict[str, bytes]) -> int:
-    """Strike until `kills` kills hit; return the caches, each of which equalled `expected` in every byte."""
+    """Repeat the situation until `kills` kills were made; return the number of caches, all equal to `expected`."""
     rng, struck, caches = random.Random(f"{seed} {situation}"), 0, 0
     while struck < kills:
-        place = folder / f"{situation}-{caches}"
-        struck += SITUATIONS[situation](place, min(PER_CACHE, kills - struck), rng, whole)
-        found = contents(place / "cache")
-        differ = sorted({name for name, _ in set(found.items()) ^ set(expected.items())})
-        assert not differ, f"{place}: other bytes, or there on one side only: {', '.join(differ)}"
+        subfolder = folder / f"{situation}-{caches}"
+        struck += SITUATIONS[situation](subfolder, min(PER_CACHE, kills - struck), rng, whole)
+        cached = contents(subfolder / "cache")
+        differ = sorted({name for name, _ in set(cached.items()) ^ set(expected.items())})
+        assert not differ, f"{subfolder}: other bytes, or on one side only: {', '.join(differ)}"
         caches += 1
         print(f"{situation}: {struck} kills, {caches} caches equal", flush=True)
     return caches
 
 
 def main(arguments: list[str]) -> None:
-    """Print what each situation came to."""
-    given = {"one": 30, "two": 30, "race": 30, "publish": 20, "ray": 10, "seed": 0}
-    given |= {key: int(value) for key, value in (one.split("=") for one in arguments)}
-    seed = given.pop("seed")
+    """Run every situation and print its number of kills and caches."""
+    counts = {"one": 30, "two": 30, "race": 30, "publish": 20, "ray": 10, "seed": 0}
+    counts |= {key: int(value) for key, value in (argument.split("=") for argument in arguments)}
+    seed = counts.pop("seed")
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as temporary:
         folder = Path(temporary)
         began = time.monotonic()
@@ -201,16 +201,16 @@ def main(arguments: list[str]) -> None:
         assert first.exitcode == 0
         whole, expected = time.monotonic() - began, contents(folder / "undisturbed/cache")
         print(f"undisturbed: {len(expected)} files in {whole:.2f} s", flush=True)
-        for situation, kills in given.items():
+        for situation, kills in counts.items():
             if situation == "ray" and kills:
-                _cluster()
+                _start_ray()
             began = time.monotonic()
             caches = run(situation, kills, seed, folder, whole, expected) if kills else 0
             print(f"{situation}: {kills} kills, {caches} caches, {time.monotonic() - began:.0f} s", flush=True)
 
 
-def _cluster() -> None:
-    """Start Ray, whose actors find the toy teacher here."""
+def _start_ray() -> None:
+    """Start Ray with this folder on its actors' path, so that they can import the toy teacher."""
     import ray
 
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])

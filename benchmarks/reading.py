@@ -1,10 +1,10 @@
-"""Time our reader against webdataset's decoded pipeline: embeddings a second into the same batch tensors.
+"""Time the cache's reader against webdataset's decoded pipeline: embeddings per second into the same batch tensors.
 
     OMP_NUM_THREADS=1 python benchmarks/reading.py
 
-Shards of random 64x64x256 embeddings in a temporary folder (0.5 GB), read from the page cache by this process alone,
-both sides taking turns; prints a markdown table of the least times. Ours is read with the checksums of a process's
-first epoch, and without them as in every later one.
+Writes shards of random 64x64x256 embeddings into a temporary folder (0.5 GB) and reads them from the page cache in this
+process, both readers alternating; prints a markdown table of the minimum times. The cache's reader is timed with the
+checksums of a process's first epoch, and without them as in later epochs.
 """
 
 import tempfile
@@ -24,7 +24,7 @@ from fmdistill.cache.reader import ShardReader
 from fmdistill.cache.store import Folder
 from fmdistill.cache.writer import ShardWriter, TeacherInput
 from fmdistill.images import Shard
-from fmdistill.recipe import Cache
+from fmdistill.recipe import CacheSettings
 from fmdistill.teachers.output import Output
 
 SHAPE, SHARDS, IMAGES, BATCH, ROUNDS = (256, 64, 64), 2, 64, 16, 9
@@ -33,13 +33,15 @@ VALID = (43, 64)  # of a 3:2 image
 
 
 def write(root: Path, label: str) -> list[ShardReader]:
-    """Return the readers of new shards."""
+    """Write shards with the codec `label`; return their readers."""
     codec, rng, readers = named(label), np.random.default_rng(0), []
     valid = np.zeros(SHAPE[1:], bool)
     valid[: VALID[0], : VALID[1]] = True
     for number in range(SHARDS):
         shard = Shard(f"{label}-{number}", "train")
-        stored = outputs.stored({"embedding": Output(SHAPE, "image")}, Cache(str(root), codec.name, trim=codec.trim))
+        stored = outputs.stored(
+            {"embedding": Output(SHAPE, "image")}, CacheSettings(str(root), codec.name, trim=codec.trim)
+        )
         writer = ShardWriter(Folder(root), shard, "benchmark", stored)
         writer.statistics.add = lambda *_: None  # type: ignore[method-assign]
         for index in range(IMAGES):
@@ -53,29 +55,29 @@ def write(root: Path, label: str) -> list[ShardReader]:
     return readers
 
 
-def ours(readers: list[ShardReader], pool: BufferPool) -> Iterator[Tensor]:
-    """Yield batches as they are stored, as `CachedImages` gives them to a loader; `pool` is that of its process."""
+def cache_batches(readers: list[ShardReader], pool: BufferPool) -> Iterator[Tensor]:
+    """Yield batches in stored form, as `CachedImages` passes them to a loader; `pool` is its process's."""
     places = [(reader, index) for reader in readers for index in range(IMAGES)]
     for start in range(0, len(places), BATCH):
         yield read_outputs(places[start : start + BATCH], pool)["data"]["embedding"]
 
 
-def fresh(readers: list[ShardReader]) -> list[ShardReader]:
-    """Return the readers as a new process has them: every checksum is still to be looked at."""
+def unchecked(readers: list[ShardReader]) -> list[ShardReader]:
+    """Return the readers in the state of a new process, which has checked no checksum yet."""
     for reader in readers:
         reader._checked.clear()
     return readers
 
 
-def theirs(readers: list[ShardReader]) -> Iterator[Tensor]:
-    """Yield the same batches from webdataset: decoded, and stacked by its own collation."""
+def webdataset_batches(readers: list[ShardReader]) -> Iterator[Tensor]:
+    """Yield the same batches from webdataset, decoded and stacked by its own collation."""
     loaded = webdataset.WebDataset([str(reader.path) for reader in readers], shardshuffle=False).decode()
     for (stored,) in loaded.to_tuple("embedding.npy").batched(BATCH):
         yield torch.from_numpy(stored.reshape(-1).view(np.uint8))
 
 
 def race(*works: Callable[[], Iterator[Tensor]]) -> list[float]:
-    """Return the least seconds of ROUNDS runs of each; they take turns, so that noise hits all."""
+    """Return each work's minimum seconds over ROUNDS runs; they alternate, so that noise affects all equally."""
     seconds: list[list[float]] = [[] for _ in works]
     for _ in range(ROUNDS):
         for work, spent in zip(works, seconds, strict=True):
@@ -92,19 +94,19 @@ def main() -> None:
     print(
         f"{count} embeddings of {SHAPE}, batches of {BATCH}, {torch.get_num_threads()} thread(s), least of {ROUNDS}\n"
     )
-    print("| codec | MB a map | webdataset /s | ours, checksums /s | ratio | ours, later epochs /s | ratio |")
+    print("| codec | MB a map | webdataset /s | cache, checksums /s | ratio | cache, later epochs /s | ratio |")
     print("|---|---|---|---|---|---|---|")
     for label in LABELS:
         with tempfile.TemporaryDirectory() as folder:
             readers = write(Path(folder), label)
             pool = BufferPool()
-            for a, b in zip(ours(readers, pool), theirs(readers), strict=True):
-                assert torch.equal(a, b), "the two sides give different batches"
+            for a, b in zip(cache_batches(readers, pool), webdataset_batches(readers), strict=True):
+                assert torch.equal(a, b), "the two readers give different batches"
             size = readers[0].samples[0]["outputs"]["embedding"]["size"] / 1e6
             slow, first, later = race(
-                lambda r=readers: theirs(r),
-                lambda r=readers, p=pool: ours(fresh(r), p),
-                lambda r=readers, p=pool: ours(r, p),
+                lambda r=readers: webdataset_batches(r),
+                lambda r=readers, p=pool: cache_batches(unchecked(r), p),
+                lambda r=readers, p=pool: cache_batches(r, p),
             )
         print(
             f"| {label} | {size:.2f} | {count / slow:.0f} | {count / first:.0f} | {slow / first:.1f} "

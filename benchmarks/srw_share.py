@@ -1,7 +1,7 @@
-"""What SRW adds to a training step of the full-size student: TinyViT-5M, 1024 px, 64x64x256 embeddings.
+"""Measure SRW's share of a training step of the full-size student: TinyViT-5M, 1024 px, 64x64x256 embeddings.
 
 Run: OMP_NUM_THREADS=2 python benchmarks/srw_share.py
-The two objectives take turns in one process on the same batch; the least of several rounds of each part is printed.
+The two objectives alternate in one process on the same batch; prints the minimum over several rounds of each part.
 """
 
 import time
@@ -24,7 +24,7 @@ def objective(name: str) -> Objective:
 
 
 def least(function, rounds: int = ROUNDS) -> float:
-    """Return the least seconds of several calls."""
+    """Return the minimum seconds of several calls."""
     times = []
     for _ in range(rounds):
         start = time.perf_counter()
@@ -34,7 +34,7 @@ def least(function, rounds: int = ROUNDS) -> float:
 
 
 def main() -> None:
-    """Print the step's time and the share of the weights in it."""
+    """Print the time of a step, and SRW's share of it."""
     torch.manual_seed(0)
     preprocess = SamPreprocess()
     sizes = torch.tensor([[683, 1024]])

@@ -1,10 +1,10 @@
-"""SIGINT and SIGTERM at random moments of every long verb: one line, its exit status, no traceback, nothing left.
+"""Send SIGINT or SIGTERM at random moments to every long verb, and check its message, exit status and leftover files.
 
 Run: OMP_NUM_THREADS=1 python benchmarks/stops.py [cache=40 distill=40 evaluate=40 bench=25 compare=30 ray=25] [seed=0]
-Each signal strikes a child that is forked from this process, which has imported torch and never computed with it. The
-child is the command line. It ends with 130 or 143 and the one line, or with 0 if it had finished. A few strikes hit the
-same folder, then the verb is completed undisturbed, and what it leaves is compared with an undisturbed run: shards byte
-for byte, the student's weights and the rows of an evaluation value for value.
+Each signal is sent to a child that runs the command line, forked from this process, which has imported torch and never
+computed with it. The child must exit with 130 or 143 and one line, or with 0 if it had finished. After a few signals to
+runs in the same folder, the verb is completed undisturbed and its outcome compared with an undisturbed run's: shards
+byte for byte, the student's weights and the rows of an evaluation value for value.
 """
 
 import json
@@ -28,7 +28,7 @@ from torch import nn
 from fmdistill.cli import main as command_line
 
 FORK = multiprocessing.get_context("fork")
-PER_FOLDER = 4  # strikes before the verb is completed and its outcome compared
+PER_FOLDER = 4  # signals before the verb is completed and its outcome compared
 LINE = "fmdistill: stopped; the same command continues where it stopped"
 GRID = "name: grid_miou\ngrids: [3]\nfloors: true\ndevice: cpu\n"
 TRAINING = """
@@ -59,7 +59,7 @@ class Student(nn.Module):
 
 @dataclass(frozen=True)
 class Verb:
-    """A command line in a folder, what must be there before it, and what it leaves."""
+    """A command line for a folder, the verbs that must have run before it, and a function that reads its outcome."""
 
     arguments: Callable[[Path], list[str]]
     before: tuple[str, ...]  # verbs
@@ -78,7 +78,7 @@ def recipe(folder: Path) -> str:
 
 
 def shards(folder: Path) -> dict[str, bytes]:
-    """Return the files of the cache that do not name its folder."""
+    """Return the files of the cache, without the recipe, which contains the folder's path."""
     return {p.name: p.read_bytes() for p in sorted((folder / "cache").iterdir()) if p.name != "recipe.yaml"}
 
 
@@ -138,7 +138,7 @@ def start(name: str, folder: Path) -> multiprocessing.Process:
 
 
 def left_over(folder: Path) -> list[str]:
-    """Return what is in the folder that no verb means to leave: temporary files and half-written checkpoints."""
+    """Return the temporary files in the folder, which no verb may leave behind."""
     ends, begins = (".tmp", ".part"), ".fmdistill-bench-"
     return [str(path) for path in folder.rglob("*") if path.name.endswith(ends) or path.name.startswith(begins)]
 
@@ -154,11 +154,11 @@ def complete(name: str, folder: Path) -> float:
 
 
 def strike(name: str, folder: Path, rng: random.Random, whole: float) -> str:
-    """Send one signal at a random moment; return how the verb ended. AssertionError if it was not in order."""
+    """Send one signal at a random moment; return how the verb ended. Raises AssertionError if it ended wrongly."""
     number = rng.choice([signal.SIGINT, signal.SIGTERM])
     process = start(name, folder)
     time.sleep(rng.uniform(0.02, whole))
-    if process.is_alive():  # all of its processes get it, as from a terminal or a scheduler; Ray's are Ray's own
+    if process.is_alive():  # sent to all its processes, as by a terminal or a scheduler; with Ray only to the driver
         (os.kill if name == "ray" else os.killpg)(process.pid or 0, number)
     process.join(60)
     log = Path(f"{folder}.log").read_text()
@@ -172,42 +172,42 @@ def strike(name: str, folder: Path, rng: random.Random, whole: float) -> str:
 
 
 def prepare(name: str, folder: Path) -> None:
-    """Complete what the verb needs."""
+    """Run the verbs that must precede this one."""
     for needed in VERBS[name].before:
         complete(needed, folder)
 
 
 def run(name: str, strikes: int, seed: int, folder: Path) -> None:
-    """Strike the verb so many times and print how it ended."""
+    """Send the verb `strikes` signals, check every outcome, and print how the runs ended."""
     rng, ends, done = random.Random(f"{seed} {name}"), Counter(), 0
     whole_folder = folder / f"{name}-whole"
     prepare(name, whole_folder)
     whole = complete(name, whole_folder)
     expected = VERBS[name].outcome(whole_folder)
     while done < strikes:
-        place = folder / f"{name}-{done}"
-        prepare(name, place)
+        subfolder = folder / f"{name}-{done}"
+        prepare(name, subfolder)
         for _ in range(min(PER_FOLDER, strikes - done)):
-            ends[strike(name, place, rng, whole)] += 1
+            ends[strike(name, subfolder, rng, whole)] += 1
             done += 1
-        complete(name, place)
-        assert VERBS[name].outcome(place) == expected, f"{place}: another outcome than the undisturbed run's"
+        complete(name, subfolder)
+        assert VERBS[name].outcome(subfolder) == expected, f"{subfolder}: another outcome than the undisturbed run's"
     print(f"{name}: {done} signals over {whole:.1f} s: {dict(sorted(ends.items()))}; every rerun equal", flush=True)
 
 
 def main(arguments: list[str]) -> None:
-    """Print what each verb came to."""
-    given = {"cache": 40, "distill": 40, "evaluate": 40, "bench": 25, "compare": 30, "ray": 25, "seed": 0}
-    given |= {key: int(value) for key, value in (one.split("=") for one in arguments)}
-    seed = given.pop("seed")
-    here = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    os.environ.update(PYTHONPATH=here, RAY_USAGE_STATS_ENABLED="0")  # actors find the toy teacher
+    """Run every verb and print how its runs ended."""
+    counts = {"cache": 40, "distill": 40, "evaluate": 40, "bench": 25, "compare": 30, "ray": 25, "seed": 0}
+    counts |= {key: int(value) for key, value in (argument.split("=") for argument in arguments)}
+    seed = counts.pop("seed")
+    search_path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    os.environ.update(PYTHONPATH=search_path, RAY_USAGE_STATS_ENABLED="0")  # so that actors can import the toy teacher
     with tempfile.TemporaryDirectory() as temporary:
-        for name, strikes in given.items():
+        for name, strikes in counts.items():
             if strikes:
                 run(name, strikes, seed, Path(temporary))
 
 
 if __name__ == "__main__":
-    sys.modules["stops"] = sys.modules["__main__"]  # by this name the recipe knows the student
+    sys.modules["stops"] = sys.modules["__main__"]  # the recipe names the student "stops:Student"
     main(sys.argv[1:])

@@ -1,9 +1,9 @@
-"""Time the SAM teacher against a loop over SamPredictor.set_image, with drawn weights and images.
+"""Time the SAM teacher against a loop over SamPredictor.set_image, with random weights and images.
 
     OMP_NUM_THREADS=1 python benchmarks/teacher.py kind=vit_b images=1 rounds=3 json=teacher.json
 
-All take turns in this process on the same images; prints a markdown table and its must-show lines. On a CPU with one
-thread the seconds are the process's own CPU time.
+All alternate in this process on the same images; prints a markdown table and whether the required ratios hold. On a CPU
+with one thread, seconds are the process's CPU time.
 """
 
 import json
@@ -26,7 +26,7 @@ LOOP = "SamPredictor loop, fp32"
 
 
 def teacher_pass(teacher: SamTeacher, images: list[np.ndarray]) -> Callable[[], torch.Tensor]:
-    """Return a pass over `images` as the cache makes it, batch after batch."""
+    """Return a function that embeds `images` batch by batch, as the cache stage does."""
 
     def run() -> torch.Tensor:
         embedding = torch.empty(0)
@@ -42,22 +42,22 @@ def teacher_pass(teacher: SamTeacher, images: list[np.ndarray]) -> Callable[[], 
 
 
 def main() -> None:
-    """Print one row per way to run the encoder."""
+    """Print one row per method of running the encoder."""
     settings = {**DEFAULTS, **dict(argument.split("=", 1) for argument in sys.argv[1:])}
     device, count = pick_device(settings["device"], "device"), int(settings["images"])
     torch.manual_seed(0)
     sam = sam_model_registry[settings["kind"]]().eval().requires_grad_(False)
     for name, parameter in sam.image_encoder.named_parameters():
-        if "pos" in name:  # zero when made
+        if "pos" in name:  # zero at initialisation
             torch.nn.init.normal_(parameter, std=0.1)
     images = [np.random.default_rng(i).integers(0, 256, (682, 1024, 3), np.uint8) for i in range(count)]
 
-    def ours(dtype: str, exact: bool = False) -> SamTeacher:
+    def build_teacher(dtype: str, exact: bool = False) -> SamTeacher:
         shape = {"batch": min(count, 4), "workers": 1, "device": str(device)}
         return SamTeacher(sam, name=settings["kind"], dtype=dtype, exact=exact, **shape)  # type: ignore[arg-type]
 
-    # The fast ones first: the exact one moves segment_anything's encoder to the device.
-    fast, fast_bf16, exact = ours("fp32"), ours("bf16"), ours("fp32", exact=True)
+    # The fast teachers first: the exact one moves segment_anything's encoder to the device.
+    fast, fast_bf16, exact = build_teacher("fp32"), build_teacher("bf16"), build_teacher("fp32", exact=True)
     works = {LOOP: lambda: predictor_pass(sam, images)}
     works |= {name: teacher_pass(teacher, images) for name, teacher in (("exact fp32", exact), ("fast fp32", fast))}
     works["fast bf16"] = teacher_pass(fast_bf16, images)
@@ -81,7 +81,7 @@ def main() -> None:
     lines = {"fast fp32 is not slower than the loop": ratio["fast fp32"] >= 1}
     if has_bf16(device):
         lines["fast bf16 is at least 1.7 times the loop"] = ratio["fast bf16"] >= 1.7
-    print("", *(f"{'holds' if true else 'MISSED'}: {line}" for line, true in lines.items()), sep="\n")
+    print("", *(f"{'holds' if holds else 'MISSED'}: {line}" for line, holds in lines.items()), sep="\n")
     if settings["json"]:
         figures = {"settings": settings, "flops": flops, "matmul_flops": peaks, "rows": rows, "lines": lines}
         Path(settings["json"]).write_text(json.dumps(figures, indent=1) + "\n")

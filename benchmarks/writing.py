@@ -1,11 +1,11 @@
-"""Time the shard writer: images a second of one process on one core, by codec, and where the time goes.
+"""Time the shard writer by codec: images per second of one process on one core, and the time of each part.
 
     OMP_NUM_THREADS=1 python benchmarks/writing.py [folder=/dev/shm] [rounds=9]
 
-Shards of 32 random 256x64x64 maps, written into `folder` (a temporary one if none is given: say whether it is a disk)
-and not synced. CPU time of this process, the least of the rounds, in which the codecs take turns; so what others do on
-the machine counts little, and a disk's own slowness not at all. "Statistics", "codec" and "checksums" (crc32 and
-sha256) are timed by themselves on the same images; "file" is the rest of the whole. Prints a markdown table.
+Writes shards of 32 random 256x64x64 maps into `folder` (by default a temporary one) without syncing. Measures this
+process's CPU time, the minimum over the rounds, in which the codecs alternate; so other load on the machine has little
+effect, and a slow disk none. "Statistics", "codec" and "checksums" (crc32 and sha256) are timed by themselves on the
+same images; "file" is the rest of the total. Prints a markdown table.
 """
 
 import hashlib
@@ -26,17 +26,19 @@ from fmdistill.cache.statistics import Statistics
 from fmdistill.cache.store import Folder
 from fmdistill.cache.writer import ShardWriter, TeacherInput, cut
 from fmdistill.images import Shard
-from fmdistill.recipe import Cache
+from fmdistill.recipe import CacheSettings
 from fmdistill.teachers.output import Output
 
 SHAPE, IMAGES = (256, 64, 64), 32
 LABELS = ("fp32", "fp16", "bf16", "int8", "int4", "int8-trimmed")
-VALID = (43, 64)  # of a 3:2 image, which a trimmed codec keeps
+VALID = (43, 64)  # tokens of a 3:2 image, which a trimmed codec stores
 
 
 def write(root: Path, codec: Codec, arrays: list[np.ndarray], valid: np.ndarray) -> float:
-    """Return the CPU seconds in which a shard takes the images; it is not published, which would wait for the disk."""
-    stored = outputs.stored({"embedding": Output(SHAPE, "image")}, Cache(str(root), codec.name, trim=codec.trim))  # type: ignore[arg-type]
+    """Return the CPU seconds of adding the images to a shard, which is not published: that would wait for the disk."""
+    stored = outputs.stored(
+        {"embedding": Output(SHAPE, "image")}, CacheSettings(str(root), codec.name, trim=codec.trim)
+    )  # type: ignore[arg-type]
     writer = ShardWriter(Folder(root), Shard("shard", "train"), "benchmark", stored)
     start = time.process_time()
     for index, array in enumerate(arrays):
@@ -57,20 +59,20 @@ def timed(work: Callable[[np.ndarray], object], arrays: list[np.ndarray]) -> flo
 
 def parts(codec: Codec, arrays: list[np.ndarray], valid: np.ndarray) -> dict[str, float]:
     """Return the CPU seconds of each part of the writer."""
-    kept = [cut(array, codec, valid) for array in arrays]
-    data, digest, statistics = codec.encode(kept[0]), hashlib.sha256(), Statistics()
+    stored = [cut(array, codec, valid) for array in arrays]
+    data, digest, statistics = codec.encode(stored[0]), hashlib.sha256(), Statistics()
     return {
         "statistics": timed(lambda array: statistics.add("embedding", array, valid), arrays),
-        "codec": timed(codec.encode, kept),
+        "codec": timed(codec.encode, stored),
         "checksums": timed(lambda _: (crc32(data), digest.update(data)), arrays),
     }
 
 
 def main() -> None:
     """Print one row per codec."""
-    given = dict(word.split("=", 1) for word in sys.argv[1:])
-    rounds, torch_threads = int(given.get("rounds", 9)), torch.get_num_threads()
-    root = Path(tempfile.mkdtemp(dir=given.get("folder")))
+    settings = dict(argument.split("=", 1) for argument in sys.argv[1:])
+    rounds, torch_threads = int(settings.get("rounds", 9)), torch.get_num_threads()
+    root = Path(tempfile.mkdtemp(dir=settings.get("folder")))
     rng = np.random.default_rng(0)
     arrays = [rng.standard_normal(SHAPE, dtype=np.float32) for _ in range(IMAGES)]
     everywhere, rectangle = np.ones(SHAPE[1:], bool), np.zeros(SHAPE[1:], bool)

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, whoever is killed, and the hash of one."""
+"""Write files atomically: a file is complete or absent, even if the process is killed."""
 
 import errno
 import glob
@@ -15,11 +15,11 @@ from functools import cache
 from pathlib import Path
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-STALE = 48 * 3600  # seconds without a write, after which a temporary file is taken to be a dead process's
+STALE = 48 * 3600  # seconds without a write, after which a temporary file is considered abandoned
 
 
 def write_whole(path: str | Path, content: bytes | str) -> None:
-    """Put `content` (text as UTF-8) at `path` in place of whatever is there; after an error that is still there."""
+    """Write `content` (text as UTF-8) to `path`, replacing an existing file; an error leaves that file unchanged."""
     temporary = write_temporary(Path(path), content)
     try:
         os.replace(temporary, path)
@@ -29,7 +29,7 @@ def write_whole(path: str | Path, content: bytes | str) -> None:
 
 
 def write_first(path: Path, content: bytes | str) -> None:
-    """Put `content` at `path` whole, unless something is there already."""
+    """Write `content` to `path` atomically, unless the file exists already."""
     temporary = write_temporary(path, content)
     try:
         publish(temporary, path)
@@ -38,17 +38,17 @@ def write_first(path: Path, content: bytes | str) -> None:
 
 
 def check_folder(folder: str | Path, what: str) -> None:
-    """Raise an OSError that names `folder` unless `what` can be written into it; it need not exist yet."""
+    """Check that `what` can be written into `folder`, which need not exist yet. Raises OSError if not."""
     folder = Path(folder)
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
     if not nearest.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, f"{what} cannot be written: this is no folder", str(nearest))
+        raise NotADirectoryError(errno.ENOTDIR, f"{what} cannot be written: this is not a folder", str(nearest))
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, f"{what} cannot be written into this folder", str(nearest))
 
 
 def publish(temporary: Path, path: Path) -> bool:
-    """Rename `temporary` to `path` if nothing is there; return whether it was."""
+    """Rename `temporary` to `path` unless that exists; return whether it was renamed."""
     try:
         os.link(temporary, path)
     except FileExistsError:
@@ -65,14 +65,14 @@ def publish(temporary: Path, path: Path) -> bool:
 
 
 def temporary_name(path: Path) -> Path:
-    """Return a name beside `path` that no other process uses: host, process id and a random part."""
+    """Return a name in the folder of `path` that no other process uses: host, process id and a random part."""
     return path.with_name(f".{path.name}.{_host()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
 
 
 def sweep(folder: Path) -> None:
-    """Remove the temporary files in `folder` that dead processes left: of this host, and of any that are `STALE`.
+    """Remove the temporary files of dead processes from `folder`: those of this host, and all that are `STALE`.
 
-    A live process's are not touched, wherever it runs: its writing keeps the file's time fresh.
+    Files of live processes stay, also on other hosts, since each write updates a file's time.
     """
     for path in folder.glob(".*.tmp"):
         if _abandoned(path):
@@ -80,27 +80,26 @@ def sweep(folder: Path) -> None:
 
 
 def being_written(path: Path) -> bool:
-    """Return whether another process seems to be writing `path`; a dead one of another host seems so until `STALE`."""
+    """Return whether another process seems to be writing `path`; if it died on another host, until `STALE`."""
     own = f".{_host()}.{os.getpid()}."
-    return any(
-        own not in one.name and not _abandoned(one) for one in path.parent.glob(f".{glob.escape(path.name)}.*.tmp")
-    )
+    temporaries = path.parent.glob(f".{glob.escape(path.name)}.*.tmp")
+    return any(own not in temporary.name and not _abandoned(temporary) for temporary in temporaries)
 
 
 @dataclass(frozen=True)
 class Process:
-    """A process, by its host and number."""
+    """A process, identified by its host and process id."""
 
     host: str
     number: int
 
     @classmethod
     def own(cls) -> "Process":
-        """Return the running one."""
+        """Return the current process."""
         return cls(_host(), os.getpid())
 
     def wait(self, seconds: float) -> None:
-        """Wait until the process is gone, for at most so long; one of another host is not waited for."""
+        """Wait until the process has ended, but at most `seconds`; return at once if it is on another host."""
         until = time.monotonic() + seconds
         while self.host == _host() and _alive(self.number) and time.monotonic() < until:
             time.sleep(0.01)
@@ -108,7 +107,7 @@ class Process:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Let an OSError of the block name `path`: a full disk's names nothing."""
+    """Add the name of `path` to an OSError raised in the block, since the error of a full disk has none."""
     try:
         yield
     except OSError as error:
@@ -126,7 +125,7 @@ def file_hash(path: str | Path) -> str:
 
 
 def write_temporary(path: Path, content: bytes | str) -> Path:
-    """Put `content` on disk under a temporary name beside `path`; return that name."""
+    """Write `content` to a temporary file in the folder of `path` and return the file's path."""
     temporary = temporary_name(path)
     try:
         with naming(path), open(temporary, "xb") as file:
@@ -140,12 +139,12 @@ def write_temporary(path: Path, content: bytes | str) -> Path:
 
 
 def _abandoned(temporary: Path) -> bool:
-    named = re.fullmatch(r"\..+\.([^.]+)\.(\d+)\.[0-9a-f]{8}\.tmp", temporary.name)
-    if named is None:  # some other program's
+    parts = re.fullmatch(r"\..+\.([^.]+)\.(\d+)\.[0-9a-f]{8}\.tmp", temporary.name)
+    if parts is None:  # of another program
         return False
-    if named[1] == _host() and not _alive(int(named[2])):
+    if parts[1] == _host() and not _alive(int(parts[2])):
         return True
-    try:  # also of a living process of this host, which may have got the number of a dead one
+    try:  # also if the process of this host lives, which may have the process id of a dead one
         return time.time() - temporary.stat().st_mtime > STALE
     except FileNotFoundError:
         return True
@@ -163,9 +162,9 @@ def _alive(process: int) -> bool:
 
 @cache
 def _host() -> str:
-    """Return the host's name and a hash of its boot and process namespace, within which a process id means one process.
+    """Return the host's name and a hash of its boot and its process namespace, in which process ids are unique.
 
-    Machines and containers may share a name; after a restart the files from before it wait for `STALE`.
+    The hash is needed since machines and containers may share a name. Files from before a restart stay until `STALE`.
     """
     name = "".join(c if c.isalnum() else "-" for c in platform.node()) or "host"
     try:

@@ -1,4 +1,4 @@
-"""What a person sees while a stage runs, and the rows that it leaves: log lines, progress, metrics.jsonl."""
+"""Log lines and progress bars on the terminal, and rows of metrics in .jsonl files."""
 
 import json
 import logging
@@ -15,18 +15,18 @@ from fmdistill.registry import UserError
 
 log = logging.getLogger("fmdistill")
 
-QUIET_INTERVAL = 10.0  # seconds between progress lines where stderr is a file
+QUIET_INTERVAL = 10.0  # seconds between progress lines if stderr is not a terminal
 
 
-class _AboveTheBar(logging.Handler):
-    """Writes through tqdm, so that a line never cuts a progress bar in two."""
+class _TqdmHandler(logging.Handler):
+    """Writes log lines through tqdm, which prints them above the progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stderr)
 
 
 class _Lines:
-    """Turns tqdm's redrawn bar into one line per state, for a stream that is no terminal."""
+    """Writes each state of a tqdm bar as a line, for a stream that is not a terminal."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
@@ -41,10 +41,10 @@ class _Lines:
 
 
 def setup(level: int = logging.INFO) -> None:
-    """Send the logger "fmdistill" to stderr; of several training processes only the first speaks below a warning."""
-    handler = _AboveTheBar()
+    """Send the logger "fmdistill" to stderr; processes other than the first log only warnings and errors."""
+    handler = _TqdmHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"))
-    for old in [h for h in log.handlers if isinstance(h, _AboveTheBar)]:
+    for old in [existing for existing in log.handlers if isinstance(existing, _TqdmHandler)]:
         log.removeHandler(old)
     log.addHandler(handler)
     log.setLevel(level if _first_process() else max(level, logging.WARNING))
@@ -59,7 +59,7 @@ def progress(
 ) -> tqdm:
     """Return a progress bar with the time left; iterate over it, or call its `update(n)` and `close()`.
 
-    Where stderr is no terminal it prints a line about every ten seconds, and its last state.
+    If stderr is not a terminal, it prints a line about every ten seconds, and its last state.
     """
     terminal = sys.stderr.isatty()
     return tqdm(
@@ -78,25 +78,25 @@ def progress(
 
 
 class JsonLines:
-    """Appends rows to a .jsonl file, each one on disk when `write` returns as far as a killed process is concerned."""
+    """Appends rows to a .jsonl file; a written row survives if the process is killed."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Append one row."""
+        """Append a row."""
         with self.path.open("a") as file:
             file.write(json.dumps(dict(row)) + "\n")
 
     def truncate_after(self, step: int) -> None:
-        """Drop the rows whose `step` is larger and a half-written last line, in one atomic replacement."""
-        kept = [row for row in read_json_lines(self.path) if row.get("step", step) <= step]
-        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        """Remove the rows whose `step` is larger, and an incomplete last line, by an atomic replacement."""
+        rows = [row for row in read_json_lines(self.path) if row.get("step", step) <= step]
+        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
-    """Return the rows of a .jsonl file, none where it is missing; a half-written last line is left out."""
+    """Return the rows of a .jsonl file, without an incomplete last line; [] if the file does not exist."""
     path = Path(path)
     lines = path.read_text().split("\n") if path.is_file() else []
     rows = []
@@ -108,7 +108,7 @@ def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             if number == len(lines):
                 break
-            raise UserError(f"{path}:{number}: not JSON: {line[:60]!r}; remove the line or start anew") from None
+            raise UserError(f"{path}:{number}: not JSON: {line[:60]!r}; remove the line, or the file") from None
     return rows
 
 

@@ -1,4 +1,4 @@
-"""A recipe is one typed, frozen value: YAML, `extends`, `key=value` overrides, and nothing that executes."""
+"""Recipes: typed, frozen values read from YAML with `extends` and `key=value` overrides, without executing code."""
 
 import dataclasses
 import math
@@ -14,62 +14,62 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fmdistill.files import write_whole
 from fmdistill.registry import UserError, suggest, typed
-from fmdistill.settings import folder_name, merge, methods_of, refer, with_method
+from fmdistill.settings import folder_name, merge, parse_methods, parse_recipe_name, with_method
 
-SAVED = "recipe.yaml"  # the name of a resolved recipe in a run or cache; a file of this name is not trusted
-STUDY = "study.yaml"  # the name of a study's file: a recipe, and `methods`, which are variants of it by name
-LOCAL_GB = 50.0  # of a cache whose root is a URL, unless the recipe says otherwise
+SAVED = "recipe.yaml"  # the resolved recipe in a run or cache; a file of this name is not trusted
+STUDY = "study.yaml"  # a study's file in its folder: a recipe, and in `methods` variants of it by name
+LOCAL_GB = 50.0  # default limit of the local copies of a cache at a URL
 CodecName = Literal["auto", "fp32", "fp16", "bf16", "int8", "int4"]
 Component = dict  # {"name": ..., argument: value, ...}; typed when it is bound to its class
-FREE = {"free": True}  # marks a field that moves no weight, so that it may change between a run and its resumption
+FREE = {"free": True}  # marks a field that does not affect weights: it may change when a run is resumed
 
 
 @dataclass(frozen=True)
-class Cache:
-    """Where and how teacher outputs are kept."""
+class CacheSettings:
+    """The settings of a cache: where and how teacher outputs are stored."""
 
     root: str
-    # of training shards, validation is always exact fp32; auto = int8 for a teacher of maps, fp16 for one of vectors
+    # for training shards, since validation is always exact fp32; auto = int8 for a teacher of maps, fp16 of vectors
     codec: CodecName = "auto"
-    # where tars of a root that is a URL are kept on this machine; "" = below ~/.cache/fmdistill
+    # folder for copies of the tars if root is a URL; "" = below ~/.cache/fmdistill
     local: str = field(default="", metadata=FREE)
-    # at most so many GB of them (null: 50), the longest unused go first; a training window should fit
+    # GB of these copies at most (null: 50), the least recently used are removed; a training window should fit
     local_gb: float | None = field(default=None, metadata=FREE)
-    trim: bool = False  # keep of each training map only the valid tokens, for objectives that exclude padding
-    similarity: bool = False  # keep each map's SRW similarities too, so that training need not compute them
-    # largest fraction of images that may fail to decode or give a non-finite output
+    trim: bool = False  # store only the valid tokens of training maps, for objectives that exclude padding
+    similarity: bool = False  # also store the SRW similarities of each map, so that training need not compute them
+    # largest fraction of images that may fail to decode or have a non-finite output
     max_failed: float = field(default=0.01, metadata=FREE)
-    # who runs the teacher
+    # which processes run the teacher
     executor: Component = field(default_factory=lambda: {"name": "local"}, compare=False, metadata=FREE)
 
     def __post_init__(self) -> None:
-        """Refuse what cannot keep a cache, before a teacher is loaded."""
-        kind, url, place = self.root.partition("://")
-        if not self.root or url and (not place.strip("/") or kind in ("s3", "gs") and place.startswith("/")):
-            raise UserError(f"cache.root='{self.root}': expected a folder, or a URL such as s3://bucket/caches/mine")
+        """Check the settings. Raises UserError if one of them is wrong."""
+        protocol, url, path = self.root.partition("://")
+        if not self.root or url and (not path.strip("/") or protocol in ("s3", "gs") and path.startswith("/")):
+            raise UserError(f"cache.root='{self.root}': expected a folder, or a URL such as s3://bucket/caches/sam")
         if not 0 <= self.max_failed <= 1:
             raise UserError(f"cache.max_failed={self.max_failed}: expected a fraction of the images, from 0 to 1")
         if self.local_gb is not None and not 0 < self.local_gb < math.inf:
             raise UserError(f"cache.local_gb={self.local_gb}: expected gigabytes, a finite number above 0")
-        for name, given in (("local", self.local or None), ("local_gb", self.local_gb)):
-            if given is not None and not url:
+        for name, value in (("local", self.local or None), ("local_gb", self.local_gb)):
+            if value is not None and not url:
                 raise UserError(
-                    f"cache.{name}={given}: only for a URL, and cache.root={self.root} is a folder; leave it out"
+                    f"cache.{name}={value}: only for a URL, but cache.root={self.root} is a folder; remove it"
                 )
 
     @property
     def local_bytes(self) -> int:
-        """Bytes of a URL's tars on this machine, at most; a training window should fit."""
+        """The limit, in bytes, of the local copies of a cache at a URL."""
         return int((LOCAL_GB if self.local_gb is None else self.local_gb) * 1e9)
 
 
 @dataclass(frozen=True)
 class Train:
-    """The loop's own settings; everything else is a component."""
+    """The settings of the training loop itself."""
 
     steps: int | None = None  # optimizer steps; set this or `epochs`
     epochs: float | None = None
-    batch_size: int = 16  # images of one optimizer step, over all processes and accumulation
+    batch_size: int = 16  # images of an optimizer step, over all processes and accumulated batches
     accumulate: int = 1
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # autocast; auto = bf16 on a GPU, fp32 on a CPU
     clip: float | None = None  # largest gradient norm
@@ -79,34 +79,34 @@ class Train:
     )  # image-loading processes per training process, and threads that read the cached outputs
     image_memory: float = field(
         default=0.0, metadata=FREE
-    )  # GB of prepared images that each of them keeps, so that a later epoch need not decode
+    )  # GB of prepared images that each of these processes stores, so that later epochs need not decode them
     device: str = field(default="auto", metadata=FREE)
     log_every: int = field(default=10, metadata=FREE)  # steps
     validate_every: int = field(default=500, metadata=FREE)  # steps
     checkpoint_every: int = field(default=500, metadata=FREE)  # steps
 
     def __post_init__(self) -> None:
-        """Refuse what cannot train, before anything is cached."""
+        """Check the settings. Raises UserError if one of them is wrong."""
         if (self.steps is None) == (self.epochs is None):
             raise UserError("train.steps and train.epochs: set exactly one of the two")
         if self.steps is not None and self.steps < 1 or self.epochs is not None and self.epochs <= 0:
-            raise UserError(f"train.steps={self.steps}, train.epochs={self.epochs}: makes no step")
+            raise UserError(f"train.steps={self.steps}, train.epochs={self.epochs}: expected more than 0")
         for name in ("batch_size", "accumulate", "window", "log_every", "validate_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name}={getattr(self, name)}: expected at least 1")
         if self.workers < 0:
             raise UserError(f"train.workers={self.workers}: expected 0 (load in the training process) or more")
         if self.image_memory < 0:
-            raise UserError(f"train.image_memory={self.image_memory}: expected gigabytes, 0 to keep no images")
+            raise UserError(f"train.image_memory={self.image_memory}: expected gigabytes, or 0 to store no images")
         if self.clip is not None and self.clip <= 0:
             raise UserError(f"train.clip={self.clip}: expected a norm above 0, or null for no clipping")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One experiment: what to cache, train and judge."""
+    """The settings of an experiment: what to cache, train and evaluate."""
 
-    out: str = field(metadata=FREE)  # the run's directory
+    out: str = field(metadata=FREE)  # the folder of the run
     images: Component
     student: Component
     task: Component
@@ -116,64 +116,68 @@ class Recipe:
     title: str = field(default="", metadata=FREE)
     seed: int = 0
     teacher: Component | None = None
-    cache: Cache | None = None
+    cache: CacheSettings | None = None
     objective: dict[str, dict] = field(default_factory=dict)
     protocols: list[str] = field(default_factory=list, metadata=FREE)
 
     def __post_init__(self) -> None:
-        """Refuse a seed that no generator takes."""
+        """Check the seed. Raises UserError if it is negative."""
         if self.seed < 0:
             raise UserError(f"seed={self.seed}: expected 0 or more")
 
 
 def variants(name: str) -> list[str]:
-    """Return the names of all recipes that `name` stands for: of a study its methods', the baseline first."""
-    named = refer(name)
-    if named.method or named.settings:
+    """Return the names of a study's methods as recipes, the baseline first; for any other recipe [`name`]."""
+    parsed = parse_recipe_name(name)
+    if parsed.method or parsed.settings:
         return [name]
     file, study = locate(name), name.removesuffix(f"/{STUDY}")
-    return [f"{study}:{method}" for method in methods_of(read_yaml(file).get("methods", {}), file)] or [name]
+    return [f"{study}:{method}" for method in parse_methods(read_yaml(file).get("methods", {}), file)] or [name]
 
 
 def locate(path: str | Path) -> Path:
-    """Return the recipe or protocol file `path`, looked up in the working folder first, then in the package.
+    """Return the path of a recipe's or protocol's file, looked up in the working folder, then in the package.
 
-    A folder stands for the study in it.
+    A folder means the study in it. Raises UserError if there is no such file.
     """
     path, package = Path(path).expanduser(), Path(__file__).parent
     for base in (Path.cwd(), package, package.parent):
         for file in (base / path, base / path / STUDY):
             if file.is_file():
                 return file
-    raise UserError(f"{path}: no such file here or in the package; `fmdistill check` lists those that ship")
+    raise UserError(
+        f"{path}: no such file in the working folder or in the package; `fmdistill check` lists those in the package"
+    )
 
 
 def load(name: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """Return the recipe called `name` with `key=value` overrides applied; every field is typed and known.
+    """Load the recipe called `name`, apply `key=value` overrides, and check the names and types of all settings.
 
-    The run of a study's method lies in the study's `out`/METHOD, that of a name with settings beside the run without
-    them. A recipe that a run or cache saved, or that extends such a recipe, may not name code unless `trust=true` is
-    given. A path may begin with ~.
+    The run of a study's method is in the study's `out`/METHOD; the run of a name with settings is next to the run
+    without them. A recipe saved in a run or cache, or that extends one, may name code only with `trust=true`. A path
+    may begin with ~. Raises UserError if the file or a setting is wrong.
     """
-    named, given = refer(name), parse_overrides(overrides)
-    trust = str(given.pop("trust", "false")).lower() == "true"
-    settings = _read(locate(named.path), trust, named.method)
-    if named.settings:
-        apart = _apart(settings, f"-{folder_name(named.settings)}", ", ".join(named.settings))
-        settings = merge(settings, {**apart, **parse_overrides(named.settings)})
-    return freeze(merge(settings, given), str(name))
+    parsed, changes = parse_recipe_name(name), parse_overrides(overrides)
+    trust = str(changes.pop("trust", "false")).lower() == "true"
+    settings = _read(locate(parsed.path), trust, parsed.method)
+    if parsed.settings:
+        own = _own_out_and_title(settings, f"-{folder_name(parsed.settings)}", ", ".join(parsed.settings))
+        settings = merge(settings, {**own, **parse_overrides(parsed.settings)})
+    return freeze(merge(settings, changes), str(name))
 
 
 def load_saved(folder: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """Return the resolved recipe saved in a run or cache; it may not name code unless `trust=true` is given."""
+    """Load the resolved recipe saved in a run or cache; it may name code only with `trust=true`."""
     path = Path(folder).expanduser() / SAVED
     if not path.is_file():
-        raise UserError(f"{folder}: not a run, it holds no {SAVED}; `fmdistill distill RECIPE out={folder}` makes one")
+        raise UserError(
+            f"{folder}: not a run, it contains no {SAVED}; `fmdistill distill RECIPE out={folder}` creates one"
+        )
     return load(path, overrides)
 
 
 def freeze(settings: Mapping[str, Any], where: str) -> Recipe:
-    """Return `settings` as a Recipe; `where` names the file in errors."""
+    """Convert `settings` to a Recipe. Raises UserError, beginning with the file `where`, if a setting is wrong."""
     try:
         return Recipe(**typed(Recipe, settings, "recipe"))
     except UserError as error:
@@ -181,25 +185,25 @@ def freeze(settings: Mapping[str, Any], where: str) -> Recipe:
 
 
 def save(recipe: Recipe, folder: str | Path) -> None:
-    """Write the resolved recipe to `folder`/recipe.yaml, unless it is there already."""
+    """Write the resolved recipe to `folder`/recipe.yaml, unless the file has this content already."""
     path, text = Path(folder) / SAVED, to_yaml(recipe)
     if path.is_file() and path.read_text() == text:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, text)  # several training processes save it at once
+    write_whole(path, text)  # several training processes may save it at the same time
 
 
 def free_settings(kind: type = Recipe, where: str = "") -> set[str]:
-    """Return the settings that may change between a run and its resumption, such as "train.workers"."""
-    found: set[str] = set()
-    for one in dataclasses.fields(kind):
-        name = f"{where}.{one.name}" if where else one.name
-        if one.metadata.get("free"):
-            found.add(name)
-        for nested in (Cache, Train):
-            if nested in (one.type, *typing.get_args(one.type)):
-                found |= free_settings(nested, name)
-    return found
+    """Return the names of the settings that may change when a run is resumed, such as "train.workers"."""
+    names: set[str] = set()
+    for setting in dataclasses.fields(kind):
+        name = f"{where}.{setting.name}" if where else setting.name
+        if setting.metadata.get("free"):
+            names.add(name)
+        for nested in (CacheSettings, Train):
+            if nested in (setting.type, *typing.get_args(setting.type)):
+                names |= free_settings(nested, name)
+    return names
 
 
 def to_yaml(recipe: Recipe) -> str:
@@ -211,7 +215,7 @@ def to_yaml(recipe: Recipe) -> str:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Return a YAML mapping; interpolation stays literal text."""
+    """Read a YAML mapping, with interpolations as literal text. Raises UserError if the file contains none."""
     import yaml
 
     try:
@@ -219,31 +223,31 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
         raise UserError(f"{path}: not YAML: {_line(error)}") from error
     if not isinstance(loaded, dict):
-        raise UserError(f"{path}: a mapping of settings is expected")
-    return {str(k): _at_home(v) for k, v in loaded.items()}
+        raise UserError(f"{path}: expected a mapping of settings")
+    return {str(key): _expand_home(value) for key, value in loaded.items()}
 
 
 def foreign_names(settings: Any) -> list[str]:
-    """Return the names in `settings` of components outside fmdistill, "package.module:Name"."""
+    """Return the components in `settings` that are outside fmdistill, "package.module:Name"."""
     return [name for name in _names(settings) if ":" in name]
 
 
 def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
-    """Return "a.b=text" strings as one nested mapping of literal texts."""
+    """Parse "a.b=text" strings into a nested mapping of literal texts. Raises UserError if two contradict."""
     nested: dict[str, Any] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise UserError(f"'{override}': expected key=value, such as train.steps=1000")
         *parents, last = key.split(".")
-        place = nested
+        mapping = nested
         for parent in parents:
-            place = place.setdefault(parent, {})
-            if not isinstance(place, dict):
-                raise UserError(f"'{override}': {parent} is given a value elsewhere on the command line")
-        if isinstance(place.get(last), dict):
-            raise UserError(f"'{override}': settings below {last} are given elsewhere on the command line")
-        place[last] = _at_home(text)
+            mapping = mapping.setdefault(parent, {})
+            if not isinstance(mapping, dict):
+                raise UserError(f"'{override}': another argument sets {parent} itself; remove one of the two")
+        if isinstance(mapping.get(last), dict):
+            raise UserError(f"'{override}': another argument sets a part of {last}; remove one of the two")
+        mapping[last] = _expand_home(text)
     return nested
 
 
@@ -252,48 +256,51 @@ def _line(error: Exception) -> str:
 
 
 def _read(path: Path, trust: bool, method: str = "", below: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Return the settings of a recipe's file, or of a method of the study in it, on top of what they extend."""
+    """Read a recipe's file, or a method of the study in it, and merge its settings into those that it extends.
+
+    `below` are the files that extend this one.
+    """
     settings = read_yaml(path)
-    methods = methods_of(settings.pop("methods", {}), path)
+    methods = parse_methods(settings.pop("methods", {}), path)
     foreign = foreign_names([settings, *methods.values()])
-    saved = any(one.name == SAVED for one in (*below, path))  # who saved it may have chosen what it extends
+    saved = any(file.name == SAVED for file in (*below, path))  # a saved recipe may extend any file
     if saved and foreign and not trust:
         raise UserError(f"{path}: names code outside fmdistill ({', '.join(foreign)}); add trust=true to import it")
     parent = settings.pop("extends", None)
     if parent is not None:
         if path in below:
+            raise UserError(f"{path}: extends itself, by way of {' and '.join(map(str, below))}; remove one `extends`")
+        parsed = parse_recipe_name(str(parent))
+        if parsed.settings:
             raise UserError(
-                f"{path}: extends itself, by way of {' and '.join(map(str, below))}; take one `extends` out"
+                f"{path}: extends={parent}: name a recipe or a study's method, and set {parsed.settings[0]} in {path}"
             )
-        named = refer(str(parent))
-        if named.settings:
-            raise UserError(
-                f"{path}: extends={parent}: name a recipe or a study's method, and set {named.settings[0]} here"
-            )
-        settings = merge(_read(locate(named.path), trust, named.method, (*below, path)), settings)
+        settings = merge(_read(locate(parsed.path), trust, parsed.method, (*below, path)), settings)
     if not methods and not method:
         return settings
     if not method:
-        wrong = f"a study of several recipes; name one as {path}:METHOD, or `fmdistill compare` them all"
-        raise UserError(f"{path}: {wrong}.{suggest('', methods)}")
+        raise UserError(
+            f"{path}: a study of several recipes; name one as {path}:METHOD, or run all with `fmdistill compare`."
+            f"{suggest('', methods)}"
+        )
     if method not in methods:
         raise UserError(f"{path}: no method '{method}'.{suggest(method, methods)}")
     own = {key: value for key, value in methods[method].items() if key in ("out", "title")}
-    return {**with_method(settings, methods, method, path), **_apart(settings, f"/{method}", method), **own}
+    return {**with_method(settings, methods, method, path), **_own_out_and_title(settings, f"/{method}", method), **own}
 
 
-def _apart(settings: Mapping[str, Any], out: str, title: str) -> dict[str, Any]:
-    """Return the folder and the title of a variant of a recipe with these settings."""
-    apart = {"title": ", ".join(filter(None, [settings.get("title"), title]))}
-    return {**apart, "out": f"{settings['out']}{out}"} if "out" in settings else apart
+def _own_out_and_title(settings: Mapping[str, Any], out: str, title: str) -> dict[str, Any]:
+    """Return `out` and `title` of a variant of a recipe: the recipe's with these suffixes."""
+    own = {"title": ", ".join(filter(None, [settings.get("title"), title]))}
+    return {**own, "out": f"{settings['out']}{out}"} if "out" in settings else own
 
 
-def _at_home(value: Any) -> Any:
-    """Return the value, each of its texts that begins with ~ as a path of the user's home folder."""
+def _expand_home(value: Any) -> Any:
+    """Expand a leading ~ to the user's home folder in each path within a value."""
     if isinstance(value, Mapping):
-        return {key: _at_home(inner) for key, inner in value.items()}
+        return {key: _expand_home(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_at_home(inner) for inner in value]
+        return [_expand_home(inner) for inner in value]
     is_path = isinstance(value, str) and value.startswith("~") and "/" in value  # ~ alone is YAML's null
     return os.path.expanduser(value) if is_path else value
 

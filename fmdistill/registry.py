@@ -1,4 +1,4 @@
-"""Look a component up by name and bind its settings to its signature, before any data is touched."""
+"""Look up components by name and check their settings against their signatures, before any data is touched."""
 
 import dataclasses
 import difflib
@@ -14,27 +14,30 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """Something a user wrote or supplied is wrong; the message names the value, the place and the way out."""
+    """An error in what a user wrote or supplied; the message names the value, the place and the way out."""
 
 
 def suggest(name: str, known: Collection[str]) -> str:
-    """Return ' Did you mean ...? Known: ...' for an error about an unknown `name`."""
-    close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
+    """Return the end of an error about an unknown `name`: ' Did you mean ...? Known: ...'."""
+    close = difflib.get_close_matches(str(name), [str(entry) for entry in known], n=1)
     hint = f" Did you mean '{close[0]}'?" if close else ""
     return f"{hint} Known: {', '.join(sorted(map(str, known))) or 'none'}."
 
 
-Entry = Callable | str  # a class or function, or the "module:Name" of one in fmdistill, imported when it is used
+Entry = Callable | str  # a class or function, or its "module:Name" within fmdistill, imported when it is used
 
 
 def resolve(name: str, table: Mapping[str, Entry], where: str) -> Callable:
-    """Return the component called `name` in `table`, or the class or function at "package.module:Name"."""
+    """Return the component `name` of `table`, or import the class or function "package.module:Name".
+
+    Raises UserError if there is none; `where` names the setting.
+    """
     if name in table:
         component = table[name]
-        return _own(component) if isinstance(component, str) else component
+        return _import_entry(component) if isinstance(component, str) else component
     if ":" not in name:
         raise UserError(
-            f"{where}: unknown name '{name}'.{suggest(name, table)} Your own component is named 'package.module:Name'."
+            f"{where}: unknown name '{name}'.{suggest(name, table)} Name your own component as 'package.module:Name'."
         )
     component = load(name, where)
     if not callable(component):
@@ -42,18 +45,20 @@ def resolve(name: str, table: Mapping[str, Entry], where: str) -> Callable:
     return component
 
 
-def _own(reference: str) -> Any:
+def _import_entry(reference: str) -> Any:
     module, _, attribute = reference.partition(":")
     return getattr(importlib.import_module(module), attribute)
 
 
 def load(reference: str, where: str) -> Any:
-    """Return the object at a user's "module:Name", which may lie in the working folder."""
+    """Import the object at a user's "module:Name", which may be in the working folder."""
     module, _, attribute = reference.partition(":")
     try:
         return getattr(_import(module), attribute)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"{where}: cannot import '{reference}': {error}. Is it here or on PYTHONPATH?") from error
+        raise UserError(
+            f"{where}: cannot import '{reference}': {error}. Is it in the working folder or on PYTHONPATH?"
+        ) from error
 
 
 def _import(module: str) -> types.ModuleType:
@@ -65,9 +70,10 @@ def _import(module: str) -> types.ModuleType:
 def bind(
     settings: Mapping[str, Any], table: Mapping[str, Entry], where: str, context: Collection[str] = ()
 ) -> functools.partial:
-    """Check `settings` ({"name": ..., argument: value, ...}) and return the component with its arguments bound.
+    """Check `settings` ({"name": ..., argument: value, ...}) and return their component with the arguments bound.
 
-    `context` names the parameters that the caller supplies itself; a recipe may not set them.
+    `context` names the parameters that the caller supplies later, and settings may not. Raises UserError if a name or
+    an argument is unknown, missing or mistyped.
     """
     if not isinstance(settings, Mapping) or not isinstance(settings.get("name"), str):
         raise UserError(f"{where}: needs a `name`.{suggest('', table)}")
@@ -77,40 +83,47 @@ def bind(
 
 
 def complete(component: functools.partial, context: Mapping[str, Any], where: str, why: str = "") -> Any:
-    """Return what the bound `component` makes, given those of `context` that its signature asks for.
+    """Call the bound `component` with the values in `context` that are parameters of it.
 
-    UserError where one of them is None, that is not known here, and the component cannot do without; `why` ends it.
+    Raises UserError if a required one is None, which means that its value is not known; `why` ends the message.
     """
-    asked = inspect.signature(component.func).parameters
-    given = {key: value for key, value in context.items() if key in asked}
-    for key, value in given.items():
-        if value is None and asked[key].default is inspect.Parameter.empty:
+    parameters = inspect.signature(component.func).parameters
+    supplied = {key: value for key, value in context.items() if key in parameters}
+    for key, value in supplied.items():
+        if value is None and parameters[key].default is inspect.Parameter.empty:
             name = getattr(component.func, "__name__", str(component.func))
-            raise UserError(f"{where}: {name} is made for one `{key}`, and this recipe has none that is known{why}")
-    return component(**given)
+            raise UserError(f"{where}: {name} needs `{key}`, which is not known for this recipe{why}")
+    return component(**supplied)
 
 
 def typed(
     component: Callable, arguments: Mapping[str, Any], where: str, context: Collection[str] = ()
 ) -> dict[str, Any]:
-    """Return `arguments` converted to the annotations of `component`; unknown, missing or mistyped ones raise."""
+    """Convert `arguments` to the annotations of `component`.
+
+    Raises UserError if an argument is unknown, missing or mistyped.
+    """
     signature = inspect.signature(component)
     hints = typing.get_type_hints(component.__init__ if inspect.isclass(component) else component)
-    known = {k: p for k, p in signature.parameters.items() if k not in context and p.kind != p.VAR_KEYWORD}
+    known = {
+        name: parameter
+        for name, parameter in signature.parameters.items()
+        if name not in context and parameter.kind != parameter.VAR_KEYWORD
+    }
     for key in arguments:
         if key not in known:
-            raise UserError(f"{where}.{key}: no such setting here, it would be ignored.{suggest(key, known)}")
+            raise UserError(f"{where}.{key}: no such setting, it would be ignored.{suggest(key, known)}")
     for key, parameter in known.items():
         if parameter.default is parameter.empty and key not in arguments:
-            raise UserError(f"{where}.{key}: required but not set; give it in the recipe or as {where}.{key}=VALUE")
-    return {k: convert(v, hints.get(k, Any), f"{where}.{k}") for k, v in arguments.items()}
+            raise UserError(f"{where}.{key}: required but not set; set it in the recipe or as {where}.{key}=VALUE")
+    return {key: convert(value, hints.get(key, Any), f"{where}.{key}") for key, value in arguments.items()}
 
 
 def convert(value: Any, kind: Any, where: str) -> Any:
-    """Return `value` as `kind` (a type annotation) or raise a UserError that names both.
+    """Convert `value` to `kind`, a type annotation. Raises UserError that names both if that is not possible.
 
-    A string is literal where a string is expected and is read as YAML elsewhere, so that a
-    command-line override and a quoted value in a recipe mean the same.
+    If `kind` allows no string, a string is read as YAML, so that an override on the command line and a quoted value in
+    a recipe mean the same.
     """
     options = typing.get_args(kind) if _is_union(kind) else (kind,)
     if isinstance(value, str) and value == "null" and type(None) in options:
@@ -124,12 +137,13 @@ def convert(value: Any, kind: Any, where: str) -> Any:
             return _as(value, option, where)
         except TypeError:
             continue
-    shown = kind.__name__ if inspect.isclass(kind) else str(kind).replace("typing.", "")
-    quote = "; quote it to keep it as text" if str in options and isinstance(value, int | float) else ""
-    raise UserError(f"{where}={value!r}: expected {shown}, got {type(value).__name__}{quote}")
+    expected = kind.__name__ if inspect.isclass(kind) else str(kind).replace("typing.", "")
+    quote = "; quote it to make it a text" if str in options and isinstance(value, int | float) else ""
+    raise UserError(f"{where}={value!r}: expected {expected}, got {type(value).__name__}{quote}")
 
 
 def _as(value: Any, kind: Any, where: str) -> Any:
+    """Convert `value` to one annotation that is not a union. Raises TypeError if its type does not fit."""
     origin, inner = typing.get_origin(kind) or kind, typing.get_args(kind)
     if origin is typing.Literal:
         if value not in inner:
@@ -138,10 +152,10 @@ def _as(value: Any, kind: Any, where: str) -> Any:
     if origin in (list, tuple) and isinstance(value, list | tuple):
         if not inner:
             return origin(value)
-        each = (inner[0],) * len(value) if origin is list or inner[-1] is Ellipsis else inner
-        if len(each) != len(value):
-            raise UserError(f"{where}={value!r}: expected {len(each)} values, got {len(value)}")
-        return origin(convert(v, k, f"{where}[{i}]") for i, (v, k) in enumerate(zip(value, each, strict=True)))
+        kinds = (inner[0],) * len(value) if origin is list or inner[-1] is Ellipsis else inner
+        if len(kinds) != len(value):
+            raise UserError(f"{where}={value!r}: expected {len(kinds)} values, got {len(value)}")
+        return origin(convert(v, k, f"{where}[{i}]") for i, (v, k) in enumerate(zip(value, kinds, strict=True)))
     if origin in (dict, Mapping) and isinstance(value, Mapping):
         return {str(k): convert(v, inner[1], f"{where}.{k}") if inner else v for k, v in value.items()}
     if dataclasses.is_dataclass(origin) and isinstance(value, Mapping):
@@ -154,7 +168,7 @@ def _as(value: Any, kind: Any, where: str) -> Any:
 
 
 def parse(text: str, where: str) -> Any:
-    """Return `text` read as one YAML value, without interpolation; `where` names its place in errors."""
+    """Read `text` as a YAML value, without interpolation. Raises UserError at `where` if it is not YAML."""
     import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -162,7 +176,7 @@ def parse(text: str, where: str) -> Any:
     try:
         return OmegaConf.to_container(OmegaConf.create(f"value: {text}"), resolve=False)["value"]  # type: ignore[index,call-overload]
     except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{where}={text!r}: not a YAML value; a list is written [a, b], a mapping {{a: 1}}") from error
+        raise UserError(f"{where}={text!r}: not a YAML value; write a list as [a, b], a mapping as {{a: 1}}") from error
 
 
 def _is_union(kind: Any) -> bool:

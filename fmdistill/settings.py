@@ -1,4 +1,4 @@
-"""Settings as plain mappings: how a recipe is named, what a study's methods are, and what is laid on top of what."""
+"""Settings as plain mappings: names of recipes, methods of studies, and the rules by which settings are merged."""
 
 import hashlib
 import os
@@ -10,44 +10,44 @@ from typing import Any
 
 from fmdistill.registry import UserError, suggest
 
-METHOD = r"\w[\w.+-]*"  # a method's name is also a folder's
+METHOD = r"\w[\w.+-]*"  # the name of a method, which is also a folder's name
 
 
 @dataclass(frozen=True)
-class Reference:
-    """What names a recipe: a file, and possibly a method of the study in it and settings that are laid on top."""
+class RecipeName:
+    """The parts of a recipe's name: a file, and optionally a method of the study in it, and settings to change."""
 
     path: str
     method: str = ""
     settings: tuple[str, ...] = ()
 
 
-def refer(name: str | Path) -> Reference:
+def parse_recipe_name(name: str | Path) -> RecipeName:
     """Parse a recipe's name: PATH, PATH:METHOD, PATH:key=value,key=value or PATH:METHOD,key=value.
 
-    A comma separates settings only where a key and = follow it, so that lists stay whole: `train.betas=[1,2],seed=1`.
+    A comma separates settings only if a key and = follow it, so that values may be lists: `train.betas=[1,2],seed=1`.
     """
     path, _, rest = str(name).partition(":")
     if not re.match(rf"{METHOD}(,|=|$)", rest) or os.path.isfile(os.path.expanduser(str(name))):
-        return Reference(str(name))
+        return RecipeName(str(name))
     first, *others = re.split(r",(?=[\w.-]+=)", rest)
-    return Reference(path, "", (first, *others)) if "=" in first else Reference(path, first, tuple(others))
+    return RecipeName(path, "", (first, *others)) if "=" in first else RecipeName(path, first, tuple(others))
 
 
 def is_override(text: str) -> bool:
-    """Return whether an argument is a setting, key=value, rather than a recipe's name, which may hold settings too."""
+    """Return whether an argument is a setting, key=value; a recipe's name with settings in it is not."""
     return "=" in text and ":" not in text.partition("=")[0]
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `base` with `over` laid on top; a mapping whose `name` changes is replaced, arguments and all.
+    """Merge the settings `over` into `base` and return the result; a mapping whose `name` changes is replaced whole.
 
-    Of the alternatives `steps` and `epochs`, setting one takes the other back.
+    Setting one of the alternatives `steps` and `epochs` resets the other to None.
     """
     merged = dict(base)
-    for one, other in (("steps", "epochs"), ("epochs", "steps")):
-        if one in over and other in merged and other not in over:
-            merged[other] = None
+    for key, alternative in (("steps", "epochs"), ("epochs", "steps")):
+        if key in over and alternative in merged and alternative not in over:
+            merged[alternative] = None
     for key, value in over.items():
         old = merged.get(key)
         replaced = isinstance(value, Mapping) and isinstance(old, Mapping) and _renamed(old, value)
@@ -66,22 +66,22 @@ def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return every setting by its dotted name, such as "train.steps"."""
     flattened: dict[str, Any] = {}
     for key, value in settings.items():
-        nested = {f".{name}": one for name, one in flat(value).items()} if isinstance(value, Mapping) else {"": value}
-        flattened.update({f"{key}{name}": one for name, one in nested.items()})
+        nested = {f".{name}": leaf for name, leaf in flat(value).items()} if isinstance(value, Mapping) else {"": value}
+        flattened.update({f"{key}{name}": leaf for name, leaf in nested.items()})
     return flattened
 
 
-def methods_of(given: Any, path: Path) -> dict[str, dict[str, Any]]:
-    """Return a study's methods by name; a method's keys may be dotted, as on the command line."""
-    if not isinstance(given, dict):
+def parse_methods(stated: Any, path: Path) -> dict[str, dict[str, Any]]:
+    """Check the `methods` of the study at `path` and return their settings by name, dotted keys nested."""
+    if not isinstance(stated, dict):
         raise UserError(
-            f"{path}: methods={given!r}: expected a mapping of names to settings, such as {{mine: {{seed: 1}}}}"
+            f"{path}: methods={stated!r}: expected a mapping of names to settings, such as {{long: {{seed: 1}}}}"
         )
     methods: dict[str, dict[str, Any]] = {}
-    for name, settings in given.items():
+    for name, settings in stated.items():
         if not re.fullmatch(METHOD, str(name)):
             raise UserError(
-                f"{path}: methods.{name}: a name is made of letters, digits and _ . + -, since it is a folder's"
+                f"{path}: methods.{name}: a name consists of letters, digits and _ . + -, since a folder is named so"
             )
         if not isinstance(settings, dict):
             raise UserError(f"{path}: methods.{name}={settings!r}: expected a mapping of settings, or {{}} for none")
@@ -97,23 +97,26 @@ def methods_of(given: Any, path: Path) -> dict[str, dict[str, Any]]:
 def with_method(
     base: dict[str, Any], methods: Mapping[str, dict[str, Any]], name: str, path: Path, below: tuple[str, ...] = ()
 ) -> dict[str, Any]:
-    """Return `base` with the method called `name` on top, and between them the method that it extends."""
+    """Merge the settings of method `name`, and before them of the methods it extends, into `base`.
+
+    `below` are the methods that extend `name`. Raises UserError if one extends itself or a setting changes nothing.
+    """
     own = {key: value for key, value in methods[name].items() if key != "extends"}
     if "extends" in methods[name]:
         parent, below = str(methods[name]["extends"]), (*below, name)
         if parent not in methods or parent in below:
-            known = [one for one in methods if one not in below]
+            known = [method for method in methods if method not in below]
             raise UserError(f"{path}: methods.{name}.extends={parent}: no other method.{suggest(parent, known)}")
         base = with_method(base, methods, parent, path, below)
     settings = merge(base, own)
     for key, value in own.items():
         if merge(base, {key: value}) == base:
-            raise UserError(f"{path}: methods.{name}.{key}: changes nothing, the method has it already; leave it out")
+            raise UserError(f"{path}: methods.{name}.{key}: changes nothing, the method has this value; remove it")
     return settings
 
 
 def folder_name(settings: Iterable[str]) -> str:
-    """Return a folder's name for settings, the same in whatever order; what a folder's name cannot tell is hashed."""
+    """Return a folder name for settings in any order, with a hash if the name cannot contain them unchanged."""
     text = "-".join(sorted(settings))
     plain = re.sub(r"[^\w.+-]", "_", text)
     lossless = len(plain) <= 120 and plain == text.replace("=", "_")

@@ -1,8 +1,8 @@
-"""Stop requests: SIGINT and SIGTERM are noted, and loops look between two units of work whether one has come.
+"""Stop requests: a handler records SIGINT and SIGTERM, and loops check between two units of work for a request.
 
-A signal therefore never interrupts a line of code that did not expect it. Whoever finds a request finishes or gives up
-its unit (a batch, a step, a shard, a prompt), saves what it has, and raises `Stopped`. A second signal interrupts at
-once. Without `listen`, which the command line calls, signals keep their usual meaning and nothing is ever requested.
+So a signal never interrupts code at an arbitrary line. On a request, a loop finishes or abandons its unit (a batch, a
+step, a shard, a prompt), saves its state, and raises `Stopped`. A second signal interrupts at once. Without `listen`,
+which the command line calls, signals have their usual effect and a stop is never requested.
 """
 
 import signal
@@ -16,12 +16,12 @@ from types import FrameType
 from typing import TypeVar
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-POLL = 1.0  # seconds between looks while something is awaited
+POLL = 1.0  # seconds between checks while waiting
 T = TypeVar("T")
 
 
 class Stopped(KeyboardInterrupt):
-    """A stop was requested and work has ended in order; `number` is the signal's."""
+    """Work ended in order because a stop was requested; `number` is that of the signal."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -37,14 +37,14 @@ _request = _Request()
 
 
 def listen() -> None:
-    """Note SIGINT and SIGTERM from now on, also after a library has set a handler of its own; main thread only."""
+    """Record SIGINT and SIGTERM as stop requests from now on, replacing other handlers; only in the main thread."""
     if threading.current_thread() is threading.main_thread():
         for number in SIGNALS:
-            signal.signal(number, _note)
+            signal.signal(number, _record)
 
 
 def requested() -> int | None:
-    """Return the number of the signal that asked to stop, None if there was none."""
+    """Return the number of the signal that requested a stop, None if no stop was requested."""
     return _request.number
 
 
@@ -54,43 +54,43 @@ def overdue(seconds: float) -> bool:
 
 
 def check() -> None:
-    """Raise Stopped if a stop was requested; call it where nothing is half done."""
+    """Raise Stopped if a stop was requested; call this between two units of work."""
     if _request.number is not None:
         raise Stopped(_request.number)
 
 
 def between(items: Iterable[T]) -> Iterator[T]:
-    """Yield the items; raise Stopped instead of the next one if a stop was requested. What gives them is closed."""
+    """Yield the items, raising Stopped before an item if a stop was requested; `items` is closed at the end."""
     try:
         for item in items:
             check()
             yield item
     finally:
-        if hasattr(items, "close"):  # a generator or a progress bar, which else would last as long as the traceback
+        if hasattr(items, "close"):  # a generator or progress bar, which else the traceback would keep open
             items.close()  # type: ignore[attr-defined]
 
 
 def result(future: Future[T], look: Callable[[], object] = check) -> T:
-    """Return the future's result or raise its error; `look` is called each second until then, and may raise."""
+    """Return the future's result or raise its error; meanwhile call `look`, which may raise, every second."""
     while True:
         try:
             return future.result(POLL)
         except NotYet:
-            if future.done():  # meanwhile, or the work itself raised this very error
+            if future.done():  # just now, or the work itself raised this error
                 return future.result()
         look()
 
 
 def ignore() -> None:
-    """Ignore both signals in this process: a worker that ends when its parent tells it to, or is gone."""
+    """Ignore both signals in this process, for a worker that ends when its parent says so or has ended."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 @contextmanager
-def held() -> Iterator[None]:
-    """Hold both signals back for the block, in which child processes start: they inherit that until they `ignore`."""
+def blocked() -> Iterator[None]:
+    """Block both signals while child processes start; the children inherit the block until they call `ignore`."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
@@ -99,11 +99,11 @@ def held() -> Iterator[None]:
 
 
 def forget() -> None:
-    """Forget a request, for tests and for a process that goes on after it."""
+    """Discard a request, for tests and for a process that continues after it."""
     _request.number = None
 
 
-def _note(number: int, frame: FrameType | None) -> None:
-    if _request.number is not None:  # asked twice
+def _record(number: int, frame: FrameType | None) -> None:
+    if _request.number is not None:  # the second signal
         raise Stopped(number)
     _request.number, _request.at = number, time.monotonic()

@@ -1,4 +1,4 @@
-"""A CLIP run at toy size: an open_clip folder as the teacher, class folders with captions, a student left untrained."""
+"""A CLIP run at toy size: an open_clip folder as the teacher, class folders or tars as images, an untrained student."""
 
 import io
 import json
@@ -46,15 +46,15 @@ class Student(nn.Module):
 
 
 class Model(nn.Module):
-    """What open_clip's functions ask of a model: the student's image side and the teacher's text side."""
+    """A model for open_clip's functions, with the student's image tower and the teacher's text tower."""
 
     def __init__(self, student: nn.Module, clip: nn.Module) -> None:
         super().__init__()
         self.student, self.clip = student, clip
 
     def encode_image(self, image: torch.Tensor, normalize: bool = False) -> torch.Tensor:
-        found = self.student(image)["embedding"]
-        return nn.functional.normalize(found, dim=-1) if normalize else found
+        embedding = self.student(image)["embedding"]
+        return nn.functional.normalize(embedding, dim=-1) if normalize else embedding
 
 
 RECIPE = """
@@ -73,12 +73,12 @@ train: {{steps: 2, batch_size: 8, workers: 0, precision: fp32, device: cpu}}
 
 
 def write_teacher(folder: Path, seed: int = 0, **changes: object) -> Path:
-    """Write an open_clip folder with weights that hide nothing; `changes` go into its model_cfg."""
+    """Write an open_clip folder with non-degenerate weights; `changes` override its model_cfg."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {"model_cfg": {**MODEL_CFG, **changes}, "preprocess_cfg": PREPROCESS_CFG}
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     model = randomize(open_clip.create_model(f"local-dir:{folder}"), seed)
-    with torch.no_grad():  # else all pictures look alike to it
+    with torch.no_grad():  # else its embeddings of different images are nearly equal
         model.visual.conv1.weight.mul_(6)
         model.visual.positional_embedding.mul_(0.2)
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
@@ -86,7 +86,7 @@ def write_teacher(folder: Path, seed: int = 0, **changes: object) -> Path:
 
 
 def picture(seed: int) -> bytes:
-    """Return a PNG of coarse colours, of one of three sizes."""
+    """Return a PNG of coarse random colours in one of three sizes."""
     rng = np.random.default_rng(seed)
     coarse = PIL.Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
     buffer = io.BytesIO()
@@ -95,7 +95,7 @@ def picture(seed: int) -> bytes:
 
 
 def write_classes(root: Path, each: int, seed: int = 0) -> None:
-    """Write `each` pictures into a folder for every one of CLASSES, and names.txt beside `root`."""
+    """Write `each` images into a folder per class of CLASSES, and names.txt beside `root`."""
     for number, name in enumerate(CLASSES):
         (root / name).mkdir(parents=True)
         for i in range(each):
@@ -105,7 +105,7 @@ def write_classes(root: Path, each: int, seed: int = 0) -> None:
 
 
 def write_tar(path: Path, captions: list[str | None], seed: int = 0, labels: bool = False) -> None:
-    """Write a tar as img2dataset does; None is an image without its .txt."""
+    """Write a tar as img2dataset does; an image whose caption is None has no .txt."""
     with tarfile.open(path, "w") as tar:
         for number, caption in enumerate(captions):
             members = {"png": picture(seed + number)}
@@ -120,13 +120,13 @@ def write_tar(path: Path, captions: list[str | None], seed: int = 0, labels: boo
 
 
 def load(folder: Path, *overrides: str) -> Recipe:
-    """Return the toy recipe, whose cache and run lie in `folder`."""
+    """Write and return the toy recipe, whose cache and run are in `folder`."""
     (folder / "clip.yaml").write_text(RECIPE.format(folder=folder))
     return recipes.load(folder / "clip.yaml", overrides)
 
 
 def finish(recipe: Recipe, student: nn.Module) -> Path:
-    """Leave `student` behind as if the recipe had trained it; return the run's folder."""
+    """Store `student` as the result of the recipe's training; return the run's folder."""
     recipes.save(recipe, recipe.out)
     checkpoint.save_state(student.state_dict(), Path(recipe.out) / WEIGHTS)
     return Path(recipe.out)

@@ -1,4 +1,4 @@
-"""A toy CLIP of open_clip's own classes, with weights that hide nothing; photographs with captions in a tar."""
+"""A toy CLIP of open_clip's classes with non-degenerate weights, and tars of captioned photographs."""
 
 import io
 import json
@@ -28,12 +28,12 @@ CONFIG = {"model_cfg": MODEL_CFG, "preprocess_cfg": PREPROCESS_CFG, "tokenizer":
 
 
 def model(seed: int = 0, **changes) -> CLIP:
-    """Return the toy with its QuickGELU and non-degenerate weights."""
+    """Return the toy CLIP, with QuickGELU and non-degenerate weights."""
     return randomize(CLIP(**{**MODEL_CFG, **changes}), seed)
 
 
 def folder(path: Path, seed: int = 0) -> str:
-    """Write the toy as open_clip's folder; return its name for open_clip."""
+    """Write the toy CLIP as a folder that open_clip loads; return its name for open_clip."""
     path.mkdir(exist_ok=True)
     (path / "open_clip_config.json").write_text(json.dumps(CONFIG))
     save_file(model(seed).state_dict(), path / "open_clip_model.safetensors")
@@ -41,13 +41,13 @@ def folder(path: Path, seed: int = 0) -> str:
 
 
 def teacher(seed: int = 0, tokens: bool = False, dtype: str = "fp32", batch: int = 4) -> ClipTeacher:
-    """Return the toy as a teacher."""
+    """Return the toy CLIP as a teacher."""
     settings = {"tokens": tokens, "device": "cpu", "dtype": dtype, "batch": batch, "workers": 1}
     return ClipTeacher(model(seed), CONFIG, name="toy", kind="toy", **settings)
 
 
 def picture(number: int, size: tuple[int, int] = (48, 40)) -> bytes:
-    """Return a photograph as PNG bytes, cut and scaled to `size` (w, h), another for each number."""
+    """Return a photograph as PNG bytes, cropped and scaled to `size` (w, h); each number has a different crop."""
     picture = Image.fromarray(photograph("coffee"))
     left = 7 * number % 300
     buffer = io.BytesIO()
@@ -56,7 +56,7 @@ def picture(number: int, size: tuple[int, int] = (48, 40)) -> bytes:
 
 
 def pack(path: Path, members: list[tuple[str, bytes]]) -> None:
-    """Write a tar of the members in their order."""
+    """Write a tar of the members in order."""
     with tarfile.open(path, "w") as tar:
         for name, data in members:
             info = tarfile.TarInfo(name)
@@ -65,7 +65,7 @@ def pack(path: Path, members: list[tuple[str, bytes]]) -> None:
 
 
 def img2dataset(folder: Path, name: str, keys: list[str], captions: bool = True) -> None:
-    """Write a tar as img2dataset does: KEY.jpg, KEY.json, KEY.txt of every key; the picture follows from the key."""
+    """Write a tar as img2dataset does: KEY.jpg, KEY.json and KEY.txt for every key, which determines the image."""
     members: list[tuple[str, bytes]] = []
     for key in keys:
         members.append((f"{key}.jpg", picture(sum(map(ord, key)))))
@@ -89,13 +89,13 @@ train: {{steps: 2, batch_size: 4, workers: 0}}
 
 
 def load(folder: Path, *overrides: str) -> Recipe:
-    """Return a recipe that caches the toy over the tars in `folder`."""
+    """Write and return a recipe that caches the toy CLIP's outputs for the tars in `folder`."""
     path = folder / "clip.yaml"
     path.write_text(RECIPE.format(folder=folder))
     return recipes.load(path, overrides)
 
 
 def embed(pixels_B3SS: torch.Tensor, seed: int = 0) -> torch.Tensor:
-    """Return open_clip's own embeddings of normalised images."""
+    """Return open_clip's embeddings of normalised images."""
     with torch.no_grad():
         return model(seed).encode_image(pixels_B3SS)

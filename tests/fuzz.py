@@ -1,10 +1,10 @@
-"""Damaged and hostile inputs by the thousand: `python tests/fuzz.py 10000`.
+"""Feed thousands of damaged and hostile inputs to the readers: `python tests/fuzz.py 10000`.
 
-Every input is whole bytes (an image tar, a JPEG, a PNG, a shard, a sidecar, a manifest) that were cut, bit-flipped,
-spliced, or rewritten with hostile values whose own checksums agree. What reads them must answer with values or with an
-error that the command line turns into one line, within SECONDS and MEMORY bytes; it must open nothing for writing
-outside the sandbox, start no process and unpickle nothing. A shard whose payload changed must be found: by the first
-read of that member, or by `verify`.
+An input is the bytes of an image tar, JPEG, PNG, shard, sidecar or manifest that were truncated, bit-flipped, spliced,
+or rewritten with hostile values and matching checksums. Its reader must return values or raise an error that the
+command line prints as one line, within SECONDS and MEMORY bytes; it must not open a file for writing outside the
+sandbox, start a process or unpickle anything. A shard with a changed payload must be detected by the first read of the
+changed member, or by `verify`.
 """
 
 import argparse
@@ -37,8 +37,8 @@ from fmdistill.images.tar import Tar
 from fmdistill.registry import UserError
 
 SECONDS = 20
-MEMORY = 3 << 30  # more than before the inputs: the largest image that PIL lets through takes half a gigabyte
-EXPECTED = (UserError, OSError, DecodeError)  # what fmdistill.cli.main turns into one line
+MEMORY = 3 << 30  # in addition to that in use before the inputs: the largest image PIL accepts takes half a gigabyte
+EXPECTED = (UserError, OSError, DecodeError)  # errors that fmdistill.cli.main prints as one line
 STARTS = (
     "subprocess.Popen",
     "os.system",
@@ -53,7 +53,7 @@ CHANGES = ("os.remove", "os.rename", "os.link", "os.symlink", "os.mkdir", "os.rm
 
 
 class Watch:
-    """Collects what happens while it is on and must not: processes, unpickling, writing outside `sandbox`."""
+    """Records forbidden events while it is on: starting processes, unpickling, writing outside `sandbox`."""
 
     def __init__(self) -> None:
         self.sandbox, self.on, self.seen = "", False, []
@@ -76,7 +76,7 @@ class Watch:
 
 @dataclass(frozen=True)
 class Kind:
-    """What is fed: a way to make one damaged input, and a way to read it. `read` returns what it found wrong, or ""."""
+    """A kind of input: `make` returns a damaged input, `read` reads it and returns a description of any fault or ""."""
 
     make: Callable[[random.Random], bytes]
     read: Callable[[bytes], str]
@@ -91,7 +91,7 @@ def decoded(data: bytes) -> str:
 
 
 class Job:
-    """A toy cache in a sandbox, whose files are replaced one at a time and put back."""
+    """A toy cache in a sandbox, whose files are replaced one at a time and restored."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -135,7 +135,7 @@ class Job:
         }
 
     def read_tar(self, data: bytes) -> str:
-        """List an image tar and decode all that it holds."""
+        """List the keys of an image tar and decode all its images."""
         (self.folder / "a.tar").write_bytes(data)
         source = Tar(str(self.folder), ["a.tar"])
         source.shards()
@@ -149,11 +149,11 @@ class Job:
         return ""
 
     def read_cache(self, name: str, data: bytes) -> str:
-        """Read a cache one of whose files is `data`; it may fail in one line, but not give other values unnoticed."""
+        """Read a cache whose file `name` has the content `data`; return a fault if a value changed undetected."""
         (self.root / name).write_bytes(data)
         try:
-            found = self._values()
-            wrong = [key for key, value in found.items() if key not in self.values or value != self.values[key]]
+            values = self._values()
+            wrong = [key for key, value in values.items() if key not in self.values or value != self.values[key]]
             if wrong and name.endswith(".tar"):
                 return f"{wrong[0]} was read with another value"
             verify_files(Cache(Folder(self.root), self.images))
@@ -173,7 +173,7 @@ class Job:
 
 
 def fuzz(folder: Path, inputs: int, seed: int = 0, only: str = "") -> tuple[Counter, list[str]]:
-    """Feed `inputs` inputs, each kind in turn; return how each kind ended, and a line for each thing that was wrong."""
+    """Feed `inputs` inputs of alternating kinds; return the counts of outcomes, and a line for each fault."""
     sandbox = folder / "sandbox"
     sandbox.mkdir()
     job, watch = Job(sandbox), Watch()
@@ -227,9 +227,9 @@ if __name__ == "__main__":
     parser.add_argument("inputs", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="a kind of input, such as sidecar")
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        ends, wrong = fuzz(Path(folder), asked.inputs, asked.seed, asked.only)
+        ends, wrong = fuzz(Path(folder), arguments.inputs, arguments.seed, arguments.only)
     print()
     for (name, end), count in sorted(ends.items()):
         print(f"{name:10} {end:14} {count}")

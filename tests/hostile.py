@@ -1,4 +1,4 @@
-"""Inputs that are damaged at random, and hostile ones whose own checksums agree."""
+"""Build inputs with random damage, and hostile inputs with matching checksums."""
 
 import copy
 import io
@@ -27,26 +27,26 @@ VALUES = [*NUMBERS, None, "", "../../out", "a" * 100_000, [], {}, [[]], {"a": {}
 
 
 def damaged(data: bytes, rng: random.Random) -> bytes:
-    """Return `data` cut, with bits flipped, a piece repeated, a piece left out, or a field of bytes set to extremes."""
-    how, place = rng.randrange(5), rng.randrange(len(data))
-    if how == 0:
+    """Return `data` truncated, with bits flipped, a piece repeated or removed, or some bytes set to extreme values."""
+    damage, place = rng.randrange(5), rng.randrange(len(data))
+    if damage == 0:
         return data[:place]
-    if how == 1:
+    if damage == 1:
         out = bytearray(data)
         for _ in range(rng.choice([1, 1, 2, 8, 64])):
             out[rng.randrange(len(out))] ^= 1 << rng.randrange(8)
         return bytes(out)
     length = rng.randrange(1, 600)
-    if how == 2:
+    if damage == 2:
         return data[:place] + data[place : place + length] * 2 + data[place + length :]
-    if how == 3:
+    if damage == 3:
         return data[:place] + data[place + length :]
     field = rng.choice([b"\xff", b"\0", b"7"]) * rng.choice([1, 2, 4, 8, 12])
     return data[:place] + field + data[place + len(field) :]
 
 
 def hostile_tar(rng: random.Random) -> bytes:
-    """Return a tar whose headers' checksums agree and whose names, types, sizes and extended headers are hostile."""
+    """Return a tar with correct header checksums, but hostile names, types, sizes and extended headers."""
     out = io.BytesIO()
     for _ in range(rng.randrange(1, 5)):
         info = tarfile.TarInfo(rng.choice([*NAMES[:3], "a.jpg", "b.png", "b.cls", "c.json"]))
@@ -80,14 +80,14 @@ def hostile_tar(rng: random.Random) -> bytes:
 
 
 def small_image(format: str, size: tuple[int, int] = (48, 32), mode: str = "RGB") -> bytes:
-    """Return an encoded picture of noise."""
+    """Return an encoded image of noise."""
     buffer = io.BytesIO()
     PIL.Image.effect_noise(size, 60).convert(mode).save(buffer, format)
     return buffer.getvalue()
 
 
 def hostile_png(rng: random.Random) -> bytes:
-    """Return a PNG with hostile sizes, depths and chunks, each chunk's checksum set right."""
+    """Return a PNG with hostile sizes, depths and chunks, but correct chunk checksums."""
     data = small_image("PNG", mode=rng.choice(["RGB", "L", "RGBA", "P", "1"]))
     chunks, place = [], 8
     while place < len(data):
@@ -114,13 +114,13 @@ def hostile_png(rng: random.Random) -> bytes:
 
 
 def hostile_jpeg(rng: random.Random) -> bytes:
-    """Return a JPEG with another size in its frame header, another order of segments, or EXIF of hostile offsets."""
+    """Return a JPEG with a hostile size or channel count in its frame header, or EXIF data with hostile offsets."""
     data = bytearray(small_image("JPEG", mode=rng.choice(["RGB", "L", "CMYK"])))
     frame = data.find(b"\xff\xc0")
-    how = rng.randrange(3)
-    if how == 0:
+    fault = rng.randrange(3)
+    if fault == 0:
         data[frame + 5 : frame + 9] = struct.pack(">HH", *rng.choices([0, 1, 65_500, 65_535, 13_000], k=2))
-    elif how == 1:
+    elif fault == 1:
         data[frame + 9] = rng.choice([0, 1, 2, 4, 255])
     else:
         exif = b"Exif\0\0MM\0*" + struct.pack(">I", rng.choice([8, 0, 2**32 - 1])) + rng.randbytes(60)
@@ -129,7 +129,7 @@ def hostile_jpeg(rng: random.Random) -> bytes:
 
 
 def hostile_json(text: bytes, rng: random.Random) -> bytes:
-    """Return the JSON with one to three of its values replaced or left out, or nested deeper than a stack."""
+    """Return the JSON with one to three values replaced or removed, or JSON nested deeper than the parser's stack."""
     if rng.random() < 0.02:
         return b"[" * 200_000
     value = json.loads(text)

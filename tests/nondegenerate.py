@@ -1,11 +1,11 @@
-"""Random weights that hide nothing: no parameter or statistic stays at zero or one, as many do at initialisation."""
+"""Non-degenerate random weights: no parameter or statistic is zero or one, as many are at initialisation."""
 
 import torch
 from torch import nn
 
 
 def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Fill every floating parameter and saved buffer of `module` and return it in eval mode."""
+    """Fill every floating-point parameter and saved buffer of `module` and return it in eval mode."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in sorted(module.state_dict().items()):

@@ -14,7 +14,7 @@ from fmdistill.cache.reader import ShardReader
 from fmdistill.cache.store import Folder
 from fmdistill.cache.writer import ShardWriter, TeacherInput
 from fmdistill.images import Shard
-from fmdistill.recipe import Cache
+from fmdistill.recipe import CacheSettings
 from fmdistill.teachers.output import Output
 
 SHAPES = {"embedding": (6, 8, 8), "vector": (5,)}
@@ -26,7 +26,7 @@ def written(folder, label: str) -> tuple[ShardReader, dict[str, np.ndarray]]:
     rng, shard, codec = np.random.default_rng(0), Shard("train-000", "train"), named(label)
     arrays = {name: rng.normal(size=(len(SIZES), *shape)).astype(np.float32) for name, shape in SHAPES.items()}
     given = {name: Output(shape, "image" if len(shape) == 3 else None) for name, shape in SHAPES.items()}
-    stored = outputs.stored(given, Cache(root=str(folder), codec=codec.name, trim=codec.trim))
+    stored = outputs.stored(given, CacheSettings(root=str(folder), codec=codec.name, trim=codec.trim))
     writer = ShardWriter(Folder(folder), shard, "x", stored)
     for index, (height, width) in enumerate(SIZES):
         valid = np.zeros((8, 8), bool)

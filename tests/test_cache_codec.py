@@ -20,7 +20,7 @@ from fmdistill.cache.store import Folder
 from fmdistill.cache.verification import verify_values
 from fmdistill.cache.writer import ShardWriter, TeacherInput
 from fmdistill.images import Shard
-from fmdistill.recipe import Cache
+from fmdistill.recipe import CacheSettings
 from fmdistill.registry import UserError
 from fmdistill.teachers.output import Output
 
@@ -135,7 +135,7 @@ def test_a_shard_of_each_codec_holds_trimmed_the_valid_tokens_of_the_full_one(tm
 def shard(root, codec, maps, sizes, shapes) -> ShardReader:
     root.mkdir()
     given = {name: Output(shape, "image" if len(shape) == 3 else None) for name, shape in shapes.items()}
-    stored = outputs.stored(given, Cache(root=str(root), codec=codec.name, trim=codec.trim))
+    stored = outputs.stored(given, CacheSettings(root=str(root), codec=codec.name, trim=codec.trim))
     writer = ShardWriter(Folder(root), Shard("train-000", "train"), "x", stored)
     for index, (values, (height, width)) in enumerate(zip(maps, sizes, strict=True)):
         valid = np.zeros((8, 8), bool)

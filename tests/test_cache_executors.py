@@ -1,4 +1,4 @@
-"""Executors differ in one line of the recipe and leave the same cache; a Ray actor may be killed in the middle."""
+"""Tests of executors: all write the same cache, even if a Ray actor is killed in the middle."""
 
 import os
 import signal
@@ -24,10 +24,10 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name != "recipe.yaml"}
 
 
-class Noted(tiny.SamTeacher):
-    """The toy teacher; where FMDISTILL_SLOW names a folder it says there who works, and takes its time over a batch.
+class SlowTeacher(tiny.SamTeacher):
+    """The toy teacher; if FMDISTILL_SLOW names a folder, it writes its process id there and is slow.
 
-    Once a worker was killed the others wait for the next, so that it is not too late to find any work.
+    After a worker was killed, the others wait until its successor works, so that work is left for that.
     """
 
     def __call__(self, pixels, sizes):
@@ -41,9 +41,9 @@ class Noted(tiny.SamTeacher):
         return super().__call__(pixels, sizes)
 
 
-def teacher() -> Noted:
+def teacher() -> SlowTeacher:
     sam = tiny.tiny_sam(0, 64, tiny.CHANNELS)
-    return Noted(sam, name="tiny", device="cpu", dtype="fp32", batch=2, workers=0)
+    return SlowTeacher(sam, name="tiny", device="cpu", dtype="fp32", batch=2, workers=0)
 
 
 def load(folder: Path, *overrides: str) -> recipe.Recipe:
@@ -51,7 +51,7 @@ def load(folder: Path, *overrides: str) -> recipe.Recipe:
     return tiny.load(folder, "teacher.name=test_cache_executors:teacher", *SIZE, *overrides)
 
 
-def test_the_executor_is_one_override_and_no_part_of_what_a_cache_is(tmp_path):
+def test_the_executor_is_one_override_and_not_in_the_caches_identity(tmp_path):
     default, ray = load(tmp_path), load(tmp_path, "cache.executor.name=ray", "cache.executor.actors=3")
     assert default.cache.executor == {"name": "local"} and ray.cache.executor == {"name": "ray", "actors": "3"}
     assert default.cache == ray.cache
@@ -67,11 +67,14 @@ def test_the_executor_is_one_override_and_no_part_of_what_a_cache_is(tmp_path):
         (["cache.executor.name=ray", "cache.executor.actors=many"], "cache.executor.actors='many'"),
         (["cache.executor.name=ray", "cache.executor.actors=0"], "actors=0"),
         (["cache.executor.name=ray", "cache.executor.num_cpus=0"], "num_cpus=0"),
-        (["cache.executor.name=ray", "cache.executor.address=foo"], "cache.executor.address=foo: no Ray cluster there"),
+        (
+            ["cache.executor.name=ray", "cache.executor.address=foo"],
+            "address=foo: no Ray cluster at this address",
+        ),
         (["cache.executor.name=accelerate"], "no launcher started this process; start it as `accelerate launch -m"),
     ],
 )
-def test_what_cannot_run_is_refused_before_a_teacher_is_loaded(tmp_path, monkeypatch, overrides, message):
+def test_wrong_settings_raise_before_a_teacher_is_loaded(tmp_path, monkeypatch, overrides, message):
     for name in ("RANK", "ACCELERATE_MIXED_PRECISION"):
         monkeypatch.delenv(name, raising=False)
     if "address=foo" in str(overrides):
@@ -83,20 +86,20 @@ def test_what_cannot_run_is_refused_before_a_teacher_is_loaded(tmp_path, monkeyp
     assert message in str(caught.value) and not (tmp_path / "cache").exists()
 
 
-def test_a_missing_ray_is_named(tmp_path, monkeypatch):
+def test_a_missing_ray_raises(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match=r"Ray is not installed; pip install 'fmdistill\[ray\]'"):
         cache.run(load(tmp_path, "cache.executor.name=ray"))
 
 
-def test_ray_inside_a_launcher_is_refused(tmp_path, monkeypatch):
+def test_ray_inside_a_launcher_raises(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="each would start actors"):
         cache.run(load(tmp_path, "cache.executor.name=ray"))
 
 
 @pytest.mark.parametrize(("rank", "world"), [("a", "4"), ("0", "many"), ("", "1"), ("0", "0")])
-def test_a_launcher_s_variables_that_are_no_numbers_are_named(monkeypatch, rank, world):
+def test_a_launchers_variables_must_be_numbers(monkeypatch, rank, world):
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", world)
     with pytest.raises(UserError, match=f"RANK={rank}, WORLD_SIZE={world} in the environment: .*unset both"):
@@ -104,7 +107,7 @@ def test_a_launcher_s_variables_that_are_no_numbers_are_named(monkeypatch, rank,
 
 
 @pytest.mark.parametrize("name", ["local", "accelerate"])
-def test_processes_of_a_launcher_take_their_own_shards_first_with_either_name(tmp_path, monkeypatch, name):
+def test_processes_of_a_launcher_write_their_own_shards_first(tmp_path, monkeypatch, name):
     written = []
     monkeypatch.setattr(teacher_pass.Pass, "write", lambda self, shard, bar: written.append(shard.name))
     monkeypatch.setenv("RANK", "1")
@@ -115,32 +118,32 @@ def test_processes_of_a_launcher_take_their_own_shards_first_with_either_name(tm
     assert written[:2] == [shards[1], shards[5]] and sorted(written) == sorted(shards)
 
 
-def test_what_another_process_is_writing_comes_last(tmp_path, monkeypatch):
+def test_a_shard_that_another_process_is_writing_comes_last(tmp_path, monkeypatch):
     from fmdistill.files import temporary_name
 
     settings, written = load(tmp_path), []
-    theirs = temporary_name(tmp_path / "cache/train-000.tar")
-    theirs = theirs.with_name(theirs.name.replace(f".{os.getpid()}.", f".{os.getppid()}."))
+    other = temporary_name(tmp_path / "cache/train-000.tar")
+    other = other.with_name(other.name.replace(f".{os.getpid()}.", f".{os.getppid()}."))
     write = teacher_pass.Pass.write
     monkeypatch.setattr(
         teacher_pass.Pass, "write", lambda self, shard, bar: written.append(shard.name) or write(self, shard, bar)
     )
-    theirs.parent.mkdir()
-    theirs.touch()
+    other.parent.mkdir()
+    other.touch()
     cache.run(settings)
-    assert written[-1] == "train-000" and len(written) == len(build(settings.images).shards()) and theirs.exists()
+    assert written[-1] == "train-000" and len(written) == len(build(settings.images).shards()) and other.exists()
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    """Two CPUs of this machine as a Ray cluster, and where its slow teachers tell of themselves."""
+    """Start a Ray cluster of two CPUs; return the folder in which its slow teachers write their process ids."""
     ray = pytest.importorskip("ray")
     folder = tmp_path_factory.mktemp("cluster")
     paths = f"{Path(__file__).parent}{os.pathsep}{Path(__file__).parent.parent}"
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("RAY_USAGE_STATS_ENABLED", "0")
         environment.setenv("FMDISTILL_SLOW", str(folder))
-        environment.setenv("PYTHONPATH", paths)  # for the actors, which find the toy teacher there
+        environment.setenv("PYTHONPATH", paths)  # for the actors, which import the toy teacher
         ray.init(
             address="local", num_cpus=2, include_dashboard=False, object_store_memory=80 << 20, log_to_driver=False
         )
@@ -154,7 +157,7 @@ def ray_settings(folder: Path, *overrides: str) -> recipe.Recipe:
 
 
 @pytest.mark.slow
-def test_an_actor_killed_in_a_shard_is_replaced_and_the_cache_is_that_of_one_process(tmp_path, cluster, caplog):
+def test_a_killed_actor_is_replaced_and_the_cache_equals_that_of_one_process(tmp_path, cluster, caplog):
     root, killed = tmp_path / "cache", []
 
     def kill():
@@ -195,7 +198,7 @@ def test_an_error_in_an_actor_is_the_error_of_the_run(tmp_path, cluster):
 
 
 @pytest.mark.slow
-def test_a_cluster_of_one_s_own_starts_caches_and_ends_by_the_command_line(tmp_path):
+def test_a_local_cluster_starts_caches_and_ends_by_the_command_line(tmp_path):
     settings = ["images.train=8", "images.validation=4"]
     cache.run(tiny.load(tmp_path, *settings, f"cache.root={tmp_path}/whole"))
     executor = "cache.executor={name: ray, address: local, actors: 1, num_gpus: 0}"

@@ -130,7 +130,7 @@ def test_a_student_learns_the_same_from_a_trimmed_cache_as_from_a_full_one_witho
     include = tiny.load(tmp_path / "true", f"out={tmp_path}/include")
     with pytest.raises(UserError, match="another one: outputs.embedding.codec.train"):
         cache.run(include)
-    trimmed = dataclasses.replace(include, cache=recipes.Cache(str(tmp_path / "true/cache"), trim=True))
+    trimmed = dataclasses.replace(include, cache=recipes.CacheSettings(str(tmp_path / "true/cache"), trim=True))
     with pytest.raises(UserError, match=r"objective\.embedding\.padding=include: a cache with cache\.trim=true"):
         distill.run(trimmed)
 

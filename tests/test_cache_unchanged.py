@@ -10,7 +10,7 @@ import tiny
 
 from fmdistill import cache, teachers
 from fmdistill.cache import unchanged
-from fmdistill.mini.sam import PACKAGED
+from fmdistill.mini import clip, sam
 from fmdistill.registry import UserError
 
 
@@ -20,7 +20,7 @@ def load(folder: Path, *overrides: str):
 
 @pytest.fixture
 def made(tmp_path):
-    (tmp_path / "mini.safetensors").write_bytes(PACKAGED.read_bytes())
+    (tmp_path / "mini.safetensors").write_bytes(sam.PACKAGED.read_bytes())
     cache.run(load(tmp_path, "images.train=4", "images.validation=2"))
     return tmp_path
 
@@ -97,3 +97,8 @@ def test_a_damaged_head_is_no_finished_cache(made):
     head.write_bytes(data[:1000])
     again(made)
     assert head.read_bytes() == data
+
+
+def test_the_packaged_weights_lie_where_their_teachers_read_them():
+    assert {path.parent for path in (sam.PACKAGED, clip.PACKAGED)} == {unchanged.PACKAGED}
+    assert all((unchanged.PACKAGED / f"{name}.safetensors").is_file() for name in ("sam_mini", "clip_mini"))

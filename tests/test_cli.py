@@ -1,4 +1,4 @@
-"""The command line at toy size: every verb works, and whatever is wrong is one clear line and exit code 2."""
+"""Tests of the command line at toy size: every verb works, and any error is one line and exit code 2."""
 
 import os
 import re
@@ -28,7 +28,7 @@ def quiet(monkeypatch):
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """A folder with the toy recipe, a protocol, and the finished cache and run."""
+    """Return a folder with the toy recipe, a protocol, and the finished cache and run."""
     folder = tmp_path_factory.mktemp("cli")
     path = tiny.write(folder)
     (folder / "grid.yaml").write_text(PROTOCOL)
@@ -36,21 +36,21 @@ def done(tmp_path_factory):
     return folder
 
 
-def refused(capsys, *argv: object) -> str:
-    """Run the command, which must end in exit code 2 and one line of error; return that line."""
+def error_line(capsys, *argv: object) -> str:
+    """Run a command that must end with exit code 2 and an error in one line; return the line."""
     capsys.readouterr()
-    assert main([str(one) for one in argv]) == 2
+    assert main([str(argument) for argument in argv]) == 2
     captured = capsys.readouterr()
     lines = captured.err.splitlines()
     assert lines[-1].startswith("fmdistill: error: "), captured.err
-    # before it only log lines, which begin with a time, and progress
+    # Before it there are only progress and log lines, which begin with a time.
     assert not any("Traceback" in line or line.startswith(("fmdistill", " ")) for line in lines[:-1]), captured.err
     return lines[-1]
 
 
 def succeeded(capsys, *argv: object) -> str:
     capsys.readouterr()
-    code = main([str(one) for one in argv])
+    code = main([str(argument) for argument in argv])
     captured = capsys.readouterr()
     assert code == 0, captured.err
     return captured.out
@@ -67,8 +67,8 @@ def test_every_verb_works(done, capsys, tmp_path):
     assert "index.html" in succeeded(capsys, "report", tmp_path / "page", run, "trust=true")
     assert "<table" in (tmp_path / "page/index.html").read_text()
     assert "ok" in succeeded(capsys, "check", recipe, done / "grid.yaml")
-    shown = succeeded(capsys, "check")
-    assert "recipes/sam/mobilesam_srw.yaml: ok" in shown and "eval/sam_grid_miou.yaml: ok" in shown
+    output = succeeded(capsys, "check")
+    assert "recipes/sam/mobilesam_srw.yaml: ok" in output and "eval/sam_grid_miou.yaml: ok" in output
 
 
 def test_export_writes_a_file_that_opens(tmp_path, capsys):
@@ -80,25 +80,25 @@ def test_export_writes_a_file_that_opens(tmp_path, capsys):
     succeeded(capsys, "export", tmp_path / "run", "mobilesam", tmp_path / "out.pt")  # no foreign code, so no trust
     state = torch.load(tmp_path / "out.pt", weights_only=True)
     assert any(name.startswith("image_encoder.") for name in state)
-    assert "unknown name 'onnxx'" in refused(capsys, "export", tmp_path / "run", "onnxx", tmp_path / "x")
+    assert "unknown name 'onnxx'" in error_line(capsys, "export", tmp_path / "run", "onnxx", tmp_path / "x")
     protocol = tmp_path / "grid.yaml"
     protocol.write_text(PROTOCOL)
     judged = ["evaluate", protocol, tmp_path / "out.pt"]
-    assert "recipe=RECIPE" in refused(capsys, *judged)
+    assert "recipe=RECIPE" in error_line(capsys, *judged)
     assert "student  miou, 2x2 " in succeeded(capsys, *judged, f"recipe={tmp_path}/run/recipe.yaml", "images=1")
     assert (tmp_path / "out.evaluation/grid.json").is_file()
 
 
 def test_a_run_resumes_from_the_recipe_that_it_saved(done, capsys, tmp_path):
-    """A saved recipe with own code needs trust=true in every verb; one without needs nothing."""
+    """Every verb needs trust=true for a saved recipe that names code, and only then."""
     saved, run = done / "run/recipe.yaml", done / "run"
     assert str(run) in succeeded(capsys, "distill", saved, "trust=true")
     succeeded(capsys, "verify", done / "cache/recipe.yaml", "trust=true")
     for argv in (["distill", saved], ["evaluate", done / "grid.yaml", run], ["export", run, "mobilesam", "x.pt"]):
-        line = refused(capsys, *argv)
+        line = error_line(capsys, *argv)
         assert "names code outside fmdistill (tiny:Student, tiny:teacher); add trust=true" in line
-    assert "the student is a Student" in refused(capsys, "export", run, "mobilesam", "x.pt", "trust=true")
-    assert "only trust=true" in refused(capsys, "export", run, "mobilesam", "x.pt", "trust=yes")
+    assert "the student is a Student" in error_line(capsys, "export", run, "mobilesam", "x.pt", "trust=true")
+    assert "setting of this verb is trust=true" in error_line(capsys, "export", run, "mobilesam", "x.pt", "trust=yes")
     succeeded(capsys, "report", tmp_path / "page", run)  # the tables need no code
     assert "add trust=true" in (tmp_path / "page/index.html").read_text()
 
@@ -106,39 +106,39 @@ def test_a_run_resumes_from_the_recipe_that_it_saved(done, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("verb", "settings", "message"),
     [
-        ("distill", "train.stepps=3", "train.stepps: no such setting here.*Did you mean 'steps'"),
+        ("distill", "train.stepps=3", "train.stepps: no such setting.*Did you mean 'steps'"),
         ("distill", "train.steps=many", "train.steps='many': expected int"),
-        ("cache", "images.root=x", r"images\.root: no such setting here"),
-        ("cache", "images.name=photos images.root=x", r"images\.root: no such setting here"),
+        ("cache", "images.root=x", r"images\.root: no such setting"),
+        ("cache", "images.name=photos images.root=x", r"images\.root: no such setting"),
         ("cache", "images.name=folder images.root=/nowhere/at/all", "/nowhere/at/all"),
         ("cache", "images.name=tar images.train=x.tar images.root=/nowhere", "/nowhere/x.tar: no such tar"),
         ("cache", "steps", "'steps': expected key=value"),
         ("cache", "teacher.name=sam_vit_b", "teacher.weights is not set.*dl.fbaipublicfiles.com"),
         ("cache", "teacher.name=sam_vit_b teacher.weights=no.pth cache.root={0}/o", "no.pth: no such file.*published?"),
         ("distill", "student.name=tinyvit_sam_mini student.pretrained=no.pt out={0}/o", "no.pt: no such file"),
-        ("distill", "out={0}/grid.yaml", "grid.yaml.*a folder is expected there"),
-        ("cache", "cache.root={0}/grid.yaml", "grid.yaml.*a folder is expected there"),
+        ("distill", "out={0}/grid.yaml", "grid.yaml.*expected a folder"),
+        ("cache", "cache.root={0}/grid.yaml", "grid.yaml.*expected a folder"),
         ("distill", "optimizer.lr=1", r"holds a run of another recipe: optimizer\.lr.*out=FOLDER"),
         ("evaluate", "optimizer.lr=1 protocols=[grid.yaml]", r"holds a run of another recipe: optimizer\.lr"),
-        ("evaluate", "", "names no protocols; give one"),
-        ("evaluate", "out={0}/none protocols=[{0}/grid.yaml]", "not a run, it holds no recipe.yaml"),
+        ("evaluate", "", "protocols: this recipe has none; name one"),
+        ("evaluate", "out={0}/none protocols=[{0}/grid.yaml]", "not a run, it contains no recipe.yaml"),
     ],
 )
-def test_a_setting_that_is_wrong_is_one_line(done, capsys, verb, settings, message):
-    line = refused(capsys, verb, done / "tiny.yaml", *settings.format(done).split())
+def test_a_wrong_setting_is_one_line(done, capsys, verb, settings, message):
+    line = error_line(capsys, verb, done / "tiny.yaml", *settings.format(done).split())
     assert re.search(message, line, re.IGNORECASE), line
 
 
-def test_a_subject_or_protocol_that_is_wrong_is_one_line(done, capsys, tmp_path):
+def test_a_wrong_subject_or_protocol_is_one_line(done, capsys, tmp_path):
     protocol, run = done / "grid.yaml", done / "run"
-    assert "no such file here or in the package" in refused(capsys, "run", "no.yaml")
-    assert "not a run" in refused(capsys, "evaluate", protocol, tmp_path)
-    assert "not a run" in refused(capsys, "evaluate", protocol, tmp_path / "nowhere")
-    assert "a protocol judges something" in refused(capsys, "evaluate", protocol)
-    assert "not a run" in refused(capsys, "report", tmp_path / "page", tmp_path)
+    assert "no such file in the working folder or in the package" in error_line(capsys, "run", "no.yaml")
+    assert "not a run" in error_line(capsys, "evaluate", protocol, tmp_path)
+    assert "not a run" in error_line(capsys, "evaluate", protocol, tmp_path / "nowhere")
+    assert "a protocol needs a run to evaluate" in error_line(capsys, "evaluate", protocol)
+    assert "not a run" in error_line(capsys, "report", tmp_path / "page", tmp_path)
     for text, message in (
         ("name: [grid", "not YAML"),
-        ("- a list", "a mapping of settings"),
+        ("- a list", "expected a mapping of settings"),
         ("grids: [2]", "needs a `name`"),
         ("name: grid_iou", "Did you mean 'grid_miou'"),
         ("name: grid_miou\ngrid: [2]", "Did you mean 'grids'"),
@@ -148,15 +148,15 @@ def test_a_subject_or_protocol_that_is_wrong_is_one_line(done, capsys, tmp_path)
         broken = tmp_path / "broken.yaml"
         broken.write_text(text)
         for argv in (["evaluate", broken, run, "trust=true"], ["check", broken]):
-            line = refused(capsys, *argv)
+            line = error_line(capsys, *argv)
             assert message in line and str(broken) in line
 
 
-def test_naming_another_component_drops_the_settings_of_the_old_one(tmp_path, capsys):
+def test_another_components_name_removes_the_old_settings(tmp_path, capsys):
     path = tiny.write(tmp_path)
     text = path.read_text().replace('teacher: {name: "tiny:teacher"}', "teacher: {name: sam_vit_b, weights: no.pth}")
     path.write_text(text)
-    assert "no.pth: no such file" in refused(capsys, "cache", path)
+    assert "no.pth: no such file" in error_line(capsys, "cache", path)
     succeeded(capsys, "cache", path, "teacher.name=tiny:teacher", "images.limit=2")
 
 
@@ -175,17 +175,17 @@ def start(*argv: object) -> subprocess.Popen:
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_ctrl_c_and_a_preemption_stop_with_one_line_that_says_how_to_go_on(done, tmp_path, number, code):
+def test_ctrl_c_and_preemption_stop_with_one_line_that_says_how_to_continue(done, tmp_path, number, code):
     settings = [f"out={tmp_path}/run", "train.steps=100000", "train.checkpoint_every=5", "train.workers=2"]
     process = start("distill", done / "tiny.yaml", *settings)
     until(lambda: list(tmp_path.glob("run/checkpoints/step-*")))
-    os.killpg(process.pid, number)  # as a terminal and Slurm do: the image-loading processes get it too
-    _, shown = process.communicate(timeout=900)
-    assert process.returncode == code and "Traceback" not in shown, shown
-    assert shown.splitlines()[-1] == "fmdistill: stopped; the same command continues where it stopped"
+    os.killpg(process.pid, number)  # like a terminal or Slurm: image-loading processes get it too
+    _, output = process.communicate(timeout=900)
+    assert process.returncode == code and "Traceback" not in output, output
+    assert output.splitlines()[-1] == "fmdistill: stopped; the same command continues where it stopped"
 
 
-def test_what_a_signal_stopped_is_known_by_its_number(monkeypatch):
+def test_a_stop_is_recognized_by_its_signal(monkeypatch):
     assert failures.stopped(KeyboardInterrupt()) == signal.SIGINT
     assert failures.stopped(stop.Stopped(signal.SIGTERM)) == signal.SIGTERM
     peer = RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:40000")
@@ -198,8 +198,8 @@ def test_a_preempted_bench_leaves_no_file(tmp_path):
     process = start("bench", tiny.write(tmp_path), "bench.rounds=100000")
     until(lambda: list(tmp_path.glob(".fmdistill-bench-*")))
     process.terminate()
-    _, shown = process.communicate(timeout=900)
-    assert process.returncode == 143 and "Traceback" not in shown, shown
+    _, output = process.communicate(timeout=900)
+    assert process.returncode == 143 and "Traceback" not in output, output
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
 
 
@@ -210,7 +210,7 @@ def until(true: Callable[[], object]) -> None:
 
 
 class Small(tiny.Student):
-    """A student on a machine that is too small for it, as `error` says."""
+    """A student that raises `error`, as on a machine that is too small for it."""
 
     error: BaseException
 
@@ -222,7 +222,7 @@ FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. 
 KILLED = (
     "DataLoader worker (pid 77) is killed by signal: Bus error. It is possible that dataloader's workers are out of"
 )
-GONE = "DataLoader worker (pid(s) 77, 78) exited unexpectedly"
+EXITED = "DataLoader worker (pid(s) 77, 78) exited unexpectedly"
 
 
 @pytest.mark.parametrize(
@@ -230,16 +230,16 @@ GONE = "DataLoader worker (pid(s) 77, 78) exited unexpectedly"
     [
         (FULL, r"CUDA out of memory: the GPU's memory is full; while training, change train\.accumulate"),
         (RuntimeError(KILLED), r"\(pid 77\) is killed by signal: Bus error: .*train\.workers.*--ipc=host"),
-        (RuntimeError(GONE), r"\(pid\(s\) 77, 78\) exited unexpectedly: .*train\.workers.*--ipc=host"),
+        (RuntimeError(EXITED), r"\(pid\(s\) 77, 78\) exited unexpectedly: .*train\.workers.*--ipc=host"),
     ],
 )
 def test_a_machine_that_is_too_small_is_one_line(done, capsys, tmp_path, monkeypatch, error, message):
     monkeypatch.setattr(Small, "error", error, raising=False)
     argv = ["distill", done / "tiny.yaml", "student.name=test_cli:Small", f"out={tmp_path}/run"]
-    assert re.search(message, refused(capsys, *argv))
+    assert re.search(message, error_line(capsys, *argv))
     monkeypatch.setenv("FMDISTILL_TRACEBACK", "1")
     with pytest.raises(RuntimeError):
-        main([str(one) for one in argv])
+        main([str(argument) for argument in argv])
 
 
 @pytest.mark.parametrize(
@@ -256,35 +256,35 @@ def test_a_full_gpu_names_the_setting_of_the_verb(capsys, monkeypatch, verb, nam
         raise FULL
 
     monkeypatch.setitem(VERBS, verb, full)
-    line = refused(capsys, verb, "x.yaml")
+    line = error_line(capsys, verb, "x.yaml")
     every = ["teacher.batch", "train.accumulate", "points_per_batch"]
     assert [name for name in every if name in line] == names
 
 
-def test_another_error_of_the_runtime_keeps_its_traceback(done, tmp_path, monkeypatch):
+def test_any_other_runtime_error_has_its_traceback(done, tmp_path, monkeypatch):
     message = "the DataLoader worker (pid 7) of a sentence"
     monkeypatch.setattr(Small, "error", RuntimeError(message), raising=False)
     with pytest.raises(RuntimeError, match="of a sentence"):
         main(["distill", str(done / "tiny.yaml"), "student.name=test_cli:Small", f"out={tmp_path}/run"])
 
 
-def test_own_code_is_found_in_the_working_folder_by_the_console_script(done, tmp_path):
-    """A console script starts with its own folder on the path, not with the working one."""
-    (tmp_path / "mine.py").write_text("from tiny import Student as Hard\n")
+def test_the_console_script_imports_code_from_the_working_folder(done, tmp_path):
+    """The path of a console script contains its own folder, not the working folder."""
+    (tmp_path / "losses.py").write_text("from tiny import Student as Hard\n")
     script = tmp_path / "bin" / "fmdistill"
     script.parent.mkdir()
     script.write_text("import sys\nfrom fmdistill.cli import main\nsys.exit(main())\n")
     shutil.copy(TESTS / "tiny.py", tmp_path)
     shutil.copy(TESTS / "nondegenerate.py", tmp_path)
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(script), "distill", str(done / "tiny.yaml"), "student.name=mine:Hard"]
+    command = [sys.executable, str(script), "distill", str(done / "tiny.yaml"), "student.name=losses:Hard"]
     command += [f"out={tmp_path}/run", "train.steps=1", "train.workers=1"]
     process = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=900)
     assert process.returncode == 0, process.stderr
     assert (tmp_path / "run/student.safetensors").is_file()
 
 
-def test_help_says_how_to_see_a_traceback():
+def test_help_names_the_variable_for_tracebacks():
     assert "FMDISTILL_TRACEBACK=1" in " ".join(parser().format_help().split())
 
 
@@ -294,5 +294,5 @@ def test_an_unknown_verb_or_file_ends_with_2_and_no_traceback():
         (["run", "no.yaml"], "no.yaml: no such file"),
     ):
         process = start(*argv)
-        _, shown = process.communicate(timeout=900)
-        assert process.returncode == 2 and message in shown and "Traceback" not in shown
+        _, output = process.communicate(timeout=900)
+        assert process.returncode == 2 and message in output and "Traceback" not in output

@@ -1,4 +1,4 @@
-"""What is damaged or full outside the program: one clear line or a counted skip, and nothing half-done is left."""
+"""Tests of damaged files and full disks: one line or a counted skip, and no partial file remains."""
 
 import errno
 import io
@@ -11,7 +11,7 @@ import PIL.Image
 import pytest
 import tiny
 import torch
-from test_cli import PROTOCOL, refused, succeeded
+from test_cli import PROTOCOL, error_line, succeeded
 
 from fmdistill.cache.store import Folder
 from fmdistill.cache.writer import ShardWriter
@@ -40,14 +40,14 @@ def test_a_corrupt_jpeg_is_counted_and_skipped_and_a_truncated_tar_is_one_line(t
     folder = ["images.name=folder", f"images.root={source}", "images.validation=0.2", "cache.max_failed=0.1"]
     capsys.readouterr()
     assert main(["cache", str(recipe), *folder]) == 0
-    shown = capsys.readouterr().err
-    assert "'03.jpg' skipped: cannot be decoded" in shown
-    assert "11 images cached, 1 skipped" in shown
-    assert "more than cache.max_failed" in refused(
+    log = capsys.readouterr().err
+    assert "'03.jpg' skipped: cannot be decoded" in log
+    assert "11 images cached, 1 skipped" in log
+    assert "more than cache.max_failed" in error_line(
         capsys, "cache", recipe, *folder[:3], f"cache.root={tmp_path}/strict"
     )
     tar = ["images.name=tar", f"images.root={tmp_path}", "images.train=[cut.tar]", f"cache.root={tmp_path}/tar"]
-    line = refused(capsys, "cache", recipe, *tar)
+    line = error_line(capsys, "cache", recipe, *tar)
     assert "cut.tar: truncated at byte" in line and "Download it again" in line
     assert not list((tmp_path / "tar").glob("*.tar"))
 
@@ -61,25 +61,25 @@ class Bomb:
 
 
 def bomb(path: Path, evidence: Path) -> None:
-    """Write a checkpoint that creates the file `evidence` if anything in it is run."""
+    """Write a checkpoint that creates the file `evidence` if it is unpickled."""
     torch.save({"image_encoder.pos_embed": Bomb(evidence)}, path)
     pickle.loads(pickle.dumps(Bomb(evidence))).close()
-    assert evidence.exists()  # so it is live
+    assert evidence.exists()  # the bomb works
     evidence.unlink()
 
 
-def test_a_checkpoint_that_is_a_pickle_bomb_does_not_go_off(tmp_path, capsys):
+def test_a_pickle_bomb_as_checkpoint_is_not_executed(tmp_path, capsys):
     evidence, path = tmp_path / "went off", tmp_path / "bomb.pth"
     bomb(path, evidence)
     recipe, protocol = tiny.write(tmp_path), tmp_path / "grid.yaml"
     protocol.write_text(PROTOCOL)
     succeeded(capsys, "cache", recipe)
-    line = refused(capsys, "cache", recipe, "teacher.name=sam_vit_b", f"teacher.weights={path}")
+    line = error_line(capsys, "cache", recipe, "teacher.name=sam_vit_b", f"teacher.weights={path}")
     assert "not a readable checkpoint of plain tensors" in line and "nothing in it was executed" in line
     settings = ["student.name=tinyvit_sam_mini", f"student.pretrained={path}"]
-    assert "not a readable checkpoint of plain tensors" in refused(capsys, "distill", recipe, *settings)
+    assert "not a readable checkpoint of plain tensors" in error_line(capsys, "distill", recipe, *settings)
     recipe.write_text(recipe.read_text().replace("tiny:Student", "tinyvit_sam_mini"))
-    assert "not a readable checkpoint of plain tensors" in refused(
+    assert "not a readable checkpoint of plain tensors" in error_line(
         capsys, "evaluate", protocol, path, f"recipe={recipe}"
     )
     assert not evidence.exists()
@@ -95,13 +95,13 @@ def test_a_full_disk_is_one_line_and_the_same_command_completes_later(tmp_path, 
         return full() if self.shard.name == "train-001" and self.samples else add(self, *rest)
 
     monkeypatch.setattr(ShardWriter, "add", second)
-    assert "No space left on device; free some space" in refused(capsys, "cache", recipe)
+    assert "No space left on device; free some space" in error_line(capsys, "cache", recipe)
     assert [p.name for p in sorted((tmp_path / "cache").glob("*.tar"))] == ["train-000.tar"]
     assert not list((tmp_path / "cache").glob(".*.tmp"))
     monkeypatch.setattr(ShardWriter, "add", add)
     succeeded(capsys, "cache", recipe)
     monkeypatch.setattr("fmdistill.files.os.fsync", full)
-    assert f"No space left on device: '{tmp_path}/run/recipe.yaml'; free some space" in refused(
+    assert f"No space left on device: '{tmp_path}/run/recipe.yaml'; free some space" in error_line(
         capsys, "distill", recipe
     )
     monkeypatch.setattr("fmdistill.files.os.fsync", write)
@@ -109,8 +109,8 @@ def test_a_full_disk_is_one_line_and_the_same_command_completes_later(tmp_path, 
     assert not list((tmp_path / "run").rglob("*.part"))
 
 
-def test_a_disk_that_is_really_full_leaves_no_temporary_file(tmp_path, monkeypatch):
-    """The buffer cannot be flushed when the file is closed either."""
+def test_a_full_disk_leaves_no_temporary_file(tmp_path, monkeypatch):
+    """Closing the file cannot flush the buffer either."""
     writer = ShardWriter(Folder(tmp_path), Shard("train-000", "train"), "x", {})
     writer.file.close()
     writer.file = io.BufferedWriter(Full())

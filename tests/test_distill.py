@@ -230,7 +230,7 @@ def test_a_validation_that_a_stop_interrupted_is_repeated(cached):
         ("train.batch_size=7 train.accumulate=2", r"train\.batch_size=7: not divisible"),
         ("train.steps=null", "set exactly one"),
         ("train.epochs=1 train.steps=3", "set exactly one"),
-        ("train.steps=0", "makes no step"),
+        ("train.steps=0", "expected more than 0"),
         ("train.window=0", "expected at least 1"),
         ("train.clip=0", "above 0, or null"),
         ("seed=-1", "expected 0 or more"),

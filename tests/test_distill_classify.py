@@ -153,7 +153,7 @@ def test_a_rectifier_without_frequencies_asks_for_none(made, monkeypatch):
 def test_an_output_that_nobody_makes_is_told_with_those_that_are_made(made):
     folder, _ = made
     with pytest.raises(
-        UserError, match=r"none that is known: output=blok2\. Known: classifier\.block2, classifier\.feature"
+        UserError, match=r"not known for this recipe: output=blok2\. Known: classifier\.block2, classifier\.feature"
     ):
         tasks.build(load(folder, "objective.x={output: blok2, distance: {name: fitnet}, weighting: {name: uniform}}"))
 

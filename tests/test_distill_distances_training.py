@@ -106,7 +106,7 @@ def test_a_few_steps_move_pad_s_variance_towards_the_gap():
         ("pad", {"base": "at"}, (3,), (3,), "distance.base=at: attention is over the patches"),
         ("pad", {"base": "l3"}, (3,), (3,), "distance.base='l3': unknown. Known: at, fitnet, l2"),
         ("pad", {"clamp": 0}, (3,), (3,), "distance.clamp=0.0"),
-        ("pad", {}, None, None, "PAD is made for one `student`, and this recipe has none that is known"),
+        ("pad", {}, None, None, "PAD needs `student`, which is not known for this recipe"),
     ],
 )
 def test_shapes_that_no_layer_fits_raise_before_any_data_is_read(name, arguments, student, teacher, says):

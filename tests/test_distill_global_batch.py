@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fmdistill.backbones.clip import ClipPreprocess
+from fmdistill.cache.batch import sample
+from fmdistill.cache.prepare import PreparedImage
 from fmdistill.distill.checkpoint import save_state
 from fmdistill.distill.loader import batches
 from fmdistill.distill.objective import Objective
@@ -30,10 +32,9 @@ class Embedded:
 
     def item(self, epoch: int, shard: int, index: int) -> dict:
         generator = torch.Generator().manual_seed(index)
+        pixels = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8, generator=generator)
         return {
-            "pixels": torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8, generator=generator),
-            "sizes": torch.tensor((32, 32)),
-            "keys": str(index),
+            **sample(PreparedImage(str(index), "train-000", None, pixels, (32, 32), (32, 32))),
             "outputs": {"clip.embedding": torch.randn(DIMENSIONS, generator=generator) + 0.5},
             "student": torch.randn(DIMENSIONS, generator=generator),
         }

@@ -229,7 +229,7 @@ def test_logits_of_other_classes_and_unknown_priors_raise():
     with pytest.raises(UserError, match="output=logits has 10 values and the images 3 classes"):
         rectifier("krd_logits", counts=torch.tensor([3, 2, 1]))(seen("logits"))
     term = {"output": "logits", "distance": {"name": "mse"}, "weighting": {"name": "uniform"}}
-    with pytest.raises(UserError, match="objective.a.rectify: KRDLogits is made for one `priors`"):
+    with pytest.raises(UserError, match="objective.a.rectify: KRDLogits needs `priors`"):
         Objective({"a": {**term, "rectify": {"name": "krd_logits"}}})
-    with pytest.raises(UserError, match="rectify.priors: no such setting here"):
+    with pytest.raises(UserError, match="rectify.priors: no such setting"):
         bind({"name": "krd_logits", "priors": 1}, RECTIFIERS, "rectify", (*SHAPES, "priors"))

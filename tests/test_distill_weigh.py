@@ -65,7 +65,7 @@ def test_outputs_that_cannot_be_weighed_raise(made):
     folder, runs = made
     with pytest.raises(UserError, match="0 terms of its objective are a PAD"):
         weigh.by_pad(runs["kd"], folder / "no.json")
-    with pytest.raises(UserError, match="holds no recipe.yaml"):
+    with pytest.raises(UserError, match="contains no recipe.yaml"):
         weigh.by_pad(folder / "nowhere", folder / "no.json")
     assert cli.main(["weigh", "ipwd", str(runs["kd"]), f"{folder}/no.json"]) == 2
     assert not (folder / "no.json").exists()

@@ -493,10 +493,10 @@ def test_ipwd_needs_vectors_of_a_known_student():
         UserError, match=r"feature=feature: the student's output is a map \(8, 2, 2\); ipwd needs one vector"
     ):
         partial(shapes={"student.feature": (8, 2, 2), "student.logits": (K,)})
-    with pytest.raises(UserError, match="weighting.shapes: no such setting here"):
+    with pytest.raises(UserError, match="weighting.shapes: no such setting"):
         bind({"name": "ipwd", "shapes": {}}, WEIGHTINGS, "weighting", SHAPES)
     settings = {"distance": {"name": "mse"}, "weighting": {"name": "ipwd"}}
-    with pytest.raises(UserError, match="objective.a.weighting: IPWD is made for one `shapes`"):
+    with pytest.raises(UserError, match="objective.a.weighting: IPWD needs `shapes`"):
         Objective({"a": settings})
 
 

@@ -164,7 +164,7 @@ class Odd:
     ("name", "message"),
     [
         ("Mine", r"Mine has no method judge\(self, recipe, students\) -> \(rows, details\)"),
-        ("NoDataclass", "makes a NoDataclass; an evaluator is a dataclass"),
+        ("NoDataclass", "is a NoDataclass; an evaluator is a dataclass"),
     ],
 )
 def test_an_own_evaluator_without_a_judge_is_one_line(tmp_path, name, message):
@@ -190,7 +190,7 @@ def test_an_own_evaluator_is_used_by_its_name_and_nothing_else(ran):
         ("number", r"judge returned int; expected \(rows, details\)"),
         ("no value", "returned the row .*; a row has subject, metric and a number as value"),
         ("text", "a row has subject, metric and a number as value"),
-        ("twice", "two rows of student size 1.0000; tell them apart by a dimension"),
+        ("twice", "two rows of student size 1.0000; give one of them another dimension"),
         ("clash", "details named rows"),
         ("two dimensions", None),
     ],

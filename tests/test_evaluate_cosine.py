@@ -13,7 +13,7 @@ from nondegenerate import randomize
 from fmdistill import cache, distill, evaluate, report
 from fmdistill.cache.dataset import CachedImages
 from fmdistill.evaluate import cosine
-from fmdistill.evaluate.cosine import Cosine
+from fmdistill.evaluate.cosine import TeacherSimilarity
 from fmdistill.evaluate.results import value
 from fmdistill.evaluate.subjects import pooled
 from fmdistill.registry import UserError
@@ -120,7 +120,7 @@ def test_vectors_have_one_cosine(tmp_path):
     recipe = clip_run.load(tmp_path)
     cache.run(recipe)
     student = randomize(clip_run.Student(), 3).eval()
-    rows, details = Cosine(workers=0, batch=4).judge(recipe, {"student": student})
+    rows, details = TeacherSimilarity(workers=0, batch=4).judge(recipe, {"student": student})
     opened = cache.open_cache(recipe)
     data = CachedImages(opened, "validation")
     for index, image in enumerate(details["images"][:4]):
@@ -132,11 +132,11 @@ def test_vectors_have_one_cosine(tmp_path):
         assert (image["cosine"], image["mse"]) == pytest.approx(pair, rel=1e-5)
     assert {row["subject"] for row in rows} == {"student", "mean embedding"} and {row["count"] for row in rows} == {6}
     with pytest.raises(UserError, match=r"student: gives an embedding of \(48,\), the cache holds \(24,\)"):
-        Cosine(workers=0).judge(recipe, {"student": Wide().eval()})
-    with pytest.raises(UserError, match="output=logits: .* holds none.*Known: embedding"):
-        Cosine(output="logits").judge(recipe, {"student": student})
+        TeacherSimilarity(workers=0).judge(recipe, {"student": Wide().eval()})
+    with pytest.raises(UserError, match="output=logits: not in .*Known: embedding"):
+        TeacherSimilarity(output="logits").judge(recipe, {"student": student})
     with pytest.raises(UserError, match="this recipe has no cache"):
-        Cosine().check(clip_run.load(tmp_path, "cache=null"))
+        TeacherSimilarity().check(clip_run.load(tmp_path, "cache=null"))
 
 
 class Wide(clip_run.Student):

@@ -15,7 +15,7 @@ from segment_anything import SamPredictor
 
 from fmdistill import cache, pipeline
 from fmdistill.evaluate.masks import to_rle
-from fmdistill.evaluate.sa1b import Sa1b, annotated, judge_teacher
+from fmdistill.evaluate.sa1b import Sa1b, annotated_shards, judge_teacher
 from fmdistill.registry import UserError
 
 SIZES = [(48, 72), (80, 60), (64, 64)]
@@ -255,4 +255,4 @@ def test_the_check_reads_one_image_of_each_source(tmp_path, monkeypatch):
     data = CachedImages(cache.open_cache(recipe), "validation")
     asked, real = [], CachedImages.encoded
     monkeypatch.setattr(CachedImages, "encoded", lambda self, s, i: (asked.append((s, i)), real(self, s, i))[1])
-    assert annotated(data) == [0] and asked == [(0, 0)]
+    assert annotated_shards(data) == [0] and asked == [(0, 0)]

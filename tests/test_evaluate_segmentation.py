@@ -48,7 +48,7 @@ def test_rle_is_read_as_pycocotools_reads_it():
         ({"size": [60, 80], "counts": "ooooooooooooo0"}, "wrong place"),
         ({"size": [60, 80], "counts": "\x00\u20ac"}, "wrong place"),
         ({"size": [60, 80], "counts": "O" + GOOD["counts"][1:]}, "does not fill"),
-        ({"size": [60, 80], "counts": GOOD["counts"] + "o"}, "text is cut"),
+        ({"size": [60, 80], "counts": GOOD["counts"] + "o"}, "text is truncated"),
         ({"size": [60, 80], "counts": [0, 4801]}, "does not fill"),
         ({"size": [60, 80], "counts": [4801, -1]}, "does not fill"),
         ({"size": [60, 80], "counts": [10**400]}, "does not fill"),

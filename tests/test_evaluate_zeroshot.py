@@ -128,16 +128,16 @@ def test_the_text_classifier_is_kept_by_all_that_it_depends_on(ran, monkeypatch)
     monkeypatch.undo()
     head = cache.open_cache(clip_run.load(ran)).head()
     names, prompts = text_classifier.class_names(f"{ran}/names.txt"), TEMPLATES
-    token = text_classifier._token(head, names, prompts)
-    assert ran / f"cache/classifiers/{token}.safetensors" in before
-    assert text_classifier._token(head, names[::-1], prompts) != token
-    assert text_classifier._token(head, names, prompts[:1]) != token
+    digest = text_classifier._digest(head, names, prompts)
+    assert ran / f"cache/classifiers/{digest}.safetensors" in before
+    assert text_classifier._digest(head, names[::-1], prompts) != digest
+    assert text_classifier._digest(head, names, prompts[:1]) != digest
     head.config["model_cfg"]["quick_gelu"] = False
-    assert text_classifier._token(head, names, prompts) != token
+    assert text_classifier._digest(head, names, prompts) != digest
     head.config["model_cfg"]["quick_gelu"] = True
     with torch.no_grad():
         head.text_model.ln_final.bias[0] += 1
-    assert text_classifier._token(head, names, prompts) != token
+    assert text_classifier._digest(head, names, prompts) != digest
 
 
 def test_top5_needs_five_classes_and_recall_counts_classes_with_images():
@@ -155,7 +155,7 @@ def test_top5_needs_five_classes_and_recall_counts_classes_with_images():
         (["classnames=imagenet"], "6 class folders, but classnames=imagenet has 1000 names"),
         (["templates=none.txt"], "templates=none.txt: no such file"),
         (["templates={ran}/short.txt"], r"templates=.*short.txt: 'owl' needs \{\} once"),
-        (["images.root={ran}/flat"], "flat: holds no class folders"),
+        (["images.root={ran}/flat"], "flat: contains no class folders"),
         (["images.name=folder", "images.root={ran}/val", "images.validation=0.5"], "has no label; zeroshot needs"),
         (["images.name=photos", "images.train=1", "images.validation=0"], "no validation images"),
         (["batch=0"], "batch=0: needs at least 1"),
@@ -241,10 +241,10 @@ def test_a_sam_run_has_no_text_tower_and_a_clip_run_no_masks(ran, tmp_path):
     sam = tiny.load(tmp_path, "train.steps=1")
     cache.run(sam)
     clip_run.finish(sam, tiny.Student())
-    with pytest.raises(UserError, match="of the family 'sam' and has no text tower; zeroshot judges") as error:
+    with pytest.raises(UserError, match="of the family 'sam' and has no text tower; zeroshot needs") as error:
         evaluate.run(ran / "own.yaml", sam.out, ["trust=true"])
     assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match="grid_miou: judges a run that was distilled from SAM .* teacher is open_clip"):
+    with pytest.raises(UserError, match="grid_miou: needs a run distilled from a cached SAM; .* teacher is open_clip"):
         evaluate.run("eval/sam_grid_demo.yaml", ran / "run", ["trust=true"])
     bare = dataclasses.replace(clip_run.load(ran), cache=None, teacher=None)
     with pytest.raises(UserError, match="has no text tower, and its recipe no cache"):

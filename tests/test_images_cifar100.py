@@ -1,4 +1,4 @@
-"""CIFAR-100 from a tiny folder of torchvision's format, whose checksums are patched to be its own."""
+"""Tests of CIFAR-100 with a tiny folder in torchvision's format, whose checksums torchvision is patched to expect."""
 
 import hashlib
 import io
@@ -20,17 +20,17 @@ SIZES = {"train": 7, "test": 3}
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    """A folder with a whole cifar-100-python, as far as torchvision can tell."""
+    """A folder with a cifar-100-python that torchvision accepts as complete."""
     rng = np.random.default_rng(0)
     (tmp_path / FILES).mkdir()
     md5 = {}
     for name in ("train", "test", "meta"):
-        held = {"fine_label_names": [f"class {i}" for i in range(100)]}
+        content = {"fine_label_names": [f"class {i}" for i in range(100)]}
         if name != "meta":
             count = SIZES[name]
             labels = rng.integers(0, 100, count).tolist()
-            held = {"data": rng.integers(0, 256, (count, 3072), dtype=np.uint8), "fine_labels": labels}
-        data = pickle.dumps(held)
+            content = {"data": rng.integers(0, 256, (count, 3072), dtype=np.uint8), "fine_labels": labels}
+        data = pickle.dumps(content)
         (tmp_path / FILES / name).write_bytes(data)
         md5[name] = hashlib.md5(data).hexdigest()
     monkeypatch.setattr(CIFAR100, "train_list", [["train", md5["train"]]])
@@ -48,16 +48,16 @@ def test_images_and_labels_are_the_files_own(root):
     assert source.shards() == {"train": ["train-000", "train-001"], "validation": ["validation-000"]}
     assert [source.count(name) for name in ("train-000", "train-001", "validation-000")] == [4, 3, 3]
     for split, name in (("train", "train"), ("validation", "test")):
-        held, images = raw(root, name), [e for shard in source.shards()[split] for e in source.read(shard)]
-        assert [e.label for e in images] == held["fine_labels"] and all(type(e.label) is int for e in images)
+        rows, images = raw(root, name), [e for shard in source.shards()[split] for e in source.read(shard)]
+        assert [e.label for e in images] == rows["fine_labels"] and all(type(e.label) is int for e in images)
         assert [e.key for e in images] == [f"cifar100-{split}-{i:05d}" for i in range(SIZES[name])]
-        for encoded, row in zip(images, held["data"], strict=True):
+        for encoded, row in zip(images, rows["data"], strict=True):
             image = PIL.Image.open(io.BytesIO(encoded.data))
             assert (image.mode, image.format) == ("RGB", "PNG")
             assert np.array_equal(np.asarray(image).transpose(2, 0, 1).ravel(), row)
 
 
-def test_fetch_equals_read_and_other_keys_are_none(root):
+def test_fetch_equals_read_and_raises_for_other_keys(root):
     source = Cifar100(str(root), shard_size=4)
     read = list(source.read("train-001"))
     assert [e.key for e in read] == source.keys("train-001")
@@ -75,7 +75,7 @@ def test_the_registry_and_the_identity(root):
     assert identity != Cifar100(str(root), shard_size=2).identity()
 
 
-def test_nothing_is_read_before_it_is_listed():
+def test_making_the_source_reads_nothing():
     Cifar100("nowhere", download=True)
     with pytest.raises(UserError, match="images.shard_size=0"):
         Cifar100("nowhere", shard_size=0)
@@ -83,16 +83,16 @@ def test_nothing_is_read_before_it_is_listed():
 
 def test_missing_and_damaged_files_name_the_option(root, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="images.root=.*empty: holds no whole.*images.download=true") as caught:
+    with pytest.raises(UserError, match="images.root=.*empty: contains no complete.*images.download=true") as caught:
         Cifar100(str(tmp_path / "empty")).shards()
     assert "\n" not in str(caught.value)
     with (root / FILES / "train").open("ab") as file:
         file.write(b"x")
-    with pytest.raises(UserError, match="holds no whole folder cifar-100-python"):
+    with pytest.raises(UserError, match="contains no complete folder cifar-100-python"):
         Cifar100(str(root)).shards()
 
 
-def test_a_download_that_fails_says_why_and_what_to_do(tmp_path, monkeypatch):
+def test_a_failed_download_raises_with_the_reason_and_the_way_out(tmp_path, monkeypatch):
     def offline(*_, **__):
         raise URLError(OSError(-2, "Name or service not known"))
 
@@ -102,7 +102,7 @@ def test_a_download_that_fails_says_why_and_what_to_do(tmp_path, monkeypatch):
     assert "cifar-100-python.tar.gz" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_download_unpacks_an_archive_that_is_there_already(root, tmp_path, monkeypatch):
+def test_download_unpacks_an_archive_that_exists_already(root, tmp_path, monkeypatch):
     place = tmp_path / "fresh"
     place.mkdir()
     with tarfile.open(place / "cifar-100-python.tar.gz", "w:gz") as tar:

@@ -21,8 +21,8 @@ def every(source, split):
 
 
 def counts(source, split="train"):
-    found = Counter(e.label for e in every(source, split))
-    return [found[digit] for digit in range(10)]
+    by_digit = Counter(e.label for e in every(source, split))
+    return [by_digit[digit] for digit in range(10)]
 
 
 def keys(source, split="train"):
@@ -30,8 +30,8 @@ def keys(source, split="train"):
 
 
 def digest(source):
-    held = [(e.key, e.data, e.label) for split in ("train", "validation") for e in every(source, split)]
-    return hashlib.sha256(repr(held).encode()).hexdigest()
+    rows = [(e.key, e.data, e.label) for split in ("train", "validation") for e in every(source, split)]
+    return hashlib.sha256(repr(rows).encode()).hexdigest()
 
 
 def test_images_and_labels_are_scikit_learns_by_the_number_in_the_key():
@@ -60,19 +60,19 @@ def test_splits_are_disjoint_stratified_and_by_default_all():
 @pytest.mark.parametrize("imbalance", [2.0, 10.0, 100.0])
 def test_the_tail_is_exponential_and_leaves_validation_alone(imbalance):
     source = Digits(imbalance=imbalance)
-    found = np.array(counts(source))
+    tail = np.array(counts(source))
     rest = np.array(CLASSES) - counts(Digits(), "validation")
-    assert np.abs(found - rest * imbalance ** (-np.arange(10) / 9)).max() < 1
+    assert np.abs(tail - rest * imbalance ** (-np.arange(10) / 9)).max() < 1
     assert keys(source, "validation") == keys(Digits(), "validation")
     few = counts(dataclasses.replace(source, train=250))
-    assert sum(few) == 250 and np.abs(few - found * (250 / found.sum())).max() < 1.5
+    assert sum(few) == 250 and np.abs(few - tail * (250 / tail.sum())).max() < 1.5
 
 
 def test_a_digits_training_images_are_drawn_in_one_order():
     for settings in ({"train": 200}, {"imbalance": 10.0}):
         some, whole = every(Digits(**settings), "train"), every(Digits(), "train")
-        kept = {e.key for e in some}
-        assert kept < {e.key for e in whole} and [e.key for e in whole if e.key in kept] == [e.key for e in some]
+        chosen = {e.key for e in some}
+        assert chosen < {e.key for e in whole} and [e.key for e in whole if e.key in chosen] == [e.key for e in some]
 
 
 def test_shards_counts_and_fetch_agree():
@@ -125,15 +125,15 @@ def test_largest_remainders():
     [
         ({"train": 1198}, "images.train=1198: images.validation=600 and images.imbalance=1 leave 1197"),
         ({"train": 900, "imbalance": 10.0}, "images.train=900: .*images.imbalance=10 leave 4.."),
-        ({"validation": 1798}, "images.validation=1798: there are 1797"),
+        ({"validation": 1798}, "images.validation=1798: only 1797"),
         ({"imbalance": 0.5}, "images.imbalance=0.5: expected 1"),
         ({"imbalance": float("nan")}, "images.imbalance=nan"),
-        ({"imbalance": 1000.0}, "images.imbalance=1000: leaves the digit 8 no training image"),
+        ({"imbalance": 1000.0}, "images.imbalance=1000: leaves digit 8 without a training image"),
         ({"train": -1}, "images.train=-1"),
         ({"seed": -1}, "images.seed=-1"),
         ({"shard_size": 0}, "images.shard_size=0"),
     ],
 )
-def test_a_wrong_setting_shows_before_data_is_touched(settings, says):
+def test_a_wrong_setting_raises_before_data_is_touched(settings, says):
     with pytest.raises(UserError, match=says):
         Digits(**settings)

@@ -1,4 +1,4 @@
-"""Class folders: labels are the folders' sorted places, splits are roots, and nothing shifts a label quietly."""
+"""Tests of class folders: labels are indices in sorted order, each root is a split, and no label changes unnoticed."""
 
 from pathlib import Path
 
@@ -24,13 +24,13 @@ def test_labels_are_the_sorted_folders_and_all_of_one_root_validates(tmp_path):
     fill(tmp_path, n02=3, n10=2, Zebra=1, n01=4, empty=0, **{".hidden": 1})
     source = ImageClasses(str(tmp_path), shard_size=3)
     assert source.classes == ["Zebra", "empty", "n01", "n02", "n10"]
-    found = labels(source, "validation")
-    assert source.shards()["train"] == [] and len(found) == 10 and len(source.shards()["validation"]) > 1
-    assert all(label == source.classes.index(key.partition("/")[0]) for key, label in found.items())
+    label_of = labels(source, "validation")
+    assert source.shards()["train"] == [] and len(label_of) == 10 and len(source.shards()["validation"]) > 1
+    assert all(label == source.classes.index(key.partition("/")[0]) for key, label in label_of.items())
     for name in source.shards()["validation"]:
         assert name.startswith("validation-") and source.count(name) == len(source.keys(name))
         for key in source.keys(name):
-            assert source.fetch(name, key).label == found[key]
+            assert source.fetch(name, key).label == label_of[key]
         with pytest.raises(KeyError):
             source.fetch(name, "n01/none.jpg")
 
@@ -54,9 +54,9 @@ def test_folders_that_are_numbers_mean_their_numbers(tmp_path):
     numbered, padded, gaps = (ImageClasses(str(tmp_path / root)) for root in ("numbered", "padded", "gaps"))
     assert numbered.numbered and numbered.classes == [str(number) for number in range(12)]
     for source, step in ((numbered, 1), (padded, 1), (gaps, 7)):
-        found = labels(source, "validation")
-        assert len(found) == 24 and all(label == int(key.partition("/")[0]) for key, label in found.items())
-        assert max(filter(None, found.values())) == 11 * step
+        label_of = labels(source, "validation")
+        assert len(label_of) == 24 and all(label == int(key.partition("/")[0]) for key, label in label_of.items())
+        assert max(filter(None, label_of.values())) == 11 * step
     assert numbered.identity() == padded.identity()
     fill(tmp_path / "numbered", **{"12": 1})  # moves no other label
     assert ImageClasses(str(tmp_path / "numbered")).identity() == numbered.identity()
@@ -77,19 +77,19 @@ def test_of_two_roots_with_numbers_the_second_may_lack_some(tmp_path):
     ("names", "says"),
     [
         (["0", "1", "01"], "class folders '01' and '1' are the same label"),
-        (["0", "-1", "2"], "class folder '-1' is a number, so a label"),
-        (["20190101", "3"], "class folder '20190101' is a number, so a label, and labels are 0 to 999999"),
-        (["0", "1", "2", "10", "thumbnails"], "4 class folders are numbers and 'thumbnails' is none"),
+        (["0", "-1", "2"], "class folder '-1' is a number, hence a label"),
+        (["20190101", "3"], "class folder '20190101' is a number, hence a label, and labels are 0 to 999999"),
+        (["0", "1", "2", "10", "thumbnails"], "4 class folders are numbers but 'thumbnails' is not"),
     ],
 )
-def test_numbers_that_cannot_be_labels_are_refused_with_the_first(tmp_path, names, says):
+def test_numbers_that_cannot_be_labels_raise_with_the_first(tmp_path, names, says):
     fill(tmp_path, **dict.fromkeys(names, 1))
     with pytest.raises(UserError, match=f"images.root=.*: {says}") as error:
         ImageClasses(str(tmp_path)).shards()
     assert "\n" not in str(error.value)
 
 
-def test_numbers_with_one_count_of_digits_beside_names_are_sorted_as_text(tmp_path):
+def test_zero_padded_numbers_beside_names_are_sorted_as_text(tmp_path):
     fill(tmp_path, **{"00": 1, "07": 1, "10": 1, "other": 1})
     assert ImageClasses(str(tmp_path)).label_of == {"00": 0, "07": 1, "10": 2, "other": 3}
 
@@ -107,13 +107,13 @@ def test_a_limit_and_the_registry(tmp_path):
         ({"root": "missing"}, ["images.root=missing", "no such folder"]),
         ({"root": "flat"}, ["images.root=flat", "no class folders", "flat/CLASS/IMAGE"]),
         ({"root": "bare"}, ["images.root=bare", "no images"]),
-        ({"root": "loose"}, ["images.root=loose", "1 images lie outside", "'x.jpg'"]),
+        ({"root": "loose"}, ["images.root=loose", "1 images are not in a class folder", "'x.jpg'"]),
         ({"root": "ab", "validation_root": "abc"}, ["images.validation_root=abc", "3 class folders", "2 of", "'c'"]),
         ({"root": "ab", "validation_root": "flat"}, ["images.validation_root=flat", "no class folders"]),
         ({"root": "ab", "shard_size": 0}, ["images.shard_size=0"]),
     ],
 )
-def test_a_wrong_setting_gives_one_line(tmp_path, monkeypatch, settings, says):
+def test_a_wrong_setting_raises_one_line(tmp_path, monkeypatch, settings, says):
     monkeypatch.chdir(tmp_path)
     fill(tmp_path / "ab", a=1, b=1)
     fill(tmp_path / "abc", a=1, b=1, c=1)

@@ -1,4 +1,4 @@
-"""The whole job on other people's images: oddly named files in folders and tars never swap an embedding."""
+"""Tests of caching and distilling oddly named files in folders and tars: no embedding is swapped."""
 
 import io
 import json
@@ -47,7 +47,7 @@ FEW = ("train.steps=3", "train.batch_size=4", "train.validate_every=3", "train.c
 
 
 def picture(number: int, name: str) -> bytes:
-    """Return an image unlike all others, in the format of its suffix; its height and width differ."""
+    """Return a distinct image that is not square, in the format of its suffix."""
     rng = np.random.default_rng(number)
     coarse = PIL.Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
     buffer = io.BytesIO()
@@ -56,7 +56,7 @@ def picture(number: int, name: str) -> bytes:
 
 
 def folder_of(root: Path) -> tuple[Recipe, dict[str, bytes]]:
-    """Return a recipe on nested files, one of them broken, and the bytes that each key must stand for."""
+    """Return a recipe on nested files, one of them broken, and each key's expected bytes."""
     stored = {}
     for number, key in enumerate([*ODD, *(f"plain/{i}.jpg" for i in range(12)), BROKEN]):
         stored[key] = picture(number, key)
@@ -69,7 +69,7 @@ def folder_of(root: Path) -> tuple[Recipe, dict[str, bytes]]:
 
 
 def tars_of(root: Path) -> tuple[Recipe, dict[str, bytes]]:
-    """Return a recipe on three tars, the first as SA-1B's are, and the bytes that each key must stand for."""
+    """Return a recipe on three tars, the first like SA-1B's, and each key's expected bytes."""
     sa1b = [f"./sa_{number}.jpg" for number in (223750, 223751, 9, 10, 100)]
     same = ("a.v2.jpg", "a.jpeg", "a.jpg")  # a key ends at the first dot, and a tar has one image a key
     odd = [name for name in ODD if name not in same]
@@ -88,10 +88,10 @@ def tars_of(root: Path) -> tuple[Recipe, dict[str, bytes]]:
                     stored[key] = data
                 columns.append((f"{name.rpartition('.')[0]}.json", b'{"caption": "none"}'))
                 add(file, name, data)
-            for name, data in columns:  # SA-1B's JSON does not lie beside its image
+            for name, data in columns:  # in SA-1B, a JSON is not next to its image
                 add(file, name, data)
-    listed = ("images.train=[sa_000020.tar, odd.tar]", "images.validation=held.*.tar", f"images.root={root}")
-    return tiny.load(root, "images.name=tar", *listed, *FEW, "cache.max_failed=0.1"), stored
+    tars = ("images.train=[sa_000020.tar, odd.tar]", "images.validation=held.*.tar", f"images.root={root}")
+    return tiny.load(root, "images.name=tar", *tars, *FEW, "cache.max_failed=0.1"), stored
 
 
 def add(file: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -105,8 +105,8 @@ def job(request, tmp_path) -> tuple[Recipe, dict[str, bytes]]:
     return request.param(tmp_path)
 
 
-def taught(data: bytes) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the prepared pixels and the teacher's embedding of an image as it was made, past source and cache."""
+def embedded(data: bytes) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return an image's prepared pixels and teacher embedding, computed without source and cache."""
     teacher = tiny.teacher()
     with PIL.Image.open(io.BytesIO(data)) as image:
         pixels, size = teacher.preprocess.prepare(image.convert("RGB"))
@@ -117,7 +117,7 @@ def test_every_key_has_its_own_image_and_its_own_embedding(job, caplog):
     recipe, stored = job
     cache.run(recipe)
     opened = cache.open_cache(recipe)
-    expected = {key: taught(data) for key, data in stored.items()}
+    expected = {key: embedded(data) for key, data in stored.items()}
     everything = torch.stack([embedding for _, embedding in expected.values()]).flatten(1)
     nearest = torch.cdist(everything, everything, p=float("inf")).fill_diagonal_(torch.inf).min()
     seen = []
@@ -125,13 +125,13 @@ def test_every_key_has_its_own_image_and_its_own_embedding(job, caplog):
         data = CachedImages(opened, split)
         for batch in batches(data, every(data, 4), workers=0):
             outputs = data.decode(batch)["outputs"]["sam.embedding"]
-            for key, pixels, kept in zip(batch["keys"], batch["pixels"], outputs, strict=True):
+            for key, pixels, embedding in zip(batch["keys"], batch["pixels"], outputs, strict=True):
                 seen.append(key)
-                wanted_pixels, wanted = expected[key]
-                allowed = float(wanted.abs().max()) * (step + 1e-5)
+                expected_pixels, expected_embedding = expected[key]
+                allowed = float(expected_embedding.abs().max()) * (step + 1e-5)
                 assert allowed < nearest / 4, "the images are too much alike for a swap to show"
-                assert torch.equal(pixels, wanted_pixels), key
-                assert float((kept - wanted).abs().max()) <= allowed, key
+                assert torch.equal(pixels, expected_pixels), key
+                assert float((embedding - expected_embedding).abs().max()) <= allowed, key
     assert sorted(seen) == sorted(stored)
     (failed,) = [
         failure for path in sorted(opened.root.glob("*-*.json")) for failure in json.loads(path.read_text())["failed"]
@@ -163,17 +163,19 @@ def test_a_source_lists_the_keys_that_it_reads_and_fetches(job):
             assert image.data == stored.get(image.key, image.data[:300])  # 300 bytes are left of the broken one
 
 
-def test_two_caches_of_a_folder_with_what_is_no_image_are_equal_byte_for_byte(tmp_path):
+def test_two_caches_of_a_folder_with_a_broken_image_are_equal_byte_for_byte(tmp_path):
     (tmp_path / "images").mkdir()
     for number in range(8):
         (tmp_path / f"images/{number}.jpg").write_bytes(picture(number, "a.jpg"))
     (tmp_path / "images/no.jpg").write_bytes(b"no image")  # PIL's message names an object by its address
-    found = []
+    caches = []
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         own = (f"images.root={tmp_path / 'images'}", "images.validation=0.3", "cache.max_failed=0.2")
         cache.run(tiny.load(tmp_path / name, "images.name=folder", *own))
-        found.append({p.name: p.read_bytes() for p in (tmp_path / name / "cache").iterdir() if p.name != "recipe.yaml"})
-    assert found[0] == found[1]
-    failed = [one for name, data in found[0].items() if ".json" in name for one in json.loads(data).get("failed", [])]
-    assert [one["key"] for one in failed] == ["no.jpg"] and "0x" not in failed[0]["problem"]
+        caches.append(
+            {p.name: p.read_bytes() for p in (tmp_path / name / "cache").iterdir() if p.name != "recipe.yaml"}
+        )
+    assert caches[0] == caches[1]
+    failed = [f for name, data in caches[0].items() if ".json" in name for f in json.loads(data).get("failed", [])]
+    assert [failure["key"] for failure in failed] == ["no.jpg"] and "0x" not in failed[0]["problem"]

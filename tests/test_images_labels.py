@@ -1,4 +1,4 @@
-"""Every source's labels by themselves are those of its images, and no image is read for them."""
+"""Tests that `labels` of every source equals the labels of its images, without reading an image."""
 
 import io
 import tarfile
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fmdistill.images import build, cifar100, digits
-from fmdistill.images.folder import Folder
+from fmdistill.images.folder import ImageFolder
 from fmdistill.images.tar import Place
 from fmdistill.mini import captioned
 
@@ -46,7 +46,7 @@ SOURCES = {
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_labels_by_themselves_are_those_of_the_images(tmp_path, name):
+def test_labels_equal_those_of_the_images(tmp_path, name):
     images = build({**SOURCES[name](tmp_path), "limit": 5})
     shards = images.shards()
     expected = {shard.name: [image.label for image in images.read(shard)] for shard in shards}
@@ -57,13 +57,13 @@ def test_labels_by_themselves_are_those_of_the_images(tmp_path, name):
 
 
 def test_no_image_is_read_drawn_or_encoded_for_its_label(tmp_path, monkeypatch):
-    made = {name: build(SOURCES[name](tmp_path)) for name in ("digits", "captioned", "image_classes", "tar")}
+    sources = {name: build(SOURCES[name](tmp_path)) for name in ("digits", "captioned", "image_classes", "tar")}
     read: list[int] = []
     for module in (digits, captioned, cifar100):
         monkeypatch.setattr(module, "png", lambda *a: pytest.fail("encoded an image"))
     monkeypatch.setattr(captioned, "draw", lambda *a: pytest.fail("drew an image"))
-    monkeypatch.setattr(Folder, "_read", lambda *a: pytest.fail("read an image"))
-    for images in made.values():
+    monkeypatch.setattr(ImageFolder, "_read", lambda *a: pytest.fail("read an image"))
+    for images in sources.values():
         for shard in images.shards():
             assert len(images.labels(shard)) == images.source.count(shard.name)
     opened = Place.open
@@ -74,7 +74,7 @@ def test_no_image_is_read_drawn_or_encoded_for_its_label(tmp_path, monkeypatch):
             return super().read(size)
 
     monkeypatch.setattr(Place, "open", lambda self: Counted(io.FileIO(opened(self).name)))
-    assert made["tar"].labels(made["tar"].shards()[0]) == [7, None, 4]
+    assert sources["tar"].labels(sources["tar"].shards()[0]) == [7, None, 4]
     assert read == [2, 1]  # the bytes of each "cls"
 
 

@@ -16,7 +16,7 @@ def settings(tmp_path):
     return {"few": few, "many_2": many}
 
 
-def test_shards_carry_the_name_and_come_in_turn(settings):
+def test_shards_carry_their_sources_name_and_alternate(settings):
     mix = Mix(settings)
     shards = mix.shards()
     many = mix.members["many_2"].shards()
@@ -39,20 +39,20 @@ def test_reading_goes_to_the_source(settings):
     assert total == 15
 
 
-def test_identity_holds_no_place(settings, tmp_path):
+def test_identity_contains_no_path(settings, tmp_path):
     identity = Mix(settings).identity()
     assert set(identity["sources"]) == {"few", "many_2"} and str(tmp_path) not in str(identity)
 
 
-def taken(settings, limit, split="train") -> dict[str, list[str]]:
-    """Return the keys by source of a mix that is cut to `limit`; every shard reads what it says that it takes."""
+def keys_by_source(settings, limit, split="train") -> dict[str, list[str]]:
+    """Return the keys by source of a mix with this `limit`, checking that each shard reads `take` images."""
     images = build({"name": "mix", "sources": settings, "limit": limit})
     keys: dict[str, list[str]] = {}
     for shard in (s for s in images.shards() if s.split == split):
-        found = [image.key for image in images.read(shard)]
-        assert shard.take is None or len(found) == shard.take < images.source.count(shard.name)
-        assert found == images.source.keys(shard.name)[: len(found)] and found
-        keys.setdefault(images.group(shard.name), []).extend(found)
+        read = [image.key for image in images.read(shard)]
+        assert shard.take is None or len(read) == shard.take < images.source.count(shard.name)
+        assert read == images.source.keys(shard.name)[: len(read)] and read
+        keys.setdefault(images.group(shard.name), []).extend(read)
     return keys
 
 
@@ -60,28 +60,28 @@ def taken(settings, limit, split="train") -> dict[str, list[str]]:
     ("limit", "few", "many"),
     [(1, 1, 0), (2, 1, 1), (3, 2, 1), (4, 2, 2), (6, 3, 3), (8, 3, 5), ("7", 3, 4), (1000, 3, None), (None, 3, None)],
 )
-def test_a_limit_is_shared_evenly_and_what_one_source_lacks_goes_to_the_others(settings, limit, few, many):
-    whole = taken(settings, None)
-    cut = taken(settings, limit)
+def test_a_limit_is_shared_evenly_and_the_rest_of_a_small_source_goes_to_the_others(settings, limit, few, many):
+    whole = keys_by_source(settings, None)
+    cut = keys_by_source(settings, limit)
     assert cut["few"] == whole["few"][:few]
     assert cut.get("many_2", []) == whole["many_2"][:many]
     assert len(whole["many_2"]) > 5
 
 
-def test_a_limit_holds_for_each_split_and_cuts_more_than_one_shard(settings):
+def test_a_limit_applies_to_each_split_and_cuts_several_shards(settings):
     shards = build({"name": "mix", "sources": {"a": settings["few"], "b": settings["few"]}, "limit": 4}).shards()
     assert [(shard.name, shard.take) for shard in shards] == [("a-train-all", 2), ("b-train-all", 2)]
-    assert list(taken(settings, 2, "validation")) == ["many_2"]
-    assert len(taken(settings, 2, "validation")["many_2"]) == 2
+    assert list(keys_by_source(settings, 2, "validation")) == ["many_2"]
+    assert len(keys_by_source(settings, 2, "validation")["many_2"]) == 2
 
 
-def test_a_limit_counts_no_shard_that_it_cannot_need(settings, monkeypatch):
+def test_a_limit_counts_only_the_shards_that_it_can_need(settings, monkeypatch):
     images = build({"name": "mix", "sources": settings, "limit": 2})
-    real, asked = Mix.count, []
-    monkeypatch.setattr(Mix, "count", lambda self, shard: (asked.append(shard), real(self, shard))[1])
+    real, counted = Mix.count, []
+    monkeypatch.setattr(Mix, "count", lambda self, shard: (counted.append(shard), real(self, shard))[1])
     images.shards()
     for split in ("train", "validation"):
-        many = [name for name in asked if name.startswith(f"many_2-{split}")]
+        many = [name for name in counted if name.startswith(f"many_2-{split}")]
         assert len(many) < len(images.source.members["many_2"].shards()[split]), many
 
 
@@ -97,12 +97,12 @@ def test_a_limit_counts_no_shard_that_it_cannot_need(settings, monkeypatch):
         ({"a": "folder"}, "images.sources"),
     ],
 )
-def test_a_wrong_source_shows_when_checked(sources, says):
+def test_check_raises_for_a_wrong_source(sources, says):
     with pytest.raises(UserError, match=says):
         check({"name": "mix", "sources": sources})
 
 
-def test_a_missing_folder_shows_when_listed_and_not_before(tmp_path):
+def test_a_missing_folder_raises_when_listed_and_not_before(tmp_path):
     settings = {"name": "mix", "sources": {"a": {"name": "folder", "root": str(tmp_path / "none")}}}
     check(settings)
     with pytest.raises(UserError, match="images.sources.a: images.root=.*none: no such folder"):

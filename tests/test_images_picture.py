@@ -1,4 +1,4 @@
-"""What a picture is: for every kind of image the pixels by an independent computation, or the reason why not."""
+"""Tests of decoding: for every kind of image, the pixels by an independent computation or the reason for an error."""
 
 import io
 import logging
@@ -85,7 +85,7 @@ def test_12_bits_of_a_tiff_are_scaled_by_their_own_range():
 
 
 @pytest.mark.parametrize("value", [-1, 65536, 2**31 - 1])
-def test_whole_numbers_that_are_no_16_bits_are_refused_with_their_range(value):
+def test_whole_numbers_beyond_16_bits_raise_with_their_range(value):
     values = np.full((4, 4), 7, np.int32)
     values[1, 2] = value
     with pytest.raises(DecodeError, match=f"whole numbers from {min(7, value)} to {max(7, value)}: .*0 to 65535"):
@@ -99,13 +99,13 @@ def test_floats_from_0_to_1_are_black_to_white():
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1.5), (-0.1, 1), (0, 255), (0, np.nan), (0, np.inf)])
-def test_floats_of_another_range_are_refused_with_it(low, high):
+def test_floats_of_another_range_raise_with_it(low, high):
     values = np.array([[low, high]], np.float32)
-    with pytest.raises(DecodeError, match=r"floats from .* to .*: taken are 0 to 1"):
+    with pytest.raises(DecodeError, match=r"floats from .* to .*: expected 0 .black. to 1"):
         decode(saved(PIL.Image.fromarray(values), "TIFF"))
 
 
-def test_of_16_bits_in_three_channels_the_high_byte_is_taken():
+def test_three_channels_of_16_bits_become_their_high_bytes():
     values = RNG.integers(0, 65536, (5, 6, 3)).astype(">u2")
     pixels, conversions = read(png(16, 2, [row.tobytes() for row in values]))
     assert np.array_equal(pixels, values >> 8) and conversions == ("depth",)
@@ -117,7 +117,7 @@ def on_white(colours: np.ndarray, alpha: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
-def test_alpha_is_laid_on_white(kind):
+def test_alpha_is_blended_onto_white(kind):
     alpha = np.arange(COLOURS[..., 0].size).reshape(COLOURS.shape[:2]) % 256
     image = PIL.Image.fromarray(np.dstack([COLOURS, alpha.astype(np.uint8)]))
     pixels, conversions = read(saved(image, kind, **({"lossless": True, "exact": True} if kind == "WEBP" else {})))
@@ -126,7 +126,7 @@ def test_alpha_is_laid_on_white(kind):
     assert np.abs(pixels.astype(int) - np.asarray(shown)).max() <= 1
 
 
-def test_gray_with_alpha_is_laid_on_white():
+def test_gray_with_alpha_is_blended_onto_white():
     alpha = np.arange(COLOURS[..., 0].size).reshape(COLOURS.shape[:2]) % 256
     image = PIL.Image.fromarray(np.dstack([COLOURS[..., 0], alpha.astype(np.uint8)]), "LA")
     assert np.array_equal(decode(saved(image, "PNG")), on_white(gray(COLOURS[..., 0]), alpha))
@@ -139,7 +139,7 @@ def test_an_opaque_image_with_alpha_is_the_image_without_it(mode):
     assert np.array_equal(pixels, np.asarray(image.convert("RGB"))) and conversions == ()
 
 
-def test_a_palette_s_transparency_is_laid_on_white_and_of_a_palette_without_any_nothing_changes():
+def test_a_palettes_transparency_is_blended_onto_white_if_it_has_any():
     image = PIL.Image.fromarray(COLOURS).quantize(16)
     index = np.asarray(image)
     colours = np.asarray(image.convert("RGB"))
@@ -184,7 +184,7 @@ def test_cmyk_is_converted_as_pil_does():
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
-def test_of_several_frames_the_first_is_taken(kind):
+def test_only_the_first_of_several_frames_is_decoded(kind):
     frames = [PIL.Image.fromarray(np.full((8, 9, 3), level, np.uint8)) for level in (40, 90, 200)]
     settings = {"lossless": True} if kind == "WEBP" else {}
     pixels, conversions = read(saved(frames[0], kind, save_all=True, append_images=frames[1:], **settings))
@@ -222,7 +222,7 @@ def test_an_exif_orientation_is_applied_or_ignored(kind, orientation):
     assert np.array_equal(pixels, PIL.ImageOps.exif_transpose(PIL.Image.open(io.BytesIO(data))).convert("RGB"))
 
 
-def test_an_orientation_in_xmp_alone_is_applied_as_pil_tells_it():
+def test_an_orientation_only_in_xmp_is_applied_like_pil():
     xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><a tiff:Orientation="6"/></x:xmpmeta>'
     body = b"http://ns.adobe.com/xap/1.0/\0" + xmp
     plain = saved(PIL.Image.fromarray(COLOURS), "JPEG")
@@ -252,18 +252,18 @@ NOISY = {
 
 @pytest.mark.parametrize("name", NOISY)
 def test_no_warning_of_pil_or_its_libraries_reaches_the_terminal(name, monkeypatch, capfd):
-    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 700)  # which 960 pixels exceed: PIL warns
-    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # pytest's, without which errors are printed
-    with warnings.catch_warnings(record=True) as heard:
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 700)  # PIL warns of images with 960 pixels
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # without pytest's handlers, errors would be printed
+    with warnings.catch_warnings(record=True) as raised:
         warnings.simplefilter("always")
         with pytest.warns() if name == "corrupt EXIF" else warnings.catch_warnings():
-            if name == "corrupt EXIF":  # so that the input is known to make PIL warn
+            if name == "corrupt EXIF":  # check that the input makes PIL warn
                 PIL.Image.open(io.BytesIO(NOISY[name])).getexif()
         try:
             decode(NOISY[name])
         except DecodeError as error:
             assert name in ("damaged TIFF", "samples") and str(error)
-    assert [str(warning.message) for warning in heard] == []
+    assert [str(warning.message) for warning in raised] == []
     assert capfd.readouterr() == ("", "")
 
 
@@ -272,7 +272,7 @@ def test_a_corrupt_exif_still_turns_the_image():
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP", "PPM"])
-def test_more_pixels_than_the_setting_allows_are_refused_by_its_name(kind):
+def test_more_pixels_than_max_pixels_raise_with_its_name(kind):
     data = saved(PIL.Image.fromarray(COLOURS), kind)
     with pytest.raises(DecodeError, match=r"40 x 24 = 960 pixels, more than images\.max_pixels=959; .*=960"):
         read(data, Decoding(max_pixels=959))
@@ -280,7 +280,7 @@ def test_more_pixels_than_the_setting_allows_are_refused_by_its_name(kind):
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP", "PPM"])
-def test_the_setting_goes_beyond_pil_s_own_limit_which_stays(kind, monkeypatch):
+def test_max_pixels_may_exceed_pils_own_limit_which_stays_the_same(kind, monkeypatch):
     monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 100)
     data = saved(PIL.Image.fromarray(COLOURS), kind)
     with pytest.raises(PIL.Image.DecompressionBombError):
@@ -300,7 +300,7 @@ def test_the_default_limit_is_pil_s():
         decode(data)
 
 
-def test_the_settings_hold_for_every_source_and_decide_its_identity():
+def test_the_settings_apply_to_every_source_and_its_identity():
     settings = {"name": "captioned", "train": 2, "validation": 1, "size": 16}
     images = build({**settings, "max_pixels": "255", "orientation": "ignore", "limit": 1})
     (shard,) = [shard for shard in images.shards() if shard.split == "train"]
@@ -328,7 +328,7 @@ def test_a_wrong_setting_is_named(setting, says):
         check({"name": "folder", "root": "x", **setting})
 
 
-def test_an_image_is_known_by_its_first_bytes():
+def test_an_image_is_recognized_by_its_first_bytes():
     image = PIL.Image.fromarray(COLOURS)
     for kind, suffixes in FORMATS.items():
         if set(suffixes) & set(SUFFIXES):
@@ -340,7 +340,7 @@ def test_an_image_is_known_by_its_first_bytes():
         assert not is_image(data), data
 
 
-def test_what_was_converted_is_one_line():
+def test_the_summary_of_conversions_is_one_line():
     assert summary({}, 5) == ""
     assert summary({"turned": 2, "depth": 8}, 1000) == (
         "of 1000 images: 8 scaled from 16 bits a channel to 8, 2 turned as the EXIF orientation says"

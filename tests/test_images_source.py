@@ -34,13 +34,13 @@ KEYS = [
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_escape_is_reversible_and_leaves_nothing_that_a_tar_or_webdataset_reads(key):
+def test_escape_is_reversible_and_removes_special_characters(key):
     name = escape(key)
     assert unescape(name) == key
     assert name.isascii() and not set(name) & set("./\\\n\0 :*?")
 
 
-def test_escape_keeps_keys_apart():
+def test_escape_keeps_keys_distinct():
     assert len({escape(key) for key in KEYS}) == len(KEYS)
 
 
@@ -79,14 +79,14 @@ def test_decoded_pixels_are_the_stored_ones():
         encoded("PNG")[:33] + b"\xff" * 200,
     ],
 )
-def test_bytes_that_cannot_be_decoded_say_why(data):
+def test_bytes_that_cannot_be_decoded_raise_with_a_reason(data):
     with pytest.raises(DecodeError) as error:
         decode(data)
     assert len(str(error.value)) > 10 and " at 0x" not in str(error.value)
 
 
 def by_pil(data: bytes) -> np.ndarray | None:
-    """What PIL alone makes of the bytes; None where it refuses them."""
+    """Return the pixels by PIL alone, None if it raises."""
     try:
         with PIL.Image.open(io.BytesIO(data)) as image:
             return np.asarray(image.convert("RGB"))
@@ -113,30 +113,30 @@ PIXELS = np.random.default_rng(1).integers(0, 256, (37, 43, 3), dtype=np.uint8)
 JPEGS += [simplejpeg.encode_jpeg(PIXELS, 90, colorsubsampling=name) for name in ("440", "411", "420", "422", "444")]
 
 
-def test_a_jpeg_gives_pil_s_pixels_bit_for_bit():
+def test_a_jpeg_decodes_to_pils_pixels_bit_for_bit():
     for data in JPEGS:
         assert np.array_equal(decode(data), by_pil(data))
     plain = [picture._plain_jpeg(data, Decoding()) is not None for data in JPEGS]
-    assert plain == [i not in range(48, 72) for i in range(len(JPEGS))]  # all but CMYK go the fast way
+    assert plain == [i not in range(48, 72) for i in range(len(JPEGS))]  # all but CMYK use the fast decoder
 
 
-def test_of_broken_jpegs_exactly_those_that_pil_refuses_are_refused_and_the_others_are_pil_s():
-    rng, outcomes = np.random.default_rng(3), {"refused": 0, "PIL's": 0, "plain": 0}
+def test_a_broken_jpeg_raises_if_it_does_in_pil_and_else_has_pils_pixels():
+    rng, outcomes = np.random.default_rng(3), {"error": 0, "PIL's": 0, "plain": 0}
     for _ in range(600):
         data = bytearray(JPEGS[rng.integers(48)])
-        place = int(rng.integers(2, len(data) if rng.random() < 0.5 else 640))
+        position = int(rng.integers(2, len(data) if rng.random() < 0.5 else 640))
         kind = rng.integers(4)
         if kind == 0:
-            data[place] = int(rng.integers(256))
+            data[position] = int(rng.integers(256))
         elif kind == 1:
-            del data[place : place + int(rng.integers(1, 9))]
+            del data[position : position + int(rng.integers(1, 9))]
         elif kind == 2:
-            data[place:place] = rng.bytes(3)
+            data[position:position] = rng.bytes(3)
         else:
-            del data[place:]
+            del data[position:]
         expected = by_pil(bytes(data))
         if expected is None:
-            outcomes["refused"] += 1
+            outcomes["error"] += 1
             with pytest.raises(DecodeError):
                 decode(bytes(data))
         else:
@@ -157,7 +157,7 @@ def fill(root, count):
 
 
 @pytest.mark.parametrize("limit", [1, 5, 7, 1000, None])
-def test_limit_cuts_each_split_without_touching_the_order(tmp_path, limit):
+def test_limit_cuts_each_split_and_preserves_the_order(tmp_path, limit):
     settings = fill(tmp_path, 24)
     images, everything = build({**settings, "limit": limit}), build(settings)
     for split in ("train", "validation"):
@@ -166,12 +166,12 @@ def test_limit_cuts_each_split_without_touching_the_order(tmp_path, limit):
         assert cut == whole[:limit] and len(whole) > 1
 
 
-def test_a_shard_is_cut_only_where_the_limit_falls_inside_it(tmp_path):
+def test_a_shard_is_cut_only_if_the_limit_is_inside_it(tmp_path):
     settings = fill(tmp_path, 24)
     whole = [shard for shard in build(settings).shards() if shard.split == "train"]
     first = build(settings).source.count(whole[0].name)
-    (kept,) = [shard for shard in build({**settings, "limit": first}).shards() if shard.split == "train"]
-    assert kept == whole[0] and kept.take is None
+    (shard,) = [s for s in build({**settings, "limit": first}).shards() if s.split == "train"]
+    assert shard == whole[0] and shard.take is None
 
 
 @pytest.mark.parametrize("limit", ["0", "-3", "many", 1.5, True])

@@ -27,8 +27,8 @@ def pack(members: dict[str, bytes] | list[tuple[str, bytes]]) -> bytes:
     return buffer.getvalue()
 
 
-def one(folder: Path, members: dict[str, bytes] | list[tuple[str, bytes]] | bytes, name: str = "a") -> Tar:
-    """Return a source of one tar of these members, or of these very bytes."""
+def tar_of(folder: Path, members: dict[str, bytes] | list[tuple[str, bytes]] | bytes, name: str = "a") -> Tar:
+    """Return a source of a single tar with these members, or with exactly these bytes."""
     (folder / f"{name}.tar").write_bytes(members if isinstance(members, bytes) else pack(members))
     return Tar(str(folder), train=[f"{name}.tar"])
 
@@ -37,8 +37,8 @@ def read(tar: Tar, shard: str = "a") -> dict[str, tuple[bytes, dict]]:
     return {image.key: (image.data, dict(image.extra)) for image in tar.read(shard)}
 
 
-def test_sa1b_where_image_and_json_lie_apart(tmp_path):
-    tar = one(tmp_path, SA1B, "sa_000020")
+def test_sa1b_with_images_and_jsons_in_any_order(tmp_path):
+    tar = tar_of(tmp_path, SA1B, "sa_000020")
     assert read(tar, "sa_000020") == {"sa_1": (b"one", {"json": b"{1}"}), "sa_2": (b"two" * 400, {"json": b"{2}"})}
     assert tar.shards() == {"train": ["sa_000020"], "validation": []} and tar.count("sa_000020") == 2
     assert tar.keys("sa_000020") == [image.key for image in tar.read("sa_000020")] == ["sa_1", "sa_2"]
@@ -49,7 +49,7 @@ def test_sa1b_where_image_and_json_lie_apart(tmp_path):
 
 
 def by_webdataset(path: Path) -> dict[str, dict[str, bytes]]:
-    """Return what webdataset itself makes of a tar: {key: {column: bytes}}."""
+    """Return the samples of a tar as webdataset reads them: {key: {column: bytes}}."""
     samples = WebDataset(str(path), shardshuffle=False)
     return {sample["__key__"]: {k: v for k, v in sample.items() if not k.startswith("__")} for sample in samples}
 
@@ -58,17 +58,17 @@ def test_samples_are_those_of_webdataset(tmp_path):
     members = {}
     for key in ("0001", "d.1/a", "d.1/b c", "d/.e/x", "\u00fc", "%2E"):
         members |= {f"{key}.input.JPG": b"<%d>" % len(members), f"{key}.Meta.json": b"{}", f"{key}.outputs.txt": b"cat"}
-    tar = one(tmp_path, members)
+    tar = tar_of(tmp_path, members)
     assert read(tar) == {
         key: (columns.pop("input.jpg"), columns) for key, columns in by_webdataset(tmp_path / "a.tar").items()
     }
     assert len(read(tar)) == 6
 
 
-def test_columns_with_dots_are_the_image_the_label_and_the_caption_if_nothing_else_can_be(tmp_path):
+def test_columns_with_dots_are_used_if_they_are_the_only_candidates(tmp_path):
     members = {f"s{i}.{name}": data for i in range(3) for name, data in
                (("input.jpg", b"x"), ("outputs.txt", b"a\nb"), ("cls", b"%d" % i))}  # fmt: skip
-    tar = one(tmp_path, members)
+    tar = tar_of(tmp_path, members)
     assert [(image.key, image.data, image.label) for image in tar.read("a")] == [
         ("s0", b"x", 0),
         ("s1", b"x", 1),
@@ -77,17 +77,17 @@ def test_columns_with_dots_are_the_image_the_label_and_the_caption_if_nothing_el
     assert [captions("a", image) for image in tar.read("a")] == [["a", "b"]] * 3
 
 
-def test_a_column_without_a_dot_is_the_image_before_those_with_one(tmp_path):
-    tar = one(tmp_path, {"a.seg.png": b"s", "a.labels.png": b"l", "a.png": b"p", "a.x.txt": b"x", "a.txt": b"t"})
+def test_a_column_without_a_dot_is_preferred(tmp_path):
+    tar = tar_of(tmp_path, {"a.seg.png": b"s", "a.labels.png": b"l", "a.png": b"p", "a.x.txt": b"x", "a.txt": b"t"})
     (image,) = tar.read("a")
     assert image.data == b"p" and set(image.extra) == {"seg.png", "labels.png", "x.txt", "txt"}
     assert captions("a", image) == ["t"]
 
 
 @pytest.mark.parametrize("names", [("a.jpg", "a.png"), ("a.v1.jpg", "a.v2.jpg")])
-def test_two_columns_that_may_be_the_image_are_refused_until_one_is_named(tmp_path, names):
+def test_two_candidates_for_the_image_raise_unless_one_is_named(tmp_path, names):
     members = {name: name.encode() for name in names}
-    tar = one(tmp_path, members)
+    tar = tar_of(tmp_path, members)
     chosen = names[1].partition(".")[2]
     for use in (tar.count, lambda shard: list(tar.read(shard))):
         with pytest.raises(UserError, match=r"a\.tar: the sample 'a' has several .*images.columns=.image: ") as error:
@@ -100,7 +100,7 @@ def test_two_columns_that_may_be_the_image_are_refused_until_one_is_named(tmp_pa
 SETTINGS = {"name": "tar", "train": ["a.tar"]}
 
 
-def test_named_columns_are_taken_and_what_lacks_them_is_counted(tmp_path, caplog):
+def test_named_columns_are_read_and_samples_without_them_are_counted(tmp_path, caplog):
     members = {}
     for i in range(4):
         members |= {
@@ -111,7 +111,7 @@ def test_named_columns_are_taken_and_what_lacks_them_is_counted(tmp_path, caplog
         }
         members |= {f"{i}.en.txt": b"cat", f"{i}.de.txt": b"Katze"}
     del members["2.right.jpg"], members["3.de.txt"], members["1.kind.cls"]
-    one(tmp_path, members)
+    tar_of(tmp_path, members)
     columns = "{image: right.jpg, label: kind.cls, caption: de.txt}"
     tar = build({**SETTINGS, "root": str(tmp_path), "columns": columns}).source
     with caplog.at_level("WARNING"):
@@ -123,26 +123,26 @@ def test_named_columns_are_taken_and_what_lacks_them_is_counted(tmp_path, caplog
     ]
     assert [captions("a", image) for image in images] == [["Katze"], ["Katze"], []]
     assert [record.getMessage().partition(".tar: ")[2] for record in caplog.records] == [
-        "1 samples have no column right.jpg and are left out (1 .cls, 1 .de.txt, 1 .en.txt, 1 .kind.cls, 1 .left.jpg), "
-        "'2' first",
-        "1 images have no column kind.cls for the label, '1' first",
-        "1 images have no column de.txt for the caption, '3' first",
+        "ignored 1 samples without a column right.jpg (1 .cls, 1 .de.txt, 1 .en.txt, 1 .kind.cls, 1 .left.jpg), "
+        "first '2'",
+        "1 images have no column kind.cls for the label, first '1'",
+        "1 images have no column de.txt for the caption, first '3'",
     ]
     assert tar.identity() != Tar(str(tmp_path)).identity()
 
 
-def test_a_caption_that_may_be_one_of_two_columns_is_counted_and_not_taken(tmp_path, caplog):
-    tar = one(tmp_path, {"0.jpg": b"x", "0.en.txt": b"cat", "0.de.txt": b"Katze", "1.jpg": b"x", "1.txt": b"dog"})
+def test_an_ambiguous_caption_is_counted_and_not_read(tmp_path, caplog):
+    tar = tar_of(tmp_path, {"0.jpg": b"x", "0.en.txt": b"cat", "0.de.txt": b"Katze", "1.jpg": b"x", "1.txt": b"dog"})
     with caplog.at_level("WARNING"):
         images = list(tar.read("a"))
     assert [captions("a", image) for image in images] == [[], ["dog"]]
-    assert "1 images have several columns that may be the caption, and none is taken: '0' first" in caplog.text
+    assert "1 images have several columns that may be the caption, and none is read: first '0'" in caplog.text
 
 
-def test_a_named_column_that_no_sample_has_is_refused_with_those_there_are(tmp_path):
-    one(tmp_path, {"0.input.jpg": b"x", "1.input.jpg": b"x"})
+def test_a_named_column_that_no_sample_has_raises_with_the_existing_columns(tmp_path):
+    tar_of(tmp_path, {"0.input.jpg": b"x", "1.input.jpg": b"x"})
     tar = build({**SETTINGS, "root": str(tmp_path), "columns": {"image": "inputs.jpg"}}).source
-    with pytest.raises(UserError, match=r"a\.tar: holds no images \(inputs.jpg\); its columns are 2 \.input\.jpg"):
+    with pytest.raises(UserError, match=r"a\.tar: contains no images \(inputs.jpg\); its columns are 2 \.input\.jpg"):
         list(tar.read("a"))
 
 
@@ -150,7 +150,7 @@ def test_a_named_column_that_no_sample_has_is_refused_with_those_there_are(tmp_p
     ("columns", "says"),
     [
         ({"imag": "jpg"}, "images.columns.imag: no such setting.*Did you mean 'image'"),
-        ({"image": ".jpg"}, "images.columns.image='.jpg': expected what follows the first dot"),
+        ({"image": ".jpg"}, "images.columns.image='.jpg': expected the part of a member's name after its first dot"),
         ({"caption": "TXT"}, "images.columns.caption='TXT': .*lower case"),
         ({"label": 3}, "images.columns.label=3: expected"),
     ],
@@ -162,9 +162,11 @@ def test_wrong_columns_are_named(columns, says):
 
 @pytest.mark.parametrize("word", [b"cat", b"", b"-1", b"1.5", b"3 4", "\u0664".encode(), b"9" * 19])
 def test_a_label_that_is_no_number_is_named_with_its_tar_and_key(tmp_path, word):
-    tar = one(tmp_path, {"0.jpg": b"x", "0.cls": b"\xef\xbb\xbf7\r\n", "1.jpg": b"y", "1.cls": word})
+    tar = tar_of(tmp_path, {"0.jpg": b"x", "0.cls": b"\xef\xbb\xbf7\r\n", "1.jpg": b"y", "1.cls": word})
     assert tar.fetch("a", "0").label == 7
-    with pytest.raises(UserError, match=r"a\.tar: '1\.cls' holds '.*', and a label is a whole number from 0") as error:
+    with pytest.raises(
+        UserError, match=r"a\.tar: '1\.cls' contains '.*', but a label is a whole number, 0 or more"
+    ) as error:
         list(tar.read("a"))
     assert "\n" not in str(error.value) and (word.isascii() and word.decode() in str(error.value) or word[0] > 127)
     without = build({**SETTINGS, "root": str(tmp_path), "columns": "{label: null}"}).source
@@ -172,7 +174,7 @@ def test_a_label_that_is_no_number_is_named_with_its_tar_and_key(tmp_path, word)
 
 
 def test_a_caption_in_another_encoding_is_named_with_its_tar_key_and_column(tmp_path):
-    tar = one(
+    tar = tar_of(
         tmp_path,
         {"0.jpg": b"x", "0.txt": "caf\xe9".encode("latin-1"), "1.jpg": b"x", "1.txt": b"\xef\xbb\xbfa  b\r\n\r\nc"},
     )
@@ -199,7 +201,7 @@ def linked(members: list[tuple[str, bytes | tuple[bytes, str]]]) -> bytes:
 HARD, SOFT = tarfile.LNKTYPE, tarfile.SYMTYPE
 
 
-def test_links_are_read_as_unpacking_the_tar_would(tmp_path, caplog):
+def test_links_are_resolved_as_in_the_unpacked_tar(tmp_path, caplog):
     data = linked([
         ("./d/a.jpg", b"one"), ("./d/hard.jpg", (HARD, "./d/a.jpg")), ("./d/soft.jpg", (SOFT, "a.jpg")),
         ("./e/up.jpg", (SOFT, "../d/soft.jpg")), ("./e/ahead.jpg", (SOFT, "late.jpg")), ("./e/late.jpg", b"two"),
@@ -207,9 +209,9 @@ def test_links_are_read_as_unpacking_the_tar_would(tmp_path, caplog):
         ("./e/ahead.txt", (SOFT, "late.txt")), ("loop.jpg", (SOFT, "pool.jpg")), ("pool.jpg", (SOFT, "loop.jpg")),
         ("gone.jpg", (SOFT, "nowhere.jpg")), ("away.jpg", (SOFT, "/etc/passwd")), ("lost.jpg", (HARD, "x/y.jpg")),
     ])  # fmt: skip
-    tar = one(tmp_path, data)
+    tar = tar_of(tmp_path, data)
     with caplog.at_level("WARNING"):
-        found = read(tar)
+        images = read(tar)
     unpacked = tmp_path / "unpacked"
     with tarfile.open(tmp_path / "a.tar") as file:  # by tarfile itself
         for member in file:
@@ -217,49 +219,51 @@ def test_links_are_read_as_unpacking_the_tar_would(tmp_path, caplog):
                 (unpacked / member.name).unlink(missing_ok=True)
                 file.extract(member, unpacked, filter="data")
     expected = {str(p.relative_to(unpacked).with_suffix("")): p.read_bytes() for p in unpacked.rglob("*.jpg")}
-    assert {key: data for key, (data, _) in found.items()} == expected
+    assert {key: data for key, (data, _) in images.items()} == expected
     assert expected["d/hard"] == b"one" and expected["d/soft"] == expected["d/again"] == b"three"
-    assert found["e/ahead"] == (b"two", {"txt": b"text"}) and len(found) == 7
-    assert "5 links lead to nothing in the tar and are left out, 'away.jpg' (to '/etc/passwd') first" in caplog.text
+    assert images["e/ahead"] == (b"two", {"txt": b"text"}) and len(images) == 7
+    assert "ignored 5 links whose targets are not in the tar, first 'away.jpg' (to '/etc/passwd')" in caplog.text
     assert tar.fetch("a", "e/up").data == b"three"
 
 
-def test_of_a_member_that_occurs_twice_the_last_counts(tmp_path):
-    found = read(
-        one(tmp_path, [("a.jpg", b"1"), ("a.json", b"2"), ("./a.jpg", b"3"), ("a.json", b"4"), ("b.jpg", b"5")])
+def test_the_last_of_two_members_of_one_name_counts(tmp_path):
+    images = read(
+        tar_of(tmp_path, [("a.jpg", b"1"), ("a.json", b"2"), ("./a.jpg", b"3"), ("a.json", b"4"), ("b.jpg", b"5")])
     )
-    assert found == {"a": (b"3", {"json": b"4"}), "b": (b"5", {})}
+    assert images == {"a": (b"3", {"json": b"4"}), "b": (b"5", {})}
 
 
-def test_members_that_belong_to_no_sample_are_counted(tmp_path, caplog):
+def test_members_outside_samples_are_counted(tmp_path, caplog):
     members = {"a.jpg": b"1", "b.heic": b"2", "c.heic": b"3", "c.json": b"4", "README": b"5", ".hidden.jpg": b"6"}
     with caplog.at_level("WARNING"):
-        assert list(read(one(tmp_path, members))) == ["a"]
-    assert "2 samples have no image and are left out (2 .heic, 1 .json), 'b' first" in caplog.text
-    assert "1 members have no suffix and belong to no sample, 'README' first" in caplog.text
+        assert list(read(tar_of(tmp_path, members))) == ["a"]
+    assert "ignored 2 samples without an image (2 .heic, 1 .json), first 'b'" in caplog.text
+    assert "ignored 1 members without a suffix, first 'README'" in caplog.text
 
 
 def test_tars_of_one_name_in_several_folders_are_shards_of_their_own(tmp_path):
     for place, data in (("x", b"1"), ("y", b"2"), ("y/z%", b"3"), (".", b"4")):
         (tmp_path / place).mkdir(exist_ok=True)
-        one(tmp_path / place, {"0.jpg": data})
+        tar_of(tmp_path / place, {"0.jpg": data})
     tar = Tar(str(tmp_path), train=["*/a.tar", str(tmp_path / "y/z%/a.tar")], validation="a.tar")
     assert tar.shards() == {"train": ["x%2Fa", "y%2Fa", "y%2Fz%25%2Fa"], "validation": ["a"]}
     assert [read(tar, name)["0"][0] for names in tar.shards().values() for name in names] == [b"1", b"2", b"3", b"4"]
-    assert Tar(str(tmp_path), train="y/a.tar").shards()["train"] == ["y%2Fa"]  # whatever else is listed
-    assert Tar(train=[str(tmp_path / "y/a.tar")]).shards()["train"] == ["a"]  # which lies below no root
-    with pytest.raises(UserError, match=rf"x/a.tar, and one lies outside .* such as images.root={tmp_path}"):
+    assert Tar(str(tmp_path), train="y/a.tar").shards()["train"] == ["y%2Fa"]  # the same without the other tars
+    assert Tar(train=[str(tmp_path / "y/a.tar")]).shards()["train"] == ["a"]  # outside the root
+    with pytest.raises(
+        UserError, match=rf"x/a.tar, and at least one of them is outside .* such as images.root={tmp_path}"
+    ):
         Tar(train=[str(tmp_path / "x/a.tar"), str(tmp_path / "y/a.tar")]).shards()
 
 
 def test_img2dataset_and_webdataset_columns_and_labels(tmp_path):
     members = {"0.txt": b"a cat", "0.webp": b"w", "0.cls": b"7\n", "1.png": b"p", "alone.json": b"{}"}
-    images = list(one(tmp_path, members).read("a"))
+    images = list(tar_of(tmp_path, members).read("a"))
     assert [(i.key, i.data, i.label) for i in images] == [("0", b"w", 7), ("1", b"p", None)]
     assert images[0].extra == {"txt": b"a cat", "cls": b"7\n"}
 
 
-def test_what_is_not_a_file_of_the_set_is_left_out(tmp_path):
+def test_hidden_and_special_files_are_ignored(tmp_path):
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
         for name, kind in (("d", tarfile.DIRTYPE), ("l.jpg", tarfile.SYMTYPE), ("dev.jpg", tarfile.CHRTYPE)):
@@ -270,41 +274,43 @@ def test_what_is_not_a_file_of_the_set_is_left_out(tmp_path):
             info = tarfile.TarInfo(name)
             info.size = 1
             tar.addfile(info, io.BytesIO(b"x"))
-    assert list(read(one(tmp_path, buffer.getvalue()))) == ["../up", "/root", "long" * 60, "\u00fc"]
+    assert list(read(tar_of(tmp_path, buffer.getvalue()))) == ["../up", "/root", "long" * 60, "\u00fc"]
 
 
-def test_two_members_for_one_column_are_refused(tmp_path):
-    tar = one(tmp_path, [("a.jpg", b"1"), ("a.JPG", b"2")])
+def test_two_members_for_one_column_raise(tmp_path):
+    tar = tar_of(tmp_path, [("a.jpg", b"1"), ("a.JPG", b"2")])
     for use in (tar.count, lambda shard: list(tar.read(shard))):
-        with pytest.raises(UserError, match=r"a\.tar: holds two columns 'jpg' of the key 'a' \('a.jpg' and 'a.JPG'\)"):
+        with pytest.raises(
+            UserError, match=r"a\.tar: contains two columns 'jpg' of the key 'a' \('a.jpg' and 'a.JPG'\)"
+        ):
             use("a")
 
 
-def test_a_truncated_tar_gives_what_is_whole_at_every_length(tmp_path):
+def test_a_truncated_tar_yields_its_complete_images_at_every_length(tmp_path):
     members = {f"{i}.{suffix}": bytes([i]) * 700 for i in range(3) for suffix in ("jpg", "json")}
     whole = pack(members)
     complete = [(f"{i}", bytes([i]) * 700) for i in range(3)]
     end_of_members = 6 * (512 + 1024)
     for length in [1, 511, *range(512, end_of_members + 1, 200), end_of_members]:
-        tar = one(tmp_path, whole[:length])
-        found = []
+        tar = tar_of(tmp_path, whole[:length])
+        images = []
         with pytest.raises(UserError) as error:
             for image in tar.read("a"):
-                found.append((image.key, image.data))
-                # The cut can fall where nothing tells that the last image had a column; never inside one.
+                images.append((image.key, image.data))
+                # The cut may lose a whole column of the last image, but an image never has part of a column.
                 assert image.extra.get("json", bytes([int(image.key)]) * 700) == bytes([int(image.key)]) * 700
-        assert found == complete[: len(found)] and len(found) == tar.count("a")
-        assert tar.keys("a") == [key for key, _ in found]
-        assert len(found) >= length // (2 * 1536)
+        assert images == complete[: len(images)] and len(images) == tar.count("a")
+        assert tar.keys("a") == [key for key, _ in images]
+        assert len(images) >= length // (2 * 1536)
         assert "a.tar" in str(error.value) and "Download it again" in str(error.value)
-        if found:
-            assert f"truncated at byte {length}, after the image '{found[-1][0]}'" in str(error.value)
-            assert tar.fetch("a", found[-1][0]).data == found[-1][1]
-    assert len(read(one(tmp_path, whole))) == 3
+        if images:
+            assert f"truncated at byte {length}, after the image '{images[-1][0]}'" in str(error.value)
+            assert tar.fetch("a", images[-1][0]).data == images[-1][1]
+    assert len(read(tar_of(tmp_path, whole))) == 3
 
 
-def test_an_image_whose_column_is_cut_is_not_whole(tmp_path):
-    tar = one(tmp_path, pack({"0.jpg": b"0", "1.jpg": b"1", "1.json": b"x" * 600})[: 5 * 512 + 300])
+def test_an_image_with_a_cut_column_is_incomplete(tmp_path):
+    tar = tar_of(tmp_path, pack({"0.jpg": b"0", "1.jpg": b"1", "1.json": b"x" * 600})[: 5 * 512 + 300])
     assert tar.count("a") == 1
     with pytest.raises(UserError, match="after the image '0'; 1 images"):
         list(tar.read("a"))
@@ -314,22 +320,22 @@ def test_an_image_whose_column_is_cut_is_not_whole(tmp_path):
     ("data", "says"),
     [
         (b"", "0 bytes"),
-        (b"<html>not found</html>" * 100, "not a tar"),
-        (pack({"note.txt": b"x"}), "holds no images"),
-        (pack({"a.jpg": b"1"})[:1024] + b"garbage!" * 200, "damaged at byte 1024, where .*'a'; 1 images"),
+        (b"<html>not images</html>" * 100, "not a tar"),
+        (pack({"note.txt": b"x"}), "contains no images"),
+        (pack({"a.jpg": b"1"})[:1024] + b"garbage!" * 200, "damaged at byte 1024, in place .*'a'; 1 images"),
     ],
 )
-def test_a_tar_that_is_none_is_named(tmp_path, data, says):
+def test_a_damaged_tar_is_named(tmp_path, data, says):
     with pytest.raises(UserError, match=rf"a\.tar: .*{says}") as error:
-        list(one(tmp_path, data).read("a"))
+        list(tar_of(tmp_path, data).read("a"))
     assert "\n" not in str(error.value)
 
 
-def test_lists_with_braces_globs_and_one_text(tmp_path):
+def test_lists_may_have_braces_and_globs_and_be_a_single_text(tmp_path):
     root = tmp_path / "with [brackets]"
     root.mkdir()
     for name in ("sa_09", "sa_10", "sa_11", "sa_12", "v_b", "v_a", "odd[1]"):
-        one(root, SA1B, name)
+        tar_of(root, SA1B, name)
     tar = Tar(str(root), train=["sa_{11..12}.tar", "odd[1].tar", "sa_{09..10}.tar"], validation="v_?.tar")
     assert tar.shards() == {"train": ["sa_11", "sa_12", "odd[1]", "sa_09", "sa_10"], "validation": ["v_a", "v_b"]}
     assert Tar(str(root), train="[sa_10.tar, sa_09.tar]").shards()["train"] == ["sa_10", "sa_09"]
@@ -343,25 +349,25 @@ def test_lists_with_braces_globs_and_one_text(tmp_path):
         ({}, "images.train: lists no tars"),
         ({"train": ["b.tar"]}, "images.train: .*b.tar: no such tar"),
         ({"train": ["a.tar"], "validation": ["c*.tar"]}, r"images.validation: .*c\*.tar: no such tar"),
-        ({"train": ["a.tar"], "validation": ["a.tar"]}, "images.validation: .*a.tar is the same tar in images.train"),
-        ({"train": ["a.tar", "./a.tar"]}, "images.train: .*a.tar is the same tar in images.train"),
+        ({"train": ["a.tar"], "validation": ["a.tar"]}, "images.validation: .*a.tar is also in images.train"),
+        ({"train": ["a.tar", "./a.tar"]}, "images.train: .*a.tar is also in images.train"),
         ({"train": ["a.tar.gz"]}, "expected a name that ends in .tar"),
         ({"train": ["{a.tar"]}, "images.train: '{a.tar'"),
         ({"train": "[a.tar"}, "no such tar|ends in .tar"),
         ({"train": ["nosuch://a.tar"]}, "images.root: 'nosuch://a.tar'"),
     ],
 )
-def test_a_wrong_list_gives_one_line(tmp_path, settings, says):
+def test_a_wrong_list_raises_one_line(tmp_path, settings, says):
     (tmp_path / "sub").mkdir()
-    one(tmp_path, SA1B)
-    one(tmp_path / "sub", SA1B)
+    tar_of(tmp_path, SA1B)
+    tar_of(tmp_path / "sub", SA1B)
     with pytest.raises(UserError, match=says) as error:
         Tar(str(tmp_path), **settings).shards()
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("before", ["", "simplecache::"])
-def test_a_url_reads_as_a_disk_does(before):
+def test_a_url_is_read_like_a_disk(before):
     fsspec.filesystem("memory").pipe_file("/bucket/sa_1.tar", pack(SA1B))
     fsspec.filesystem("memory").pipe_file("/bucket/cut.tar", pack(SA1B)[:2048])
     tar = Tar(f"{before}memory://bucket", train=["sa_{1..1}.tar"], validation=["cu*.tar"])
@@ -374,26 +380,26 @@ def test_a_url_reads_as_a_disk_does(before):
         Tar(f"{before}memory://bucket", train=["gone.tar"]).shards()
 
 
-def test_indices_are_bounded_and_travel_to_workers(tmp_path, monkeypatch):
-    monkeypatch.setattr(tar_source, "KEPT", 2)
+def test_indices_are_bounded_and_reach_workers(tmp_path, monkeypatch):
+    monkeypatch.setattr(tar_source, "CACHED_INDICES", 2)
     for name in "abcd":
-        one(tmp_path, SA1B, name)
+        tar_of(tmp_path, SA1B, name)
     tar = Tar(str(tmp_path), train="{a,b,c,d}.tar")
     assert [tar.count(name) for name in "abcda"] == [2] * 5
     assert len(tar._indices) == 2
     assert read(pickle.loads(pickle.dumps(tar)), "b") == read(tar, "b")
 
 
-def test_forked_workers_inherit_the_index_that_the_parent_has_built(tmp_path, monkeypatch):
-    tar = one(tmp_path, SA1B)
+def test_forked_workers_inherit_the_parents_index(tmp_path, monkeypatch):
+    tar = tar_of(tmp_path, SA1B)
     tar.count("a")
     monkeypatch.setattr(tar_source, "scan", None)  # reading the headers again would fail
-    loader = DataLoader(Fetched(tar), num_workers=2, batch_size=None, multiprocessing_context="fork")
+    loader = DataLoader(KeyedImages(tar), num_workers=2, batch_size=None, multiprocessing_context="fork")
     assert list(loader) == [b"one", b"two" * 400]
 
 
-class Fetched(Dataset):
-    """The images of SA1B, fetched one by one."""
+class KeyedImages(Dataset):
+    """The images of SA1B, each read by its key."""
 
     def __init__(self, tar: Tar) -> None:
         self.tar = tar
@@ -405,8 +411,8 @@ class Fetched(Dataset):
         return self.tar.fetch("a", f"sa_{index + 1}").data
 
 
-def test_a_tar_that_shrinks_under_the_reader_is_named(tmp_path):
-    tar = one(tmp_path, SA1B)
+def test_a_tar_that_shrinks_while_it_is_read_is_named(tmp_path):
+    tar = tar_of(tmp_path, SA1B)
     tar.count("a")
     (tmp_path / "a.tar").write_bytes(pack(SA1B)[:600])
     with pytest.raises(UserError, match="changed while it was read, at 'sa_2'"):

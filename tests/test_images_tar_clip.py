@@ -1,4 +1,4 @@
-"""img2dataset's tars and their pitfalls, through the cache: counted or refused, and never paired wrongly."""
+"""Tests of caching img2dataset's tars with their usual faults: these are counted or raise, and pairs stay right."""
 
 import io
 import random
@@ -25,12 +25,12 @@ def cached(folder, *overrides: str) -> CachedImages:
     return CachedImages(cache.open_cache(clips.load(folder, *overrides)), "train")
 
 
-def fits(data: CachedImages, index: int, picture: bytes) -> bool:
-    """Return whether the outputs are those of this picture."""
+def is_embedding_of(data: CachedImages, index: int, picture: bytes) -> bool:
+    """Return whether a cached embedding is this picture's."""
     pixels, size = data.cache.preprocess.prepare(decode(picture))
-    wanted = clips.embed(data.cache.preprocess.normalize(pixels[None], torch.tensor([size])))[0]
-    found = tiny.item(data, 0, index)["outputs"]["clip.embedding"]
-    return bool((found - wanted).norm() < 1e-3 * wanted.norm())
+    expected = clips.embed(data.cache.preprocess.normalize(pixels[None], torch.tensor([size])))[0]
+    cached_embedding = tiny.item(data, 0, index)["outputs"]["clip.embedding"]
+    return bool((cached_embedding - expected).norm() < 1e-3 * expected.norm())
 
 
 def test_three_captions_whose_images_failed_to_download_are_counted(tmp_path, caplog):
@@ -39,12 +39,12 @@ def test_three_captions_whose_images_failed_to_download_are_counted(tmp_path, ca
     clips.pack(tmp_path / "00000.tar", members)
     with caplog.at_level("WARNING"):
         data = cached(tmp_path)
-    assert f"00000.tar: 3 samples have no image and are left out (3 .json, 3 .txt), '{KEYS[0]}' first" in caplog.text
+    assert f"00000.tar: ignored 3 samples without an image (3 .json, 3 .txt), first '{KEYS[0]}'" in caplog.text
     assert data.shards[0].keys == [key for n, key in enumerate(KEYS) if n not in (0, 5, 11)]
-    assert all(fits(data, i, clips.picture(KEYS.index(key))) for i, key in enumerate(data.shards[0].keys))
+    assert all(is_embedding_of(data, i, clips.picture(KEYS.index(key))) for i, key in enumerate(data.shards[0].keys))
 
 
-def test_odd_keys_and_capitals_keep_apart_and_keep_their_captions(tmp_path):
+def test_odd_keys_and_capitals_stay_distinct_with_their_captions(tmp_path):
     keys = ["a-v1", "a_v1", "a", "IMG_1", "img_1", "d.1/Ä b", "embedding", "%2E"]
     members = [(f"{key}.{'JPG' if key.isupper() else 'jpg'}", clips.picture(n)) for n, key in enumerate(keys)]
     members += [(f"{key}.{'TXT' if key.isupper() else 'txt'}", f"<{key}>".encode()) for key in keys]
@@ -54,26 +54,28 @@ def test_odd_keys_and_capitals_keep_apart_and_keep_their_captions(tmp_path):
     assert sorted(data.shards[0].keys) == sorted(keys)
     for index, key in enumerate(data.shards[0].keys):
         assert data.encoded(0, index).extra["txt"] == f"<{key}>".encode()
-        assert [fits(data, index, clips.picture(n)) for n in range(len(keys))] == [key == other for other in keys]
+        assert [is_embedding_of(data, index, clips.picture(n)) for n in range(len(keys))] == [
+            key == other for other in keys
+        ]
 
 
-def test_two_images_with_one_key_are_refused_in_one_line(tmp_path):
+def test_two_images_with_one_key_raise_one_line(tmp_path):
     clips.pack(tmp_path / "00000.tar", [("a.jpg", clips.picture(0)), ("a.txt", b"x"), ("a.png", clips.picture(1))])
-    with pytest.raises(UserError, match=r"00000\.tar: the sample 'a' has several columns .* jpg, png; name") as error:
+    with pytest.raises(UserError, match=r"00000\.tar: the sample 'a' has several columns .* jpg, png; choose") as error:
         cached(tmp_path)
     assert "\n" not in str(error.value) and not list((tmp_path / "cache").glob("0*"))
 
 
-def test_an_empty_caption_is_counted_and_its_image_kept(tmp_path, caplog):
+def test_an_empty_caption_is_counted_and_its_image_cached(tmp_path, caplog):
     clips.pack(tmp_path / "00000.tar", [("a.jpg", clips.picture(0)), ("a.txt", b""), ("b.jpg", clips.picture(1))])
     with caplog.at_level("WARNING"):
         data = cached(tmp_path)
-    assert "00000.tar: 1 images have an empty caption, 'a' first" in caplog.text
+    assert "00000.tar: 1 images have an empty caption, first 'a'" in caplog.text
     assert data.shards[0].keys == ["a", "b"]
     assert data.encoded(0, 0).extra["txt"] == b"" and "txt" not in data.encoded(0, 1).extra
 
 
-def test_image_and_embedding_meet_by_key_whatever_is_shuffled_and_dropped(tmp_path):
+def test_images_and_embeddings_are_paired_by_key_after_shuffling_and_dropping(tmp_path):
     pictures = {key: clips.picture(n) for n, key in enumerate(KEYS)}
     unknown_to_teacher, gone = {KEYS[2], KEYS[9]}, {KEYS[0], KEYS[6], KEYS[7]}
     members = [(f"{key}.jpg", b"broken" if key in unknown_to_teacher else data) for key, data in pictures.items()]
@@ -91,12 +93,12 @@ def test_image_and_embedding_meet_by_key_whatever_is_shuffled_and_dropped(tmp_pa
                 with pytest.raises(UserError, match=f"image '{key}' is cached but not among the images"):
                     tiny.item(data, 0, index)
             else:
-                assert fits(data, index, pictures[key])
+                assert is_embedding_of(data, index, pictures[key])
                 pixels = data.cache.preprocess.prepare(Image.open(io.BytesIO(pictures[key])))[0]
                 assert torch.equal(tiny.item(data, 0, index)["pixels"], pixels)
 
 
-def test_two_images_that_change_names_are_noticed(tmp_path):
+def test_two_images_that_swap_names_raise(tmp_path):
     clips.pack(tmp_path / "00000.tar", [("a.jpg", clips.picture(0)), ("b.jpg", clips.picture(1))])
     cached(tmp_path)
     clips.pack(tmp_path / "00000.tar", [("a.jpg", clips.picture(1)), ("b.jpg", clips.picture(0))])

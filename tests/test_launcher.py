@@ -1,4 +1,4 @@
-"""The variables of a launcher: enough of them to train, or one line that names what is missing."""
+"""Tests of a launcher's variables: training needs all of them, and one line names the missing ones."""
 
 import pytest
 import tiny
@@ -7,7 +7,7 @@ from fmdistill import cache, distill, launcher, pipeline
 from fmdistill.distill.train import Engine
 from fmdistill.registry import UserError
 
-WHOLE = {
+COMPLETE = {
     "RANK": "1",
     "WORLD_SIZE": "2",
     "LOCAL_RANK": "1",
@@ -35,14 +35,14 @@ def environment(monkeypatch):
     "variables",
     [
         {},
-        WHOLE,
+        COMPLETE,
         {"RANK": "0", "WORLD_SIZE": "1"},
         {"LOCAL_RANK": "-1"},
         {"PMI_SIZE": "1", "OMPI_COMM_WORLD_SIZE": "1"},
-        {**WHOLE, "OMPI_COMM_WORLD_SIZE": "2"},
+        {**COMPLETE, "OMPI_COMM_WORLD_SIZE": "2"},
     ],
 )
-def test_a_process_alone_and_those_of_a_launcher_may_train(environment, variables):
+def test_a_single_process_and_those_of_a_launcher_may_train(environment, variables):
     environment(variables)
     launcher.check_training()
 
@@ -56,21 +56,19 @@ def test_a_process_alone_and_those_of_a_launcher_may_train(environment, variable
         ({"RANK": "0"}, "RANK=0 in the environment, but no WORLD_SIZE"),
         ({"WORLD_SIZE": "1"}, "WORLD_SIZE=1 in the environment, but no RANK"),
         ({"LOCAL_RANK": "0"}, "LOCAL_RANK=0 in the environment, but no RANK and no WORLD_SIZE and no MASTER_ADDR"),
-        ({**WHOLE, "RANK": "2"}, "RANK=2, WORLD_SIZE=2 in the environment: expected this process's number, counted"),
-        ({**WHOLE, "RANK": "first"}, "RANK='first' in the environment: expected a number"),
-        ({**WHOLE, "LOCAL_RANK": "x"}, "LOCAL_RANK='x' in the environment: expected a number"),
-        ({**WHOLE, "LOCAL_RANK": "2"}, "LOCAL_RANK=2 in the environment, of WORLD_SIZE=2"),
-        ({**WHOLE, "LOCAL_WORLD_SIZE": "two"}, "LOCAL_WORLD_SIZE='two'"),
-        ({**WHOLE, "MASTER_PORT": "http"}, "MASTER_PORT='http'"),
-        ({**WHOLE, "MASTER_PORT": "70000"}, "MASTER_PORT=70000"),
+        ({**COMPLETE, "RANK": "2"}, "RANK=2, WORLD_SIZE=2 in the environment: expected this process's rank, counted"),
+        ({**COMPLETE, "RANK": "first"}, "RANK='first' in the environment: expected a number"),
+        ({**COMPLETE, "LOCAL_RANK": "x"}, "LOCAL_RANK='x' in the environment: expected a number"),
+        ({**COMPLETE, "LOCAL_RANK": "2"}, "LOCAL_RANK=2, WORLD_SIZE=2 in the environment: expected at most 1"),
+        ({**COMPLETE, "LOCAL_WORLD_SIZE": "two"}, "LOCAL_WORLD_SIZE='two'"),
+        ({**COMPLETE, "MASTER_PORT": "http"}, "MASTER_PORT='http'"),
+        ({**COMPLETE, "MASTER_PORT": "70000"}, "MASTER_PORT=70000"),
         ({"OMPI_COMM_WORLD_SIZE": "4"}, "OMPI_COMM_WORLD_SIZE=4 in the environment: MPI started several"),
-        ({"PMI_SIZE": "2", "RANK": "0", "WORLD_SIZE": "1"}, "unset PMI_SIZE to train in this process alone"),
+        ({"PMI_SIZE": "2", "RANK": "0", "WORLD_SIZE": "1"}, "unset PMI_SIZE to train in one process"),
         ({"MV2_COMM_WORLD_SIZE": "many"}, "MV2_COMM_WORLD_SIZE='many'"),
     ],
 )
-def test_too_few_variables_are_one_line_that_names_them_before_anything_is_spent(
-    tmp_path, environment, variables, message
-):
+def test_missing_variables_raise_one_line_before_any_work(tmp_path, environment, variables, message):
     environment(variables)
     settings = tiny.load(tmp_path)
     for work in (pipeline.run, distill.run):
@@ -88,7 +86,7 @@ def test_caching_needs_no_address(tmp_path, environment):
     assert len(list((tmp_path / "cache").glob("*.tar"))) == 4
 
 
-def test_a_finished_run_needs_no_launcher_any_more(tmp_path, environment):
+def test_a_finished_run_needs_no_launcher(tmp_path, environment):
     environment({})
     settings = tiny.load(tmp_path, "train.steps=1")
     out = pipeline.run(settings)
@@ -96,7 +94,7 @@ def test_a_finished_run_needs_no_launcher_any_more(tmp_path, environment):
     assert pipeline.run(settings) == out == {}
 
 
-@pytest.mark.parametrize(("given", "expected"), [("", None), ("-1", None), ("3", 3)])
-def test_the_number_on_the_machine_may_be_missing(environment, given, expected):
-    environment({"LOCAL_RANK": given})
+@pytest.mark.parametrize(("value", "expected"), [("", None), ("-1", None), ("3", 3)])
+def test_the_local_rank_may_be_missing(environment, value, expected):
+    environment({"LOCAL_RANK": value})
     assert launcher.local_rank() == expected

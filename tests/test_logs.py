@@ -8,13 +8,13 @@ from fmdistill.registry import UserError
 
 
 @pytest.fixture(autouse=True)
-def logger_as_before():
+def restored_logger():
     handlers, level = list(logs.log.handlers), logs.log.level
     yield
     logs.log.handlers[:], logs.log.level = handlers, level
 
 
-def test_rows_come_back_in_order(tmp_path):
+def test_rows_are_read_in_order(tmp_path):
     rows = logs.JsonLines(tmp_path / "run" / "metrics.jsonl")
     for step in range(3):
         rows.write({"step": step, "loss": step / 7})
@@ -28,7 +28,7 @@ def test_each_row_is_on_disk_at_once(tmp_path):
     assert rows.path.read_text() == '{"step": 1}\n'
 
 
-def test_resuming_drops_later_rows_and_the_half_written_one(tmp_path):
+def test_resuming_removes_later_rows_and_an_incomplete_one(tmp_path):
     rows = logs.JsonLines(tmp_path / "metrics.jsonl")
     rows.write({"note": "no step"})
     for step in (1, 2, 3, 4):
@@ -43,7 +43,7 @@ def test_resuming_drops_later_rows_and_the_half_written_one(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_a_row_without_its_newline_is_kept_and_ended(tmp_path):
+def test_a_complete_row_without_newline_is_preserved(tmp_path):
     rows = logs.JsonLines(tmp_path / "metrics.jsonl")
     rows.path.write_text('{"step": 1}')
     rows.truncate_after(1)
@@ -58,7 +58,7 @@ def test_a_broken_row_in_the_middle_is_named(tmp_path):
         logs.read_json_lines(path)
 
 
-def test_progress_prints_lines_where_there_is_no_terminal(capsys, monkeypatch):
+def test_progress_prints_lines_without_a_terminal(capsys, monkeypatch):
     monkeypatch.setattr(logs, "QUIET_INTERVAL", 0.0)
     assert list(logs.progress(range(3), "caching")) == [0, 1, 2]
     lines = capsys.readouterr().err.splitlines()
@@ -76,7 +76,7 @@ def test_progress_is_sparse_but_always_shows_its_end(capsys):
     assert len(lines) <= 3 and "1000/1000" in lines[-1]
 
 
-def test_only_the_first_process_speaks(capsys, monkeypatch):
+def test_only_the_first_process_logs(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     logs.setup()
     list(logs.progress(range(3), "training"))

@@ -1,4 +1,4 @@
-"""What can be refused before anything is spent is refused then: no teacher is built, no image is cached."""
+"""Tests that errors are raised as early as possible: before a teacher is built or an image is cached."""
 
 import os
 import re
@@ -21,12 +21,12 @@ def no_teacher(monkeypatch):
     monkeypatch.setattr(teachers, "build", lambda settings: pytest.fail("a teacher is built"))
 
 
-def line(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
-    """What the command line refuses, in one line."""
-    assert main([str(one) for one in argv]) == 2
-    shown = capsys.readouterr().err.splitlines()
-    assert shown[-1].startswith("fmdistill: error: ") and len([x for x in shown if "error:" in x]) == 1
-    return shown[-1]
+def error_line(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
+    """Run a command that must end with exit code 2 and an error in one error_line; return the error_line."""
+    assert main([str(argument) for argument in argv]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("fmdistill: error: ") and len([x for x in lines if "error:" in x]) == 1
+    return lines[-1]
 
 
 @pytest.mark.parametrize(
@@ -38,15 +38,15 @@ def line(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
         ("schedule.horizon=5 train.epochs=2", r"schedule\.horizon=5: the run has 6 steps"),
         ("protocols=[eval/clip_retrieval.yaml]", "image 'chelsea-0000' has no caption"),
         ("protocols=[eval/clip_retrieval.yaml] teacher.name=sam_mini", "sam_mini: has no text tower"),
-        ("protocols=[eval/imagenet_top1.yaml] student.name=tinyvit_sam_mini", "tells no classes apart"),
+        ("protocols=[eval/imagenet_top1.yaml] student.name=tinyvit_sam_mini", "top1: needs a classifier"),
     ],
 )
-def test_a_run_that_cannot_train_or_be_judged_is_refused(tmp_path, capsys, settings, message):
-    assert re.search(message, line(capsys, "run", tiny.write(tmp_path), *settings.split()))
+def test_a_run_that_cannot_train_or_be_evaluated_raises(tmp_path, capsys, settings, message):
+    assert re.search(message, error_line(capsys, "run", tiny.write(tmp_path), *settings.split()))
     assert not (tmp_path / "cache").exists() and not (tmp_path / "run").exists()
 
 
-def test_a_batch_that_several_processes_cannot_share_is_refused(tmp_path, capsys, monkeypatch):
+def test_a_batch_that_several_processes_cannot_share_raises(tmp_path, capsys, monkeypatch):
     for name, value in {
         "RANK": "0",
         "WORLD_SIZE": "3",
@@ -55,10 +55,10 @@ def test_a_batch_that_several_processes_cannot_share_is_refused(tmp_path, capsys
         "MASTER_PORT": "1",
     }.items():
         monkeypatch.setenv(name, value)
-    assert "not divisible by 3 processes" in line(capsys, "run", tiny.write(tmp_path))
+    assert "not divisible by 3 processes" in error_line(capsys, "run", tiny.write(tmp_path))
 
 
-def test_a_place_that_cannot_be_written_is_refused(tmp_path, capsys):
+def test_a_folder_that_cannot_be_written_raises(tmp_path, capsys):
     path, file = tiny.write(tmp_path), tmp_path / "file"
     file.touch()
     for argv in (
@@ -68,7 +68,7 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path, capsys):
         ("bench", path, f"out={file}/run"),
     ):
         (tmp_path / "other.yaml").write_text(f"extends: {path}\nout: other\noptimizer: {{lr: 0.1}}\n")
-        assert "file" in line(capsys, *argv)
+        assert "file" in error_line(capsys, *argv)
     with pytest.raises(OSError, match="the report cannot be written"):
         report.run([str(tmp_path / "none")], str(file))
     with pytest.raises(OSError, match="the export cannot be written"):
@@ -95,7 +95,7 @@ def test_a_recipe_that_only_caches_is_cached_with_a_warning_about_its_training(t
     monkeypatch.undo()
     assert main(["cache", str(tiny.write(tmp_path)), "images.limit=2"]) == 0
     shown = capsys.readouterr().err
-    assert "training by this recipe would be refused: train.batch_size=8: there are only 2" in shown
+    assert "training by this recipe will fail: train.batch_size=8: there are only 2" in shown
     assert len(list((tmp_path / "cache").glob("*.tar"))) == 2
 
 
@@ -105,21 +105,21 @@ def test_check_takes_a_folder_of_recipes_and_a_run(tmp_path, capsys):
     recipe.save(recipe.load(path, ["student.name=tinyvit_sam_mini", "teacher.name=sam_mini"]), tmp_path / "run")
     assert pipeline.check_files([str(tmp_path / "run")]) == [f"{tmp_path}/run/recipe.yaml"]
     (tmp_path / "empty").mkdir()
-    assert "a folder without a recipe" in line(capsys, "check", tmp_path / "empty")
+    assert "contains no recipe" in error_line(capsys, "check", tmp_path / "empty")
 
 
-def test_one_seed_gives_the_same_student_by_a_live_teacher_and_by_its_cache(tmp_path, monkeypatch):
+def test_a_seed_starts_the_same_student_with_a_live_teacher_and_with_its_cache(tmp_path, monkeypatch):
     monkeypatch.undo()
     settings = toy_digits.trained(tmp_path)
     cache.run(settings)
     live = recipe.load(tmp_path / "student.yaml", ["teacher.live=true", "cache=null"])
-    first, second = (tasks.build(one).task.state_dict() for one in (settings, live))
+    first, second = (tasks.build(each).task.state_dict() for each in (settings, live))
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_the_home_folder_in_a_setting_is_no_folder_of_that_name(tmp_path, monkeypatch):
+def test_the_home_folder_in_a_setting_is_expanded(tmp_path, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    assert main(["cache", str(tiny.write(tmp_path)), "cache.root=~/mine", "images.limit=2"]) == 0
-    assert (tmp_path / "mine/manifest.json").is_file() and not Path("~").exists() and "~" not in os.listdir()
+    assert main(["cache", str(tiny.write(tmp_path)), "cache.root=~/own", "images.limit=2"]) == 0
+    assert (tmp_path / "own/manifest.json").is_file() and not Path("~").exists() and "~" not in os.listdir()

@@ -1,4 +1,4 @@
-"""`check`: a setting that would be ignored is an error before anything is spent."""
+"""Tests of `check`: a setting that would be ignored raises an error before the work begins."""
 
 import pytest
 import tiny
@@ -24,18 +24,18 @@ def digits(folder, *overrides):
         (["teacher.live=true"], "cache: ignored, since teacher.live=true caches nothing; .*cache=null"),
         (["task.crop=1"], "task.crop.*: a cached teacher saw the images as they are; add teacher.live=true"),
         (["task.resized_crop=true", "teacher.live=true", "cache=null"], "train.image_memory=0.1: with task.resized"),
-        (["cache.local_gb=20"], "cache.local_gb=20.0: only for a URL, and cache.root=.* is a folder; leave it out"),
+        (["cache.local_gb=20"], "cache.local_gb=20.0: only for a URL, but cache.root=.* is a folder; remove it"),
         (["cache.local=/tmp/x"], "cache.local=/tmp/x: only for a URL"),
         (["teacher.maps=[]", "objective.kd.padding=exclude"], "objective.kd.padding=exclude: ignored, .*output=logits"),
     ],
 )
-def test_what_contradicts_the_teacher_or_the_root_is_refused_without_data(tmp_path, overrides, message):
+def test_settings_that_contradict_the_teacher_or_the_root_raise_without_data(tmp_path, overrides, message):
     with pytest.raises(UserError, match=message) as caught:
         pipeline.check(digits(tmp_path, *overrides))
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_said_twice_alike_or_left_to_the_teacher_is_taken(tmp_path):
+def test_settings_equal_to_the_teachers_or_left_to_it_are_valid(tmp_path):
     for overrides in ([], ["task.statistics=null"], ["task.statistics=null", "teacher.statistics=cifar100"]):
         pipeline.check(digits(tmp_path, *overrides))
     pipeline.check(recipe.load(toy_digits.write(tmp_path)[0]))
@@ -49,14 +49,14 @@ def test_what_is_said_twice_alike_or_left_to_the_teacher_is_taken(tmp_path):
         ("recipes/mini/clip_mini.yaml", "teacher={name: clip_mini}"),
     ],
 )
-def test_a_task_with_losses_of_its_own_takes_no_objective_and_no_teacher(path, part):
+def test_a_task_with_its_own_losses_needs_no_objective_and_no_teacher(path, part):
     more = ["cache={root: caches/x}"] if part.startswith("teacher") else []
     name = part.partition(".")[0].partition("=")[0]
     with pytest.raises(UserError, match=f"{name}: task (promptable|contrastive) ignores it, .*{name}=null"):
         pipeline.check(recipe.load(path, [part, *more]))
 
 
-def test_the_padding_of_vectors_is_refused_where_their_shapes_are_known():
+def test_the_padding_of_vectors_raises_when_their_shapes_are_known():
     settings = {"kd": {**KD, "padding": "exclude"}}
     with pytest.raises(UserError, match="objective.kd.padding=exclude: ignored, since output=logits is one vector"):
         Objective(settings, {"student.logits": (10,), "x.logits": (10,)})
@@ -65,7 +65,7 @@ def test_the_padding_of_vectors_is_refused_where_their_shapes_are_known():
     Objective({"map": map_term}, {"student.embedding": (8, 4, 4), "sam.embedding": (8, 4, 4)})
 
 
-def test_a_teacher_of_one_s_own_decides_the_statistics_too(tmp_path):
+def test_a_custom_teacher_determines_the_statistics_too(tmp_path):
     settings = toy_digits.trained(tmp_path)
     own = f"test_pipeline_check:teacher_in_{tmp_path.name}"
     globals()[f"teacher_in_{tmp_path.name}"] = lambda: teachers.build(settings.teacher)
@@ -75,7 +75,7 @@ def test_a_teacher_of_one_s_own_decides_the_statistics_too(tmp_path):
         tasks.build(digits(tmp_path, *live, "task.statistics=cifar100"))
 
 
-def test_of_a_url_50_gb_are_kept_unless_the_recipe_says_otherwise(tmp_path):
+def test_the_default_limit_of_local_copies_is_50_gb(tmp_path):
     far = tiny.load(tmp_path, "cache.root=file:///data/x").cache
     assert far is not None and far.local_gb is None and far.local_bytes == 50 * 10**9
     near = tiny.load(tmp_path, "cache.root=file:///data/x", "cache.local_gb=0.5").cache

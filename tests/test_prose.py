@@ -62,3 +62,25 @@ def test_every_quoted_name_exists():
 def test_a_quoted_name_that_does_not_exist_is_found():
     text = '"""Calls `run` and `_gone(x)`."""\n\n\ndef run(x):\n    return x  # `run` and `lost` say why\n'
     assert unknown({"a/b.py": text}) == ["a/b.py:1: `_gone(x)`", "a/b.py:5: `lost`"]
+
+
+def test_no_two_classes_share_a_name():
+    defined: dict[str, list[str]] = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                defined.setdefault(node.name, []).append(path.name)
+    assert {name: files for name, files in defined.items() if len(files) > 1} == {}
+
+
+PRIVATE = {"found", "there", "ours", "said", "asked"}  # words that say where a value was met, not what it is
+
+
+def test_no_identifier_is_a_word_of_private_language():
+    used = set()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            for field in ("id", "arg", "attr", "name"):
+                if getattr(node, field, None) in PRIVATE:
+                    used.add(f"{path.name}: {getattr(node, field)}")
+    assert used == set()

@@ -32,12 +32,12 @@ def base(tmp_path, monkeypatch) -> Path:
 def test_load_is_typed_frozen_and_full_of_defaults(base):
     loaded = load("base.yaml", ["train.batch_size=8"])
     assert (loaded.seed, loaded.train.steps, loaded.train.batch_size, loaded.train.window) == (3, 10, 8, 8)
-    assert loaded.cache == recipe.Cache("caches/a") and loaded.optimizer["lr"] == 1e-3
+    assert loaded.cache == recipe.CacheSettings("caches/a") and loaded.optimizer["lr"] == 1e-3
     with pytest.raises(dataclasses.FrozenInstanceError):
         loaded.seed = 4  # type: ignore[misc]
 
 
-def test_text_fields_take_the_literal_text(base):
+def test_text_settings_are_literal(base):
     loaded = load(base, ["images.root=007", "title=${oc.env:HOME}", "out=1e-3", "cache.root=null"])
     assert (loaded.images["root"], loaded.title, loaded.out) == ("007", "${oc.env:HOME}", "1e-3")
     assert loaded.cache is not None and loaded.cache.root == "null"
@@ -49,7 +49,7 @@ def test_interpolation_in_a_file_is_off(base, monkeypatch):
     assert load(base).title == "${oc.env:SECRET} and ${seed}"
 
 
-def test_null_takes_a_part_away(base):
+def test_null_removes_a_part(base):
     loaded = load(base, ["teacher=null", "train.steps=null", "train.epochs=2"])
     assert loaded.teacher is None and loaded.train.steps is None and loaded.train.epochs == 2.0
 
@@ -60,7 +60,7 @@ def test_another_name_replaces_the_arguments(base):
     assert same == {"name": "folder", "root": "x", "shard_size": 4}
 
 
-def test_merge_leaves_its_arguments_alone():
+def test_merge_does_not_change_its_arguments():
     old, new = {"a": {"name": "x", "b": {"c": 1}}}, {"a": {"b": {"d": 2}}}
     assert merge(old, new) == {"a": {"name": "x", "b": {"c": 1, "d": 2}}}
     assert old == {"a": {"name": "x", "b": {"c": 1}}} and new == {"a": {"b": {"d": 2}}}
@@ -68,7 +68,7 @@ def test_merge_leaves_its_arguments_alone():
     assert merge({"a": 1}, {"a": {"b": 2}}) == {"a": {"b": 2}}
 
 
-def test_extends_lays_the_child_on_its_parents(base, tmp_path):
+def test_extends_merges_a_child_into_its_parents(base, tmp_path):
     (tmp_path / "middle.yaml").write_text("extends: base.yaml\nseed: 4\noptimizer: {name: sgd, lr: 1}\n")
     (tmp_path / "child.yaml").write_text("extends: middle.yaml\ntrain: {batch_size: 2}\nimages: {root: other}\n")
     loaded = load("child.yaml", ["seed=5"])
@@ -90,25 +90,25 @@ def test_extends_lays_the_child_on_its_parents(base, tmp_path):
         ("extends: gone.yaml", "gone.yaml: no such file"),
         ("extends: a.yaml", "a.yaml: extends itself"),
         ("extends: 3", "3: no such file"),
-        ("- a list", "a.yaml: a mapping of settings"),
+        ("- a list", "a.yaml: expected a mapping of settings"),
         ("a: [1", "a.yaml: not YAML"),
         ("title: ${", "a.yaml: not YAML"),
         ("a: 1\na: 2", "a.yaml: not YAML: .*duplicate key"),
         ("out: {a: 1}", "out={'a': 1}: expected str, got dict"),
     ],
 )
-def test_a_wrong_recipe_gives_one_line(base, tmp_path, text, says):
-    apart = text.startswith(("extends", "-", "a:", "title"))
-    (tmp_path / "a.yaml").write_text(text if apart else f"extends: base.yaml\n{text}")
+def test_a_wrong_recipe_raises_one_line(base, tmp_path, text, says):
+    alone = text.startswith(("extends", "-", "a:", "title"))
+    (tmp_path / "a.yaml").write_text(text if alone else f"extends: base.yaml\n{text}")
     if says is None:
-        assert load("a.yaml").cache == recipe.Cache("caches/a", codec="fp16")
+        assert load("a.yaml").cache == recipe.CacheSettings("caches/a", codec="fp16")
         return
     with pytest.raises(UserError, match=says) as error:
         load("a.yaml")
     assert "\n" not in str(error.value)
 
 
-def test_bytes_that_are_no_text(tmp_path):
+def test_a_binary_file_is_not_yaml(tmp_path):
     (tmp_path / "a.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="a.yaml: not YAML"):
         load(tmp_path / "a.yaml")
@@ -118,7 +118,7 @@ def test_a_missing_setting_and_a_missing_file(tmp_path):
     (tmp_path / "a.yaml").write_text("seed: 1")
     with pytest.raises(UserError, match="a.yaml: out: required but not set"):
         load(tmp_path / "a.yaml")
-    with pytest.raises(UserError, match="no/such.yaml: no such file here or in the package"):
+    with pytest.raises(UserError, match="no/such.yaml: no such file in the working folder or in the package"):
         load("no/such.yaml")
 
 
@@ -127,8 +127,8 @@ def test_a_missing_setting_and_a_missing_file(tmp_path):
     [
         (["train.steps"], "'train.steps': expected key=value"),
         (["=3"], "'=3': expected key=value"),
-        (["seed=1", "seed.a=2"], "'seed.a=2': seed is given a value elsewhere"),
-        (["seed.a=2", "seed=1"], "'seed=1': settings below seed are given elsewhere"),
+        (["seed=1", "seed.a=2"], "'seed.a=2': another argument sets seed itself"),
+        (["seed.a=2", "seed=1"], "'seed=1': another argument sets a part of seed"),
         (["seed.a=2"], "seed={'a': '2'}: expected int"),
         (["train.stpes=2"], "train.stpes: no such setting.* Did you mean 'steps'"),
         (["train.steps=[1"], r"train.steps='\[1': not a YAML value"),
@@ -144,15 +144,17 @@ def test_a_missing_setting_and_a_missing_file(tmp_path):
         (["cache.local_gb=.inf"], "cache.local_gb=inf: expected"),
     ],
 )
-def test_a_wrong_override_gives_one_line(base, overrides, says):
+def test_a_wrong_override_raises_one_line(base, overrides, says):
     with pytest.raises(UserError, match=says) as error:
         load(base, overrides)
     assert "\n" not in str(error.value)
 
 
-def test_the_ends_of_a_range_and_every_kind_of_root_are_taken(base):
+def test_the_ends_of_a_range_and_every_kind_of_root_are_valid(base):
     for root in ("caches/a", "/", "s3://bucket", "gs://bucket/a", "file:///data/caches", "memory://a"):
-        assert load(base, [f"cache.root={root}", "cache.max_failed=0"]).cache == recipe.Cache(root, max_failed=0)
+        assert load(base, [f"cache.root={root}", "cache.max_failed=0"]).cache == recipe.CacheSettings(
+            root, max_failed=0
+        )
     ends = ["cache.root=memory://a", "cache.max_failed=1", "cache.local_gb=0.001"]
     assert load(base, ends).cache.local_gb == 0.001
 
@@ -172,7 +174,7 @@ def test_a_saved_recipe_loads_as_the_same_value(base, tmp_path, text):
     assert load_saved(tmp_path / "run", ["seed=9"]) == dataclasses.replace(first, seed=9)
 
 
-def test_a_text_that_cannot_be_saved_is_named(base, tmp_path):
+def test_a_text_that_cannot_be_saved_raises(base, tmp_path):
     with pytest.raises(UserError, match="unclosed"):
         save(load(base, ["title=${"]), tmp_path / "run")
 
@@ -196,35 +198,35 @@ def test_a_saved_recipe_may_not_name_code_through_its_parent(base, tmp_path):
         load_saved(tmp_path / "run")
 
 
-def test_a_recipe_that_extends_a_saved_one_may_not_name_its_code_without_permission(base, tmp_path):
+def test_a_recipe_that_extends_a_saved_one_needs_trust_for_its_code(base, tmp_path):
     save(load(base, ["student.name=os:system"]), tmp_path / "run")
-    (tmp_path / "mine.yaml").write_text(f"extends: {tmp_path}/run/recipe.yaml\nseed: 4\n")
+    (tmp_path / "child.yaml").write_text(f"extends: {tmp_path}/run/recipe.yaml\nseed: 4\n")
     with pytest.raises(UserError, match=r"run/recipe.yaml: names code outside fmdistill \(os:system\)"):
-        load(tmp_path / "mine.yaml")
-    assert load(tmp_path / "mine.yaml", ["trust=true"]).seed == 4
-    (tmp_path / "own.yaml").write_text("extends: mine.yaml\n".replace("mine", f"{tmp_path}/mine"))
+        load(tmp_path / "child.yaml")
+    assert load(tmp_path / "child.yaml", ["trust=true"]).seed == 4
+    (tmp_path / "own.yaml").write_text(f"extends: {tmp_path}/child.yaml\n")
     with pytest.raises(UserError, match="names code"):
         load(tmp_path / "own.yaml")
 
 
 def test_a_path_may_begin_with_the_home_folder(base, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    mine = tmp_path / "mine.yaml"
-    mine.write_text(f"extends: ~/{base.name}\nout: ~/run\nprotocols: [~/a.yaml, b.yaml]\n")
-    made = load("~/mine.yaml", ["cache.root=~/cache", "images.root=~/data", "train.clip=~"])
-    assert (made.out, made.protocols) == (f"{tmp_path}/run", [f"{tmp_path}/a.yaml", "b.yaml"])
-    assert made.cache.root == f"{tmp_path}/cache" and made.images["root"] == f"{tmp_path}/data"
-    assert made.train.clip is None
+    child = tmp_path / "child.yaml"
+    child.write_text(f"extends: ~/{base.name}\nout: ~/run\nprotocols: [~/a.yaml, b.yaml]\n")
+    loaded = load("~/child.yaml", ["cache.root=~/cache", "images.root=~/data", "train.clip=~"])
+    assert (loaded.out, loaded.protocols) == (f"{tmp_path}/run", [f"{tmp_path}/a.yaml", "b.yaml"])
+    assert loaded.cache.root == f"{tmp_path}/cache" and loaded.images["root"] == f"{tmp_path}/data"
+    assert loaded.train.clip is None
     assert load(base, ["title=~approximately", "cache.root=a~/b"]).title == "~approximately"
 
 
-def test_what_moves_no_weight_is_marked_at_its_field():
+def test_settings_that_do_not_affect_weights_are_free():
     free = recipe.free_settings()
     assert {"out", "title", "protocols", "cache.executor", "cache.local", "cache.local_gb", "cache.max_failed"} <= free
     assert {"train.workers", "train.device", "train.checkpoint_every"} <= free
     assert not {"seed", "train", "cache", "cache.codec", "train.batch_size", "train.precision", "train.clip"} & free
 
 
-def test_a_folder_that_is_no_run(tmp_path):
+def test_a_folder_that_is_not_a_run_raises(tmp_path):
     with pytest.raises(UserError, match="not a run"):
         load_saved(tmp_path)

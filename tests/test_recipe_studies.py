@@ -1,11 +1,11 @@
-"""How a recipe is named, with settings and as a method of a study, and what a study's file may say."""
+"""Tests of the names of recipes, with settings and methods of studies, and of the settings in a study's file."""
 
 import pytest
 from test_recipe import YAML
 
 from fmdistill.recipe import SAVED, load, variants
 from fmdistill.registry import UserError
-from fmdistill.settings import Reference, folder_name, is_override, refer
+from fmdistill.settings import RecipeName, folder_name, is_override, parse_recipe_name
 
 METHODS = """
 title: plain
@@ -26,37 +26,37 @@ def study(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "reference"),
+    ("name", "expected"),
     [
-        ("a/b.yaml", Reference("a/b.yaml")),
-        ("studies/x:kd", Reference("studies/x", "kd")),
-        ("x.yaml:srw_0.5", Reference("x.yaml", "srw_0.5")),
-        ("x.yaml:seed=1", Reference("x.yaml", "", ("seed=1",))),
-        ("x:kd,seed=1,out=a", Reference("x", "kd", ("seed=1", "out=a"))),
-        ("x.yaml:a.b=[1,2],c={d: 1, e: 2}", Reference("x.yaml", "", ("a.b=[1,2]", "c={d: 1, e: 2}"))),
-        ("x:kd,w.name=mine:Hard", Reference("x", "kd", ("w.name=mine:Hard",))),
-        ("x.yaml:out=a,b", Reference("x.yaml", "", ("out=a,b",))),
-        ("s3://bucket/x.yaml", Reference("s3://bucket/x.yaml")),
-        ("x.yaml:", Reference("x.yaml:")),
-        ("x.yaml:" + "a" * 5000, Reference("x.yaml", "a" * 5000)),
+        ("a/b.yaml", RecipeName("a/b.yaml")),
+        ("studies/x:kd", RecipeName("studies/x", "kd")),
+        ("x.yaml:srw_0.5", RecipeName("x.yaml", "srw_0.5")),
+        ("x.yaml:seed=1", RecipeName("x.yaml", "", ("seed=1",))),
+        ("x:kd,seed=1,out=a", RecipeName("x", "kd", ("seed=1", "out=a"))),
+        ("x.yaml:a.b=[1,2],c={d: 1, e: 2}", RecipeName("x.yaml", "", ("a.b=[1,2]", "c={d: 1, e: 2}"))),
+        ("x:kd,w.name=losses:Hard", RecipeName("x", "kd", ("w.name=losses:Hard",))),
+        ("x.yaml:out=a,b", RecipeName("x.yaml", "", ("out=a,b",))),
+        ("s3://bucket/x.yaml", RecipeName("s3://bucket/x.yaml")),
+        ("x.yaml:", RecipeName("x.yaml:")),
+        ("x.yaml:" + "a" * 5000, RecipeName("x.yaml", "a" * 5000)),
     ],
 )
-def test_a_name_is_a_file_a_method_and_settings(name, reference):
-    assert refer(name) == reference
+def test_a_name_is_a_file_a_method_and_settings(name, expected):
+    assert parse_recipe_name(name) == expected
 
 
-def test_a_file_that_is_called_so_is_that_file(tmp_path):
+def test_a_file_whose_name_contains_a_colon_is_loaded(tmp_path):
     path = tmp_path / "a:b"
     path.write_text(YAML)
     assert load(path).seed == 3
 
 
-def test_a_setting_is_told_from_a_recipe_with_settings():
-    assert is_override("train.steps=3") and is_override("objective.x.weighting.name=mine:Hard")
+def test_a_setting_is_distinguished_from_a_recipe_with_settings():
+    assert is_override("train.steps=3") and is_override("objective.x.weighting.name=losses:Hard")
     assert not is_override("x.yaml:train.steps=3") and not is_override("x.yaml")
 
 
-def test_each_method_is_the_recipe_with_its_settings_on_top(study):
+def test_each_method_is_the_recipe_with_its_settings_merged_in(study):
     assert variants(study) == [f"few:{name}" for name in ("base", "fast", "faster", "tar")]
     assert variants("few:fast") == ["few:fast"] and variants("few/study.yaml") == variants(study)
     base, fast, faster, tar = map(load, variants(study))
@@ -72,11 +72,11 @@ def test_a_name_with_settings_has_a_run_of_its_own(study):
     assert (loaded.seed, loaded.train.steps, loaded.out) == (7, 6, "runs/a/fast-seed_7-train.steps_6")
     assert load("few:fast,train.steps=6,seed=7").out == loaded.out
     assert loaded.title == "plain, fast, seed=7, train.steps=6"
-    assert load("few:fast,out=runs/mine").out == "runs/mine"
-    assert load("few:fast", ["out=runs/mine", "seed=9"]).out == "runs/mine"
+    assert load("few:fast,out=runs/own_folder").out == "runs/own_folder"
+    assert load("few:fast", ["out=runs/own_folder", "seed=9"]).out == "runs/own_folder"
 
 
-def test_a_folder_s_name_never_leaves_its_folder_and_tells_settings_apart():
+def test_folder_names_contain_no_path_and_differ_for_different_settings():
     assert folder_name(["b=2", "a.b=0.5"]) == "a.b_0.5-b_2"
     texts = ["a=../x", "a=.._x", "a=[1,2]", "a=[1, 2]", "a=1_2", "a=x y", "a=" + "x" * 300, "a=" + "x" * 301]
     names = [folder_name([text]) for text in texts]
@@ -95,8 +95,8 @@ def test_a_recipe_extends_a_method(study, tmp_path):
         ("methods: [a]", r"methods=\['a'\]: expected a mapping"),
         ("methods:", "methods=None: expected a mapping"),
         ("methods: {a: 3}", "methods.a=3: expected a mapping of settings"),
-        ("methods: {a/b: {}}", "methods.a/b: a name is made of letters"),
-        ("methods: {..: {}}", "methods...: a name is made of letters"),
+        ("methods: {a/b: {}}", "methods.a/b: a name consists of letters"),
+        ("methods: {..: {}}", "methods...: a name consists of letters"),
         ("methods: {a: {}, a: {seed: 1}}", "not YAML: .*duplicate key"),
         ("methods: {a: {seed: 3}}", "methods.a.seed: changes nothing"),
         ("methods: {a: {extends: b}}", "methods.a.extends=b: no other method"),
@@ -108,14 +108,14 @@ def test_a_recipe_extends_a_method(study, tmp_path):
         ("", "no method 'a'. Known: none"),
     ],
 )
-def test_a_wrong_study_gives_one_line(study, tmp_path, text, says):
+def test_a_wrong_study_raises_one_line(study, tmp_path, text, says):
     (tmp_path / "few/study.yaml").write_text(YAML + text)
     with pytest.raises(UserError, match=says) as error:
         load("few:a")
     assert "\n" not in str(error.value)
 
 
-def test_a_study_alone_is_no_recipe_and_extends_takes_no_settings(study, tmp_path):
+def test_a_study_without_a_method_raises_and_so_do_settings_in_extends(study, tmp_path):
     with pytest.raises(UserError, match="a study of several recipes; name one as .*:METHOD.* Known: base, fast"):
         load(study)
     (tmp_path / "own.yaml").write_text("extends: few:fast,seed=5\nout: x\n")

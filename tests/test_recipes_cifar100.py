@@ -138,7 +138,7 @@ def test_the_papers_tables_stand_beside_their_data_alone(folder):
     assert len(tables["imagenet_top1"]) == 3 and all("Table 3" in one for one in tables["imagenet_top1"])
     pipeline.run(load(folder, "cifar100/kd_srw"))
     shown = report.text([str(folder / "cifar100/kd_srw")])
-    assert "Published, not ours" in shown and "ResNet32x4 79.42 to ResNet8x4 72.50" in shown and "73.93" in shown
+    assert "Published: Yu et al." in shown and "ResNet32x4 79.42 to ResNet8x4 72.50" in shown and "73.93" in shown
 
 
 @pytest.mark.parametrize("name", ["kd", "kd_srw", "pad_l2_stage1", "pad_l2"])

@@ -27,12 +27,12 @@ def loss(scale: float, students: int, **options: Any) -> tuple:
 TABLE = {"weigh": Weigh, "loss": loss}
 
 
-def test_bind_converts_and_builds():
-    made = bind({"name": "weigh", "temperature": 1, "sizes": "[1, 2]", "inner": {"size": "3"}}, TABLE, "w")()
-    assert made == Weigh(1.0, "include", [1, 2], Inner(3)) and isinstance(made.temperature, float)
+def test_bind_converts_the_arguments():
+    weigh = bind({"name": "weigh", "temperature": 1, "sizes": "[1, 2]", "inner": {"size": "3"}}, TABLE, "w")()
+    assert weigh == Weigh(1.0, "include", [1, 2], Inner(3)) and isinstance(weigh.temperature, float)
 
 
-def test_the_caller_supplies_the_context_and_a_recipe_may_not():
+def test_only_the_caller_may_supply_the_context():
     assert bind({"name": "loss", "scale": "0.5"}, TABLE, "o.mse", context=("students",))(students=2)[:2] == (0.5, 2)
     with pytest.raises(UserError, match="o.mse.students: no such setting"):
         bind({"name": "loss", "scale": 1, "students": 2}, TABLE, "o.mse", context=("students",))
@@ -45,7 +45,7 @@ def test_the_caller_supplies_the_context_and_a_recipe_may_not():
         ({"name": 3}, "w: needs a `name`"),
         ({"name": "wiegh"}, "w.name: unknown name 'wiegh'. Did you mean 'weigh'? Known: loss, weigh."),
         ({"name": "weigh"}, "w.temperature: required but not set; .* w.temperature=VALUE"),
-        ({"name": "weigh", "temprature": 1}, "w.temprature: no such setting .* Did you mean 'temperature'"),
+        ({"name": "weigh", "temprature": 1}, "w.temprature: no such setting.* Did you mean 'temperature'"),
         ({"name": "weigh", "temperature": "hot"}, "w.temperature='hot': expected float, got str"),
         ({"name": "weigh", "temperature": True}, "w.temperature=True: expected float, got bool"),
         ({"name": "weigh", "temperature": "[1"}, r"w.temperature='\[1': not a YAML value"),
@@ -55,7 +55,7 @@ def test_the_caller_supplies_the_context_and_a_recipe_may_not():
         ({"name": "weigh", "temperature": 1, "sizes": [1, "x"]}, r"w.sizes\[1\]='x': expected int"),
         ({"name": "weigh", "temperature": 1, "inner": {"sise": 1}}, "w.inner.sise: no such .* Did you mean 'size'"),
         ({"name": "weigh", "temperature": 1, "label": 7}, "w.label=7: expected str, got int; quote it"),
-        ({"name": "loss", "scale": 1, "students": 1, "extra": 1}, "w.extra: no such setting here, it would be ignored"),
+        ({"name": "loss", "scale": 1, "students": 1, "extra": 1}, "w.extra: no such setting, it would be ignored"),
         ({"name": "no.such.module:Thing"}, "w.name: cannot import 'no.such.module:Thing'"),
         ({"name": "math:pi"}, "w.name: 'math:pi' is a float; name a class or a function"),
         ({"name": "fractions:Fractoin"}, "w.name: cannot import 'fractions:Fractoin'"),
@@ -63,13 +63,13 @@ def test_the_caller_supplies_the_context_and_a_recipe_may_not():
         ({"name": ".near:Thing"}, "w.name: cannot import '.near:Thing'"),
     ],
 )
-def test_a_wrong_setting_gives_one_line_with_the_place_and_the_way_out(settings, says):
+def test_a_wrong_setting_raises_one_line_with_the_place_and_the_way_out(settings, says):
     with pytest.raises(UserError, match=says.replace("? ", r"\? ")) as error:
         bind(settings, TABLE, "w")
     assert "\n" not in str(error.value)
 
 
-def test_your_own_component_by_its_module():
+def test_a_component_of_another_package_is_imported():
     from fractions import Fraction
 
     assert resolve("fractions:Fraction", TABLE, "w") is Fraction
@@ -107,7 +107,7 @@ def test_convert(value, kind, expected):
     ("value", "kind"),
     [(None, str), (1.0, int), (True, int), (1, bool), ([1], tuple[int, int]), ("[1]", tuple[int, int])],
 )
-def test_convert_refuses(value, kind):
+def test_convert_raises_for_other_types(value, kind):
     with pytest.raises(UserError, match="^x"):
         convert(value, kind, "x")
 

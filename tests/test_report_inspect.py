@@ -101,10 +101,10 @@ def planted(shard, how):
         return "bytes outside its members are damaged"
     if how == "short":
         shard.write_bytes(data[:-512])
-        return "its sidecar says"
+        return "in its sidecar"
     if how == "no tar":
         shard.unlink()
-        return "missing, though its sidecar is there"
+        return "missing, although its sidecar exists"
     if how == "no sidecar":
         json_path.unlink()
         return "the shard is not finished"

@@ -1,4 +1,4 @@
-"""A signal is a request that is looked at between units of work; a second one interrupts."""
+"""Tests of stop requests: the first signal takes effect between units of work, a second one interrupts."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ def handlers():
 
 
 @pytest.mark.parametrize("number", stop.SIGNALS)
-def test_a_signal_interrupts_nothing_and_is_found_between_two_items(number):
+def test_a_signal_takes_effect_between_two_items(number):
     stop.listen()
     done = []
     with pytest.raises(stop.Stopped) as stopped:
@@ -44,9 +44,9 @@ def test_a_second_signal_interrupts_at_once():
         os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_a_child_that_ignores_outlives_a_signal_that_came_while_it_started():
+def test_a_child_that_ignores_signals_survives_one_during_its_start():
     stop.listen()
-    with stop.held():
+    with stop.blocked():
         child = os.fork()
         if child == 0:
             os.kill(os.getpid(), signal.SIGTERM)  # pending, since the mask is inherited

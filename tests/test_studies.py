@@ -1,4 +1,4 @@
-"""The studies that ship: each compares what its README says, and nothing else differs between its methods."""
+"""Tests of the package's studies: each compares what its README says, and nothing else differs."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ from fmdistill.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
 STUDIES = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "recipes/studies").iterdir())]
-# Of each study: its methods, its baseline, and the settings that may differ from it.
+# For each study: the number of its methods, its baseline, and the settings that may differ from it.
 WEIGHTING = {"objective.embedding.weighting"}
 EXPECTED = {
     "cifar100_pad": (10, "l2", {"objective", "teacher.maps"}),
@@ -26,9 +26,9 @@ EXPECTED = {
 }
 
 
-def differing(one: Recipe, other: Recipe) -> set[str]:
-    """The dotted names of the settings in which the recipes differ, but for their folders and titles."""
-    first, second = variants.settled(one), variants.settled(other)
+def differing(recipe: Recipe, other: Recipe) -> set[str]:
+    """Return the dotted names of the settings in which two recipes differ, except their folders and titles."""
+    first, second = variants.settled(recipe), variants.settled(other)
     return {key for key in first | second if first.get(key) != second.get(key)} - {"out", "title"}
 
 
@@ -37,7 +37,7 @@ def test_every_study_is_expected():
 
 
 @pytest.mark.parametrize("study", STUDIES)
-def test_a_study_s_methods_differ_from_its_baseline_in_what_it_compares_alone(study):
+def test_a_studys_methods_differ_from_its_baseline_only_in_what_it_compares(study):
     count, baseline, allowed = EXPECTED[Path(study).name]
     names = recipe.variants(study)
     loaded = variants.load(names)
@@ -52,7 +52,7 @@ def test_a_study_s_methods_differ_from_its_baseline_in_what_it_compares_alone(st
 
 
 @pytest.mark.parametrize("study", STUDIES)
-def test_a_study_s_page_and_head_have_the_claim_the_command_and_the_table(study):
+def test_a_studys_page_and_file_have_the_claim_the_command_and_the_table(study):
     page, head = (ROOT / study / "README.md").read_text(), (ROOT / study / "study.yaml").read_text()
     table = Path(recipe.load(recipe.variants(study)[0]).out).parent / "comparison.md"
     assert page.startswith("# ") and "**Claim.**" in page and f"**Table.** `{table}`" in page

@@ -210,7 +210,9 @@ def test_the_run_is_exported_for_timm(ran, tmp_path, capsys):
         expected = student(image)["embedding"]
         torch.testing.assert_close(model(image), expected, atol=1e-5, rtol=1e-5)
     assert expected.std() > 1e-3
-    with pytest.raises(UserError, match=r"is a folder, but timm is one file; name the file, such as .*model\.safetensors"):
+    with pytest.raises(
+        UserError, match=r"is a folder, but timm is one file; name the file, such as .*model\.safetensors"
+    ):
         export.run(ran / "run", "timm", tmp_path)
     with pytest.raises(UserError, match="has no text tower; openclip exports"):
         export.run(ran / "run", "openclip", tmp_path / "openclip")

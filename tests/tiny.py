@@ -1,4 +1,4 @@
-"""A whole job at toy size: real classes, 64 px images, seconds on one core."""
+"""A whole pipeline at toy size: real classes, 64 px images, seconds on one core."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ CHANNELS = 32
 
 
 def teacher(seed: int = 0, dtype: str = "fp32", batch: int = 4, workers: int = 1, exact: bool = False) -> SamTeacher:
-    """segment_anything's own encoder at 64 px with non-degenerate weights."""
+    """Return a teacher with segment_anything's encoder at 64 px and non-degenerate weights."""
     return SamTeacher(
         tiny_sam(seed, 64, CHANNELS),
         name="tiny",
@@ -39,7 +39,7 @@ def first(batch: Any) -> Any:
 
 
 class Student(nn.Module):
-    """A few convolutions and a BatchNorm: enough state for a checkpoint to lose."""
+    """A few convolutions and a BatchNorm: parameters and buffers that a checkpoint must store."""
 
     image_size, out_channels = 64, CHANNELS
 
@@ -78,5 +78,5 @@ def write(folder: Path) -> Path:
 
 
 def load(folder: Path, *overrides: str) -> Recipe:
-    """Return the toy recipe, whose cache and run lie in `folder`."""
+    """Write and return the toy recipe, whose cache and run are in `folder`."""
     return recipes.load(write(folder), overrides)

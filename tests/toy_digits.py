@@ -1,4 +1,4 @@
-"""A job on a few handwritten digits: a teacher of width 4 and a student of width 2, seconds on one core."""
+"""A pipeline on a few handwritten digits: a teacher of width 4 and a student of width 2, seconds on one core."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ TOP1 = "name: top1\nquartiles: true\nfrequency: true\nmany: 12\nfew: 11\n"
 
 
 def write(folder: Path) -> tuple[Path, Path]:
-    """Write the teacher's and the student's recipe and a protocol into `folder`."""
+    """Write the teacher's and the student's recipe and a protocol into `folder`; return the recipes' paths."""
     for name, text in (("teacher", TEACHER), ("student", STUDENT), ("top1", TOP1)):
         (folder / f"{name}.yaml").write_text(text.format(folder=folder))
     return folder / "teacher.yaml", folder / "student.yaml"
@@ -40,6 +40,6 @@ def write(folder: Path) -> tuple[Path, Path]:
 
 def trained(folder: Path) -> Recipe:
     """Train the teacher in `folder`; return the student's recipe."""
-    first, second = write(folder)
-    distill.run(recipe.load(first))
-    return recipe.load(second)
+    teacher, student = write(folder)
+    distill.run(recipe.load(teacher))
+    return recipe.load(student)

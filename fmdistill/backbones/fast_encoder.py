@@ -91,12 +91,12 @@ class FastBlock(nn.Module):
         down, across = self._relative(q.unflatten(2, (height, width)))
         if self.fused:
             bias = None if down is None or across is None else _bias(down, across, q.shape[:2])
-            found = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
         else:
             q, k, v = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
-            found_GNd = _in_blocks(q, k, v, down, across, self.scale)
-            found = found_GNd.unflatten(0, (b, self.heads))
-        return found.transpose(1, 2).reshape(b, height, width, -1)
+            attended_GNd = _in_blocks(q, k, v, down, across, self.scale)
+            attended = attended_GNd.unflatten(0, (b, self.heads))
+        return attended.transpose(1, 2).reshape(b, height, width, -1)
 
     def _relative(self, q_BhHWd: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """Return the terms of the keys' rows and columns in a query's scores, each (G, H, W, k)."""

@@ -1,4 +1,4 @@
-"""Images joined to their teacher's outputs by key, one split of a cache."""
+"""Read one split of a cache: images joined by key to their teacher's outputs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -23,7 +23,7 @@ def is_live(settings: Mapping[str, Any] | None) -> bool:
     return convert((settings or {}).get("live", False), bool, "teacher.live")
 
 
-def cache_of(recipe: Recipe) -> recipes.Cache:
+def cache_of(recipe: Recipe) -> recipes.CacheSettings:
     """Return the settings of the recipe's cache; UserError if it caches nothing."""
     if recipe.cache is None or recipe.teacher is None:
         raise UserError("this recipe caches nothing: it has no `teacher` and `cache`")

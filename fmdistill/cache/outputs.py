@@ -30,7 +30,7 @@ class StoredOutput(Output):
         return entry if self.of is None else {**entry, "of": self.of}
 
 
-def stored(outputs: Mapping[str, Output], settings: recipes.Cache) -> dict[str, StoredOutput]:
+def stored(outputs: Mapping[str, Output], settings: recipes.CacheSettings) -> dict[str, StoredOutput]:
     """Return how a cache with these settings stores a teacher's outputs.
 
     Validation is always exact and whole. `trim` concerns maps of padded images, and similarities stay whole.

@@ -1,4 +1,4 @@
-"""Images read by one thread and decoded by several, ahead of the teacher and in order, as far as memory bears."""
+"""Read images in one thread and decode them in several, in order and ahead of the teacher, within a memory limit."""
 
 import time
 from collections import deque
@@ -13,14 +13,14 @@ from fmdistill.images import Encoded
 
 T = TypeVar("T")
 
-AHEAD = 2  # batches at least, where memory bears them
-ENCODED = 1_000_000  # bytes of a stored photograph
-MEMORY = 2_000_000_000  # bytes that wait for the teacher, as stored or decoded
-LARGE = 0.1  # share of the time that the teacher waits, from which on something is worth changing
+AHEAD = 2  # batches at least, if memory allows
+ENCODED = 1_000_000  # bytes of a typical photograph as stored
+MEMORY = 2_000_000_000  # bytes of images, stored and decoded, that may wait for the teacher
+LARGE = 0.1  # share of its time for which the teacher waits, above which a setting should change
 
 
 def depth(batch: int, workers: int, image_size: int) -> int:
-    """Return the batches to decode while the teacher works on one: two images a worker, as far as MEMORY holds them."""
+    """Return how many batches to decode ahead: two images a worker, within MEMORY."""
     wanted = max(AHEAD, -(-2 * workers // batch))
     return max(1, min(wanted, MEMORY // (batch * (3 * image_size**2 + ENCODED))))
 
@@ -28,10 +28,10 @@ def depth(batch: int, workers: int, image_size: int) -> int:
 def prefetched(
     images: Iterable[Encoded], prepare: Callable[[int, Encoded], T], *, batch: int, workers: int, ahead: int
 ) -> Iterator[list[T]]:
-    """Yield the images in batches, `prepare(index, image)` of each, with `ahead` batches more on their way.
+    """Yield `prepare(index, image)` of the images in batches, while threads work on the next `ahead` batches.
 
-    Threads suffice, since reading, decoding and resizing leave Python's lock to the others. With 0 `workers` there is
-    none, and no image is read before its batch is asked for.
+    Threads suffice, since reading, decoding and resizing release Python's global lock. With 0 `workers` no thread is
+    started, and a batch is read only when it is requested.
     """
     numbered = enumerate(images)
     if not workers:
@@ -53,39 +53,39 @@ def prefetched(
                 return
             yield [stop.result(future) for future in decoding]
     finally:
-        wait = stop.requested() is None  # who stops does not wait for a storage that does not answer
-        reader.shutdown(wait=wait, cancel_futures=True)  # first, since it gives the pool its work
+        wait = stop.requested() is None  # a stop does not wait for storage that does not respond
+        reader.shutdown(wait=wait, cancel_futures=True)  # first, since it submits work to the pool
         pool.shutdown(wait=wait, cancel_futures=True)
 
 
 @dataclass
 class Waiting:
-    """How long the teacher waited for images, of the time since this was made."""
+    """Measures how long the teacher waits for images, since the object was created."""
 
     started: float = field(default_factory=lambda: time.monotonic())
     seconds: float = 0.0
 
     def counted(self, batches: Iterable[T]) -> Iterator[T]:
-        """Yield the batches; the time that each is awaited counts."""
-        asked = time.monotonic()
+        """Yield the batches, adding the time that each takes to come."""
+        requested = time.monotonic()
         for batch in batches:
-            self.seconds += time.monotonic() - asked
+            self.seconds += time.monotonic() - requested
             yield batch
-            asked = time.monotonic()
+            requested = time.monotonic()
 
     @property
     def share(self) -> float:
-        """The share of the time so far, 0 to 1."""
+        """The share of the time so far, from 0 to 1."""
         return self.seconds / max(time.monotonic() - self.started, 1e-9)
 
 
 def advice(share: float, workers: int, cores: int) -> str:
-    """Return what to say of the share of its time that the teacher waited, and what to change where it is large."""
-    said = f"the teacher waited for images {share:.0%} of the time"
+    """Return a line with the share of its time that the teacher waited, and what to change if it is large."""
+    line = f"the teacher waited for images {share:.0%} of the time"
     if share <= LARGE:
-        return said
+        return line
     if not workers:
-        return f"{said}: it decodes them itself; set teacher.workers=1 or more to decode beside it"
+        return f"{line}: it decodes them itself; set teacher.workers=1 or more to decode in other threads"
     if workers < cores:
-        return f"{said}: {workers} decode at once on {cores} cores; raise teacher.workers={workers}"
-    return f"{said}: teacher.workers={workers} fills the {cores} cores; use smaller images, nearer ones, or more cores"
+        return f"{line}: {workers} decode at once on {cores} cores; raise teacher.workers={workers}"
+    return f"{line}: teacher.workers={workers} fills the {cores} cores; use smaller images, faster storage, more cores"

@@ -66,7 +66,7 @@ def finished(store: Store, shard: Shard, identity: str, outputs: Mapping[str, St
         if sealed is None and with_tar or sealed not in (None, (fields["bytes"], fields["seal"])):
             continue
         enough = fields["take"] is None or (shard.take is not None and fields["take"] >= shard.take)
-        if enough and shard.is_of(_keys(fields)):
+        if enough and shard.matches(_keys(fields)):
             return Finished(tar, fields)
     return None
 

@@ -8,7 +8,7 @@ from typing import Any
 from fmdistill import recipe as recipes
 from fmdistill import teachers
 from fmdistill.cache import executors, manifest, outputs, similarity, store, unchanged
-from fmdistill.cache.executors.processes import Plan
+from fmdistill.cache.executors.processes import MissingShards
 from fmdistill.cache.finished import cache_of, complete, finished, missing, requested_identity
 from fmdistill.cache.reader import Cache
 from fmdistill.cache.store import Store
@@ -126,7 +126,7 @@ def estimate(images: Images, shards: list[Shard]) -> dict[str, int]:
     return expected
 
 
-def _plan(store: Store, images: Images, shards: list[Shard]) -> Plan:
+def _plan(store: Store, images: Images, shards: list[Shard]) -> MissingShards:
     """Return what is missing in the claimed `store`; UserError if the disk has no room for it."""
     store.pull()
     stored = manifest.read(store.folder)
@@ -136,7 +136,7 @@ def _plan(store: Store, images: Images, shards: list[Shard]) -> Plan:
         _check_space(store, stored, expected)
     else:
         log.info("%s: all %d shards are cached", store.folder, len(shards))
-    return Plan(left, sum(expected.values()), f"caching {stored['teacher']['name']}")
+    return MissingShards(left, sum(expected.values()), f"caching {stored['teacher']['name']}")
 
 
 def _finished_without_file(recipe: Recipe, images: Images, shards: list[Shard]) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from fmdistill.cache.bucket import Bucket
 from fmdistill.cache.descriptor import Descriptor, held_open
-from fmdistill.recipe import Cache
+from fmdistill.recipe import CacheSettings
 
 
 class Store(Protocol):
@@ -130,7 +130,7 @@ class Folder:
         return shutil.disk_usage(self.folder).free
 
 
-def of(settings: Cache) -> Store:
+def of(settings: CacheSettings) -> Store:
     """Return the store of the cache at `settings.root`, without opening it: nothing is made or downloaded."""
     root = settings.root
     if "://" not in root:
@@ -140,7 +140,7 @@ def of(settings: Cache) -> Store:
     return Bucket(url, home / hashlib.sha256(url.encode()).hexdigest()[:32], settings.local_bytes)
 
 
-def opened(settings: Cache) -> Store:
+def opened(settings: CacheSettings) -> Store:
     """Return the store of the cache at `settings.root`, ready for use: of a URL with all small files downloaded."""
     store = of(settings)
     store.open()

@@ -48,7 +48,7 @@ def webdataset(
         raise UserError(f"split='{split}': expected one of {', '.join(SPLITS)}")
     if unused := [name for name in UNUSED if name in options]:
         raise UserError(f"{unused[0]}={options[unused[0]]!r}: has no effect on a cache, whose tars fmdistill reads")
-    opened = store.opened(recipes.Cache(root=str(root), local=local_folder, local_gb=local_gb))
+    opened = store.opened(recipes.CacheSettings(root=str(root), local=local_folder, local_gb=local_gb))
     described = manifest.read(opened.folder)
     handler = options.get("handler", reraise_exception)
     reading = _Reading(opened, split, described, _images(opened.folder, described, images), handler)

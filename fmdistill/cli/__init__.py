@@ -1,4 +1,4 @@
-"""The command line: a verb, a recipe, and key=value overrides. No flags but `compare --seeds N`."""
+"""The command line: a verb, a recipe, and key=value overrides. The only flag is `compare --seeds N`."""
 
 import argparse
 import os
@@ -8,76 +8,77 @@ from collections.abc import Sequence
 from fmdistill import stop
 from fmdistill.cli import failures
 
-EPILOG = """A recipe is looked up in the working folder first, then in the package. A setting is changed as key=value,
-such as train.steps=1000; changing a component's name (teacher.name=sam_mini) drops its other settings. A recipe's name
-may hold settings too, RECIPE:key=value,key=value, and its run then has a folder of its own; recipes/studies/digits:kd
-is one method of a study.
+EPILOG = """A recipe is looked up in the working folder first, then in the package. Settings are changed with key=value,
+such as train.steps=1000; changing a component's name (teacher.name=sam_mini) removes its other settings. A recipe's
+name may contain settings too, RECIPE:key=value,key=value; its run then has its own folder. recipes/studies/digits:kd is
+a method of a study.
 Ctrl-C and SIGTERM stop between two steps, and the same command continues. In a container, docker run --ipc=host gives
-the processes that load images the shared memory that they need; else threads load them.
-FMDISTILL_TRACEBACK=1 in the environment shows where an error came from."""
+the processes that load images the shared memory that they need; without it, threads load them.
+FMDISTILL_TRACEBACK=1 in the environment prints the traceback of an error."""
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the parser; building it imports nothing heavy."""
+    """Return the parser of the command line, without importing anything slow."""
     top = argparse.ArgumentParser(prog="fmdistill", description=__doc__, epilog=EPILOG)
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(name: str, about: str, *arguments: tuple[str, str, str | None]) -> None:
-        one = verbs.add_parser(name, help=about, description=about, epilog=EPILOG)
+        subparser = verbs.add_parser(name, help=about, description=about, epilog=EPILOG)
         for argument, meaning, count in arguments:
-            one.add_argument(argument, help=meaning, nargs=count, metavar=argument.upper())
+            subparser.add_argument(argument, help=meaning, nargs=count, metavar=argument.upper())
 
     recipe = ("recipe", "a recipe's path, such as recipes/demo/sam_srw.yaml", None)
     overrides = ("overrides", "settings as key=value", "*")
-    trust = ("settings", "trust=true where the run names code outside fmdistill", "*")
+    trust = ("settings", "trust=true if the run names code outside fmdistill", "*")
     verb("run", "cache, distil and evaluate", recipe, overrides)
     verb("compare", "run recipes, or all methods of a study, over the same seeds and write one paired table",
-         ("recipes", "STUDY, STUDY:METHOD, RECIPE or RECIPE:key=value,key=value, the first the baseline; and settings "
-          "of all as key=value (out=FOLDER puts all runs and the table there)", "+"))  # fmt: skip
+         ("recipes", "STUDY, STUDY:METHOD, RECIPE or RECIPE:key=value,key=value, the first is the baseline; and "
+          "settings of all as key=value (out=FOLDER is the folder of all runs and the table)", "+"))  # fmt: skip
     verbs.choices["compare"].add_argument("--seeds", type=int, default=8, help="how many seeds, from 0 on (8)")
-    verb("plan", "tell images, bytes and hours of a recipe from a handful of images, before anything is spent", recipe,
-         ("overrides", "settings as key=value; of the plan itself plan.images, plan.steps, plan.gpus=[1,8]", "*")
+    verb("plan", "estimate a recipe's images, bytes and hours from a few images, before the work begins", recipe,
+         ("overrides", "settings as key=value; those of the plan are plan.images, plan.steps, plan.gpus=[1,8]", "*")
          )  # fmt: skip
-    verb("bench", "measure what a recipe's teacher pass is made of, beside the plain loops of others", recipe,
-         ("overrides", "settings as key=value; of the bench itself bench.images, .rounds, .megabytes, .weights=random",
-          "*"))  # fmt: skip
+    verb("bench", "measure the parts of a recipe's teacher pass, compared with the plain loops of other packages",
+         recipe, ("overrides", "settings as key=value; those of the bench are bench.images, .rounds, .megabytes, "
+                  ".weights=random", "*"))  # fmt: skip
     verb("cache", "run the teacher over the images that are not cached yet", recipe, overrides)
     verb("verify", "check every checksum of a cache, then recompute a sample", recipe, overrides)
-    verb("inspect", "tell what one shard of a cache holds, whether it is whole, and how SRW would weigh it",
+    verb("inspect", "describe a shard of a cache, check its bytes, and show the weights that SRW gives it",
          ("shard", "CACHE/NAME.tar, its .json, or CACHE/NAME", None),
          ("settings", "key=, output=, temperature=, relative=, and out=FILE.png for the picture", "*"))  # fmt: skip
-    verb("distill", "train the student from the cache, resuming where it stopped", recipe, overrides)
-    verb("evaluate", "judge a run or checkpoint by a protocol, or a recipe's run by its own protocols",
+    verb("distill", "train the student from the cache, or continue its training", recipe, overrides)
+    verb("evaluate", "evaluate a run or checkpoint by a protocol, or a recipe's run by its own protocols",
          ("protocol", "a protocol's path, or a recipe's", None),
          ("subject", "a run's folder or a checkpoint file, and settings as key=value", "*"))  # fmt: skip
     verb("weigh", "write {image key: weight} for the weighting by_key, from a trained PAD or from IPWD's two stages",
-         ("kind", "pad (of a RUN), or ipwd (of a distilled RUN, then of one by labels alone)", None),
-         ("arguments", "RUN [LABEL_RUN] OUT, the file to write, and trust=true where a run names code outside", "+")
-         )  # fmt: skip
+         ("kind", "pad (of a RUN), or ipwd (of a distilled RUN and a LABEL_RUN trained only from labels)", None),
+         ("arguments", "RUN [LABEL_RUN] OUT, the file to write, and trust=true if a run names code outside fmdistill",
+          "+"))  # fmt: skip
     verb("export", "write a finished run for other software", ("run", "a run's folder", None),
          ("format", "mobilesam, openclip (a folder, local-dir: to open_clip), or half (the student in float16)", None),
          ("out", "the file or folder to write", None), trust)  # fmt: skip
     verb("report", "write one HTML page about runs", ("out", "the page's folder", None),
-         ("runs", "runs' folders, and trust=true where one names code outside fmdistill", "+"))  # fmt: skip
-    verb("check", "bind every component without touching data, of all that ships if nothing is named",
+         ("runs", "runs' folders, and trust=true if one names code outside fmdistill", "+"))  # fmt: skip
+    verb("check", "check every setting without touching data; without names, of all recipes in the package",
          ("paths", "recipes, studies and protocols, and settings of each recipe as key=value", "*"))  # fmt: skip
-    verb("demo", "run the main job on the embedded default", ("overrides", "sam or clip; settings as key=value", "*"))
+    verb("demo", "run a small distillation of an embedded teacher",
+         ("overrides", "sam or clip; settings as key=value", "*"))  # fmt: skip
     return top
 
 
 def _parsed(argv: Sequence[str] | None) -> dict:
-    """Return the verb's arguments. Settings may follow a flag, which argparse alone would not take."""
+    """Return the verb's arguments. Settings may follow a flag, which argparse alone does not support."""
     top = parser()
-    known, rest = top.parse_known_args(argv)
-    if rest and (known.verb != "compare" or any(one.startswith("-") for one in rest)):
+    arguments, rest = top.parse_known_args(argv)
+    if rest and (arguments.verb != "compare" or any(argument.startswith("-") for argument in rest)):
         top.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
-        known.recipes += rest
-    return vars(known)
+        arguments.recipes += rest
+    return vars(arguments)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb. Return 0, or 2 after one line that says what is wrong and what to do; 130 and 143 when stopped."""
+    """Run a verb. Return 0; 2 after an error, printed in one line with the way out; 130 or 143 if stopped."""
     stop.listen()
     arguments = _parsed(argv)
     from fmdistill import logs
@@ -92,11 +93,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (number := failures.stopped(error)) is not None:
             code, line = 128 + number, "stopped; the same command continues where it stopped"
         else:
-            known = failures.machine(error, verb) if isinstance(error, RuntimeError) else failures.line(error)
-            if known is None or os.environ.get("FMDISTILL_TRACEBACK"):
+            message = failures.machine(error, verb) if isinstance(error, RuntimeError) else failures.line(error)
+            if message is None or os.environ.get("FMDISTILL_TRACEBACK"):
                 raise
-            code, line = 2, f"error: {known}"
-    # Printed when the exception is gone and with it the progress bars, whose last state would follow it.
+            code, line = 2, f"error: {message}"
+    # Printed after the exception is freed and with it the progress bars, whose last state would follow the line.
     print(f"fmdistill: {line}", file=sys.stderr)
     return code
 
@@ -115,8 +116,8 @@ def _compare(recipes: list[str], seeds: int) -> None:
     from fmdistill.pipeline import compare
     from fmdistill.settings import is_override
 
-    names = [one for one in recipes if not is_override(one)]
-    table = compare.run(names, seeds, [one for one in recipes if is_override(one)])
+    names = [argument for argument in recipes if not is_override(argument)]
+    table = compare.run(names, seeds, [argument for argument in recipes if is_override(argument)])
     print(f"{table.read_text()}\n{table}")
 
 
@@ -124,7 +125,7 @@ def _plan(recipe: str, overrides: list[str]) -> None:
     from fmdistill.pipeline import plan, rehearsal
     from fmdistill.recipe import load
 
-    settings, rest = rehearsal.verb_settings("plan", plan.Settings, overrides)
+    settings, rest = rehearsal.verb_settings("plan", plan.PlanSettings, overrides)
     print(plan.text(plan.run(load(recipe, rest), settings), recipe))
 
 
@@ -132,9 +133,9 @@ def _bench(recipe: str, overrides: list[str]) -> None:
     from fmdistill.pipeline import bench, rehearsal
     from fmdistill.recipe import load
 
-    settings, rest = rehearsal.verb_settings("bench", bench.Settings, overrides)
-    made = load(recipe, rest)
-    print(f"{bench.text(bench.run(made, settings))}\n\n{made.out}/bench.json")
+    settings, rest = rehearsal.verb_settings("bench", bench.BenchSettings, overrides)
+    loaded = load(recipe, rest)
+    print(f"{bench.text(bench.run(loaded, settings))}\n\n{loaded.out}/bench.json")
 
 
 def _cache(recipe: str, overrides: list[str]) -> None:
@@ -144,7 +145,7 @@ def _cache(recipe: str, overrides: list[str]) -> None:
     settings = load(recipe, overrides)
     if finished.is_finished(settings):
         return
-    from fmdistill import cache, pipeline  # torch and more, which take seconds to load
+    from fmdistill import cache, pipeline  # these import torch, which takes seconds
 
     pipeline.check_caching(settings)
     cache.run(settings)
@@ -179,12 +180,12 @@ def _evaluate(protocol: str, subject: list[str]) -> None:
     from fmdistill.evaluate.results import text
     from fmdistill.recipe import load, locate, read_yaml
     from fmdistill.registry import UserError
-    from fmdistill.settings import refer
+    from fmdistill.settings import parse_recipe_name
 
     if subject and "=" not in subject[0]:
         results = {protocol: evaluate.run(protocol, subject[0], subject[1:])}
-    elif "name" in read_yaml(locate(refer(protocol).path)):  # a protocol; a recipe has none
-        raise UserError(f"{protocol}: a protocol judges something; give it: fmdistill evaluate {protocol} RUN")
+    elif "name" in read_yaml(locate(parse_recipe_name(protocol).path)):  # a protocol; a recipe has none
+        raise UserError(f"{protocol}: a protocol needs a run to evaluate: fmdistill evaluate {protocol} RUN")
     else:
         results = pipeline.evaluate_recipe(load(protocol, subject))
     for name, rows in results.items():
@@ -195,8 +196,8 @@ def _weigh(kind: str, arguments: list[str]) -> None:
     from fmdistill.distill import weigh
     from fmdistill.registry import UserError
 
-    settings = [one for one in arguments if "=" in one]
-    paths = [one for one in arguments if one not in settings]
+    settings = [argument for argument in arguments if "=" in argument]
+    paths = [argument for argument in arguments if argument not in settings]
     kinds = {("pad", 2): weigh.by_pad, ("ipwd", 3): weigh.by_propensity}
     if (kind, len(paths)) not in kinds:
         raise UserError(
@@ -214,16 +215,16 @@ def _export(run: str, format: str, out: str, settings: list[str]) -> None:
 def _report(out: str, runs: list[str]) -> None:
     from fmdistill import report
 
-    settings = [one for one in runs if one.startswith("trust=")]
-    print(report.run([one for one in runs if one not in settings], out, _trust(settings)))
+    settings = [argument for argument in runs if argument.startswith("trust=")]
+    print(report.run([argument for argument in runs if argument not in settings], out, _trust(settings)))
 
 
 def _trust(settings: list[str]) -> bool:
     from fmdistill.registry import UserError
 
-    for one in settings:
-        if one not in ("trust=true", "trust=false"):
-            raise UserError(f"'{one}': only trust=true can be set here")
+    for setting in settings:
+        if setting not in ("trust=true", "trust=false"):
+            raise UserError(f"'{setting}': the only setting of this verb is trust=true")
     return "trust=true" in settings
 
 
@@ -231,8 +232,8 @@ def _check(paths: list[str]) -> None:
     from fmdistill import pipeline
     from fmdistill.settings import is_override
 
-    overrides = [one for one in paths if is_override(one)]
-    for name in pipeline.check_files([one for one in paths if not is_override(one)], overrides):
+    overrides = [argument for argument in paths if is_override(argument)]
+    for name in pipeline.check_files([argument for argument in paths if not is_override(argument)], overrides):
         print(f"{name}: ok")
 
 

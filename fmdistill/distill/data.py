@@ -1,4 +1,4 @@
-"""A split of a source's images, found by number, and the order in which all of a split is read."""
+"""Read one split of a source's images by number, and list the places of a whole split."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field

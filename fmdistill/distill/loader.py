@@ -68,7 +68,7 @@ def _by_processes(data: Data, places: Iterator[list[Place]], workers: int) -> Ge
         timeout=stop.POLL,
     )
     others = set(multiprocessing.active_children())
-    with stop.held():
+    with stop.blocked():
         loading: Any = iter(loader)
     started = set(multiprocessing.active_children()) - others
     full = None

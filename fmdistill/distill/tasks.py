@@ -157,9 +157,9 @@ def _shapes(provider: Provider) -> dict[str, Shape]:
 def _student_shapes(student: nn.Module, provider: Provider) -> dict[str, Shape]:
     side = provider.preprocess.image_size
     training, device = student.training, next(student.parameters()).device
-    found = student.eval()(torch.zeros(1, 3, side, side, device=device))
+    outputs = student.eval()(torch.zeros(1, 3, side, side, device=device))
     student.train(training)
-    return {f"student.{name}": tuple(value.shape[1:]) for name, value in found.items()}
+    return {f"student.{name}": tuple(value.shape[1:]) for name, value in outputs.items()}
 
 
 def vectors(batch: Batch) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Score a cached CLIP by its own text tower, before a student is trained on it: the cheapest check of a cache."""
+"""Score a cached CLIP with its own text tower before a student is trained on it: the cheapest check of a cache."""
 
 from collections.abc import Iterable
 
@@ -12,8 +12,8 @@ from fmdistill.logs import log
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError
 
-IMAGES = 2000  # of the validation images, at most
-ENOUGH = 32  # images from which a score is told from chance
+IMAGES = 2000  # validation images to score, at most
+MIN_IMAGES = 32  # fewer cannot tell a score from chance
 CAUSES = (
     "Likely causes: teacher.pretrained is another model's or untrained, or its QuickGELU is missing; the labels or "
     "captions are of other images"
@@ -21,20 +21,21 @@ CAUSES = (
 
 
 def judge_teacher(recipe: Recipe, evaluators: Iterable[object] = ()) -> list[Row]:
-    """Log how the recipe's cached teacher scores on its validation images' captions and labels; no rows without any.
+    """Log and return the cached teacher's retrieval and zero-shot scores; no rows without captions and labels.
 
-    Labels need class names: those of the first Zeroshot among `evaluators` that judges these images, or others of the
-    same kind of source. The first 2000 images count, by their cached embeddings.
+    The class names of the labels are those of the first Zeroshot among `evaluators` for these images or for the same
+    kind of source. Uses the cached embeddings of the first 2000 validation images.
     """
     cache = open_cache(recipe)
-    captioned, labelled = _carries(CachedImages(cache, "validation"))
-    named = next((one for one in evaluators if isinstance(one, Zeroshot) and _fits(one, recipe)), None)
+    captioned, labelled = _annotations(CachedImages(cache, "validation"))
+    zeroshots = (evaluator for evaluator in evaluators if isinstance(evaluator, Zeroshot))
+    protocol = next((evaluator for evaluator in zeroshots if _fits(evaluator, recipe)), None)
     rows: list[Row] = []
     if captioned:
-        rows += _by_captions(cache)
-    if labelled and named is not None:
-        rows += _by_names(cache, named)
-    if not captioned and not (labelled and named):
+        rows += _retrieval(cache)
+    if labelled and protocol is not None:
+        rows += _zeroshot(cache, protocol)
+    if not captioned and not (labelled and protocol):
         log.info(
             "%s: the teacher is not scored: its validation images have no captions%s",
             cache.root,
@@ -47,8 +48,8 @@ def _fits(protocol: Zeroshot, recipe: Recipe) -> bool:
     return protocol.images is None or protocol.images["name"] == recipe.images["name"]
 
 
-def _carries(data: CachedImages) -> tuple[bool, bool]:
-    """Return whether the first images of the groups have captions, and whether labels."""
+def _annotations(data: CachedImages) -> tuple[bool, bool]:
+    """Return whether the first image of any group has a caption column, and that of every group a label."""
     first: dict[str, tuple[bool, bool]] = {}
     for number, shard in enumerate(data.shards):
         if shard.samples and shard.group not in first:
@@ -57,7 +58,7 @@ def _carries(data: CachedImages) -> tuple[bool, bool]:
     return any(caption for caption, _ in first.values()), bool(first) and all(label for _, label in first.values())
 
 
-def _by_captions(cache: Cache) -> list[Row]:
+def _retrieval(cache: Cache) -> list[Row]:
     try:
         rows, details = retrieval.score_teacher(Retrieval(limit=IMAGES), cache)
     except UserError as error:
@@ -78,18 +79,19 @@ def _by_captions(cache: Cache) -> list[Row]:
     return rows
 
 
-def _by_names(cache: Cache, protocol: Zeroshot) -> list[Row]:
-    alone = Zeroshot(classnames=protocol.classnames, templates=protocol.templates, limit=IMAGES, device=protocol.device)
+def _zeroshot(cache: Cache, protocol: Zeroshot) -> list[Row]:
+    limited = Zeroshot(
+        classnames=protocol.classnames, templates=protocol.templates, limit=IMAGES, device=protocol.device
+    )
     try:
-        rows, details = zeroshot.score_teacher(alone, cache)
-    except UserError as error:  # of names for other images, such as ImageNet's beside a protocol's own
+        rows, details = zeroshot.score_teacher(limited, cache)
+    except UserError as error:  # such as ImageNet's names for images of other classes
         log.warning("%s: the teacher is not scored zero-shot: %s", cache.root, error)
         return []
-    shown = [(row["metric"], row["value"]) for row in rows]
     log.info(
         "%s: the teacher, from the cache: zero-shot %s %% (%d images, classnames=%s)",
         cache.root,
-        ", ".join(f"{name} {100 * value:.1f}" for name, value in shown),
+        ", ".join(f"{row['metric']} {100 * row['value']:.1f}" for row in rows),
         len(details["images"]),
         protocol.classnames,
     )
@@ -99,5 +101,5 @@ def _by_names(cache: Cache, protocol: Zeroshot) -> list[Row]:
 
 
 def _warn(cache: Cache, images: int, score: float, chance: float) -> None:
-    if images >= ENOUGH and score < 2 * chance < 1:
+    if images >= MIN_IMAGES and score < 2 * chance < 1:
         log.warning("%s: that is below twice chance (%.1f %%). %s", cache.root, 100 * chance, CAUSES)

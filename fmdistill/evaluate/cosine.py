@@ -1,4 +1,4 @@
-"""Score students of any family by how near their output is to the cached teacher's: cosine similarity and MSE.
+"""Score students of any family by their output's cosine similarity to the cached teacher's and its MSE.
 
 Letters: B images of a batch, C channels or a vector's width, g tokens a side.
 """
@@ -27,18 +27,18 @@ from fmdistill.registry import UserError, suggest
 from fmdistill.teachers.compute import computing
 
 FLOOR = "mean embedding"
-COSINE = "Cosine: the similarity of the student's output to the teacher's, of maps token by token; 1 is the teacher."
-MSE = "MSE: the mean squared difference of the student's output to the teacher's; 0 is the teacher."
+COSINE = "Cosine: the similarity of the student's output to the teacher's, for maps token by token; 1 is the teacher."
+MSE = "MSE: the mean squared difference between the student's output and the teacher's; 0 is the teacher."
 
 
 @dataclass(frozen=True)
-class Cosine:
-    """Judge a student's `output` against the teacher's of that name in the cache, on the validation images.
+class TeacherSimilarity:
+    """Cosine similarity and MSE of a student's `output` to the teacher's cached one, on the validation images.
 
-    A vector has one cosine; a map has the mean over its valid tokens, those that hold any real pixel. The squared
-    difference is averaged over the same tokens and all channels. Both are then averaged over images. `floor` adds the
-    subject "mean embedding": the mean of the teacher's output over 512 training images, of maps at each position over
-    the images in which it is valid. `limit` takes the first images, the groups of a mix in turn.
+    The cosine of a map is the mean over its valid tokens, those that hold any real pixel. The squared difference is
+    averaged over the same tokens and all channels. Both are then averaged over images. `floor` adds the subject "mean
+    embedding": the mean of the teacher's output over 512 training images; for maps, at each position over the images
+    in which it is valid. `limit` takes only the first images, alternating between the groups of a mix.
     """
 
     output: str = "embedding"
@@ -55,39 +55,39 @@ class Cosine:
     }
 
     def __post_init__(self) -> None:
-        """Refuse what would measure nothing."""
+        """Raise a UserError for settings that measure nothing."""
         text_side.check_reading(self.batch, self.workers, self.limit)
 
     def check(self, recipe: Recipe) -> None:
         """Raise a UserError for a recipe without a cache."""
         if recipe.cache is None:
-            raise UserError("cosine: compares with a cached teacher, and this recipe has no cache")
+            raise UserError("cosine: compares the student with a cached teacher, and this recipe has no cache")
 
     def judge(self, recipe: Recipe, students: Mapping[str, nn.Module]) -> Judged:
-        """Return rows over all images and over each group of a mix, and details {"images": one per image, subject}."""
+        """Return rows over all images and each group of a mix; details have one entry per image and subject."""
         cache, device = open_cache(recipe), pick_device(self.device, "device")
         if self.output not in cache.shapes:
-            raise UserError(f"output={self.output}: {cache.root} holds none.{suggest(self.output, cache.shapes)}")
+            raise UserError(f"output={self.output}: not in {cache.root}.{suggest(self.output, cache.shapes)}")
         students = {name: student.to(device).eval() for name, student in students.items()}
         floors = {FLOOR: mean_output(cache, self.output).to(device)} if self.floor else {}
         images: list[dict[str, Any]] = []
         for batch, groups in self._batches(cache, device):
             teacher_BX = batch["outputs"][f"{cache.family}.{self.output}"].float()
-            made = {name: floor.expand_as(teacher_BX) for name, floor in floors.items()}
+            outputs = {name: floor.expand_as(teacher_BX) for name, floor in floors.items()}
             image_B3SS = cache.preprocess.normalize(batch["pixels"], batch["sizes"])
             for name, student in students.items():
                 with torch.inference_mode(), computing(self.dtype, device):
-                    made[name] = forward(student, image_B3SS, self.output)[self.output].float()
-                if made[name].shape != teacher_BX.shape:
+                    outputs[name] = forward(student, image_B3SS, self.output)[self.output].float()
+                if outputs[name].shape != teacher_BX.shape:
                     raise UserError(
-                        f"{name}: gives an {self.output} of {tuple(made[name].shape[1:])}, the cache holds "
-                        f"{tuple(teacher_BX.shape[1:])}; judge it by the cache that it learned from, or by knn"
+                        f"{name}: gives an {self.output} of {tuple(outputs[name].shape[1:])}, the cache holds "
+                        f"{tuple(teacher_BX.shape[1:])}; evaluate it with the cache that it was trained on, or by knn"
                     )
             valid_Bgg = None
             if teacher_BX.dim() == 4:
                 valid_Bgg = valid_tokens(cache.preprocess, batch["sizes"], teacher_BX)
             for name in (*students, *floors):
-                cosine_B, mse_B = compare(made[name], teacher_BX, valid_Bgg)
+                cosine_B, mse_B = compare(outputs[name], teacher_BX, valid_Bgg)
                 images += [
                     {"key": key, "group": group, "subject": name, "cosine": cosine, "mse": mse}
                     for key, group, cosine, mse in zip(
@@ -97,19 +97,19 @@ class Cosine:
         return _rows(images, (*students, *floors)), {"images": images}
 
     def _batches(self, cache: Cache, device: torch.device) -> Iterator[tuple[Batch, list[str]]]:
-        """Yield the validation images with the teacher's outputs, on the device, and the groups of the images."""
+        """Yield batches of validation images with the teacher's outputs, on the device, and each image's group."""
         data = CachedImages(cache, "validation")
         places = [(0, shard, index) for shard, index in in_turn(data)][: self.limit]
         if not places:
             raise UserError("cosine: no images to evaluate; the cache's validation split is empty")
         chosen = [places[start : start + self.batch] for start in range(0, len(places), self.batch)]
         loaded = progress(batches(data, chosen, self.workers), "cosine", total=len(chosen), unit="batch")
-        for batch, own in zip(stop.between(loaded), chosen, strict=True):
-            yield data.decode(to_device(batch, device)), [data.shards[shard].group for _, shard, _ in own]
+        for batch, batch_places in zip(stop.between(loaded), chosen, strict=True):
+            yield data.decode(to_device(batch, device)), [data.shards[shard].group for _, shard, _ in batch_places]
 
 
 def compare(a_BX: Tensor, b_BX: Tensor, valid_Bgg: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return each image's cosine similarity and mean squared difference (B,), of maps over their valid tokens."""
+    """Return each image's cosine similarity and mean squared difference, (B,) each; for maps over the valid tokens."""
     cosine_BX = F.cosine_similarity(a_BX, b_BX, dim=1)
     square_BX = (a_BX - b_BX).square().mean(1)
     if valid_Bgg is None:
@@ -119,9 +119,10 @@ def compare(a_BX: Tensor, b_BX: Tensor, valid_Bgg: Tensor | None) -> tuple[Tenso
 
 
 def mean_output(cache: Cache, output: str) -> Tensor:
-    """Return the teacher's mean output over the first training images, every group in turn: (C,) or (C, g, g).
+    """Return the teacher's mean output, (C,) or (C, g, g), over the first 512 training images of alternating groups.
 
-    A position of a map that is valid in none of them has the mean over all valid tokens.
+    A position of a map that is valid in no image has the mean over all valid tokens. Raises UserError if the cache has
+    no training images.
     """
     data = CachedImages(cache, "train")
     shape = cache.shapes[output]
@@ -135,7 +136,7 @@ def mean_output(cache: Cache, output: str) -> Tensor:
         total += value * valid
         count += valid
     if not count.any():
-        raise UserError(f"floor=true: {cache.root} holds no training images; judge with floor=false")
+        raise UserError(f"floor=true: {cache.root} holds no training images; set floor=false")
     if not shape[1:]:
         return total / count
     return torch.where(count > 0, total / count.clamp_min(1), (total.sum((1, 2)) / count.sum())[:, None, None])
@@ -146,8 +147,8 @@ def _rows(images: list[dict[str, Any]], subjects: tuple[str, ...]) -> list[Row]:
     rows = []
     for name in subjects:
         for group in (None, *(groups if len(groups) > 1 else ())):
-            own = [image for image in images if image["subject"] == name and group in (None, image["group"])]
+            members = [image for image in images if image["subject"] == name and group in (None, image["group"])]
             for metric in ("cosine", "mse"):
-                mean = sum(image[metric] for image in own) / len(own)
-                rows.append(results.row(name, metric, mean, len(own), group=group))
+                mean = sum(image[metric] for image in members) / len(members)
+                rows.append(results.row(name, metric, mean, len(members), group=group))
     return rows

@@ -1,4 +1,4 @@
-"""Score students against their teacher: the masks that both give for a grid of points, through the teacher's decoder.
+"""Score students by their masks for a grid of points, against the teacher's masks from the same prompt decoder.
 
 Letters: P points, M masks of a prompt (1 or 3), C channels, g tokens a side, H x W original pixels,
 h x w resized pixels (before padding to SAM's square input).
@@ -22,9 +22,9 @@ from fmdistill.backbones.promptable import PromptHead
 from fmdistill.cache import open_cache
 from fmdistill.evaluate import grid_cases, results, tails
 from fmdistill.evaluate.grid_cases import Case, Size
-from fmdistill.evaluate.kept import Partial
 from fmdistill.evaluate.masks import Bits, iou, join, pack, to_rle
 from fmdistill.evaluate.results import Judged, Metric, Row
+from fmdistill.evaluate.stored_results import Partial
 from fmdistill.logs import log, progress
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError
@@ -37,19 +37,20 @@ MIOU = (
     "mIoU × 100 of the masks that the student's and the teacher's embeddings give for the same k×k grid of points, "
     "both through the teacher's prompt decoder; the teacher against itself scores 100."
 )
-FEATURES = "Feature figures compare the embeddings themselves over the tokens that hold any picture."
+FEATURES = "Feature figures compare the embeddings themselves over the tokens that hold any real pixel."
 
 
 @dataclass(frozen=True)
 class GridMiou:
-    """Judge masks at k x k points at (i + 1/2)/k of width and height, mask logits > 0, empty against empty = 1.
+    """Mean IoU of the student's and the teacher's masks, logits > 0, at k x k points for each k of `grids`.
 
-    `select` says which of SAM's masks is compared: `single` = mask 0 of both; `best_predicted` = each side's own top
-    predicted IoU among masks 1 to 3; `paired` = the mean over masks 1 to 3 by index; `oracle` = the student's best
-    mask against the teacher's predicted-best. `resolution` is the original image's, or `low`: the 4g x 4g logits
-    without those that lie in the padding. `floors` asks the caller for the rows of an untrained student, the constant
-    mean embedding and another image's embedding. `write_masks` keeps the first grid's masks as COCO RLE. `by_size` and
-    `by_edge` add the mIoU by the area of the teacher's mask and by the point's distance to its edge (tails.py).
+    Points lie at (i + 1/2)/k of width and height; two empty masks have IoU 1. `select` chooses the masks to compare:
+    `single` = mask 0 of both; `best_predicted` = the mask of each with its highest predicted IoU, of masks 1 to 3;
+    `paired` = the mean over masks 1 to 3 by index; `oracle` = the student's best mask against the teacher's
+    best-predicted one. `resolution` is the original image's, or `low`: the 4g x 4g logits without the padding.
+    `floors` adds an untrained student, the constant mean embedding and another image's embedding. `write_masks` stores
+    the first grid's masks as COCO RLE. `by_size` and `by_edge` add the mIoU by the area of the teacher's mask and by
+    the point's distance to its edge (tails.py).
     """
 
     grids: tuple[int, ...] = (5, 16, 32)
@@ -71,7 +72,7 @@ class GridMiou:
     }
 
     def __post_init__(self) -> None:
-        """Refuse what would measure nothing."""
+        """Raise a UserError for settings that measure nothing."""
         if not self.grids or min(self.grids) < 1:
             raise UserError(f"grids={list(self.grids)}: needs at least one grid of 1 or more points a side")
         if self.points_per_batch < 1:
@@ -82,42 +83,42 @@ class GridMiou:
             raise UserError("select=paired: by_size and by_edge need one teacher's mask per point; try select=single")
 
     def check(self, recipe: Recipe) -> None:
-        """Raise a UserError for a teacher that makes no masks, and for floors from a trimmed cache.
+        """Raise a UserError for a teacher other than SAM, and for floors from a trimmed cache.
 
-        The mean embedding needs every token of training images.
+        A trimmed cache lacks the padded tokens that the mean embedding needs.
         """
         if recipe.cache is None or not teachers.may_belong_to(recipe.teacher, "sam"):
             raise UserError(
-                f"grid_miou: judges a run that was distilled from SAM by its cache; this recipe's teacher is "
+                f"grid_miou: needs a run distilled from a cached SAM; this recipe's teacher is "
                 f"{(recipe.teacher or {}).get('name', 'none')}{', not cached' if recipe.cache is None else ''}"
             )
         if self.floors and recipe.cache.trim:
             raise UserError(
-                "floors=true: the mean embedding needs the padded tokens of the training images, and a cache with "
-                "cache.trim=true keeps none; set cache.trim=false, or judge by a protocol with floors=false, such as "
+                "floors=true: the mean embedding needs the padded tokens of the training images, which a cache with "
+                "cache.trim=true does not store; set cache.trim=false, or use a protocol with floors=false, such as "
                 "protocols=[eval/sam_grid_tail.yaml]"
             )
 
     def judge(self, recipe: Recipe, students: Mapping[str, nn.Module], partial: Partial | None = None) -> Judged:
-        """Score students, named apart, against their teacher on the validation images of the recipe's cache.
+        """Score the students by name against their teacher, on the validation images of the recipe's cache.
 
-        Images whose result `partial` has are not looked at again.
+        Images whose results `partial` already has are skipped.
         """
         cache = open_cache(recipe)
         if cache.family != "sam":
             raise UserError(
-                f"{cache.root}: its teacher is of the family '{cache.family}' and makes no masks; grid_miou judges a "
-                f"run that was distilled from SAM"
+                f"{cache.root}: its teacher is of the family '{cache.family}' and makes no masks; grid_miou needs a "
+                f"run distilled from SAM"
             )
         device = pick_device(self.device, "device")
         students = {name: student.to(device) for name, student in students.items()}
         total = sum(len(shard.samples) for shard in cache.shards["validation"])
         done = partial.done if partial is not None else {}
-        each, images = sum(k * k for k in self.grids), min(total, self.images or total)
+        prompts, images = sum(k * k for k in self.grids), min(total, self.images or total)
         if done:
             log.info("grid_miou: %d of %d images were judged before the last stop", len(done), images)
-        shown = {"description": f"grid_miou, {images} images", "total": images * each, "initial": len(done) * each}
-        with progress(**shown, unit="prompt") as bar:
+        title, judged = f"grid_miou, {images} images", len(done) * prompts
+        with progress(None, title, images * prompts, initial=judged, unit="prompt") as bar:
             cases = grid_cases.cases(cache, recipe, students, self.floors, device, done)
             return run(self, cache.head(), cases, partial, bar.update)
 
@@ -139,23 +140,23 @@ def compare(
     protocol: GridMiou = GridMiou(),
     advance: Advance = lambda prompts: None,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Return, per point, each student's IoU, float64 (grid * grid,), and whether each bucket holds it, bool.
+    """Return each student's IoU at every point, float64 (grid * grid,), and each bucket's members, bool (grid * grid,).
 
-    `advance` is told the number of prompts as they are done.
+    `advance` is called with the number of prompts of each finished batch.
     """
     scores: dict[str, list[np.ndarray]] = {name: [] for name in students}
     buckets: dict[str, list[np.ndarray]] = defaultdict(list)
     pixels = _pixels(head, grid, original, resized, protocol)
     with torch.inference_mode():
-        ask_teacher = image_decoder(head, teacher)
-        ask = {name: image_decoder(head, embedding) for name, embedding in students.items()}
+        decode_teacher = image_decoder(head, teacher)
+        decoders = {name: image_decoder(head, embedding) for name, embedding in students.items()}
         prompts = _prompts(head, grid, original, resized, protocol.points_per_batch)
         for points, xy in stop.between(zip(prompts, pixels, strict=True)):
-            masks = masks_at(teacher_side(protocol), head, ask_teacher, points, original, resized)
-            wanted = _bits(tails.watched(masks, xy, protocol.by_size, protocol.by_edge, buckets))
-            for name, decode in ask.items():
-                given = _bits(masks_at(protocol, head, decode, points, original, resized))
-                scores[name].append(_score(wanted, given, len(points)))
+            masks = masks_at(teacher_protocol(protocol), head, decode_teacher, points, original, resized)
+            teacher_masks = _bits(tails.record_buckets(masks, xy, protocol.by_size, protocol.by_edge, buckets))
+            for name, decode in decoders.items():
+                student_masks = _bits(masks_at(protocol, head, decode, points, original, resized))
+                scores[name].append(_score(teacher_masks, student_masks, len(points)))
             advance(len(points))
     return _joined(scores), _joined(buckets)
 
@@ -169,12 +170,12 @@ def image_iou(
     grid: int,
     protocol: GridMiou = GridMiou(),
 ) -> np.ndarray:
-    """Return one student's IoU per point, float64 (grid * grid,)."""
+    """Return one student's IoU at every point, float64 (grid * grid,)."""
     return compare(head, teacher, {"student": student}, original, resized, grid, protocol)[0]["student"]
 
 
-def teacher_side(protocol: GridMiou) -> GridMiou:
-    """Return the protocol by which the teacher's mask is chosen."""
+def teacher_protocol(protocol: GridMiou) -> GridMiou:
+    """Return the protocol that selects the teacher's mask; in `oracle` mode it is the best-predicted mask."""
     return replace(protocol, select="best_predicted") if protocol.select == "oracle" else protocol
 
 
@@ -182,7 +183,7 @@ def teacher_side(protocol: GridMiou) -> GridMiou:
 def masks_at(
     protocol: GridMiou, head: PromptHead, decode: Decode, points: Tensor, original: Size, resized: Size
 ) -> Iterator[Tensor]:
-    """Yield the chosen masks of `points` (P, 2), resized xy, as bool (n, H, W) pieces, prompt by prompt.
+    """Decode the selected masks of `points` (P, 2), resized xy; yield them as bool (n, H, W) pieces, prompt by prompt.
 
     `decode` is `image_decoder(head, embedding)`.
     """
@@ -190,7 +191,7 @@ def masks_at(
     decoded = decode(points[:, None], labels, multimask=protocol.select != "single")
     logits_Xhw = choose(*decoded, protocol.select).flatten(0, 1)
     if protocol.resolution == "low":
-        # A row counts if it holds any real pixel, as tokens do.
+        # As for tokens, a row is valid if it holds any real pixel.
         scale = logits_Xhw.shape[-1] / head.config["image_size"]
         rows, columns = (math.ceil(n * scale) for n in resized)
         yield (logits_Xhw[:, :rows, :columns] > 0).contiguous()
@@ -203,7 +204,7 @@ def masks_at(
 
 
 def choose(logits_PMhw: Tensor, predicted_PM: Tensor, select: Select) -> Tensor:
-    """Keep the mask with the top predicted IoU where the mode wants one of several; before any upsampling."""
+    """Select the mask with the highest predicted IoU if `select` is best_predicted, else return all (P, M, h, w)."""
     if select != "best_predicted":
         return logits_PMhw
     best_P = predicted_PM.argmax(1)
@@ -217,24 +218,24 @@ def run(
     partial: Partial | None = None,
     advance: Advance = lambda prompts: None,
 ) -> Judged:
-    """Return rows, and details {"images": one per image and subject, "masks": RLE of the first grid if wanted}.
+    """Score the cases; return rows, and details {"images": one per image and subject, "masks": the first grid's RLE}.
 
     `miou` is the mean over all points of all images and of each group, `miou_per_image` the mean of the images' means,
-    with a row for every grid. A bucket that holds any point adds the mean over its points of all images. The feature
+    with a row for every grid. Every bucket with points adds the mean over its points of all images. The feature
     figures `cosine` and `mse` are means over an image's valid tokens, then over images. `partial` stores the result of
-    each image; `cases` are then those that it lacks.
+    each image; `cases` must then be the images that it lacks.
     """
     device = pick_device(protocol.device, "device")
     head = head.to(device).eval()
     judged = list(partial.done.values()) if partial is not None else []
-    left = None if protocol.images is None else max(0, protocol.images - len(judged))
-    for case in stop.between(itertools.islice(cases, left)):
+    remaining = None if protocol.images is None else max(0, protocol.images - len(judged))
+    for case in stop.between(itertools.islice(cases, remaining)):
         result = _judge(protocol, head, case, device, advance)
         if partial is not None:
             partial.add(case.image, result)
         judged.append(result)
     if not judged:
-        raise UserError("grid_miou: no images to evaluate; the cache's validation split is empty or images=0")
+        raise UserError("grid_miou: no images to evaluate; the cache's validation split is empty, or images=0")
     images = [image for result in judged for image in result["images"]]
     masks = [entry for result in judged for entry in result["masks"]]
     rows = [*_miou_rows(judged), *_feature_rows(images)]
@@ -242,7 +243,7 @@ def run(
 
 
 def _judge(protocol: GridMiou, head: PromptHead, case: Case, device: torch.device, advance: Advance) -> dict[str, Any]:
-    """Return one image's result, ready for JSON: its scores, each point's IoU by grid and subject, and its buckets."""
+    """Score one image; return its means, each point's IoU and each bucket's members by grid, ready for JSON."""
     teacher = case.teacher.to(device)
     students = {name: embedding.to(device) for name, embedding in case.students.items()}
     image: dict[str, dict] = {name: {"key": case.key, "group": case.group, "subject": name} for name in students}
@@ -261,7 +262,7 @@ def _judge(protocol: GridMiou, head: PromptHead, case: Case, device: torch.devic
 
 
 def _miou_rows(judged: list[dict[str, Any]]) -> list[Row]:
-    """Return the rows of each subject and grid over all images, by group, and by bucket."""
+    """Return rows for each subject and grid: over all images, by group, and by bucket."""
     points: dict[tuple[str, str, str | None], list[np.ndarray]] = defaultdict(list)
     tail: dict[tuple[str, str, str], list[np.ndarray]] = defaultdict(list)
     for result in judged:
@@ -274,10 +275,10 @@ def _miou_rows(judged: list[dict[str, Any]]) -> list[Row]:
                     tail[name, grid, bucket].append(iou_P[np.array(members, dtype=bool)])
     rows: list[Row] = []
     for (name, grid, group), parts in points.items():
-        iou_P, place = np.concatenate(parts), {"grid": grid, "group": group}
-        rows.append(results.row(name, "miou", iou_P.mean(), len(iou_P), **place))
+        iou_P, dimensions = np.concatenate(parts), {"grid": grid, "group": group}
+        rows.append(results.row(name, "miou", iou_P.mean(), len(iou_P), **dimensions))
         means = [part.mean() for part in parts]
-        rows.append(results.row(name, "miou_per_image", np.mean(means), len(means), **place))
+        rows.append(results.row(name, "miou_per_image", np.mean(means), len(means), **dimensions))
     for (name, grid, bucket), parts in tail.items():
         iou_P = np.concatenate(parts)
         if len(iou_P):
@@ -287,10 +288,10 @@ def _miou_rows(judged: list[dict[str, Any]]) -> list[Row]:
 
 def _feature_rows(images: list[dict]) -> list[Row]:
     subjects = dict.fromkeys(image["subject"] for image in images)
-    each = {name: [image for image in images if image["subject"] == name] for name in subjects}
+    by_subject = {name: [image for image in images if image["subject"] == name] for name in subjects}
     return [
-        results.row(name, metric, np.mean([image[metric] for image in own]), len(own))
-        for name, own in each.items()
+        results.row(name, metric, np.mean([image[metric] for image in members]), len(members))
+        for name, members in by_subject.items()
         for metric in ("cosine", "mse")
     ]
 
@@ -306,18 +307,18 @@ def _features(head: PromptHead, teacher: Tensor, student: Tensor, resized: Size)
 @torch.inference_mode()
 def _rles(protocol: GridMiou, head: PromptHead, case: Case, embeddings: Mapping[str, Tensor]) -> list[dict]:
     k = protocol.grids[0]
-    shown = grid_points(k, case.original)
-    written: list[dict] = [{"key": case.key, "grid": k, "point": [float(v) for v in xy]} for xy in shown]
+    xy_P2 = grid_points(k, case.original)
+    entries: list[dict] = [{"key": case.key, "grid": k, "point": [float(v) for v in xy]} for xy in xy_P2]
     for name, embedding in embeddings.items():
-        side = teacher_side(protocol) if name == "teacher" else protocol
+        selection = teacher_protocol(protocol) if name == "teacher" else protocol
         decode, rles = image_decoder(head, embedding), []
         for points in _prompts(head, k, case.original, case.resized, protocol.points_per_batch):
-            pieces = masks_at(side, head, decode, points, case.original, case.resized)
+            pieces = masks_at(selection, head, decode, points, case.original, case.resized)
             rles += [to_rle(mask) for piece in pieces for mask in piece.cpu().numpy()]
-        each = len(rles) // len(written)
-        for i, entry in enumerate(written):
-            entry[name] = rles[i * each : (i + 1) * each]
-    return written
+        per_point = len(rles) // len(entries)
+        for i, entry in enumerate(entries):
+            entry[name] = rles[i * per_point : (i + 1) * per_point]
+    return entries
 
 
 def _prompts(head: PromptHead, k: int, original: Size, resized: Size, batch: int) -> tuple[Tensor, ...]:
@@ -327,7 +328,7 @@ def _prompts(head: PromptHead, k: int, original: Size, resized: Size, batch: int
 
 
 def _pixels(head: PromptHead, k: int, original: Size, resized: Size, protocol: GridMiou) -> tuple[Tensor, ...]:
-    """Return the pixels of the compared masks that hold the points, int (P, 2) xy, in the batches of `_prompts`."""
+    """Return the points in pixels of the compared masks, int (P, 2) xy, in the same batches as `_prompts`."""
     cells = 4 * head.config["image_embedding_size"] / head.config["image_size"]
     height, width = original if protocol.resolution == "original" else (n * cells for n in resized)
     xy = (grid_points(k, (1, 1)) * [width, height]).astype(np.int64)
@@ -335,17 +336,17 @@ def _pixels(head: PromptHead, k: int, original: Size, resized: Size, protocol: G
 
 
 def _joined(parts: Mapping[str, list[np.ndarray]]) -> dict[str, np.ndarray]:
-    return {name: np.concatenate(several) for name, several in parts.items()}
+    return {name: np.concatenate(arrays) for name, arrays in parts.items()}
 
 
 def _bits(pieces: Iterable[Tensor]) -> Bits:
     return join([pack(piece) for piece in pieces])
 
 
-def _score(wanted: Bits, given: Bits, prompts: int) -> np.ndarray:
-    """IoU per prompt: the mean over paired masks, or the student's best where only the student has several."""
-    several = len(given) // len(wanted)
-    if several == 1:
-        return iou(wanted, given).reshape(prompts, -1).mean(1)
-    repeated = wanted.repeat_interleave(several, 0) if isinstance(wanted, Tensor) else wanted.repeat(several, 0)
-    return iou(repeated, given).reshape(prompts, -1).max(1)
+def _score(teacher: Bits, student: Bits, prompts: int) -> np.ndarray:
+    """Return each prompt's IoU: the mean over paired masks, or the best of the student's if only it has several."""
+    ratio = len(student) // len(teacher)
+    if ratio == 1:
+        return iou(teacher, student).reshape(prompts, -1).mean(1)
+    repeated = teacher.repeat_interleave(ratio, 0) if isinstance(teacher, Tensor) else teacher.repeat(ratio, 0)
+    return iou(repeated, student).reshape(prompts, -1).max(1)

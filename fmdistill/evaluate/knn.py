@@ -1,4 +1,4 @@
-"""Score students of any family by their nearest labelled images: k-nearest-neighbour top-1, which needs no text.
+"""Score students of any family by k-nearest-neighbour classification, which needs labels but no text.
 
 Letters: N images of the bank, Q query images, K classes of the bank, D a feature's width, k neighbours.
 """
@@ -30,22 +30,22 @@ MAJORITY = "majority class"
 ELEMENTS = 2**26  # similarities in memory at once
 HELP = (
     "k-NN top-1: the share of validation images, × 100, whose class has the largest vote among the k training images "
-    "with the nearest features; the floor always names the commonest class."
+    "with the nearest features; the floor always predicts the most frequent class."
 )
 
 
 @dataclass(frozen=True)
 class Knn:
-    """Judge labelled validation images by their nearest training images, as DINO does (Caron et al., ICCV 2021).
+    """Top-1 of labelled validation images by their nearest training images, as in DINO (Caron et al., ICCV 2021).
 
     The features of the training split are the bank, those of the validation split the queries. Each of a query's k
     neighbours by cosine similarity s votes for its class with exp(s / `temperature`). Of equal similarities the image
     that comes first in the bank is nearer; of equal votes the smaller label wins. A k larger than the bank is left out.
 
-    `output` names what the student and the teacher make: a vector, or a map, which is averaged over its valid tokens.
-    `images` is a source whose two splits are taken, or null for those of the run's cache, where the teacher is judged
-    too, from its cached outputs (those of the training split as its codec keeps them). Images are prepared as for the
-    teacher. `bank` and `limit` take the first training and validation images.
+    `output` is the output of student and teacher to use: a vector, or a map, which is averaged over its valid tokens.
+    `images` is a source with both splits; null means those of the run's cache, whose teacher is then scored too, from
+    its cached outputs (with the codec's rounding in the training split). Images are prepared as for the teacher. `bank`
+    and `limit` take only the first training and validation images.
     """
 
     ks: tuple[int, ...] = (10, 20, 100, 200)
@@ -65,7 +65,7 @@ class Knn:
     splits: ClassVar[tuple[str, ...]] = ("train", "validation")
 
     def __post_init__(self) -> None:
-        """Refuse what would measure nothing."""
+        """Raise a UserError for settings that measure nothing."""
         text_side.check_reading(self.batch, self.workers, self.limit)
         if not self.ks or min(self.ks) < 1 or len(set(self.ks)) < len(self.ks):
             raise UserError(f"ks={list(self.ks)}: needs different numbers of neighbours, 1 or more")
@@ -79,19 +79,19 @@ class Knn:
     def check(self, recipe: Recipe) -> None:
         """Raise a UserError for a recipe without a cache."""
         if recipe.cache is None:
-            raise UserError("knn: prepares images as the cached teacher's, and this recipe has no cache")
+            raise UserError("knn: prepares images as for the cached teacher, and this recipe has no cache")
 
     def check_images(self, recipe: Recipe) -> None:
-        """Raise a UserError if the first image of either split has no label, or a split no image."""
+        """Raise a UserError if a split has no image, or its first image no label."""
         source = image_sources.build(recipe.images if self.images is None else self.images)
         for split in self.splits:
             _check_label(annotated.first_image(source, "knn", split))
 
     def judge(self, recipe: Recipe, students: Mapping[str, nn.Module]) -> Judged:
-        """Score students, named apart, the cached teacher, and the floor; details {"images": one each a subject}."""
+        """Score the students by name, the cached teacher and the floor; details have an entry per image and subject."""
         cache = open_cache(recipe)
         if self.images is None and self.output not in cache.shapes:
-            raise UserError(f"output={self.output}: {cache.root} holds none.{suggest(self.output, cache.shapes)}")
+            raise UserError(f"output={self.output}: not in {cache.root}.{suggest(self.output, cache.shapes)}")
         source = cache.images if self.images is None else image_sources.build(self.images)
         bank, queries = (self._embed(cache, source, students, split) for split in self.splits)
         ks = [k for k in self.ks if k <= len(bank.keys)]
@@ -105,15 +105,15 @@ class Knn:
             predicted_Qk = predict(feature_ND, bank_N, feature_QD, ks, self.temperature)
             rows += _rows(name, predicted_Qk, label_Q, ks)
             for key, label, predicted in zip(queries.keys, label_Q.tolist(), predicted_Qk.tolist(), strict=True):
-                by_k = {str(k): one for k, one in zip(ks, predicted, strict=True)}
+                by_k = {str(k): predicted_label for k, predicted_label in zip(ks, predicted, strict=True)}
                 images.append({"key": key, "subject": name, "label": label, "predictions": by_k})
         class_K, count_K = np.unique(bank_N, return_counts=True)
-        commonest_Qk = np.full((len(label_Q), len(ks)), class_K[count_K.argmax()])
-        rows += _rows(MAJORITY, commonest_Qk, label_Q, ks)
+        majority_Qk = np.full((len(label_Q), len(ks)), class_K[count_K.argmax()])
+        rows += _rows(MAJORITY, majority_Qk, label_Q, ks)
         return rows, {"images": images, "bank": len(bank.keys)}
 
     def _embed(self, cache: Cache, source: Images, students: Mapping[str, nn.Module], split: str) -> Embedded:
-        """Return the features of one split by every student and, from the cache, by the teacher."""
+        """Return the features of one split from every student and, if cached, from the teacher."""
         cached = CachedImages(cache, split) if self.images is None else None
         data = Annotated(source, cache.preprocess, cached, split=split, output=self.output, pooled=True)
         limit = self.bank if split == "train" else self.limit
@@ -130,9 +130,9 @@ class Knn:
 def predict(
     bank_ND: Tensor, label_N: np.ndarray, query_QD: Tensor, ks: Sequence[int], temperature: float
 ) -> np.ndarray:
-    """Return the label that each query's k nearest images of the bank vote for, int (Q, len(ks)); see `Knn`.
+    """Return the label predicted for each query by its k nearest images of the bank, int (Q, len(ks)); see `Knn`.
 
-    Computed on the device of `query_QD`, the votes in float64.
+    Computed on the device of `query_QD`, with votes in float64.
     """
     device = query_QD.device
     class_K, class_N = np.unique(label_N, return_inverse=True)
@@ -154,21 +154,21 @@ def predict(
 
 
 def nearest(cosine_QN: Tensor, k: int) -> Tensor:
-    """Return the numbers of the k largest similarities, the largest first, int (Q, k); of equal ones the first."""
+    """Return the indices of the k largest similarities, descending, int (Q, k); equal ones in order of index."""
     top = cosine_QN.topk(k, dim=1)
-    # topk leaves open which of equal similarities it takes: rows in which one at the end is left over are sorted whole.
-    number_Qk = top.indices.sort(dim=1).values
-    order_Qk = cosine_QN.gather(1, number_Qk).argsort(dim=1, descending=True, stable=True)
-    number_Qk = number_Qk.gather(1, order_Qk)
+    # topk does not define which of equal values it returns: rows with a tie across the k-th place are sorted whole.
+    index_Qk = top.indices.sort(dim=1).values
+    order_Qk = cosine_QN.gather(1, index_Qk).argsort(dim=1, descending=True, stable=True)
+    index_Qk = index_Qk.gather(1, order_Qk)
     tied_Q = (cosine_QN >= top.values[:, -1:]).sum(1) > k
     if tied_Q.any():
-        number_Qk[tied_Q] = cosine_QN[tied_Q].argsort(dim=1, descending=True, stable=True)[:, :k]
-    return number_Qk
+        index_Qk[tied_Q] = cosine_QN[tied_Q].argsort(dim=1, descending=True, stable=True)[:, :k]
+    return index_Qk
 
 
 def _rows(name: str, predicted_Qk: np.ndarray, label_Q: np.ndarray, ks: Sequence[int]) -> list[Row]:
-    right_k = (predicted_Qk == label_Q[:, None]).mean(0)
-    return [results.row(name, "top1", right, len(label_Q), k=k) for k, right in zip(ks, right_k, strict=True)]
+    top1_k = (predicted_Qk == label_Q[:, None]).mean(0)
+    return [results.row(name, "top1", top1, len(label_Q), k=k) for k, top1 in zip(ks, top1_k, strict=True)]
 
 
 def _labels(embedded: Embedded) -> np.ndarray:
@@ -185,6 +185,6 @@ def _check_label(encoded: Encoded) -> None:
 
 def _no_label(key: str) -> UserError:
     return UserError(
-        f"knn: image '{key}' has no label; use a source that gives each image one, such as image_classes (class "
-        f"folders), or a tar with KEY.cls beside each image"
+        f"knn: image '{key}' has no label; use a source with labels, such as image_classes (class folders), or a tar "
+        f"with KEY.cls beside each image"
     )

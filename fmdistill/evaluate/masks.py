@@ -12,7 +12,7 @@ Bits = np.ndarray | Tensor  # uint64 (P, N) on a CPU, bool (P, H*W) on a GPU
 
 
 def pack(masks_PHW: Tensor) -> Bits:
-    """Return bool masks in the form that `iou` compares; the spare bits of the last word are 0."""
+    """Pack bool masks into the form that `iou` compares; unused bits of the last word are 0."""
     flat = masks_PHW.flatten(1)
     if flat.is_cuda:
         return flat
@@ -38,7 +38,7 @@ def iou(a: Bits, b: Bits) -> np.ndarray:
 
 
 def innermost(mask_HW: np.ndarray) -> tuple[int, int]:
-    """Return (x, y) of the pixel furthest from a bool mask's edge; the border is an edge, and the mask not empty."""
+    """Return (x, y) of the pixel of a non-empty bool mask that is furthest from its edge; the border is an edge."""
     (box,) = ndimage.find_objects(mask_HW.astype(np.uint8))
     inside = np.asarray(ndimage.distance_transform_edt(np.pad(mask_HW[box], 1)))
     y, x = np.unravel_index(np.argmax(inside), inside.shape)
@@ -46,7 +46,7 @@ def innermost(mask_HW: np.ndarray) -> tuple[int, int]:
 
 
 def to_rle(mask_HW: np.ndarray) -> dict:
-    """Return one binary mask as COCO's compressed RLE, {"size": [H, W], "counts": str}, ready for JSON."""
+    """Encode a binary mask as COCO's compressed RLE, {"size": [H, W], "counts": str}, ready for JSON."""
     from pycocotools import mask as coco
 
     rle = coco.encode(np.asfortranarray(mask_HW, dtype=np.uint8))

@@ -1,7 +1,7 @@
-"""Score image towers by captions: find an image's caption among all captions, and a caption's image among all images.
+"""Score image towers by retrieval: an image's caption among all captions, and a caption's image among all images.
 
-Letters: N images, U distinct captions, P pairs of an image and a caption that it carries, D the shared embedding's
-width; Q and T whoever asks, and what it asks for.
+Letters: N images, U distinct captions, P pairs of an image and one of its captions, D the shared embedding's width,
+Q queries, T targets.
 """
 
 from collections.abc import Mapping
@@ -26,24 +26,24 @@ from fmdistill.teachers.compute import full_precision
 
 RECALLS = (1, 5, 10)
 CHUNK = 1024  # rows of the similarity matrix in memory at once
-HELP = "Recall at k: the share of queries, × 100, whose right answer is among the k nearest."
+HELP = "Recall at k: the share of queries, × 100, with a correct target among the k nearest."
 
 
 @dataclass(frozen=True)
 class Retrieval:
-    """Judge by the cosine similarity of images and their captions, recall at 1, 5 and 10, both ways.
+    """Recall at 1, 5 and 10 of images and captions by cosine similarity, in both directions.
 
-    An image has one caption a line of its caption column, and equal captions are one. Each distinct caption asks once
-    for an image, and any image that carries it is right; an image asks once among the distinct captions, and any of its
-    own is right. An image without a caption is left out and counted. Ties count against the one asked for, so that
-    embeddings that are all alike find nothing.
+    Every line of an image's caption column is a caption, and equal captions count once. Each distinct caption is a
+    query among the images, and any image with that caption is correct; each image is a query among the distinct
+    captions, and any of its own is correct. Images without a caption are left out and counted. Ties count as errors,
+    so that identical embeddings retrieve nothing.
 
-    `images` is a source whose validation images are judged, or null for those of the run's cache, where the teacher is
-    judged too, from its cached embeddings.
+    `images` is the source of the validation images; null means those of the run's cache, whose teacher is then scored
+    too, from its cached embeddings.
     """
 
     images: Component | None = None
-    limit: int | None = None  # of the first images
+    limit: int | None = None  # take only the first images
     batch: int = 64
     workers: int = 2
     device: str = "auto"
@@ -55,7 +55,7 @@ class Retrieval:
     }
 
     def __post_init__(self) -> None:
-        """Refuse what would measure nothing."""
+        """Raise a UserError for settings that measure nothing."""
         text_side.check_reading(self.batch, self.workers, self.limit)
         if self.images is not None:
             image_sources.check(self.images)
@@ -75,7 +75,7 @@ class Retrieval:
             )
 
     def judge(self, recipe: Recipe, students: Mapping[str, nn.Module]) -> Judged:
-        """Score students, named apart, and from a cache the teacher, on captioned images."""
+        """Score the students by name, and a cached teacher, on captioned images."""
         side = text_side.of_run(recipe, students, self.images, "retrieval")
         device = pick_device(self.device, "device")
         reading = {name: getattr(self, name) for name in ("batch", "workers", "limit", "dtype")}
@@ -84,7 +84,7 @@ class Retrieval:
 
 
 def score_teacher(protocol: Retrieval, cache: Cache) -> Judged:
-    """Score the teacher alone, from its cached embeddings of the validation images; no picture is decoded."""
+    """Score a cached teacher alone, from its embeddings of the validation images, without decoding any image."""
     side = text_side.of_cache(cache, None, "retrieval", pixels=False)
     device = pick_device(protocol.device, "device")
     data = replace(side.data, captioned=True)
@@ -93,24 +93,26 @@ def score_teacher(protocol: Retrieval, cache: Cache) -> Judged:
 
 
 def score(embedded: annotated.Embedded, head: TextHead) -> Judged:
-    """Return the rows of embeddings made before: recall at 1, 5 and 10, if there are so many candidates.
+    """Score embeddings: return rows of recall at each k that is at most the number of targets, and details.
 
-    `image_retrieval` is how often a caption's image is among the first k, `text_retrieval` an image's caption. Details
-    are {"images": one per image and subject, "empty": how many were left out, "captions": how many differ}.
+    `image_retrieval` has captions as queries, `text_retrieval` images. Details are {"images": one per image and
+    subject, "empty": the number of images without a caption, "captions": the number of distinct captions}.
     """
-    kept = [place for place, captions in enumerate(embedded.captions) if captions]
-    empty = len(embedded.captions) - len(kept)
-    if not kept:
+    captioned = [i for i, captions in enumerate(embedded.captions) if captions]
+    empty = len(embedded.captions) - len(captioned)
+    if not captioned:
         raise UserError(
             f"retrieval: none of {empty} images has a caption; it needs KEY.txt beside each image, as img2dataset's "
             f"tars have"
         )
     if empty:
         log.info("retrieval: %d of %d images have no caption and are left out", empty, len(embedded.captions))
-    carried = [[*dict.fromkeys(embedded.captions[place])] for place in kept]
-    captions = list(dict.fromkeys(caption for own in carried for caption in own))
-    numbers = {caption: number for number, caption in enumerate(captions)}
-    pairs_P2 = torch.tensor([(n, numbers[caption]) for n, own in enumerate(carried) for caption in own])
+    by_image = [[*dict.fromkeys(embedded.captions[i])] for i in captioned]
+    captions = list(dict.fromkeys(caption for image_captions in by_image for caption in image_captions))
+    index = {caption: u for u, caption in enumerate(captions)}
+    pairs_P2 = torch.tensor(
+        [(n, index[caption]) for n, own_captions in enumerate(by_image) for caption in own_captions]
+    )
     with full_precision():
         text_UD = F.normalize(head.encode_text(captions), dim=-1).cpu()
     rows: list[Row] = []
@@ -119,46 +121,46 @@ def score(embedded: annotated.Embedded, head: TextHead) -> Judged:
         if embedding_ND.shape[1] != text_UD.shape[1]:
             raise UserError(
                 f"{name}: gives embeddings of {embedding_ND.shape[1]} numbers, the texts have {text_UD.shape[1]}; "
-                f"judge it by the cache that it learned from"
+                f"evaluate it with the cache that it was trained on"
             )
-        image_ND = F.normalize(embedding_ND[torch.tensor(kept)], dim=-1)
+        image_ND = F.normalize(embedding_ND[torch.tensor(captioned)], dim=-1)
         image_ranks, text_ranks = ranks(image_ND, text_UD, pairs_P2)
-        for metric, rank, candidates in (
-            ("image_retrieval", image_ranks, len(kept)),
+        for metric, rank, targets in (
+            ("image_retrieval", image_ranks, len(captioned)),
             ("text_retrieval", text_ranks, len(captions)),
         ):
-            recalls = {k: float((rank <= k).mean()) for k in RECALLS if k <= candidates}
+            recalls = {k: float((rank <= k).mean()) for k in RECALLS if k <= targets}
             rows += [results.row(name, metric, recall, len(rank), k=k) for k, recall in recalls.items()]
         images += [
             {
-                "key": embedded.keys[place],
+                "key": embedded.keys[i],
                 "subject": name,
-                "captions": carried[n],
+                "captions": by_image[n],
                 "text_rank": int(text_ranks[n]),
-                "image_ranks": [int(image_ranks[numbers[caption]]) for caption in carried[n]],
+                "image_ranks": [int(image_ranks[index[caption]]) for caption in by_image[n]],
             }
-            for n, place in enumerate(kept)
+            for n, i in enumerate(captioned)
         ]
     return rows, {"images": images, "empty": empty, "captions": len(captions)}
 
 
 def ranks(image_ND: Tensor, text_UD: Tensor, pairs_P2: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Return the rank, from 1, of each caption's best image (U,) and of each image's best caption (N,).
+    """Return the rank of each caption's best image, int (U,), and of each image's best caption, int (N,).
 
-    `pairs_P2` lists (image, caption) for every caption that an image carries. A rank counts all that are wrong and
-    score at least as high as the best right one.
+    `pairs_P2` lists (image, caption) for each caption of each image. A rank is one more than the number of incorrect
+    targets that score at least as high as the best correct one.
     """
     return _ranks(text_UD, image_ND, pairs_P2.flip(1)), _ranks(image_ND, text_UD, pairs_P2)
 
 
 def _ranks(query_QD: Tensor, target_TD: Tensor, pairs_P2: Tensor) -> np.ndarray:
-    """Return the rank of each query's best target (Q,), of `pairs_P2` (query, target) that are right."""
+    """Return the rank of each query's best correct target, int (Q,); `pairs_P2` lists the correct (query, target)."""
     ranks = []
     for start in range(0, len(query_QD), CHUNK):
         cosine_QT = query_QD[start : start + CHUNK] @ target_TD.T
         query_P, target_P = pairs_P2[(pairs_P2[:, 0] >= start) & (pairs_P2[:, 0] < start + CHUNK)].T
-        right_QT = torch.zeros_like(cosine_QT, dtype=torch.bool)
-        right_QT[query_P - start, target_P] = True
-        best_Q = cosine_QT.masked_fill(~right_QT, -torch.inf).amax(1, keepdim=True)
-        ranks.append(1 + (~(cosine_QT < best_Q) & ~right_QT).sum(1))  # so that NaN finds nothing
+        correct_QT = torch.zeros_like(cosine_QT, dtype=torch.bool)
+        correct_QT[query_P - start, target_P] = True
+        best_Q = cosine_QT.masked_fill(~correct_QT, -torch.inf).amax(1, keepdim=True)
+        ranks.append(1 + (~(cosine_QT < best_Q) & ~correct_QT).sum(1))  # not `>=`, so that NaN counts as an error
     return torch.cat(ranks).numpy()

@@ -28,20 +28,20 @@ from fmdistill.logs import log, progress
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError
 
-COLUMN = "json"  # an image's annotations beside it in SA-1B's tars
+ANNOTATIONS_COLUMN = "json"  # the column of SA-1B's tars that holds an image's annotations
 MASKS = ("picked", "best")
-LOW = 0.3  # picked mIoU below which a warning names likely causes
-BAD = (ValueError, TypeError, LookupError, OverflowError, RecursionError)  # what malformed JSON or RLE raises here
+LOW_MIOU = 0.3  # picked mIoU below which a warning names likely causes
+MALFORMED = (ValueError, TypeError, LookupError, OverflowError, RecursionError)  # what malformed JSON or RLE raises
 
 
 @dataclass(frozen=True)
 class Sa1b:
-    """Judge each annotation's first point, masks 1 to 3 with logits > 0, IoU at the original resolution.
+    """Settings of the score: each annotation's first point is a prompt, and masks are logits > 0 at full resolution.
 
     An annotation without `point_coords`, which only SA-1B's have, is prompted at the pixel of its mask furthest from
     the mask's edge. Masks may be in any of COCO's forms: RLE, compressed or with listed counts, and polygons. `best`
-    is the best of the three masks, `picked` the one with the top predicted IoU. The first `annotations` of each of the
-    first `images` validation images count.
+    is the best of masks 1 to 3, `picked` the one with the highest predicted IoU. The first `annotations` of each of
+    the first `images` validation images count.
     """
 
     images: int = 32
@@ -49,7 +49,7 @@ class Sa1b:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        """Refuse what would measure nothing."""
+        """Raise a UserError for a number below 1."""
         for name, value in (("images", self.images), ("annotations", self.annotations)):
             if value < 1:
                 raise UserError(f"{name}={value}: needs at least 1")
@@ -57,7 +57,7 @@ class Sa1b:
 
 @dataclass(frozen=True)
 class Sa1bCase:
-    """One image: float32 embedding (C, g, g), its JSON as stored, original (H, W) and resized (h, w)."""
+    """One image: its float32 embedding (C, g, g), its annotations as stored, original (H, W) and resized (h, w)."""
 
     key: str
     embedding: Tensor
@@ -67,18 +67,18 @@ class Sa1bCase:
 
 
 def judge_teacher(recipe: Recipe, evaluators: Iterable[object] = (), protocol: Sa1b = Sa1b()) -> list[Row]:
-    """Log how the recipe's cached teacher scores on its validation images' own masks; no rows if they have none.
+    """Log and return the score of the recipe's cached teacher on its validation images' masks; no rows without masks.
 
-    The recipe's own `evaluators` add nothing that the images lack.
+    `evaluators` is unused: no protocol of a recipe supplies masks.
     """
     cache = open_cache(recipe)
     data = CachedImages(cache, "validation")
-    shards = annotated(data)
+    shards = annotated_shards(data)
     if not shards:
         return []
     total = min(protocol.images, sum(data.counts[number] for number in shards))
-    shown = progress(cases(data, shards), "SA-1B's own masks", total=total, unit="image")
-    rows, details = run(protocol, cache.head(), shown)
+    tracked = progress(cases(data, shards), "SA-1B's own masks", total=total, unit="image")
+    rows, details = run(protocol, cache.head(), tracked)
     for problem in details["skipped"][:3]:
         log.warning("%s: SA-1B's masks: skipped %s", cache.root, problem)
     if len(details["skipped"]) > 3:
@@ -95,39 +95,40 @@ def judge_teacher(recipe: Recipe, evaluators: Iterable[object] = (), protocol: S
         best,
         *(results.value(rows, metric, TEACHER) for metric in ("annotations", "images")),
     )
-    if picked < LOW:
+    if picked < LOW_MIOU:
         log.warning(
             "%s: that is below %.1f. Likely causes: teacher.weights is another model's file or untrained; images.root "
             "holds other images than the JSON describes; the masks are not SAM's",
             cache.root,
-            LOW,
+            LOW_MIOU,
         )
     return rows
 
 
-def annotated(data: CachedImages) -> list[int]:
-    """Return the numbers of the shards with SA-1B's JSON: those of the groups whose first image has it."""
-    has: dict[str, bool] = {}
+def annotated_shards(data: CachedImages) -> list[int]:
+    """Return the indices of the shards with SA-1B's annotations: those of every group whose first image has them."""
+    is_annotated: dict[str, bool] = {}
     for number, shard in enumerate(data.shards):
-        if shard.samples and shard.group not in has:
-            has[shard.group] = _is_annotation(data.encoded(number, 0).extra)
-    return [number for number, shard in enumerate(data.shards) if has.get(shard.group)]
+        if shard.samples and shard.group not in is_annotated:
+            is_annotated[shard.group] = _has_annotations(data.encoded(number, 0).extra)
+    return [number for number, shard in enumerate(data.shards) if is_annotated.get(shard.group)]
 
 
 def cases(data: CachedImages, shards: Iterable[int]) -> Iterator[Sa1bCase]:
-    """Yield the shards' images in order; one without JSON has an empty text."""
+    """Yield the images of the shards in order; the text of an image without annotations is empty."""
     for number in shards:
         for index, sample in enumerate(data.shards[number].samples):
-            text = data.encoded(number, index).extra.get(COLUMN, b"")
+            text = data.encoded(number, index).extra.get(ANNOTATIONS_COLUMN, b"")
             embedding = data.outputs([(number, index)])["embedding"][0]
             sizes = [(int(h), int(w)) for h, w in (sample["original"], sample["resized"])]
             yield Sa1bCase(sample["key"], embedding, text, sizes[0], sizes[1])
 
 
 def run(protocol: Sa1b, head: PromptHead, cases: Iterable[Sa1bCase]) -> Judged:
-    """Return rows: `miou` of the masks "picked" and "best", and the number of annotations, images and skipped ones.
+    """Score the cases; return rows of `miou` for the masks "picked" and "best", and of counts, with details.
 
-    Details are {"annotations": one each, "skipped": why each unreadable image or annotation was}.
+    The counts are of annotations, images, and skipped images or annotations. Details are {"annotations": the scores of
+    each, "skipped": a line with the place and the problem of each that could not be read}.
     """
     device = pick_device(protocol.device, "device")
     head = head.to(device).eval()
@@ -139,39 +140,39 @@ def run(protocol: Sa1b, head: PromptHead, cases: Iterable[Sa1bCase]) -> Judged:
             try:
                 mask_HW = decode_segmentation(annotation["segmentation"], case.original)
                 point = _point(annotation, mask_HW)
-            except BAD as error:
-                skipped.append(f"{place}: {_say(error)}")
+            except MALFORMED as error:
+                skipped.append(f"{place}: {_problem(error)}")
                 continue
             points.append(point)
             truth.append(mask_HW)
         if points:
             scored += _scores(head, case, np.array(points), truth)
-    means = {mask: np.mean([one[mask] for one in scored]) for mask in MASKS if scored}
+    means = {mask: np.mean([score[mask] for score in scored]) for mask in MASKS if scored}
     rows = [results.row(TEACHER, "miou", mean, len(scored), mask=mask) for mask, mean in means.items()]
-    numbers = {"annotations": len(scored), "images": len({one["key"] for one in scored}), "skipped": len(skipped)}
-    rows += [results.row(TEACHER, metric, number) for metric, number in numbers.items()]
+    counts = {"annotations": len(scored), "images": len({score["key"] for score in scored}), "skipped": len(skipped)}
+    rows += [results.row(TEACHER, metric, count) for metric, count in counts.items()]
     return rows, {"annotations": scored, "skipped": skipped}
 
 
-def _is_annotation(extra: Mapping[str, bytes]) -> bool:
-    """Whether the JSON is SA-1B's, or damaged, and not the metadata that img2dataset keeps under the same suffix."""
-    if COLUMN not in extra:
+def _has_annotations(extra: Mapping[str, bytes]) -> bool:
+    """Return whether the JSON is SA-1B's, or damaged, and not the metadata that img2dataset stores with that suffix."""
+    if ANNOTATIONS_COLUMN not in extra:
         return False
     try:
-        return "annotations" in json.loads(extra[COLUMN])
-    except BAD:
+        return "annotations" in json.loads(extra[ANNOTATIONS_COLUMN])
+    except MALFORMED:
         return True
 
 
 def _annotations(case: Sa1bCase, limit: int, skipped: list[str]) -> Iterator[tuple[str, Any]]:
     try:
-        listed = json.loads(case.text)["annotations"]
-        if not isinstance(listed, list):
-            raise ValueError(f"its annotations are {type(listed).__name__}, expected a list")
-    except BAD as error:
-        skipped.append(f"'{case.key}': {_say(error)}")
+        annotations = json.loads(case.text)["annotations"]
+        if not isinstance(annotations, list):
+            raise ValueError(f"its annotations are {type(annotations).__name__}, expected a list")
+    except MALFORMED as error:
+        skipped.append(f"'{case.key}': {_problem(error)}")
         return
-    for number, annotation in enumerate(listed[:limit]):
+    for number, annotation in enumerate(annotations[:limit]):
         yield f"'{case.key}', annotation {number}", annotation
 
 
@@ -194,16 +195,16 @@ def _scores(head: PromptHead, case: Sa1bCase, points_P2: np.ndarray, truth: list
     xy_P12 = torch.from_numpy(xy_P2.astype(np.float32))[:, None].to(embedding.device)
     labels = torch.ones(len(xy_P12), 1, dtype=torch.int, device=embedding.device)
     logits, predicted = image_decoder(head, embedding)(xy_P12, labels, multimask=True)
-    rows = []
-    for mask_HW, logits_Mnn, best in zip(truth, logits, predicted.argmax(1).tolist(), strict=True):
+    scores = []
+    for mask_HW, logits_Mnn, picked in zip(truth, logits, predicted.argmax(1).tolist(), strict=True):
         # one prompt at a time: SA-1B's images have millions of pixels
-        given = head.upsample(logits_Mnn[None], case.resized, case.original)[0] > 0
-        wanted = torch.from_numpy(mask_HW).to(embedding.device).expand_as(given)
-        three = iou(pack(wanted), pack(given))
-        rows.append({"key": case.key, "picked": float(three[best]), "best": float(three.max())})
-    return rows
+        predicted_MHW = head.upsample(logits_Mnn[None], case.resized, case.original)[0] > 0
+        truth_MHW = torch.from_numpy(mask_HW).to(embedding.device).expand_as(predicted_MHW)
+        iou_M = iou(pack(truth_MHW), pack(predicted_MHW))
+        scores.append({"key": case.key, "picked": float(iou_M[picked]), "best": float(iou_M.max())})
+    return scores
 
 
-def _say(error: BaseException) -> str:
+def _problem(error: BaseException) -> str:
     text = " ".join(str(error).split())[:120]
     return f"has no {text}" if isinstance(error, KeyError) else text or type(error).__name__

@@ -1,4 +1,4 @@
-"""Read a mask in any of COCO's forms, from a file that nobody vouches for.
+"""Decode a mask in any of COCO's forms, checking everything first: the file may be damaged or hostile.
 
 Letters: H x W pixels of the image.
 """
@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 Size = tuple[int, int]
-LONGEST = 100  # outline of an annotation's polygons, in half perimeters of its image: pycocotools' memory follows it
+LONGEST = 100  # outline of an annotation's polygons, in half perimeters of its image: bounds pycocotools' memory
 
 
 def decode_segmentation(segmentation: Any, original: Size) -> np.ndarray:
-    """Return the bool (H, W) mask of COCO's compressed RLE, RLE with listed counts, or list of polygons.
+    """Decode COCO's compressed RLE, RLE with listed counts, or list of polygons into a bool mask (H, W).
 
-    ValueError, TypeError or LookupError if it is none of them or does not fit `original`.
+    Raises ValueError, TypeError or LookupError if it is none of these or does not fit `original`, (H, W).
     """
     if isinstance(segmentation, list):
         return decode_polygons(segmentation, original)
@@ -26,10 +26,10 @@ def decode_segmentation(segmentation: Any, original: Size) -> np.ndarray:
 
 
 def decode_rle(rle: Mapping[str, Any], original: Size) -> np.ndarray:
-    """Return the bool (H, W) mask of COCO's RLE; ValueError if it does not fill `original` exactly.
+    """Decode COCO's RLE, whose runs alternate between background and object down the columns, into a bool mask (H, W).
 
-    pycocotools reads past the end of a cut text and trusts the size that it states, so a stranger's RLE is decoded
-    here: its runs are those of background and object in turns, down the columns.
+    Raises ValueError if the runs do not fill `original` exactly. Not decoded by pycocotools, which reads past the end
+    of a truncated text and trusts the size that the RLE states.
     """
     counts, size = rle["counts"], rle["size"]
     if list(size) != list(original):
@@ -38,8 +38,8 @@ def decode_rle(rle: Mapping[str, Any], original: Size) -> np.ndarray:
         runs = _decompressed(counts)
     elif isinstance(counts, list):
         runs = counts
-        if odd := next((run for run in runs if type(run) is not int), None):
-            raise ValueError(f"a run of {str(odd)[:40]!r} in an RLE, expected a number of pixels")
+        if wrong := next((run for run in runs if type(run) is not int), None):
+            raise ValueError(f"a run of {str(wrong)[:40]!r} in an RLE, expected a number of pixels")
     else:
         raise ValueError(f"counts are {type(counts).__name__}, expected a list or a compressed RLE's text")
     total = original[0] * original[1]
@@ -49,9 +49,9 @@ def decode_rle(rle: Mapping[str, Any], original: Size) -> np.ndarray:
 
 
 def decode_polygons(polygons: list[Any], original: Size) -> np.ndarray:
-    """Return the bool (H, W) mask of all pixels in any of COCO's polygons, [x1, y1, x2, y2, ...] each, by pycocotools.
+    """Draw COCO's polygons, [x1, y1, x2, y2, ...] each, by pycocotools; return the union as a bool mask (H, W).
 
-    ValueError for points that are no finite numbers or lie further from the image than its own size.
+    Raises ValueError if a coordinate is not a finite number or lies further from the image than the image's size.
     """
     from pycocotools import mask as coco
 
@@ -69,8 +69,8 @@ def _polygon(points: Any, original: Size) -> list[float]:
     if not isinstance(points, list) or len(points) < 6 or len(points) % 2:
         shown = f"{len(points)} numbers" if isinstance(points, list) else type(points).__name__
         raise ValueError(f"a polygon of {shown}, expected x and y of three points or more")
-    if odd := [value for value in points if isinstance(value, bool) or not isinstance(value, int | float)]:
-        raise ValueError(f"a polygon with {str(odd[0])[:40]!r}, expected numbers")
+    if wrong := [value for value in points if isinstance(value, bool) or not isinstance(value, int | float)]:
+        raise ValueError(f"a polygon with {str(wrong[0])[:40]!r}, expected numbers")
     numbers = [float(value) for value in points]
     for values, side in ((numbers[::2], original[1]), (numbers[1::2], original[0])):
         if not all(math.isfinite(value) and -side <= value <= 2 * side for value in values):
@@ -79,22 +79,23 @@ def _polygon(points: Any, original: Size) -> list[float]:
 
 
 def _outline(numbers: list[float]) -> float:
-    """Return the length of a polygon's outline, as the larger of each edge's width and height."""
+    """Return the length of a polygon's outline in pixels, each edge counted as the larger of its width and height."""
     steps_N2 = np.diff(np.array([*numbers, *numbers[:2]]).reshape(-1, 2), axis=0)
     return float(np.abs(steps_N2).max(1).sum())
 
 
 def _decompressed(counts: str) -> list[int]:
-    """Return the runs of COCO's compressed RLE.
+    """Return the runs of COCO's compressed RLE, in pixels.
 
-    Source: maskApi.c rleFrString: 5 bits a character, lowest first, runs from the fourth on less the one two before.
+    Source: maskApi.c rleFrString: 5 bits a character, lowest first; from the fourth run on, the difference to the run
+    two before.
     """
     runs: list[int] = []
     value = bits = 0
     for character in counts:
         code = ord(character) - 48
         if not 0 <= code < 64 or bits > 30:
-            raise ValueError(f"character {character!r} at the wrong place of an RLE")
+            raise ValueError(f"character {character!r} at the wrong place in an RLE")
         value |= (code & 31) << bits
         bits += 5
         if not code & 32:
@@ -102,5 +103,5 @@ def _decompressed(counts: str) -> list[int]:
             runs.append(value + (runs[-2] if len(runs) > 2 else 0))
             value = bits = 0
     if bits:
-        raise ValueError("an RLE whose text is cut: it does not fill the image")
+        raise ValueError("an RLE whose text is truncated: it does not fill the image")
     return runs

@@ -1,4 +1,4 @@
-"""Which points are hard: buckets by the area of the teacher's mask and by the point's distance to that mask's edge.
+"""Sort points into buckets: by the area of the teacher's mask, and by the point's distance to that mask's edge.
 
 Letters: P points with one mask each, H x W pixels, n offsets a side of a window.
 """
@@ -18,28 +18,29 @@ AREAS: Buckets = tuple((top, f"area_{name}") for top, name in SHARES)
 EDGES: Buckets = ((0.01, "edge_below_1%"), (0.04, "edge_1-4%"), (math.inf, "edge_above_4%"))
 
 
-def watched(
-    pieces: Iterable[Tensor], xy_P2: Tensor, by_size: bool, by_edge: bool, into: dict[str, list[np.ndarray]]
+def record_buckets(
+    pieces: Iterable[Tensor], xy_P2: Tensor, by_size: bool, by_edge: bool, buckets: dict[str, list[np.ndarray]]
 ) -> Iterator[Tensor]:
-    """Pass on masks, bool (n, H, W) pieces, and add to `into` which of them each bucket holds, bool (n,) by its name.
+    """Yield the masks unchanged, bool (n, H, W) pieces, and append each bucket's members among them to `buckets`.
 
-    A point is in one bucket of each kind that is asked for. `xy_P2` are the pixels of the masks that hold the points.
+    Members are bool (n,) by the bucket's name; a point is in one bucket by size and in one by edge. `xy_P2` are the
+    points in pixels of the masks.
     """
     done = 0
     for piece in pieces:
-        held: dict[str, np.ndarray] = {}
+        members: dict[str, np.ndarray] = {}
         if by_size:
-            held |= split(area(piece), AREAS)
+            members |= split(area(piece), AREAS)
         if by_edge:
-            held |= split(edge_distance(piece, xy_P2[done : done + len(piece)]), EDGES)
-        for name, members in held.items():
-            into[name].append(members)
+            members |= split(edge_distance(piece, xy_P2[done : done + len(piece)]), EDGES)
+        for name, members_n in members.items():
+            buckets[name].append(members_n)
         done += len(piece)
         yield piece
 
 
 def area(masks_PHW: Tensor) -> np.ndarray:
-    """Return the share of the pixels that each mask covers, float64 (P,)."""
+    """Return the share of the pixels that each mask covers, 0 to 1, float64 (P,)."""
     rows_PH = masks_PHW.sum(2, dtype=torch.int32)  # in two steps, several times as fast on a CPU
     return rows_PH.sum(1).cpu().numpy() / masks_PHW[0].numel()
 
@@ -47,9 +48,9 @@ def area(masks_PHW: Tensor) -> np.ndarray:
 def edge_distance(masks_PHW: Tensor, xy_P2: Tensor) -> np.ndarray:
     """Return the Euclidean distance of each point to its mask's edge as a share of the longer side, float64 (P,).
 
-    It runs from the point's pixel to the nearest one across the edge, whether the point lies inside its mask or
-    outside, so it is 1 pixel at least. The image's border is no edge: no model has to find it. Infinity where no edge
-    is within the last finite bound of `EDGES`, as in a mask that is empty or everything.
+    Measured from the point's pixel to the nearest pixel across the edge, whether the point lies inside its mask or
+    outside, so at least 1 pixel. The image's border is no edge, since no model has to find it. Infinity if no edge is
+    within the last finite bound of `EDGES`, as for a mask that is empty or the whole image.
     """
     height, width = masks_PHW.shape[1:]
     longer, device = max(height, width), masks_PHW.device
@@ -69,6 +70,6 @@ def edge_distance(masks_PHW: Tensor, xy_P2: Tensor) -> np.ndarray:
 
 
 def split(value_P: np.ndarray, buckets: Buckets) -> dict[str, np.ndarray]:
-    """Return which values each bucket holds, bool (P,) by its name; the last one takes the rest, infinity too."""
+    """Return each bucket's members, bool (P,) by the bucket's name; the last bucket takes the rest, infinity too."""
     number_P = np.searchsorted([top for top, _ in buckets[:-1]], value_P, side="right")
     return {name: number_P == number for number, (_, name) in enumerate(buckets)}

@@ -1,4 +1,4 @@
-"""A classifier made of words: class names in prompt templates, through a CLIP's text tower, by open_clip's own builder.
+"""Build a zero-shot classifier from class names in prompt templates, with CLIP's text tower and open_clip's builder.
 
 Letters: K classes, D the shared embedding's width.
 """
@@ -31,38 +31,38 @@ IMAGENET = "imagenet"  # open_clip's 1000 class names, in the order of the sorte
 TEMPLATES = {"openai": open_clip.OPENAI_IMAGENET_TEMPLATES, "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES}
 
 
-def class_names(given: str) -> list[str]:
-    """Return the class names, label 0 first: open_clip's for "imagenet", else the lines of the file `given`."""
-    names = list(open_clip.IMAGENET_CLASSNAMES) if given == IMAGENET else _lines(given, "classnames", IMAGENET)
+def class_names(setting: str) -> list[str]:
+    """Return the class names in order of label: open_clip's for "imagenet", else the lines of the file `setting`."""
+    names = list(open_clip.IMAGENET_CLASSNAMES) if setting == IMAGENET else _lines(setting, "classnames", IMAGENET)
     if not all(names):
         raise UserError(
-            f"classnames={given}: line {names.index('') + 1} is empty; the place of a name is its label, so write one"
+            f"classnames={setting}: line {names.index('') + 1} is empty; a name's line is its label, so write a name"
         )
     return names
 
 
-def templates(given: str | Sequence[str]) -> list[str]:
+def templates(setting: str | Sequence[str]) -> list[str]:
     """Return prompts with {} for the class name: open_clip's 80 ("openai") or 7 ("simple"), a file's lines or a list.
 
-    {c} stands for {} too, as in clip_benchmark's files.
+    {c} means the same as {}, as in clip_benchmark's files.
     """
-    if isinstance(given, str) and given in TEMPLATES:
-        return [template("{}") for template in TEMPLATES[given]]
-    found = _lines(given, "templates", "openai or simple") if isinstance(given, str) else list(given)
-    found = [line.replace("{c}", "{}") for line in found]
-    odd = [line for line in found if line.count("{}") != 1 or set("{}") & set(line.replace("{}", ""))]
-    if odd or not found:
-        raise UserError(f"templates={given}: {odd[0]!r} needs {{}} once, for the class name" if odd else
+    if isinstance(setting, str) and setting in TEMPLATES:
+        return [template("{}") for template in TEMPLATES[setting]]
+    lines = _lines(setting, "templates", "openai or simple") if isinstance(setting, str) else list(setting)
+    prompts = [line.replace("{c}", "{}") for line in lines]
+    wrong = [prompt for prompt in prompts if prompt.count("{}") != 1 or set("{}") & set(prompt.replace("{}", ""))]
+    if wrong or not prompts:
+        raise UserError(f"templates={setting}: {wrong[0]!r} needs {{}} once, for the class name" if wrong else
                         "templates: the list is empty; give prompts such as 'a photo of a {}.'")  # fmt: skip
-    return found
+    return prompts
 
 
 def check_classes(images: Images, classnames: str, count: int) -> None:
-    """Raise a UserError if class folders do not fit the class names; ImageNet's must be its sorted wnids or numbers."""
+    """Raise a UserError if class folders do not match the class names; ImageNet's must be its wnids or numbers."""
     if not isinstance(images.source, ImageClasses):
         return
     folders, root = images.source.classes, images.source.root
-    if images.source.numbered:  # of which some may be missing
+    if images.source.numbered:  # some numbers may be missing
         beyond = next((name for name in folders if images.source.label_of[name] >= count), None)
         if beyond is not None:
             raise UserError(
@@ -77,9 +77,9 @@ def check_classes(images: Images, classnames: str, count: int) -> None:
         )
     wnids = ImageNetInfo("imagenet-1k").label_names()
     if classnames == IMAGENET and folders != wnids:
-        place = next(i for i, (own, wnid) in enumerate(zip(folders, wnids, strict=True)) if own != wnid)
+        label = next(i for i, (folder, wnid) in enumerate(zip(folders, wnids, strict=True)) if folder != wnid)
         raise UserError(
-            f"images.root={root}: class folder {place} is '{folders[place]}', ImageNet-1k's is '{wnids[place]}'; "
+            f"images.root={root}: class folder {label} is '{folders[label]}', ImageNet-1k's is '{wnids[label]}'; "
             f"name the folders by their wnids, or give their names with classnames=FILE"
         )
 
@@ -89,10 +89,10 @@ def classifier(
 ) -> Tensor:
     """Return unit columns (D, K), float32 on the CPU: each class's normalised prompt embeddings, averaged, normalised.
 
-    Kept in `folder` under a hash of all that it depends on: text tower, its configuration, tokenizer, names, prompts.
+    The result is stored in `folder`, if given, and reused; the file's name is a hash of everything it depends on.
     """
-    token = _token(head, names, prompts)
-    path = folder / f"{token}.safetensors" if folder is not None else None
+    digest = _digest(head, names, prompts)
+    path = folder / f"{digest}.safetensors" if folder is not None else None
     if path is not None and path.is_file():
         return _read(path)
     log.info("text classifier: %d names in %d prompts", len(names), len(prompts))
@@ -100,16 +100,17 @@ def classifier(
     with full_precision():
         weight_DK = open_clip.build_zero_shot_classifier(
             model, head.tokenizer, list(names), list(prompts), num_classes_per_batch=10, device=device,
-            use_tqdm=len(names) * len(prompts) > 10_000,  # minutes, without a GPU
+            use_tqdm=len(names) * len(prompts) > 10_000,  # takes minutes without a GPU
         )  # fmt: skip
     weight_DK = weight_DK.float().cpu().contiguous()
-    if path is not None and os.access(path.parent.parent, os.W_OK):  # a cache may be lent for reading only
+    if path is not None and os.access(path.parent.parent, os.W_OK):  # a cache may be read-only
         path.parent.mkdir(exist_ok=True)
         write_whole(path, to_bytes({"classifier": weight_DK}))
     return weight_DK
 
 
-def _token(head: TextHead, names: Sequence[str], prompts: Sequence[str]) -> str:
+def _digest(head: TextHead, names: Sequence[str], prompts: Sequence[str]) -> str:
+    """Return a hash of the text tower, its configuration and tokenizer, the names and the prompts."""
     inputs = {
         "text": state_hash(head.state_dict()),
         "config": {k: v for k, v in head.config["model_cfg"].items() if k != "vision_cfg"},
@@ -124,17 +125,18 @@ def _read(path: Path) -> Tensor:
     try:
         return load_file(path)["classifier"]
     except (SafetensorError, KeyError) as error:
-        raise UserError(f"{path}: not readable ({error}); delete it, it is made anew") from None
+        raise UserError(f"{path}: not readable ({error}); delete it, and it is rebuilt") from None
 
 
-def _lines(path: str, where: str, known: str) -> list[str]:
+def _lines(path: str, setting: str, known: str) -> list[str]:
+    """Return the lines of the text file that `setting` names; `known` are the setting's other values, for errors."""
     try:
         file = recipes.locate(path)
     except UserError:
         raise UserError(
-            f"{where}={path}: no such file here or in the package; give {known}, or a text file of one a line"
+            f"{setting}={path}: no such file here or in the package; give {known}, or a text file with one per line"
         ) from None
-    lines = [line.strip() for line in read_text(file, where).rstrip().split("\n")]
+    lines = [line.strip() for line in read_text(file, setting).rstrip().split("\n")]
     if lines == [""]:
-        raise UserError(f"{where}={path}: the file is empty; write one a line")
+        raise UserError(f"{setting}={path}: the file is empty; write one per line")
     return lines

@@ -1,4 +1,4 @@
-"""Score classifiers by their own labels: accuracy, also by how often a class is seen and how rare an image is.
+"""Score classifiers by accuracy, overall, by how frequent a class is in training, and by how rare an image is.
 
 Letters: N images, K classes, T best classes.
 """
@@ -30,18 +30,19 @@ from fmdistill.logs import progress
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError
 
-FREQUENCY = "Many, medium and few: classes by the number of their training images."
+FREQUENCY = "Many, medium and few: classes grouped by the number of their training images."
 
 
 @dataclass(frozen=True)
 class Top1:
-    """Judge the class of the highest logit against the label, on the recipe's validation images.
+    """Top-1 and top-5 accuracy of the logits against the labels, on the recipe's validation images.
 
-    `quartiles` adds the SRW paper's Table 4: images ranked by the average cosine similarity of the teacher's `feature`
-    to the others of random batches of 64 (drawn once, by `seed`; see evaluate/rarity.py), q1 the rarest quarter.
-    `frequency` adds the accuracy on classes with more than `many` training images, with fewer than `few`, and between
-    (Liu et al., "Large-Scale Long-Tailed Recognition in an Open World", CVPR 2019: 100 and 20). `classes` is how many
-    there must be, so that a published table stands beside figures of its own data alone; None takes any.
+    `quartiles` adds the SRW paper's Table 4: the accuracy by quarter of the images, ranked by the mean cosine
+    similarity of the teacher's `feature` to the others of a random batch of 64 (drawn once by `seed`; see
+    evaluate/rarity.py); q1 is the rarest quarter. `frequency` adds the accuracy on classes with more than `many`
+    training images, with fewer than `few`, and on the rest (Liu et al., "Large-Scale Long-Tailed Recognition in an Open
+    World", CVPR 2019: 100 and 20). `classes` is the required number of classes, so that a published table is only set
+    beside results on its own data; None accepts any.
     """
 
     classes: int | None = None
@@ -59,26 +60,26 @@ class Top1:
     dimensions: ClassVar[Mapping[str, str]] = {"quartile": QUARTILE, "frequency": FREQUENCY}
 
     def __post_init__(self) -> None:
-        """Refuse what would judge nothing."""
+        """Raise a UserError for settings that measure nothing."""
         if self.batch < 1 or self.workers < 0:
             raise UserError(f"batch={self.batch}, workers={self.workers}: expected at least 1, and at least 0")
         if not 0 < self.few <= self.many:
             raise UserError(f"few={self.few}, many={self.many}: expected 0 < few <= many training images")
 
     def check(self, recipe: Recipe) -> None:
-        """Raise a UserError for a student that tells no classes apart."""
+        """Raise a UserError for a student that is no classifier."""
         name = recipe.student.get("name")
         if name in STUDENTS and name not in CLASSIFIERS:
-            raise UserError(f"top1: judges classifiers, and student.name={name} tells no classes apart")
+            raise UserError(f"top1: needs a classifier, and student.name={name} is none; name another protocol")
 
     def check_images(self, recipe: Recipe) -> None:
         """Raise a UserError if the first validation image has no label."""
         encoded = first_image(build_images(recipe.images), "top1")
         if encoded.label is None:
-            raise UserError(f"top1: image '{encoded.key}' has no label; use a source that has them")
+            raise UserError(f"top1: image '{encoded.key}' has no label; use a source with labels")
 
     def judge(self, recipe: Recipe, students: Mapping[str, nn.Module]) -> Judged:
-        """Score students, named apart, and the teacher if the recipe has one."""
+        """Score the students by name, and the teacher if the recipe has one."""
         size = next(iter(students.values())).image_size
         statistics = str(recipe.task.get("statistics", "cifar100"))
         provider = providers.build(recipe, ClassPreprocess.of(size, statistics))  # type: ignore[arg-type]
@@ -86,11 +87,12 @@ class Top1:
         classes = next(iter(logits.values())).shape[1]
         if self.classes not in (None, classes):
             raise UserError(
-                f"top1: classes={self.classes}, but {recipe.out} tells {classes} apart; judge it by another"
+                f"top1: classes={self.classes}, but {recipe.out} has {classes} classes; use a protocol for {classes}"
             )
         if labels_N.min() < 0 or labels_N.max() >= classes:
             raise UserError(
-                f"top1: an image's label is {labels_N.min()} or {labels_N.max()}, the classes are {classes}"
+                f"top1: the images' labels are {labels_N.min()} to {labels_N.max()}, but the student has {classes} "
+                f"classes; use images whose labels are 0 to {classes - 1}"
             )
         parts: list[tuple[dict[str, str], np.ndarray]] = [({}, np.ones(len(labels_N), dtype=bool))]
         if self.quartiles:
@@ -111,7 +113,7 @@ def _scored(
     keys: list[str],
     parts: list[tuple[dict[str, str], np.ndarray]],
 ) -> Judged:
-    """Return the rows of every subject's logits (N, K) over each part, and details {"images": one each}."""
+    """Return rows for every subject's logits (N, K) and each part of the images; details have an entry per image."""
     rows: list[Row] = []
     images: list[dict[str, Any]] = []
     for name, logits_NK in logits.items():
@@ -128,7 +130,7 @@ def _scored(
 def _read(
     protocol: Top1, provider: Provider, recipe: Recipe, models: Mapping[str, nn.Module]
 ) -> tuple[np.ndarray, list[str], dict[str, Tensor], Tensor | None]:
-    """Return labels, keys, every subject's logits (N, K), and the teacher's feature (N, D)."""
+    """Run the models; return labels, keys, every subject's logits (N, K), and the teacher's feature (N, D) or None."""
     device = pick_device(protocol.device, "device")
     models = {name: model.to(device).eval() for name, model in models.items()}
     labels: list[Tensor] = []
@@ -139,17 +141,17 @@ def _read(
         labels.append(batch["labels"].cpu())
         keys += batch["keys"]
         image = provider.preprocess.normalize(batch["pixels"], batch["sizes"])
-        made = {name: model(image)["logits"] for name, model in models.items()}
+        batch_logits = {name: model(image)["logits"] for name, model in models.items()}
         for name, output in batch["outputs"].items():
             if name.endswith(".logits"):
-                made[TEACHER] = output
+                batch_logits[TEACHER] = output
             if name.endswith(f".{protocol.feature}"):
                 features.append(output.flatten(1).float().cpu())
-        for name, value in made.items():
+        for name, value in batch_logits.items():
             logits.setdefault(name, []).append(value.float().cpu())
     if protocol.quartiles and recipe.teacher is not None and not features:
         known = ", ".join(name.partition(".")[2] for name in provider.outputs)
-        raise UserError(f"feature={protocol.feature}: the teacher gives none. Known: {known}")
+        raise UserError(f"feature={protocol.feature}: the teacher has no such output. Known: {known}")
     joined = {name: torch.cat(values) for name, values in logits.items()}
     return torch.cat(labels).numpy(), keys, joined, torch.cat(features) if features else None
 
@@ -164,9 +166,10 @@ def _batches(protocol: Top1, provider: Provider, device: torch.device) -> Iterat
 
 
 def _by_frequency(
-    protocol: Top1, trained_N: np.ndarray, labels_N: np.ndarray, classes: int
+    protocol: Top1, train_labels: np.ndarray, labels_N: np.ndarray, classes: int
 ) -> list[tuple[dict[str, str], np.ndarray]]:
-    counts_K = np.bincount(trained_N[trained_N >= 0], minlength=classes)
+    """Return the images of frequent, medium and rare classes, each as dimensions and a bool mask (N,)."""
+    counts_K = np.bincount(train_labels[train_labels >= 0], minlength=classes)
     many_K, few_K = counts_K > protocol.many, counts_K < protocol.few
-    kinds = {"many": many_K, "medium": ~many_K & ~few_K, "few": few_K}
-    return [({"frequency": name}, members_K[labels_N]) for name, members_K in kinds.items()]
+    groups = {"many": many_K, "medium": ~many_K & ~few_K, "few": few_K}
+    return [({"frequency": name}, members_K[labels_N]) for name, members_K in groups.items()]

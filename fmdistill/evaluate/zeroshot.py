@@ -1,4 +1,4 @@
-"""Score image towers by words alone: which class name's text embedding is nearest to an image's embedding.
+"""Score image towers by zero-shot classification: the class whose text embedding is nearest to the image's embedding.
 
 Letters: N images, K classes, D the shared embedding's width.
 """
@@ -24,29 +24,30 @@ from fmdistill.registry import UserError
 TOP = (1, 5)
 CHUNK = 4096  # images whose logits are in memory at once
 
-TOP_K = "Top-k: the share of images, × 100, whose class is among the k best answers of a classifier."
+TOP_K = "Top-k: the share of images, × 100, whose class is among a classifier's k best."
 RECALL = "Class recall: top-1 class by class, their mean."
-ACCURACY = {  # how the rows of `accuracy` read
+ACCURACY = {  # the metrics of the rows of `accuracy`
     "top1": Metric("top-1", percent=True, better="higher", end=TEACHER, help=TOP_K),
     "top5": Metric("top-5", percent=True, better="higher", end=TEACHER, help=TOP_K),
     "mean_per_class_recall": Metric("class recall", percent=True, better="higher", end=TEACHER, help=RECALL),
 }
 QUARTILE = (
-    "Quarters of the images by their similarity to the others in the teacher's embedding: q1 is the least similar, "
-    "the rare images, q4 the most."
+    "Quarters of the images by the similarity of their teacher embeddings to the others': q1 holds the least similar, "
+    "rare images, q4 the most similar."
 )
 
 
 @dataclass(frozen=True)
 class Zeroshot:
-    """Judge by class names: logits = 100 * e @ W, e the image's unit embedding, W open_clip's own zero-shot classifier.
+    """Zero-shot accuracy: logits = 100 * e @ W, e the image's unit embedding, W open_clip's zero-shot classifier.
 
-    `images` is a source whose validation images are judged, or null for those of the run's cache, where the teacher is
-    judged too, from its cached embeddings. `classnames` is "imagenet" or a text file with a name a line, label 0
-    first; `templates` "openai" (80), "simple" (7), a file, or a list. An image is prepared as for the teacher.
+    `images` is the source of the validation images; null means those of the run's cache, whose teacher is then scored
+    too, from its cached embeddings. `classnames` is "imagenet" or a text file with one name per line, in order of
+    label; `templates` is "openai" (80), "simple" (7), a file, or a list. Images are prepared as for the teacher.
 
-    `quartiles` adds the SRW paper's Table 4: images ranked by the teacher's average cosine similarity to the others of
-    random batches of 64 (drawn once, by `seed`; see evaluate/rarity.py), and each quarter's accuracy, q1 the rarest.
+    `quartiles` adds the SRW paper's Table 4: the accuracy by quarter of the images, ranked by the mean cosine
+    similarity of their teacher embedding to the others of a random batch of 64 (drawn once by `seed`; see
+    evaluate/rarity.py); q1 is the rarest quarter.
     """
 
     images: Component | None = None
@@ -54,7 +55,7 @@ class Zeroshot:
     templates: str | list[str] = "openai"
     quartiles: bool = False
     seed: int = 0
-    limit: int | None = None  # of the first images
+    limit: int | None = None  # take only the first images
     batch: int = 64
     workers: int = 2
     device: str = "auto"
@@ -64,12 +65,12 @@ class Zeroshot:
     dimensions: ClassVar[Mapping[str, str]] = {"quartile": QUARTILE}
 
     def __post_init__(self) -> None:
-        """Refuse what would measure nothing, and names that are not there, before hours of training."""
+        """Raise a UserError for settings that measure nothing, and for missing files, before hours of training."""
         text_side.check_reading(self.batch, self.workers, self.limit)
         if self.images is not None:
             image_sources.check(self.images)
             if self.quartiles:
-                raise UserError("quartiles=true: they come from the teacher's cached embeddings; leave `images` out")
+                raise UserError("quartiles=true: they come from the teacher's cached embeddings; remove `images`")
         class_names(self.classnames)
         templates(self.templates)
 
@@ -78,7 +79,7 @@ class Zeroshot:
         text_side.check("zeroshot", recipe)
 
     def check_images(self, recipe: Recipe) -> None:
-        """Raise a UserError for class folders that do not fit the names, and for a first image without a label."""
+        """Raise a UserError for class folders that do not match the names, or a first image without a label."""
         images = image_sources.build(recipe.images if self.images is None else self.images)
         encoded = annotated.first_image(images, "zeroshot")
         names = class_names(self.classnames)
@@ -86,7 +87,7 @@ class Zeroshot:
         _check_label(encoded.key, encoded.label, len(names))
 
     def judge(self, recipe: Recipe, students: Mapping[str, nn.Module]) -> Judged:
-        """Score students, named apart, and from a cache the teacher, on labelled images."""
+        """Score the students by name, and a cached teacher, on labelled images."""
         side = text_side.of_run(recipe, students, self.images, "zeroshot")
         weight_DK = _classifier(self, side)
         device = pick_device(self.device, "device")
@@ -95,7 +96,7 @@ class Zeroshot:
 
 
 def score_teacher(protocol: Zeroshot, cache: Cache) -> Judged:
-    """Score the teacher alone, from its cached embeddings of the validation images; no picture is decoded."""
+    """Score a cached teacher alone, from its embeddings of the validation images, without decoding any image."""
     side = text_side.of_cache(cache, None, "zeroshot", pixels=False)
     weight_DK = _classifier(protocol, side)
     device = pick_device(protocol.device, "device")
@@ -111,10 +112,7 @@ def _classifier(protocol: Zeroshot, side: text_side.TextSide) -> Tensor:
 
 
 def score(protocol: Zeroshot, embedded: annotated.Embedded, weight_DK: Tensor) -> Judged:
-    """Return the rows of embeddings made before, and details {"images": one per image and subject}.
-
-    `weight_DK` has unit columns.
-    """
+    """Score embeddings by a classifier with unit columns; return rows, and details {"images": one per subject}."""
     classes = weight_DK.shape[1]
     labels = _labels(embedded, classes)
     quartile = None
@@ -129,18 +127,21 @@ def score(protocol: Zeroshot, embedded: annotated.Embedded, weight_DK: Tensor) -
             members_N = quartile == number
             if members_N.any():
                 rows += accuracy(name, best_NT[members_N], labels[members_N], classes, quartile=f"q{number}")
-        for place, (key, label) in enumerate(zip(embedded.keys, labels.tolist(), strict=True)):
-            image = {"key": key, "subject": name, "label": label, "prediction": int(best_NT[place, 0])}
-            images.append(image if quartile is None else {**image, "quartile": int(quartile[place])})
+        for i, (key, label) in enumerate(zip(embedded.keys, labels.tolist(), strict=True)):
+            image = {"key": key, "subject": name, "label": label, "prediction": int(best_NT[i, 0])}
+            images.append(image if quartile is None else {**image, "quartile": int(quartile[i])})
     return rows, {"images": images}
 
 
 def top(embedding_ND: Tensor, weight_DK: Tensor, name: str) -> np.ndarray:
-    """Return the labels of the at most five best classes, best first, int (N, T); `name` says whose in errors."""
+    """Return the labels of each image's five best classes, or all if fewer, best first, int (N, T).
+
+    Raises UserError, with the subject's `name`, if image and text embeddings differ in width.
+    """
     if embedding_ND.shape[1] != len(weight_DK):
         raise UserError(
-            f"{name}: gives embeddings of {embedding_ND.shape[1]} numbers, the texts have {len(weight_DK)}; judge it "
-            f"by the cache that it learned from"
+            f"{name}: gives embeddings of {embedding_ND.shape[1]} numbers, the texts have {len(weight_DK)}; evaluate "
+            f"it with the cache that it was trained on"
         )
     count = min(max(TOP), weight_DK.shape[1])
     parts = [100 * F.normalize(part, dim=-1) @ weight_DK for part in embedding_ND.split(CHUNK)]
@@ -148,7 +149,7 @@ def top(embedding_ND: Tensor, weight_DK: Tensor, name: str) -> np.ndarray:
 
 
 def measure(best_NT: np.ndarray, labels_N: np.ndarray, classes: int) -> dict[str, float]:
-    """Return {"top1", "top5", "mean_per_class_recall"}; a top-k of more classes than there are is left out."""
+    """Return {"top1", "top5", "mean_per_class_recall"}, as shares; top5 is left out if there are fewer classes."""
     right_NT = best_NT == labels_N[:, None]
     metrics = {f"top{k}": float(right_NT[:, :k].any(1).mean()) for k in TOP if k <= classes}
     counts = np.bincount(labels_N, minlength=classes)
@@ -157,10 +158,10 @@ def measure(best_NT: np.ndarray, labels_N: np.ndarray, classes: int) -> dict[str
 
 
 def accuracy(name: str, best_NT: np.ndarray, labels_N: np.ndarray, classes: int, **part: Any) -> list[Row]:
-    """Return the rows of what `measure` gives for the subject `name`; of a part of the images only the top-k."""
-    measured = measure(best_NT, labels_N, classes)
-    wanted = {metric: value for metric, value in measured.items() if not part or metric.startswith("top")}
-    return [results.row(name, metric, value, len(labels_N), **part) for metric, value in wanted.items()]
+    """Return the rows of `measure` for the subject `name`; for a part of the images only the top-k."""
+    metrics = measure(best_NT, labels_N, classes)
+    chosen = {metric: value for metric, value in metrics.items() if not part or metric.startswith("top")}
+    return [results.row(name, metric, value, len(labels_N), **part) for metric, value in chosen.items()]
 
 
 def _labels(embedded: annotated.Embedded, classes: int) -> np.ndarray:
@@ -176,4 +177,7 @@ def _check_label(key: str, label: int | None, classes: int) -> None:
             f"KEY.cls beside each image"
         )
     if label >= classes:
-        raise UserError(f"image '{key}': label {label}, but there are {classes} class names, for labels from 0")
+        raise UserError(
+            f"image '{key}': has label {label}, but the {classes} class names are for labels 0 to {classes - 1}; add "
+            f"the missing names to the file of classnames"
+        )

@@ -1,4 +1,4 @@
-"""Images: where they come from, in shards. `build` makes the source that a recipe names."""
+"""Sources of images, each divided into shards; `build` returns the images of a recipe's source."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -9,7 +9,7 @@ import numpy as np
 
 from fmdistill.images.cifar100 import Cifar100
 from fmdistill.images.digits import Digits
-from fmdistill.images.folder import Folder
+from fmdistill.images.folder import ImageFolder
 from fmdistill.images.image_classes import ImageClasses
 from fmdistill.images.mix import Mix
 from fmdistill.images.picture import DecodeError, Decoding, Picture, decode
@@ -22,7 +22,7 @@ __all__ = ["SOURCES", "DecodeError", "Decoding", "Encoded", "Images", "Picture",
 __all__ += ["build", "captions", "check", "decode", "escape", "labels", "undecodable", "unescape"]
 
 SOURCES: dict[str, Callable[..., Source] | str] = {
-    "folder": Folder,
+    "folder": ImageFolder,
     "image_classes": ImageClasses,
     "tar": Tar,
     "photos": "fmdistill.mini.photos:Photos",
@@ -36,9 +36,9 @@ SOURCES: dict[str, Callable[..., Source] | str] = {
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard of a source; `take` is how many of its first images count, None for all.
+    """A shard of a source; `take` is how many of its first images are used, None for all.
 
-    `keys` are what it holds now, of a source that may come to hold others under the shard's name; else None.
+    `keys` are the shard's current keys if its source may change them (see `Source`), else None.
     """
 
     name: str
@@ -46,16 +46,16 @@ class Shard:
     take: int | None = None
     keys: Sequence[str] | None = field(default=None, compare=False, repr=False)
 
-    def is_of(self, keys: Sequence[str]) -> bool:
-        """Return whether a shard of these keys, in their order, holds what this one asks for."""
+    def matches(self, keys: Sequence[str]) -> bool:
+        """Return whether a cached shard with `keys`, in order, starts with this shard's images."""
         return self.keys is None or list(keys[: self.take]) == list(self.keys[: self.take])
 
 
 @dataclass(frozen=True)
 class Images:
-    """A source, cut to `limit` images per split, and how its images are decoded.
+    """A source, limited to `limit` images per split, and the rules by which its images are decoded.
 
-    A mix's limit is shared evenly among its sources.
+    The sources of a mix share its limit evenly.
     """
 
     source: Source
@@ -63,14 +63,14 @@ class Images:
     decoding: Decoding = Decoding()
 
     def shards(self) -> list[Shard]:
-        """Return the shards in their order, training first; those in which the limit falls are cut."""
+        """Return the shards in order, training shards first, cut to the limit."""
         names = self.source.shards()
         if self.limit is None:
             return [Shard(name, split, keys=self._keys(name)) for split in SPLITS for name in names.get(split, [])]
         return [shard for split in SPLITS for shard in self._cut(split, names.get(split, []), self.limit)]
 
     def group(self, shard: str) -> str:
-        """Return the source of a mix that the shard of this name belongs to; "images" where there is one source."""
+        """Return the name of the mix's source that a shard belongs to; "images" if the source is not a mix."""
         return shard.partition("-")[0] if isinstance(self.source, Mix) else "images"
 
     def read(self, shard: Shard) -> Iterator[Encoded]:
@@ -78,18 +78,18 @@ class Images:
         yield from islice(self.source.read(shard.name), shard.take)
 
     def picture(self, encoded: Encoded) -> Picture:
-        """Decode one of the images; DecodeError if that is not possible."""
+        """Decode an image. Raises DecodeError if that is not possible."""
         return read_picture(encoded.data, self.decoding)
 
     def decode(self, encoded: Encoded, shard: str) -> np.ndarray:
-        """Return the pixels of an image that has to be there, uint8 (H, W, 3) RGB; UserError that names it if not."""
+        """Return the pixels of an image, uint8 (H, W, 3) RGB. Raises UserError if it cannot be decoded."""
         try:
             return self.picture(encoded).pixels
         except DecodeError as error:
             raise undecodable(shard, encoded.key, error) from None
 
     def identity(self) -> dict:
-        """Return what determines keys, labels and pixels."""
+        """Return the settings that determine keys, labels and pixels."""
         return {**self.source.identity(), "decoding": self.decoding.identity()}
 
     def labels(self, shard: Shard) -> list[int | None]:
@@ -97,16 +97,16 @@ class Images:
         return labels(self.source, shard.name)[: shard.take]
 
     def _keys(self, shard: str) -> Sequence[str] | None:
-        listed = getattr(self.source, "listed", None)  # only some have it
-        return listed(shard) if listed else None
+        current_keys = getattr(self.source, "current_keys", None)  # optional in a source
+        return current_keys(shard) if current_keys else None
 
     def _cut(self, split: str, names: list[str], limit: int) -> Iterator[Shard]:
-        counts: dict[str, dict[str, int]] = {}  # by group and shard; of each group what the limit can need at most
+        counts: dict[str, dict[str, int]] = {}  # by group and shard; in each group only as many as the limit can need
         for name in names:
             group = counts.setdefault(self.group(name), {})
             if sum(group.values()) < limit:
                 group[name] = self.source.count(name)
-        left = _shares({group: min(sum(held.values()), limit) for group, held in counts.items()}, limit)
+        left = _shares({group: min(sum(shards.values()), limit) for group, shards in counts.items()}, limit)
         for name in names:
             group = self.group(name)
             if name in counts[group] and left[group] > 0:
@@ -120,29 +120,29 @@ def undecodable(shard: str, key: str, error: DecodeError) -> UserError:
     return UserError(f"{shard}: image '{key}' cannot be decoded: {error}; repair the file or take it out")
 
 
-def _shares(held: Mapping[str, int], limit: int) -> dict[str, int]:
+def _shares(available: Mapping[str, int], limit: int) -> dict[str, int]:
     shares: dict[str, int] = {}
-    # the smallest first, so that what it lacks of its share goes to the others
-    for group in sorted(held, key=lambda name: held[name]):
-        even = -(-(limit - sum(shares.values())) // (len(held) - len(shares)))
-        shares[group] = min(held[group], even)
+    # The smallest group first, so that the others can use the rest of its share.
+    for group in sorted(available, key=lambda name: available[name]):
+        even = -(-(limit - sum(shares.values())) // (len(available) - len(shares)))
+        shares[group] = min(available[group], even)
     return shares
 
 
 def labels(source: Source, shard: str) -> list[int | None]:
-    """Return the labels of the shard's images, which are read if the source does not know them otherwise."""
-    known = getattr(source, "labels", None)  # only some have it
-    return list(known(shard)) if known else [image.label for image in source.read(shard)]
+    """Return the labels of the shard's images, reading the images if the source has no `labels`."""
+    labels_of = getattr(source, "labels", None)  # optional in a source
+    return list(labels_of(shard)) if labels_of else [image.label for image in source.read(shard)]
 
 
 def check(settings: Mapping[str, Any]) -> None:
-    """Bind the source's settings, and those of a mix's sources, without touching data."""
+    """Check the settings of a source, or of all sources of a mix, without touching data."""
     source, _, _ = _bind(settings)
-    source()  # a source looks for its data when it lists, not when it is made
+    source()  # touches no data: a source looks for it only when it lists its shards
 
 
 def build(settings: Mapping[str, Any]) -> Images:
-    """Return the images that a recipe's `images` names; `limit`, `orientation` and `max_pixels` fit every source."""
+    """Return the images of a recipe's `images` settings; every source takes `limit`, `orientation` and `max_pixels`."""
     source, limit, decoding = _bind(settings)
     return Images(source(), limit, decoding)
 
@@ -151,7 +151,7 @@ def _bind(settings: Mapping[str, Any]) -> tuple[Any, int | None, Decoding]:
     limit = convert(settings.get("limit"), int | None, "images.limit")
     if limit is not None and limit < 1:
         raise UserError(f"images.limit={limit}: expected at least 1, or null for no limit")
-    names = [each.name for each in fields(Decoding)]
+    names = [setting.name for setting in fields(Decoding)]
     decoding = Decoding(**typed(Decoding, {name: settings[name] for name in names if name in settings}, "images"))
     if decoding.max_pixels < 1:
         raise UserError(f"images.max_pixels={decoding.max_pixels}: expected at least 1")

@@ -1,4 +1,4 @@
-"""Source `digits`: scikit-learn's 1,797 handwritten digits of 8x8 grey pixels, which ship inside its wheel."""
+"""Source `digits`: the 1,797 handwritten digits of 8x8 grey pixels that scikit-learn's wheel contains."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -17,11 +17,12 @@ CLASSES = (178, 182, 177, 183, 181, 182, 181, 179, 174, 180)  # images of each d
 
 @dataclass(frozen=True)
 class Digits:
-    """The digits as 8x8 grey PNG, labelled 0 to 9; splits are disjoint and stratified by digit, drawn from `seed`.
+    """The digits as 8x8 grey PNG, labelled 0 to 9; `seed` draws disjoint splits, stratified by digit.
 
-    `validation` images are drawn first, each digit by its share, and `train` from the rest, null for all of it. With
-    `imbalance` r, digit c trains with r^(-c / 9) of its rest: 0 has r times as many as 9, as in the long-tailed CIFAR
-    of Cui et al. 2019 (arXiv:1901.05555). Neither `train` nor `imbalance` changes the validation images.
+    First `validation` images are drawn, then `train` of the remaining ones, null for all. With `imbalance` r, only a
+    fraction r^(-c / 9) of the remaining images of digit c are training images, so that digit 0 has r times as many as
+    digit 9, as in the long-tailed CIFAR of Cui et al. 2019 (arXiv:1901.05555). Neither `train` nor `imbalance` changes
+    the validation images.
     """
 
     train: int | None = None
@@ -31,13 +32,13 @@ class Digits:
     shard_size: int = 256
 
     def __post_init__(self) -> None:
-        """Check the settings, and that there are as many images."""
+        """Check the settings, and that the digits are enough for them."""
         counts = {name: getattr(self, name) for name in ("train", "validation", "seed", "shard_size")}
         check_counts("images", **{name: value for name, value in counts.items() if value is not None})
         if not 1 <= self.imbalance < float("inf"):
             raise UserError(f"images.imbalance={self.imbalance}: expected 1 (balanced) or more")
         if self.validation > sum(CLASSES):
-            raise UserError(f"images.validation={self.validation}: there are {sum(CLASSES)} images; ask for fewer")
+            raise UserError(f"images.validation={self.validation}: only {sum(CLASSES)} images exist; ask for fewer")
         _ = self._counts
 
     def shards(self) -> dict[str, list[str]]:
@@ -45,11 +46,11 @@ class Digits:
         return shard_names(*self._totals, self.shard_size)
 
     def count(self, shard: str) -> int:
-        """Return how many images the shard holds."""
+        """Return the number of images in the shard."""
         return len(shard_range(shard, *self._totals, self.shard_size)[1])
 
     def keys(self, shard: str) -> list[str]:
-        """Return the shard's keys, "digit-0123" for image 123 of scikit-learn's, in their order."""
+        """Return the shard's keys in order, such as "digit-0123" for scikit-learn's image 123."""
         split, indices = shard_range(shard, *self._totals, self.shard_size)
         return [f"digit-{self._split[split][i]:04d}" for i in indices]
 
@@ -59,7 +60,7 @@ class Digits:
             yield _encode(key)
 
     def fetch(self, shard: str, key: str) -> Encoded:
-        """Return one image; KeyError where the shard holds no such key."""
+        """Return one image. Raises KeyError if the shard has no such key."""
         if key not in self.keys(shard):
             raise KeyError(key)
         return _encode(key)
@@ -70,25 +71,25 @@ class Digits:
         return [int(_load()[1][self._split[split][i]]) for i in indices]
 
     def identity(self) -> dict:
-        """Return all settings, and how grey levels are made."""
+        """Return all settings, and the rule for grey levels."""
         return {"name": "digits", **asdict(self), "levels": "0 to 16 as 0 to 255, rounded"}
 
     @cached_property
     def _counts(self) -> tuple[np.ndarray, np.ndarray]:
-        """How many images of each digit train and validate."""
+        """The numbers of training and of validation images of each digit, two arrays (10,)."""
         validation = _allot(self.validation, CLASSES)
-        kept = (np.array(CLASSES) - validation) * self.imbalance ** (-np.arange(len(CLASSES)) / (len(CLASSES) - 1))
-        most = int(kept.sum() + 1e-6)
+        available = (np.array(CLASSES) - validation) * self.imbalance ** (-np.arange(len(CLASSES)) / (len(CLASSES) - 1))
+        most = int(available.sum() + 1e-6)
         total = most if self.train is None else self.train
         if total > most:
             raise UserError(
                 f"images.train={total}: images.validation={self.validation} and images.imbalance={self.imbalance:g} "
-                f"leave {most}; ask for at most so many, or null for all"
+                f"leave {most}; ask for at most {most}, or null for all"
             )
-        train = _allot(total, kept)
+        train = _allot(total, available)
         if self.imbalance > 1 and total and not train.all():
             raise UserError(
-                f"images.imbalance={self.imbalance:g}: leaves the digit {int(train.argmin())} no training image; "
+                f"images.imbalance={self.imbalance:g}: leaves digit {int(train.argmin())} without a training image; "
                 f"lower it, or images.validation, or raise images.train"
             )
         return train, validation
@@ -100,20 +101,20 @@ class Digits:
 
     @cached_property
     def _split(self) -> dict[str, np.ndarray]:
-        """The places in scikit-learn's data of each split's images, both splits in random order."""
+        """The indices in scikit-learn's data of each split's images, in random order."""
         train, validation = self._counts
         rng = np.random.default_rng(self.seed)
-        drawn, listed = rng.permutation(sum(CLASSES)), rng.permutation(sum(CLASSES))
-        turn = np.zeros(sum(CLASSES), int)  # when an image is drawn, among those of its digit
+        draws, order = rng.permutation(sum(CLASSES)), rng.permutation(sum(CLASSES))
+        rank = np.zeros(sum(CLASSES), int)  # the position of an image among the draws of its digit
         digits = _load()[1]
         for digit, count in enumerate(CLASSES):
-            turn[drawn[digits[drawn] == digit]] = np.arange(count)
-        held_out, seen = turn < validation[digits], turn < (validation + train)[digits]
-        return {"validation": listed[held_out[listed]], "train": listed[(seen & ~held_out)[listed]]}
+            rank[draws[digits[draws] == digit]] = np.arange(count)
+        held_out, used = rank < validation[digits], rank < (validation + train)[digits]
+        return {"validation": order[held_out[order]], "train": order[(used & ~held_out)[order]]}
 
 
 def _allot(total: int, shares: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Return whole numbers that sum to `total` in proportion to `shares`, by largest remainders."""
+    """Divide `total` into whole numbers in proportion to `shares`, by the largest remainders."""
     quota = total * np.asarray(shares, float) / max(np.sum(shares), 1e-9)
     counts = np.floor(quota + 1e-9).astype(int)
     counts[np.argsort(counts - quota, kind="stable")[: total - counts.sum()]] += 1
@@ -123,7 +124,7 @@ def _allot(total: int, shares: Sequence[float] | np.ndarray) -> np.ndarray:
 @functools.cache
 def _load() -> tuple[np.ndarray, np.ndarray]:
     """Return all images, uint8 (1797, 8, 8) in [0, 255], and their digits (1797,)."""
-    from sklearn.datasets import load_digits  # a second that other sources need not wait
+    from sklearn.datasets import load_digits  # takes a second, which other sources should not wait for
 
     levels, digits = load_digits(return_X_y=True)
     assert tuple(np.bincount(digits)) == CLASSES

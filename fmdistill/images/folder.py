@@ -1,4 +1,4 @@
-"""A folder of images, nested as it may be, in shards that an added file hardly disturbs."""
+"""Source `folder`: the images in a folder and its subfolders, in shards that stay the same when files are added."""
 
 import functools
 import logging
@@ -17,17 +17,18 @@ from fmdistill.registry import UserError
 log = logging.getLogger(__name__)
 
 BESIDE = ("json", "txt", "csv", "tsv", "xml", "yaml", "yml", "md", "html", "npy", "npz", "cls", "pdf", "log", "py")
-SHOWN = 8  # suffixes that a line about what is left out names
+SHOWN = 8  # how many suffixes a line about ignored files names
 
 
 @dataclass(frozen=True)
-class Folder:
-    """Images under `root`; a key is the path below it, with its suffix. Names that begin with a dot are left out.
+class ImageFolder:
+    """Images under `root`; a key is the path below `root`, with its suffix. Names that begin with a dot are ignored.
 
-    A file is an image by its suffix, or without one by its first bytes; what else lies there is counted by suffix.
+    A file's suffix tells whether it is an image or, if it has none, its first bytes. A log line counts the other files
+    by suffix.
 
-    A stable hash of the key decides the split and the shard, so a file keeps its split for ever, and an added file
-    touches one shard, or splits one (extendible hashing: Fagin et al., 1979). `validation` is the fraction held
+    A stable hash of the key decides the split and the shard: a file's split never changes, and an added file changes
+    or splits only one shard (extendible hashing: Fagin et al., 1979). `validation` is the fraction of the images held
     out; with `validation_root`, the validation images are those under that folder instead.
     """
 
@@ -41,10 +42,10 @@ class Folder:
             raise UserError(f"images.validation={self.validation}: expected a fraction, at least 0 and below 1")
         if self.shard_size < 1:
             raise UserError(f"images.shard_size={self.shard_size}: expected at least 1 image in a shard")
-        if self.validation_root is not None and self.validation not in (0, Folder.validation):
+        if self.validation_root is not None and self.validation not in (0, ImageFolder.validation):
             raise UserError(
-                f"images.validation={self.validation}: ignored beside images.validation_root={self.validation_root}; "
-                f"set one of the two"
+                f"images.validation={self.validation}: ignored, since images.validation_root is "
+                f"{self.validation_root}; set one of the two"
             )
 
     def shards(self) -> dict[str, list[str]]:
@@ -52,15 +53,15 @@ class Folder:
         return {split: list(shards) for split, shards in self._listing.items()}
 
     def count(self, shard: str) -> int:
-        """Return how many images the shard holds."""
+        """Return the number of images in the shard."""
         return len(self.keys(shard))
 
     def keys(self, shard: str) -> list[str]:
         """Return the shard's keys, sorted."""
         return self._listing[shard.partition("-")[0]][shard]
 
-    def listed(self, shard: str) -> list[str]:
-        """Return `keys`, since a file that is added or removed changes its shard."""
+    def current_keys(self, shard: str) -> list[str]:
+        """Return `keys`: adding or removing a file changes its shard."""
         return self.keys(shard)
 
     def read(self, shard: str) -> Iterator[Encoded]:
@@ -69,19 +70,19 @@ class Folder:
             yield self._read(shard, key)
 
     def fetch(self, shard: str, key: str) -> Encoded:
-        """Return one image; KeyError where the shard holds no such key."""
+        """Return one image. Raises KeyError if the shard has no such key."""
         if key not in self.keys(shard):
             raise KeyError(key)
         return self._read(shard, key)
 
     def identity(self) -> dict:
-        """Return what decides keys, splits and shards."""
+        """Return the settings that determine keys, splits and shards."""
         held_out = self.validation if self.validation_root is None else "validation_root"
         return {"name": "folder", "validation": held_out, "shard_size": self.shard_size}
 
     def _base(self, split: str) -> Path:
-        apart = split == "validation" and self.validation_root is not None
-        return Path(self.validation_root if apart else self.root).expanduser()  # type: ignore[arg-type]
+        own_root = split == "validation" and self.validation_root is not None
+        return Path(self.validation_root if own_root else self.root).expanduser()  # type: ignore[arg-type]
 
     def _read(self, shard: str, key: str) -> Encoded:
         path = self._base(shard.partition("-")[0]) / key
@@ -92,24 +93,24 @@ class Folder:
 
     @cached_property
     def _listing(self) -> dict[str, dict[str, list[str]]]:
-        hashed = [(*_hash(key), key) for key in _find(self._base("train"), "images.root")]
+        hashed = [(*_hash(key), key) for key in _image_paths(self._base("train"), "images.root")]
         if self.validation_root is None:
             held_out = [(bits, key) for bits, fraction, key in hashed if fraction < self.validation]
             train = [(bits, key) for bits, fraction, key in hashed if fraction >= self.validation]
             if not train or (self.validation > 0 and not held_out):
                 raise UserError(
                     f"images.validation={self.validation}: of the {len(hashed)} images in {self.root}, {len(held_out)} "
-                    f"fall to validation; give another fraction, 0 for none, or images.validation_root"
+                    f"are for validation; set another fraction, 0 for none, or images.validation_root"
                 )
         else:
             train = [(bits, key) for bits, _, key in hashed]
             base = self._base("validation")
             if base.resolve().is_relative_to(self._base("train").resolve()):
                 raise UserError(
-                    f"images.validation_root={self.validation_root}: lies inside images.root={self.root}, so its "
-                    f"images would be trained on; point them at folders that do not overlap"
+                    f"images.validation_root={self.validation_root}: is inside images.root={self.root}, so its "
+                    f"images would also be training images; choose folders that do not overlap"
                 )
-            held_out = [(_hash(key)[0], key) for key in _find(base, "images.validation_root")]
+            held_out = [(_hash(key)[0], key) for key in _image_paths(base, "images.validation_root")]
         return {
             "train": dict(_buckets("train", "", sorted(train), self.shard_size)),
             "validation": dict(_buckets("validation", "", sorted(held_out), self.shard_size)),
@@ -133,50 +134,50 @@ def _buckets(split: str, prefix: str, hashed: list[tuple[str, str]], size: int) 
         yield from _buckets(split, prefix + bit, half, size)
 
 
-def _find(root: Path, where: str) -> list[str]:
+def _image_paths(root: Path, where: str) -> list[str]:
     if not root.is_dir():
-        raise UserError(f"{where}={root}: no such folder; give one that holds images ({', '.join(SUFFIXES)})")
-    paths, linked, visited, left_out = _walk(root)
-    seen: set[str] = set()
+        raise UserError(f"{where}={root}: no such folder; expected a folder of images ({', '.join(SUFFIXES)})")
+    paths, linked, visited, ignored = _walk(root)
+    targets: set[str] = set()
     broken = 0
     for path in sorted(linked):
         target = os.path.realpath(path)
         if not os.path.isfile(target):
             broken += 1
-        elif target not in seen and not (os.path.dirname(target) in visited and _is_image(target)):
-            seen.add(target)
+        elif target not in targets and not (os.path.dirname(target) in visited and _is_image(target)):
+            targets.add(target)
             paths.append(path)
     if broken:
-        log.warning("%s=%s: %d links to images lead nowhere and are left out", where, root, broken)
-    if left_out:
-        level = logging.INFO if set(left_out) <= set(BESIDE) else logging.WARNING
-        _log_once(level, f"{where}={root}: left out {by_suffix(left_out)}; images are {', '.join(SUFFIXES)}")
+        log.warning("%s=%s: ignored %d broken links to images", where, root, broken)
+    if ignored:
+        level = logging.INFO if set(ignored) <= set(BESIDE) else logging.WARNING
+        _log_once(level, f"{where}={root}: ignored {by_suffix(ignored)}; images are {', '.join(SUFFIXES)}")
     if not paths:
-        raise UserError(f"{where}={root}: holds no images; accepted are {', '.join(SUFFIXES)}, nested as they may be")
+        raise UserError(f"{where}={root}: contains no images; accepted are {', '.join(SUFFIXES)}, also in subfolders")
     return [Path(os.path.relpath(path, root)).as_posix() for path in paths]
 
 
 @functools.cache
 def _log_once(level: int, text: str) -> None:
-    log.log(level, "%s", text)  # a command lists its images several times
+    log.log(level, "%s", text)  # cached, since a command lists its images several times
 
 
 def by_suffix(counts: Mapping[str, int]) -> str:
-    """Return how many files there are of each suffix, such as "3 .heic, 1 without a suffix"; "" is for the latter."""
-    listed = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    shown = [f"{count} {f'.{suffix}' if suffix else 'without a suffix'}" for suffix, count in listed[:SHOWN]]
-    rest = sum(count for _, count in listed[SHOWN:])
-    return ", ".join([*shown, *([f"{rest} of {len(listed) - SHOWN} other suffixes"] if rest else [])])
+    """Format numbers of files by suffix as text, such as "3 .heic, 1 without a suffix" (suffix "")."""
+    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    parts = [f"{count} {f'.{suffix}' if suffix else 'without a suffix'}" for suffix, count in ranked[:SHOWN]]
+    rest = sum(count for _, count in ranked[SHOWN:])
+    return ", ".join([*parts, *([f"{rest} of {len(ranked) - SHOWN} other suffixes"] if rest else [])])
 
 
 def _walk(root: Path) -> tuple[list[str], list[str], set[str], Counter[str]]:
-    """Return the image files, the links to files that may be images, the real paths of all folders walked, and the
-    files left out by suffix.
+    """Return the image files, the links that may be images, the real paths of all folders, and the counts of other
+    files by suffix.
 
-    A folder is walked once, by its real path before any link to it: a loop of links ends, and no image gets two
-    keys, of which one might train and the other validate.
+    Each folder is visited once, by its real path before any link to it: loops of links end, and no image gets two
+    keys, one of which might be for training and the other for validation.
     """
-    paths, linked, visited, left_out = [], [], set(), Counter()
+    paths, linked, visited, ignored = [], [], set(), Counter()
     folders, links = deque([str(root)]), deque()
     while folders or links:
         folder = folders.popleft() if folders else links.popleft()
@@ -196,8 +197,8 @@ def _walk(root: Path) -> tuple[list[str], list[str], set[str], Counter[str]]:
             elif _is_image(entry.path):
                 (linked if entry.is_symlink() else paths).append(entry.path)
             else:
-                left_out[_suffix(entry.name)] += 1
-    return paths, linked, visited, left_out
+                ignored[_suffix(entry.name)] += 1
+    return paths, linked, visited, ignored
 
 
 def _suffix(name: str) -> str:
@@ -205,13 +206,13 @@ def _suffix(name: str) -> str:
 
 
 def _is_image(path: str) -> bool:
-    """Return whether the file's suffix is an image's or, without a suffix, its first bytes are."""
+    """Return whether a file is an image, by its suffix or, if it has none, by its first bytes."""
     name = os.path.basename(path)
     if name.startswith("."):
         return False
     if suffix := _suffix(name):
         return suffix in SUFFIXES
-    if not os.path.isfile(path):  # a pipe would wait for a writer
+    if not os.path.isfile(path):  # opening a pipe would block
         return False
     try:
         with open(path, "rb") as file:

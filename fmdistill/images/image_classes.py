@@ -1,4 +1,4 @@
-"""Images in one folder per class: the label is the folder's number, or its place among folders that have names."""
+"""Source `image_classes`: one folder of images per class; a folder's number or its index by name is the label."""
 
 import os
 import re
@@ -8,7 +8,7 @@ from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 
-from fmdistill.images.folder import Folder
+from fmdistill.images.folder import ImageFolder
 from fmdistill.images.source import Encoded
 from fmdistill.registry import UserError
 
@@ -21,12 +21,12 @@ class ImageClasses:
     """Images under `root`/CLASS; a key is the path below `root`.
 
     If every CLASS is a whole number, as in ImageNetV2, that number is the label; numbers may be missing. Otherwise the
-    label is the place of CLASS among all of them, sorted as text, as ImageNet's wnids are.
+    label is the index of CLASS among the class folders sorted as text, like ImageNet's wnids.
 
-    The images of `root` are for validation, all that a protocol needs. With `validation_root`, whose class folders
-    must be the same (of numbers some may be missing), those of `root` are for training: what a recipe needs. Sorting,
-    shards and links are as in `folder`; a class folder without images keeps its label, and one that begins with a dot
-    is left out.
+    The images of `root` are for validation, which is enough for a protocol. With `validation_root`, as a recipe needs,
+    they are for training, and both roots must have the same class folders (if these are numbers, some may be missing
+    in `validation_root`). Sorting, shards and links are as in `folder`. An empty class folder has a label too; a
+    folder whose name begins with a dot is ignored.
     """
 
     root: str
@@ -39,27 +39,28 @@ class ImageClasses:
 
     @property
     def classes(self) -> list[str]:
-        """The class folders' names by label. UserError if there are none, or labels cannot be told from them."""
+        """The names of the class folders, by label. Raises UserError if there are none or their labels are unclear."""
         return sorted(self.label_of, key=self.label_of.__getitem__)
 
     @cached_property
     def label_of(self) -> dict[str, int]:
-        """The label of each class folder of `root` and `validation_root`. UserError as `classes` raises."""
+        """The label of each class folder of `root` and `validation_root`. Raises UserError like `classes`."""
         labels = _labels(self.root, "images.root")
         if self.validation_root is None:
             return labels
         others = _labels(self.validation_root, "images.validation_root")
         where = f"images.validation_root={self.validation_root}"
-        if _are_numbers(labels) and _are_numbers(others):  # a label is its number, whatever else is there
-            if beyond := [name for name, label in others.items() if label not in labels.values()]:
+        if _are_numbers(labels) and _are_numbers(others):  # the labels do not depend on the other folders
+            if unknown := [name for name, label in others.items() if label not in labels.values()]:
                 raise UserError(
-                    f"{where}: class folder '{beyond[0]}' is a label that no folder of images.root={self.root} has; "
+                    f"{where}: class folder '{unknown[0]}' is a label that no folder of images.root={self.root} has; "
                     f"give both the same numbers"
                 )
-        elif differ := set(others) ^ set(labels):
+        elif different := set(others) ^ set(labels):
             raise UserError(
-                f"{where}: its {len(others)} class folders are not the {len(labels)} of images.root={self.root}, "
-                f"first '{min(differ)}'; labels are their places, so give both the same folders (an empty one will do)"
+                f"{where}: its {len(others)} class folders are not the {len(labels)} of images.root={self.root}, the "
+                f"first difference is '{min(different)}'; labels are indices, so both need the same folders (they may "
+                f"be empty)"
             )
         return {**labels, **others}
 
@@ -69,30 +70,30 @@ class ImageClasses:
         return _are_numbers(self.label_of)
 
     def shards(self) -> dict[str, list[str]]:
-        """Return the names "validation-<first bits of the hash>", and "train-..." with a `validation_root`."""
+        """Return the names "validation-<first bits of the hash>", and with a `validation_root` also "train-..."."""
         _ = self.label_of
-        listed = self._folder.shards()
+        shards = self._folder.shards()
         if self.validation_root is None:
-            listed = {"train": [], "validation": [_swapped(name) for name in listed["train"]]}
-        for names in listed.values():
+            shards = {"train": [], "validation": [_other_split(name) for name in shards["train"]]}
+        for names in shards.values():
             loose = [key for name in names for key in self.keys(name) if "/" not in key]
             if loose:
                 raise UserError(
-                    f"images.root={self.root}: {len(loose)} images lie outside the class folders, first "
-                    f"'{min(loose)}'; move them into one, or take them out"
+                    f"images.root={self.root}: {len(loose)} images are not in a class folder, first '{min(loose)}'; "
+                    f"move them into one, or remove them"
                 )
-        return listed
+        return shards
 
     def count(self, shard: str) -> int:
-        """Return how many images the shard holds."""
+        """Return the number of images in the shard."""
         return self._folder.count(self._inner(shard))
 
     def keys(self, shard: str) -> list[str]:
         """Return the shard's keys, sorted."""
         return self._folder.keys(self._inner(shard))
 
-    def listed(self, shard: str) -> list[str]:
-        """Return `keys`, since a file that is added or removed changes its shard."""
+    def current_keys(self, shard: str) -> list[str]:
+        """Return `keys`: adding or removing a file changes its shard."""
         return self.keys(shard)
 
     def read(self, shard: str) -> Iterator[Encoded]:
@@ -101,22 +102,22 @@ class ImageClasses:
             yield self._labelled(encoded)
 
     def fetch(self, shard: str, key: str) -> Encoded:
-        """Return one image with its label; KeyError where the shard holds no such key."""
+        """Return one image with its label. Raises KeyError if the shard has no such key."""
         return self._labelled(self._folder.fetch(self._inner(shard), key))
 
     def identity(self) -> dict:
-        """Return what decides keys, splits, shards and labels: another name among the folders moves those after it."""
+        """Return the settings and class names that determine keys, splits, shards and labels."""
         held_out = "root" if self.validation_root is None else "validation_root"
         names = "\n".join(self.classes).encode(errors="surrogateescape")
         classes = "numbers" if self.numbered else blake2b(names, digest_size=8).hexdigest()
         return {"name": "image_classes", "validation": held_out, "shard_size": self.shard_size, "classes": classes}
 
     @cached_property
-    def _folder(self) -> Folder:
-        return Folder(self.root, 0.0, self.shard_size, self.validation_root)
+    def _folder(self) -> ImageFolder:
+        return ImageFolder(self.root, 0.0, self.shard_size, self.validation_root)
 
     def _inner(self, shard: str) -> str:
-        return _swapped(shard) if self.validation_root is None else shard
+        return _other_split(shard) if self.validation_root is None else shard
 
     def _labelled(self, encoded: Encoded) -> Encoded:
         return replace(encoded, label=self.label_of[encoded.key.partition("/")[0]])
@@ -126,8 +127,8 @@ class ImageClasses:
         return [self.label_of[key.partition("/")[0]] for key in self.keys(shard)]
 
 
-def _swapped(shard: str) -> str:
-    """Return the name under the other split: all of a lone root is `train` to Folder and validation to us."""
+def _other_split(shard: str) -> str:
+    """Return a shard's name in the other split: a single root is for training in ImageFolder, for validation here."""
     split, _, rest = shard.partition("-")
     return f"{'validation' if split == 'train' else 'train'}-{rest}"
 
@@ -135,20 +136,20 @@ def _swapped(shard: str) -> str:
 def _labels(root: str, where: str) -> dict[str, int]:
     base = Path(root).expanduser()
     if not base.is_dir():
-        raise UserError(f"{where}={root}: no such folder; give one that holds a folder of images per class")
-    names = sorted(e.name for e in os.scandir(base) if e.is_dir() and not e.name.startswith("."))
+        raise UserError(f"{where}={root}: no such folder; expected a folder that has one folder of images per class")
+    names = sorted(entry.name for entry in os.scandir(base) if entry.is_dir() and not entry.name.startswith("."))
     if not names:
         raise UserError(
-            f"{where}={root}: holds no class folders; expected {root}/CLASS/IMAGE, such as ImageNet's n01440764"
+            f"{where}={root}: contains no class folders; expected {root}/CLASS/IMAGE, such as ImageNet's n01440764"
         )
     if _are_numbers(names):
         return _numbers(names, f"{where}={root}")
     numbers = [name for name in names if NUMBER.fullmatch(name)]
-    if numbers != sorted(numbers, key=int):  # as text 10 comes before 2, which is right for nobody
+    if numbers != sorted(numbers, key=int):  # sorted as text, 10 comes before 2, which nobody wants
         odd = next(name for name in names if not NUMBER.fullmatch(name))
         raise UserError(
-            f"{where}={root}: {len(numbers)} class folders are numbers and '{odd}' is none, so they are neither labels "
-            f"nor in order; take '{odd}' out, or write all numbers with the same count of digits"
+            f"{where}={root}: {len(numbers)} class folders are numbers but '{odd}' is not, so the numbers are neither "
+            f"labels nor in order; remove '{odd}', or write all numbers with the same count of digits"
         )
     return {name: label for label, name in enumerate(names)}
 
@@ -159,15 +160,16 @@ def _are_numbers(names: Iterable[str]) -> bool:
 
 def _numbers(names: list[str], where: str) -> dict[str, int]:
     labels: dict[str, int] = {}
-    known: dict[int, str] = {}
+    names_by_label: dict[int, str] = {}
     for name in sorted(names, key=int):
         label = int(name)
         if label < 0 or label > LARGEST:
             raise UserError(
-                f"{where}: class folder '{name}' is a number, so a label, and labels are 0 to {LARGEST}; rename it"
+                f"{where}: class folder '{name}' is a number, hence a label, and labels are 0 to {LARGEST}; rename it"
             )
-        if label in known:
-            raise UserError(f"{where}: class folders '{known[label]}' and '{name}' are the same label; merge them")
-        known[label] = name
+        if label in names_by_label:
+            other = names_by_label[label]
+            raise UserError(f"{where}: class folders '{other}' and '{name}' are the same label; merge them")
+        names_by_label[label] = name
         labels[name] = label
     return labels

@@ -1,4 +1,4 @@
-"""Several sources as one, told apart by the first word of their shards' names."""
+"""Source `mix`: several sources as one; the first word of a shard's name is its source."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ from fmdistill.registry import UserError, bind
 
 @dataclass(frozen=True)
 class Mix:
-    """Named sources in turn; the shard "train-03" of the source `photos` is called "photos-train-03"."""
+    """Several named sources; the shard "train-03" of the source `photos` is called "photos-train-03"."""
 
     sources: dict[str, dict]
 
@@ -23,17 +23,19 @@ class Mix:
         for name in self.sources:
             if not re.fullmatch(r"\w+", name, re.ASCII):
                 raise UserError(f"images.sources.{name}: expected a name of letters, digits and '_'")
-        _ = self.members  # so that a wrong setting shows before any data is touched
+        _ = self.members  # so that a wrong setting raises before any data is touched
 
     def shards(self) -> dict[str, list[str]]:
-        """Return the sources' shards, one of each source in turn."""
-        listed = {}
+        """Return the shards of all sources, taking one of each source in turn."""
+        by_source = {}
         for name, source in self.members.items():
-            listed[name] = _placed(name, source.shards)
-        return {split: _in_turn({name: shards.get(split, []) for name, shards in listed.items()}) for split in SPLITS}
+            by_source[name] = _name_source(name, source.shards)
+        return {
+            split: _interleave({name: shards.get(split, []) for name, shards in by_source.items()}) for split in SPLITS
+        }
 
     def count(self, shard: str) -> int:
-        """Return how many images the shard holds."""
+        """Return the number of images in the shard."""
         source, name = self._find(shard)
         return source.count(name)
 
@@ -42,11 +44,11 @@ class Mix:
         source, name = self._find(shard)
         return source.keys(name)
 
-    def listed(self, shard: str) -> list[str] | None:
-        """Return the shard's keys where its source has `listed`, for it may come to hold others."""
+    def current_keys(self, shard: str) -> list[str] | None:
+        """Return the shard's current keys if its source has `current_keys`, else None."""
         source, name = self._find(shard)
-        listed = getattr(source, "listed", None)
-        return listed(name) if listed else None
+        current_keys = getattr(source, "current_keys", None)
+        return current_keys(name) if current_keys else None
 
     def labels(self, shard: str) -> list[int | None]:
         """Return the labels of the shard's images, in the order of the keys."""
@@ -60,7 +62,7 @@ class Mix:
         yield from source.read(name)
 
     def fetch(self, shard: str, key: str) -> Encoded:
-        """Return one image of the shard; KeyError where it holds no such key."""
+        """Return one image. Raises KeyError if the shard has no such key."""
         source, name = self._find(shard)
         return source.fetch(name, key)
 
@@ -70,24 +72,25 @@ class Mix:
 
     @cached_property
     def members(self) -> dict[str, Source]:
-        """The sources by name, bound and checked, their data not yet touched."""
-        from fmdistill.images import SOURCES  # which lists this class, so not at import
+        """The sources by name, checked without touching their data."""
+        from fmdistill.images import SOURCES  # which contains this class, so not at the top
 
-        bound = {name: bind(given, SOURCES, f"images.sources.{name}") for name, given in self.sources.items()}
-        return {name: _placed(name, source) for name, source in bound.items()}
+        bound = {name: bind(settings, SOURCES, f"images.sources.{name}") for name, settings in self.sources.items()}
+        return {name: _name_source(name, source) for name, source in bound.items()}
 
     def _find(self, shard: str) -> tuple[Source, str]:
         group, _, name = shard.partition("-")
         return self.members[group], name
 
 
-def _placed(name: str, call: Callable[[], Any]) -> Any:
+def _name_source(name: str, call: Callable[[], Any]) -> Any:
+    """Return the result of `call`; its UserError begins with the name of the source."""
     try:
         return call()
     except UserError as error:
         raise UserError(f"images.sources.{name}: {error}") from None
 
 
-def _in_turn(listed: dict[str, list[str]]) -> list[str]:
-    turns = zip_longest(*([f"{name}-{shard}" for shard in shards] for name, shards in listed.items()))
+def _interleave(by_source: dict[str, list[str]]) -> list[str]:
+    turns = zip_longest(*([f"{name}-{shard}" for shard in shards] for name, shards in by_source.items()))
     return [shard for turn in turns for shard in turn if shard is not None]

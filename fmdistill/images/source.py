@@ -1,4 +1,4 @@
-"""What a source of images is: named shards of encoded images, read in order or fetched by key."""
+"""The interface of an image source: named shards of encoded images, read in order or one by key."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -13,9 +13,9 @@ CAPTION = "txt"  # the column of captions in img2dataset's and webdataset's tars
 
 @dataclass(frozen=True)
 class Encoded:
-    """One image as it is stored; `extra` holds its other columns by name, such as {"json": b"..."}.
+    """An image's stored bytes; `extra` holds its other columns by name, such as {"json": b"..."}.
 
-    `caption_column` is the one of them that holds the captions.
+    `caption_column` is the name of the column in `extra` that contains the captions, if any.
     """
 
     key: str
@@ -26,10 +26,10 @@ class Encoded:
 
 
 class Source(Protocol):
-    """Lists shards and reads one. Shard names and keys never depend on the order in which a file system lists files.
+    """A set of images in shards. Shard names and keys never depend on the order in which a file system lists files.
 
-    A source whose shard may come to hold other images under its name has `listed(shard)`, its keys now. One that knows
-    labels without reading images has `labels(shard)`, a label or None for each of the keys.
+    Two methods are optional: `current_keys(shard)` returns the shard's keys now, for a source whose shards may change
+    under their names; `labels(shard)` returns a label or None for each key without reading images.
     """
 
     def shards(self) -> dict[str, list[str]]:
@@ -37,7 +37,7 @@ class Source(Protocol):
         ...
 
     def count(self, shard: str) -> int:
-        """Return how many images the shard holds."""
+        """Return the number of images in the shard."""
         ...
 
     def keys(self, shard: str) -> list[str]:
@@ -49,18 +49,18 @@ class Source(Protocol):
         ...
 
     def fetch(self, shard: str, key: str) -> Encoded:
-        """Return one image of the shard; KeyError where it holds no such key."""
+        """Return one image. Raises KeyError if the shard has no such key."""
         ...
 
     def identity(self) -> dict:
-        """Return what determines keys and pixels (the name, seeds, sizes), without where the files lie."""
+        """Return the settings that determine keys and pixels (name, seeds, sizes), without the files' location."""
         ...
 
 
 def captions(shard: str, encoded: Encoded) -> list[str]:
-    """Return the image's captions, one a line of its column; [] if it has none.
+    """Return the captions of an image, one for each line of its caption column; [] if it has none.
 
-    Runs of white space become one space, and blank lines are dropped. UserError if the column is not UTF-8.
+    Runs of white space become one space, and blank lines are removed. Raises UserError if the column is not UTF-8.
     """
     column = encoded.caption_column
     if column is None or column not in encoded.extra:
@@ -70,8 +70,8 @@ def captions(shard: str, encoded: Encoded) -> list[str]:
 
 
 def escape(key: str) -> str:
-    """Return `key` as a tar member's base name: no dot and no slash, so webdataset splits it where we do."""
-    # surrogateescape: a file name that is not UTF-8 reaches us as lone surrogates
+    """Escape `key` as a tar member's base name: without dots and slashes, so that webdataset splits it as we do."""
+    # surrogateescape: Python reads a file name that is not UTF-8 as lone surrogates.
     return quote(key, safe="", errors="surrogateescape").replace(".", "%2E")
 
 

@@ -1,4 +1,4 @@
-"""The verbs that join stages: check, run and demo here, compare, plan and bench in files of their own."""
+"""The verbs that combine stages: check, run and demo in this file, compare, plan and bench in their own files."""
 
 import os
 import time
@@ -19,11 +19,11 @@ from fmdistill.launcher import processes
 from fmdistill.logs import log
 from fmdistill.pipeline import variants
 from fmdistill.recipe import Recipe
-from fmdistill.registry import UserError, bind
-from fmdistill.settings import refer
+from fmdistill.registry import UserError, bind, suggest
+from fmdistill.settings import parse_recipe_name
 
-TRUSTED = ["trust=true"]  # of a run that was checked to be of the recipe that the user gave
-RECIPE_KEYS = {"extends", "out", "student", "task", "teacher"}  # a protocol has none of these
+TRUSTED = ["trust=true"]  # for a run that was checked to be of the user's recipe
+RECIPE_KEYS = {"extends", "out", "student", "task", "teacher"}  # settings that distinguish a recipe from a protocol
 DEMO = {
     "sam": ("recipes/demo/sam_mse.yaml", "recipes/demo/sam_srw.yaml"),
     "clip": ("recipes/demo/clip_mse.yaml", "recipes/demo/clip_srw.yaml"),
@@ -31,14 +31,14 @@ DEMO = {
 
 
 def check(settings: Recipe) -> None:
-    """Bind every component of a recipe and load its protocols, without touching data."""
+    """Check every setting of a recipe and of its protocols without touching data. Raises UserError if one is wrong."""
     images.check(settings.images)
     live = finished.is_live(settings.teacher)
     if (settings.teacher is None) != (settings.cache is None) and not live:
         raise UserError("teacher and cache: a recipe has both or neither; teacher.live=true needs no cache")
     if live and settings.cache is not None:
         raise UserError(
-            "cache: ignored, since teacher.live=true caches nothing; leave it out (as a setting, cache=null)"
+            "cache: ignored, since teacher.live=true caches nothing; remove it (on the command line, cache=null)"
         )
     tasks.check(settings)
     trimmed = settings.cache is not None and settings.cache.trim
@@ -55,24 +55,24 @@ def check(settings: Recipe) -> None:
     schedule = bind(settings.schedule, SCHEDULES, "schedule")()
     check_share(settings.train, processes=1)
     if settings.train.steps is not None:
-        schedule(0, settings.train.steps)  # refuses more steps than it is made for
+        schedule(0, settings.train.steps)  # raises if the schedule has fewer steps
     for protocol in settings.protocols:
         evaluate.check(evaluate.load(protocol), settings)
 
 
 def check_machine(settings: Recipe) -> None:
-    """Raise a UserError unless this machine can train and judge as the recipe says, before anything is spent."""
+    """Check that this machine can train and evaluate by the recipe. Raises UserError if not."""
     distill.check_machine(settings)
     for path in settings.protocols:
         pick_device(str(getattr(evaluate.load(path).evaluator, "device", "auto")), f"{path}: device")
 
 
 def check_before(settings: Recipe) -> None:
-    """Check a recipe as `check` does, and all that its images, their labels and its folder tell before work begins."""
+    """Check a recipe like `check`, and also this machine, the images with their labels, and the run's folder."""
     check(settings)
     check_machine(settings)
     check_share(settings.train, processes()[1])
-    if not (Path(settings.out) / student.WEIGHTS).is_file():  # a finished run may be lent for reading only
+    if not (Path(settings.out) / student.WEIGHTS).is_file():  # a finished run may be read-only
         check_folder(settings.out, "the run")
     _check_amount(settings)
     for protocol in settings.protocols:
@@ -80,13 +80,13 @@ def check_before(settings: Recipe) -> None:
 
 
 def _check_amount(settings: Recipe) -> None:
-    """Raise a UserError if the training images do not fill a batch, or are more epochs' steps than the schedule has."""
-    listed, train = images.build(settings.images), settings.train
+    """Raise a UserError if the training images do not fill a batch, or if the schedule has too few steps for them."""
+    data, train = images.build(settings.images), settings.train
     horizon = train.epochs is not None and settings.schedule.get("horizon") is not None
     count = 0
-    for shard in listed.shards():
-        if shard.split == "train" and (horizon or count < train.batch_size):  # a tar's images are counted by reading it
-            count += listed.source.count(shard.name) if shard.take is None else shard.take
+    for shard in data.shards():
+        if shard.split == "train" and (horizon or count < train.batch_size):  # counting a tar's images reads the tar
+            count += data.source.count(shard.name) if shard.take is None else shard.take
     if count < train.batch_size:
         raise too_few_images(train.batch_size, count)
     if horizon:
@@ -95,19 +95,23 @@ def _check_amount(settings: Recipe) -> None:
 
 
 def check_caching(settings: Recipe) -> None:
-    """Check a recipe as `check` does; what would stop its training only, which may be meant, is logged."""
+    """Check a recipe like `check`; only warn of errors that affect training but not caching."""
     check(settings)
     try:
         check_before(settings)
     except (UserError, OSError) as error:
-        log.warning("caching goes on, but training by this recipe would be refused: %s", error)
+        log.warning("caching continues, but training by this recipe will fail: %s", error)
 
 
 def check_files(paths: Iterable[str], overrides: Sequence[str] = ()) -> list[str]:
-    """Check recipes, each with `overrides`, studies and protocols by path, or all that ship; return their names."""
+    """Check recipes and studies, with `overrides`, and protocols by path; without paths, all those in the package.
+
+    Returns their names. Raises UserError, beginning with the name, if one is wrong.
+    """
     names, recipes = [], 0
-    for path in [file for given in paths for file in _files_of(given)] or shipped():
-        if not RECIPE_KEYS & recipe.read_yaml(recipe.locate(refer(path).path)).keys():
+    files = [file for path in paths for file in _files_of(path)]
+    for path in files or shipped():
+        if not RECIPE_KEYS & recipe.read_yaml(recipe.locate(parse_recipe_name(path).path)).keys():
             with variants.named(path):
                 evaluate.load(path)
             names.append(path)
@@ -120,33 +124,33 @@ def check_files(paths: Iterable[str], overrides: Sequence[str] = ()) -> list[str
         names += loaded
         recipes += len(loaded)
     if overrides and not recipes:
-        raise UserError(f"check: {overrides[0]}: a recipe's setting, and only protocols are given; name a recipe too")
+        raise UserError(f"check: {overrides[0]}: a setting of recipes, but only protocols are given; add a recipe")
     return names
 
 
 def _files_of(path: str) -> list[str]:
-    """Return the file at `path`; of a folder its recipe if it is a run or a cache, else all YAML files below it."""
+    """Return [`path`] if it is a file; the saved recipe of a run or cache; else all YAML files below a folder."""
     folder = Path(path).expanduser()
     if not folder.is_dir():
         return [path]
-    found = [folder / recipe.SAVED] if (folder / recipe.SAVED).is_file() else sorted(folder.rglob("*.yaml"))
-    if not found:
-        raise UserError(f"{path}: a folder without a recipe or protocol (*.yaml)")
-    return list(map(str, found))
+    files = [folder / recipe.SAVED] if (folder / recipe.SAVED).is_file() else sorted(folder.rglob("*.yaml"))
+    if not files:
+        raise UserError(f"{path}: contains no recipe or protocol (*.yaml); name a file, or another folder")
+    return list(map(str, files))
 
 
 def shipped() -> list[str]:
-    """Return the recipes and protocols that come with the package."""
+    """Return the paths of the recipes and protocols in the package."""
     package = Path(__file__).parent.parent
     base = package if (package / "recipes").is_dir() else package.parent
-    found = [*base.glob("recipes/**/*.yaml"), *base.glob("eval/*.yaml")]
-    return sorted(str(path.relative_to(base)) for path in found)
+    files = [*base.glob("recipes/**/*.yaml"), *base.glob("eval/*.yaml")]
+    return sorted(str(path.relative_to(base)) for path in files)
 
 
 def run(settings: Recipe) -> dict[str, list[Row]]:
-    """Cache, score the teacher on what its images carry, distil and evaluate; return the rows by protocol.
+    """Run all stages of a recipe: cache, evaluate the teacher, distil and evaluate; return the rows by protocol.
 
-    What is done already is left as it is. Of several training processes only the first evaluates; the others return {}.
+    Finished stages are not repeated. Only the first of several training processes evaluates; the others return {}.
     """
     check_before(settings)
     if settings.teacher is not None and not finished.is_live(settings.teacher):
@@ -164,22 +168,22 @@ def _score_teacher(settings: Recipe) -> None:
 
 
 def is_main() -> bool:
-    """Return whether this process is the only one, or the first of those that a launcher started for training."""
+    """Return whether this is the only process, or the first of a launcher's processes."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def evaluate_recipe(settings: Recipe) -> dict[str, list[Row]]:
-    """Run the recipe's own protocols on its own run."""
+    """Evaluate the run of a recipe by the recipe's protocols; return the rows by protocol."""
     if not settings.protocols:
-        raise UserError("this recipe names no protocols; give one: fmdistill evaluate PROTOCOL RUN")
+        raise UserError("protocols: this recipe has none; name one: fmdistill evaluate PROTOCOL RUN")
     distill.check_run(settings, Path(settings.out))
     return {protocol: evaluate.run(protocol, settings.out, TRUSTED) for protocol in stop.between(settings.protocols)}
 
 
 def demo(kind: str = "sam", overrides: Sequence[str] = ()) -> Path:
-    """Run the main job on the embedded default, with and without SRW from one cache; return the report's page."""
+    """Distil an embedded teacher with and without SRW, evaluate both students, and return the page of the report."""
     if kind not in DEMO:
-        raise UserError(f"demo {kind}: unknown; known: {', '.join(DEMO)}")
+        raise UserError(f"demo {kind}: unknown demo.{suggest(kind, DEMO)}")
     started = time.monotonic()
     loaded = [recipe.load(path, overrides) for path in DEMO[kind]]
     for settings in loaded:

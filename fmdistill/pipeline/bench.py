@@ -1,4 +1,4 @@
-"""Measure what a teacher pass is made of, each part by itself: the teacher, decoding, codecs, writing and reading."""
+"""Measure each part of a teacher pass separately: the teacher, decoding, codecs, writing and reading."""
 
 import dataclasses
 import json
@@ -22,8 +22,8 @@ from fmdistill.images import DecodeError, Encoded, Images
 from fmdistill.images import build as build_images
 from fmdistill.logs import log
 from fmdistill.pipeline.measurement import Measurement, rates
-from fmdistill.pipeline.rehearsal import alone, device_name
-from fmdistill.pipeline.shard_speed import CPU, of_codec, of_shards
+from fmdistill.pipeline.rehearsal import check_single_process, device_name
+from fmdistill.pipeline.shard_speed import CPU, measure_codec, measure_shards
 from fmdistill.recipe import CodecName, Recipe
 from fmdistill.registry import UserError
 from fmdistill.teachers.compute import Precision, computing, full_precision
@@ -33,13 +33,13 @@ TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What bench.KEY=VALUE sets."""
+class BenchSettings:
+    """The settings bench.KEY=VALUE."""
 
-    images: int = 8  # training images to measure on
-    rounds: int = 3  # of each of which the least time counts
-    megabytes: float = 16.0  # of float32 outputs in the shards that are written and read; the images' repeat for it
-    weights: Literal["recipe", "random"] = "recipe"  # random: drawn, where the recipe's own are not at hand
+    images: int = 8  # training images to measure with
+    rounds: int = 3  # of each measurement, of which the least time counts
+    megabytes: float = 16.0  # of float32 outputs in the measured shards, in which the images repeat
+    weights: Literal["recipe", "random"] = "recipe"  # random: drawn, in case the recipe's are not available
 
     def __post_init__(self) -> None:
         for name in ("images", "rounds"):
@@ -50,8 +50,8 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Handful:
-    """The images that are measured: as stored, decoded, and ready for the teacher."""
+class SampleImages:
+    """The images to measure with: encoded, decoded, and prepared for the teacher."""
 
     encoded: list[Encoded]
     pictures: list[Image.Image]
@@ -59,14 +59,17 @@ class Handful:
     sizes: torch.Tensor  # (B, 2)
 
 
-def run(recipe: Recipe, settings: Settings) -> dict[str, Any]:
-    """Measure, write the figures to `recipe.out`/bench.json, and return them; temporary files lie where the cache will.
+def run(recipe: Recipe, settings: BenchSettings) -> dict[str, Any]:
+    """Measure the parts of a recipe's teacher pass, write them to `recipe.out`/bench.json, and return its content.
 
-    UserError where the recipe has no cached teacher.
+    Temporary files are written to the disk of the cache. Raises UserError if the recipe has no cached teacher.
     """
-    alone("bench")
+    check_single_process("bench")
     if recipe.teacher is None or recipe.cache is None or finished.is_live(recipe.teacher):
-        raise UserError("bench: measures a teacher and its cache; this recipe has none, or a live one: set both")
+        raise UserError(
+            "bench: measures a teacher and its cache, but this recipe has no teacher or a live one; set `teacher` and "
+            "`cache`"
+        )
     check_folder(recipe.out, "bench.json")
     root = store.of(recipe.cache).folder.absolute()
     disk = next(folder for folder in (root, *root.parents) if folder.is_dir())
@@ -75,22 +78,22 @@ def run(recipe: Recipe, settings: Settings) -> dict[str, Any]:
         log.info("bench: loading teacher %s", chosen["name"])
         model = teachers.build(chosen)
         images = build_images(recipe.images)
-        few = _prepared(_handful(images, settings.images), model)
+        few = _prepared(_first_images(images, settings.images), model)
         record = teachers.family_of(chosen)
         plain = record.reference(model) if record is not None else None
         log.info("bench: decoding %d images, %d rounds of each part", len(few.pictures), settings.rounds)
         rows = _decoding(images, few, model, plain, settings)
-        log.info("bench: the teacher%s", f", beside {plain.name}" if plain else "")
+        log.info("bench: the teacher%s", f", compared with {plain.name}" if plain else "")
         rows += _teaching(recipe, few, model, plain, settings)
         outputs = {name: value.numpy() for name, value in model(few.pixels, few.sizes).items()}
         valid = model.preprocess.valid(few.sizes).numpy()
         for name in CODECS:
             log.info("bench: codec %s, and its shards in %s", name, folder)
-            rows += of_codec(name, outputs, settings.rounds)
-            rows += of_shards(
+            rows += measure_codec(name, outputs, settings.rounds)
+            rows += measure_shards(
                 cast(CodecName, name), outputs, model.outputs, valid, Path(folder), settings.megabytes, settings.rounds
             )
-    found = {
+    report = {
         "teacher": {"name": chosen["name"], "weights": settings.weights},
         "device": device_name(str(chosen.get("device", "auto")), "teacher.device"),
         "dtype": _dtype(model),
@@ -101,20 +104,20 @@ def run(recipe: Recipe, settings: Settings) -> dict[str, Any]:
     }
     out = Path(recipe.out)
     out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / "bench.json", json.dumps(found, indent=1))
-    return found
+    write_whole(out / "bench.json", json.dumps(report, indent=1))
+    return report
 
 
-def text(found: dict[str, Any]) -> str:
-    """Return what `run` returned as a sentence and a markdown table."""
-    which = "WEIGHTS DRAWN AT RANDOM" if found["teacher"]["weights"] == "random" else "the recipe's weights"
+def text(report: dict[str, Any]) -> str:
+    """Format the result of `run` as a sentence and a markdown table."""
+    weights = "WEIGHTS DRAWN AT RANDOM" if report["teacher"]["weights"] == "random" else "the recipe's weights"
     head = (
-        f"{found['teacher']['name']} ({which}), {found['dtype']} on {found['device']}, torch {found['torch']}; "
-        f"{found['images']} images, least of {found['rounds']} rounds, both sides of a row in turns. The disk's "
-        f"figures are of files that the system keeps in memory."
+        f"{report['teacher']['name']} ({weights}), {report['dtype']} on {report['device']}, torch {report['torch']}; "
+        f"{report['images']} images, least of {report['rounds']} rounds, both sides of a row in turns. The files that "
+        f"are read are in the system's page cache."
     )
     lines = [head, "", "| what | figure | unit | against | its figure | ratio |", "|---|---|---|---|---|---|"]
-    for row in found["rows"]:
+    for row in report["rows"]:
         other, ratio = ("" if row[key] is None else f"{row[key]:.3g}" for key in ("other", "ratio"))
         lines.append(f"| {row['what']} | {row['figure']:.4g} | {row['unit']} | {row['against']} | {other} | {ratio} |")
     return "\n".join(lines)
@@ -125,91 +128,93 @@ def _device(settings: Any) -> torch.device:
 
 
 def _dtype(model: Teacher) -> Precision:
-    """Return the precision that the teacher itself computes in, whatever the settings leave to it."""
+    """Return the precision in which the teacher computes, also if the settings let it choose."""
     return model.fingerprint().get("dtype", "fp32")
 
 
 def with_random_weights(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Return a teacher's settings with weights that are drawn, and saved in `folder`. UserError if they cannot be."""
+    """Draw random weights for a teacher, save them in `folder` if needed, and return its settings with these weights.
+
+    Raises UserError if the teacher's family cannot draw weights.
+    """
     record = teachers.family_of(settings)
     if record is None or record.random_weights is None:
         raise UserError(
-            f"bench.weights=random: the weights of teacher {settings['name']} cannot be drawn; give it its own"
+            f"bench.weights=random: the weights of teacher {settings['name']} cannot be drawn; set its own weights"
         )
     return record.random_weights(settings, folder)
 
 
 def _in_precision(work: Callable[[], Any], dtype: Precision, device: torch.device) -> Callable[[], Any]:
-    def same() -> None:
+    def converted() -> None:
         with computing(dtype, device):
             work()
 
-    return same
+    return converted
 
 
-def _handful(images: Images, count: int) -> list[tuple[Encoded, Image.Image]]:
-    """Return the first training images that can be decoded."""
-    found = []
+def _first_images(images: Images, count: int) -> list[tuple[Encoded, Image.Image]]:
+    """Return the first `count` training images that can be decoded. Raises UserError if none can be."""
+    decoded = []
     stored = chain.from_iterable(images.read(shard) for shard in images.shards() if shard.split == "train")
     for encoded in islice(stored, 2 * count):
         try:
-            found.append((encoded, Image.fromarray(images.picture(encoded).pixels)))
+            decoded.append((encoded, Image.fromarray(images.picture(encoded).pixels)))
         except DecodeError:
             continue
-        if len(found) == count:
+        if len(decoded) == count:
             break
-    if not found:
-        raise UserError("images: no training image of the first can be decoded")
-    return found
+    if not decoded:
+        raise UserError(f"images: none of the first {2 * count} training images can be decoded; repair or remove them")
+    return decoded
 
 
-def _prepared(found: list[tuple[Encoded, Image.Image]], model: Teacher) -> Handful:
-    pixels, sizes = zip(*(model.preprocess.prepare(picture) for _, picture in found), strict=True)
-    return Handful([one for one, _ in found], [two for _, two in found], torch.stack(pixels), torch.tensor(sizes))
+def _prepared(decoded: list[tuple[Encoded, Image.Image]], model: Teacher) -> SampleImages:
+    encoded, pictures = zip(*decoded, strict=True)
+    pixels, sizes = zip(*(model.preprocess.prepare(picture) for picture in pictures), strict=True)
+    return SampleImages(list(encoded), list(pictures), torch.stack(pixels), torch.tensor(sizes))
 
 
 def _decoding(
-    images: Images, few: Handful, model: Teacher, plain: Reference | None, settings: Settings
+    images: Images, few: SampleImages, model: Teacher, plain: Reference | None, settings: BenchSettings
 ) -> list[Measurement]:
-    works = {"ours": lambda: [model.preprocess.prepare(images.picture(each).pixels) for each in few.encoded]}
+    works = {"fmdistill": lambda: [model.preprocess.prepare(images.picture(item).pixels) for item in few.encoded]}
     if plain:
-        works["plain"] = lambda: [plain.pixels(one.data) for one in few.encoded]
-    found = rates(works, CPU, settings.rounds, len(few.encoded))
+        works["plain"] = lambda: [plain.pixels(item.data) for item in few.encoded]
+    speeds = rates(works, CPU, settings.rounds, len(few.encoded))
     against = f"PIL and the transform of {plain.name.split()[0].split('.')[0]}" if plain else ""
-    return [Measurement("decode and resize, a thread", found["ours"], "images/s", against, found.get("plain"))]
+    return [Measurement("decode and resize, a thread", speeds["fmdistill"], "images/s", against, speeds.get("plain"))]
 
 
 def _teaching(
-    recipe: Recipe, few: Handful, model: Teacher, plain: Reference | None, settings: Settings
+    recipe: Recipe, few: SampleImages, model: Teacher, plain: Reference | None, settings: BenchSettings
 ) -> list[Measurement]:
     assert recipe.teacher is not None
     device = _device(recipe.teacher)
     dtype = _dtype(model)
 
-    def ours() -> None:
+    def run_teacher() -> None:
         for start in range(0, len(few.pictures), model.batch):
             ready = [model.preprocess.prepare(picture) for picture in few.pictures[start : start + model.batch]]
             model(torch.stack([pixels for pixels, _ in ready]), torch.tensor([size for _, size in ready]))
 
-    works: dict[str, Any] = {"ours": ours}
-    counted = plain.flops() if plain else flops(model, few.pixels[:1], few.sizes[:1])
+    works: dict[str, Any] = {"fmdistill": run_teacher}
+    operations = plain.flops() if plain else flops(model, few.pixels[:1], few.sizes[:1])
     if plain:
         works[f"{plain.name}, fp32"] = lambda: plain.embed(few.pictures)
         if dtype != "fp32":
             works[f"{plain.name}, {dtype}"] = _in_precision(lambda: plain.embed(few.pictures), dtype, device)
-    if device.type != "cpu":  # the first calls of a GPU choose kernels, or compile them
+    if device.type != "cpu":  # on a GPU, the first calls choose or compile kernels
         for work in works.values():
             work()
-    found = rates(works, device, settings.rounds, len(few.pictures))
-    mine = found.pop("ours")
+    speeds = rates(works, device, settings.rounds, len(few.pictures))
+    speed = speeds.pop("fmdistill")
     with full_precision():
         best = matmul_flops(
             device, TORCH.get(dtype, torch.float32), 1.0 if device.type != "cpu" else 0.3 * settings.rounds
         )
-    rows = [Measurement("teacher, resize included", mine, "images/s", name, rate) for name, rate in found.items()]
-    rows = rows or [Measurement("teacher, resize included", mine, "images/s")]
-    whose = f"{counted / 1e9:.4g} GFLOP an image of {'the plain network' if plain else 'its own'}"
-    return [
-        *rows,
-        Measurement(f"arithmetic: {whose}", mine * counted / 1e9, "GFLOP/s", f"{dtype} matrix product", best / 1e9),
-    ]
+    rows = [Measurement("teacher, resize included", speed, "images/s", name, rate) for name, rate in speeds.items()]
+    rows = rows or [Measurement("teacher, resize included", speed, "images/s")]
+    per_image = f"{operations / 1e9:.4g} GFLOP an image of {'the plain network' if plain else 'the teacher'}"
+    achieved, product = speed * operations / 1e9, f"{dtype} matrix product"
+    return [*rows, Measurement(f"arithmetic: {per_image}", achieved, "GFLOP/s", product, best / 1e9)]

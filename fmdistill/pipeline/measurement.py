@@ -1,4 +1,4 @@
-"""Measure how much work is done in a second, beside what it is compared with."""
+"""Measurements of speed, each compared with a reference."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from fmdistill.backbones.throughput import take_turns
 
 @dataclass(frozen=True)
 class Measurement:
-    """One measured figure, and that of what it is compared with, in the same unit."""
+    """A measured figure of `what`, and the figure `other` of `against`, its reference, in the same unit."""
 
     what: str
     figure: float
@@ -21,10 +21,10 @@ class Measurement:
 
     @property
     def ratio(self) -> float | None:
-        """Return the figure over the other's."""
+        """The figure divided by the reference's, None without a reference."""
         return None if self.other is None else self.figure / self.other
 
 
 def rates(works: Mapping[str, Callable[[], Any]], device: torch.device, rounds: int, amount: float) -> dict[str, float]:
-    """Return how much of `amount` each of `works` does in a second, at its best of several rounds in turns."""
+    """Measure the speed of each function, `amount` per second, from the fastest of several rounds in turns."""
     return {name: amount / seconds for name, seconds in take_turns(works, device, rounds).items()}

@@ -1,4 +1,4 @@
-"""Plan a recipe before anything is spent: images, bytes and hours, from a handful of images that run now."""
+"""Estimate a recipe's images, bytes and hours before the work begins, by measuring a few of its images."""
 
 import math
 import tempfile
@@ -15,42 +15,49 @@ from fmdistill.distill.train import too_few_images, total_steps
 from fmdistill.images import Images, Shard
 from fmdistill.images import build as build_images
 from fmdistill.images.source import SPLITS
-from fmdistill.pipeline.rehearsal import Taught, alone, device_name, on_handful, step_seconds, teach
+from fmdistill.pipeline.rehearsal import (
+    MeasuredPass,
+    check_single_process,
+    device_name,
+    measure_teacher_pass,
+    step_seconds,
+    with_few_images,
+)
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError
 from fmdistill.teachers.family import Teacher
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What plan.KEY=VALUE sets."""
+class PlanSettings:
+    """The settings plan.KEY=VALUE."""
 
-    images: int | None = None  # of each split to measure on; null = two of the teacher's batches
+    images: int | None = None  # of each split to measure with; null = two of the teacher's batches
     steps: int = 3  # training steps to measure, after one that warms up
-    gpus: list[int] | int = field(default_factory=lambda: [1, 2, 4, 8])  # how many devices to tell the hours of
+    gpus: list[int] | int = field(default_factory=lambda: [1, 2, 4, 8])  # numbers of devices to estimate hours for
 
     def __post_init__(self) -> None:
-        given = {"images": [1 if self.images is None else self.images], "steps": [self.steps], "gpus": self.devices}
-        for name, values in given.items():
+        settings = {"images": [1 if self.images is None else self.images], "steps": [self.steps], "gpus": self.devices}
+        for name, values in settings.items():
             if min(values, default=0) < 1:
                 raise UserError(f"plan.{name}={getattr(self, name)}: expected 1 or more")
 
     @property
     def devices(self) -> list[int]:
-        """How many devices to tell the hours of, in a list also where one number was given."""
+        """The numbers of devices as a list, also if `gpus` is a single number."""
         return [self.gpus] if isinstance(self.gpus, int) else self.gpus
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe will take; hours are those of one device like the measured one."""
+    """The estimated work of a recipe; hours are for one device of the measured kind."""
 
     recipe: Recipe
     images: dict[str, int]  # by split
     shards: dict[str, int]
-    counted: bool  # whether every shard was counted, rather than a sample of them
-    disk: Disk | None  # None where nothing is cached
-    taught: Taught | None
+    counted: bool  # whether the images of every shard were counted, not only those of some shards
+    disk: Disk | None  # None if nothing is cached
+    teacher_pass: MeasuredPass | None  # None if nothing is cached
     missing_images: int
     devices: tuple[str, str]  # of the teacher and of training
     steps: int
@@ -60,13 +67,13 @@ class Plan:
 
     @property
     def rate(self) -> float:
-        """Images a second of the teacher pass."""
-        return self.taught.images / self.taught.seconds if self.taught else 0.0
+        """Images per second of the teacher pass."""
+        return self.teacher_pass.images / self.teacher_pass.seconds if self.teacher_pass else 0.0
 
     @property
     def teacher_hours(self) -> float:
         """Hours of the teacher pass over the images that are not cached yet."""
-        return self.missing_images / self.rate / 3600 if self.taught else 0.0
+        return self.missing_images / self.rate / 3600 if self.teacher_pass else 0.0
 
     @property
     def training_hours(self) -> float:
@@ -74,12 +81,12 @@ class Plan:
         return self.steps * self.seconds / 3600
 
 
-def run(recipe: Recipe, settings: Settings) -> Plan:
-    """Measure a handful of the recipe's images and return the plan; its cache's root and its run are not touched.
+def run(recipe: Recipe, settings: PlanSettings) -> Plan:
+    """Measure a few of the recipe's images and return the plan, without touching the recipe's cache and run.
 
-    UserError where the recipe cannot run, or where its cache's root holds another cache.
+    Raises UserError if the recipe cannot run, or if its cache's root contains another cache.
     """
-    alone("plan")
+    check_single_process("plan")
     pipeline.check(recipe)
     images = build_images(recipe.images)
     shards = images.shards()
@@ -93,12 +100,12 @@ def run(recipe: Recipe, settings: Settings) -> Plan:
     model = cache.load_teacher(recipe) if cached else None
     missing = _missing(recipe, images, shards, model) if model else []
     with tempfile.TemporaryDirectory(prefix="fmdistill-plan-") as folder:
-        handful = settings.images or (2 * model.batch if model else train.batch_size)
-        small = on_handful(recipe, handful, Path(folder))
-        taught = teach(small, model) if model else None
+        few = settings.images or (2 * model.batch if model else train.batch_size)
+        small = with_few_images(recipe, few, Path(folder))
+        teacher_pass = measure_teacher_pass(small, model) if model else None
         disk = _disk(recipe, small, shards, by_name, missing) if model else None
-        place = device_name(str((recipe.teacher or {}).get("device", "auto")), "teacher.device")
-        model = None  # training has the device for itself
+        device = device_name(str((recipe.teacher or {}).get("device", "auto")), "teacher.device")
+        model = None  # frees the device's memory for training
         seconds = step_seconds(small, settings.steps)
     return Plan(
         recipe=recipe,
@@ -106,9 +113,9 @@ def run(recipe: Recipe, settings: Settings) -> Plan:
         shards={split: sum(s.split == split for s in shards) for split in SPLITS},
         counted=counted,
         disk=disk,
-        taught=taught,
+        teacher_pass=teacher_pass,
         missing_images=round(sum(by_name[s.name] for s in missing)),
-        devices=(place, device_name(train.device, "train.device")),
+        devices=(device, device_name(train.device, "train.device")),
         steps=total_steps(train, Batches((totals["train"],), train.batch_size, recipe.seed, train.window)),
         seconds=seconds,
         gpus=settings.devices,
@@ -121,8 +128,8 @@ def _missing(recipe: Recipe, images: Images, shards: Sequence[Shard], model: Tea
     opened = store.opened(recipe.cache)
     if not (opened.folder / manifest.NAME).exists():
         return list(shards)
-    found = manifest.claim(opened.folder, cache.identity(recipe, images, model))  # reads, since there is one
-    return finished.missing(opened, shards, found)
+    fields = manifest.claim(opened.folder, cache.identity(recipe, images, model))  # only reads, since it exists
+    return finished.missing(opened, shards, fields)
 
 
 def _disk(
@@ -134,19 +141,20 @@ def _disk(
 
 
 def text(plan: Plan, name: str) -> str:
-    """Return the plan of the recipe called `name` as a person reads it."""
+    """Format the plan of the recipe called `name` as text."""
     lines = [f"Plan of {name}. Nothing was written into its cache or its run.", ""]
-    how = "counted" if plan.counted else f"about: {COUNTED} shards of a split were counted"
+    how = "counted" if plan.counted else f"estimated from {COUNTED} shards of a split"
     parts = [f"{plan.images[split]} {split} in {plan.shards[split]} shards" for split in SPLITS]
     lines.append(f"images        {', '.join(parts)} ({how})")
     lines += _disk_lines(plan) if plan.disk else [f"cache         none: {plan.why_no_cache}"]
-    if plan.taught:
-        taught = plan.taught
-        failed = f", {taught.failed} of them without an output" if taught.failed else ""
-        lines.append(f"teacher pass  {plan.rate:.3g} images/s, of {taught.images} images{failed}, on {plan.devices[0]}")
-        lines += _failed_lines(plan, taught)
+    if measured := plan.teacher_pass:
+        failed = f", {measured.failed} of them without an output" if measured.failed else ""
+        lines.append(
+            f"teacher pass  {plan.rate:.3g} images/s, of {measured.images} images{failed}, on {plan.devices[0]}"
+        )
+        lines += _failed_lines(plan, measured)
     batch_size = plan.recipe.train.batch_size
-    with_teacher = ", the live teacher among it" if plan.why_no_cache.startswith("teacher.live") else ""
+    with_teacher = ", including the live teacher" if plan.why_no_cache.startswith("teacher.live") else ""
     lines.append(
         f"training      {batch_size / plan.seconds:.3g} images/s, {plan.seconds:.3g} s a step of "
         f"{batch_size} images, {plan.steps} steps, on {plan.devices[1]}{with_teacher}"
@@ -155,20 +163,21 @@ def text(plan: Plan, name: str) -> str:
     lines += [_times(plan, count) for count in plan.gpus]
     lines += [
         "",
-        "Times are those of one device as measured now, divided by the devices: no loss by sharing is counted.",
+        "Times are those measured on one device, divided by the number of devices, without losses by synchronization.",
     ]
-    lines.append("Left out: evaluation, validation during training, and loading teacher and student.")
+    lines.append("Not included: evaluation, validation during training, and loading teacher and student.")
     return "\n".join(lines)
 
 
-def _failed_lines(plan: Plan, taught: Taught) -> list[str]:
+def _failed_lines(plan: Plan, measured: MeasuredPass) -> list[str]:
+    """Return a warning if more of the measured images failed than `cache.max_failed` allows."""
     assert plan.recipe.cache is not None
-    share, allowed = taught.failed / taught.images, plan.recipe.cache.max_failed
+    share, allowed = measured.failed / measured.images, plan.recipe.cache.max_failed
     if share <= allowed or not plan.missing_images:
         return []
     return [
-        f"WOULD STOP    caching, where as many fail as here: {share:.1%} of the images gave no output, more than "
-        f"cache.max_failed={allowed:g}. The way out: repair or remove them, or set "
+        f"WOULD STOP    caching, if as many images fail as here: {share:.1%} of the images have no output, more than "
+        f"cache.max_failed={allowed:g}. Repair or remove them, or set "
         f"cache.max_failed={math.ceil(100 * share) / 100:g}"
     ]
 
@@ -187,14 +196,14 @@ def _disk_lines(plan: Plan) -> list[str]:
     assert disk is not None and settings is not None
     sizes = ", ".join(f"{_setting(label, ' with ')} {_bytes(size)}" for label, size in disk.tars.items())
     total, shards = disk.tars[disk.codec] + disk.sidecars + disk.beside, sum(plan.shards.values())
-    far = "://" in settings.root
-    where = f"{settings.root}, copies in {disk.root}" if far else str(disk.root)
+    is_url = "://" in settings.root
+    where = f"{settings.root}, copies in {disk.root}" if is_url else str(disk.root)
     lines = [
-        f"embeddings    by codec of the training images: {sizes}; validation's are {EXACT} in each",
-        f"beside them   sidecars {_bytes(disk.sidecars)}, manifest and the teacher's head {_bytes(disk.beside)}",
+        f"embeddings    by codec of the training images: {sizes}; validation images are always {EXACT}",
+        f"other files   sidecars {_bytes(disk.sidecars)}, manifest and the teacher's head {_bytes(disk.beside)}",
         f"cache         {_bytes(total)} with cache.codec={_setting(disk.codec)} in {where}; "
-        f"{shards - disk.missing_shards} of {shards} shards are there, {_bytes(disk.missing)} to come; "
-        f"{_bytes(disk.free)} free{' here' * far}",
+        f"{shards - disk.missing_shards} of {shards} shards exist, {_bytes(disk.missing)} are missing; "
+        f"{_bytes(disk.free)} free{' on this machine' * is_url}",
     ]
     if plan.missing_images:
         _, images, size = disk.held[0]
@@ -202,38 +211,40 @@ def _disk_lines(plan: Plan) -> list[str]:
             f"a shard       up to {images:,.0f} images, {_bytes(size)}, {_time(images / plan.rate / 3600)} of the "
             f"teacher: the most that a killed process loses"
         )
-    return lines + (_window_lines(plan, disk) if far else _lacking_lines(disk))
+    return lines + (_window_lines(plan, disk) if is_url else _full_disk_lines(disk))
 
 
-def _lacking_lines(disk: Disk) -> list[str]:
+def _full_disk_lines(disk: Disk) -> list[str]:
+    """Return a warning if the disk has too little space for the missing shards."""
     if disk.missing <= disk.free:
         return []
     enough = disk.tars[disk.codec] - (disk.missing - disk.free)
-    # Not trimmed, which not every objective takes; of the others the largest is the least lossy.
+    # Trimmed codecs do not suit every objective; of the others, the largest that fits loses the least precision.
     fitting = [name for name, size in disk.tars.items() if size <= enough and not named(name).trim]
     codec = f" cache.codec={max(fitting, key=lambda name: disk.tars[name])}," if fitting else ""
     return [
-        f"TOO LITTLE    {_bytes(disk.missing - disk.free)} are lacking on that disk. The way out: "
+        f"TOO LITTLE    space: the disk needs {_bytes(disk.missing - disk.free)} more. Set "
         f"images.limit={disk.limit},{codec} or another cache.root=FOLDER"
     ]
 
 
 def _window_lines(plan: Plan, disk: Disk) -> list[str]:
-    """Return a warning where training draws from more shards at once than a bucket's copies here may take."""
+    """Return a warning if the shards of a training window exceed the limit of local copies of a bucket."""
     assert plan.recipe.cache is not None
     window, allowed = plan.recipe.train.window, plan.recipe.cache.local_bytes
-    taken = sum(sorted(size for split, _, size in disk.held if split == "train")[-window:])
-    if taken <= allowed:
+    needed = sum(sorted(size for split, _, size in disk.held if split == "train")[-window:])
+    if needed <= allowed:
         return []
-    enough = float(f"{1.1 * taken / 1e9:.2g}")
+    enough = float(f"{1.1 * needed / 1e9:.2g}")
     return [
-        f"TOO LITTLE    train.window={window} shards take {_bytes(taken)}, more than cache.local_gb={allowed / 1e9:g}: "
-        f"training would fetch them again and again. The way out: cache.local_gb={enough:g}, or a smaller train.window"
+        f"TOO LITTLE    train.window={window} shards take {_bytes(needed)}, more than "
+        f"cache.local_gb={allowed / 1e9:g}: training would download them again and again. Set "
+        f"cache.local_gb={enough:g}, or a smaller train.window"
     ]
 
 
 def _setting(label: str, joint: str = " ") -> str:
-    """Return the value of cache.codec that gives the codec of this label, and cache.trim=true where it trims."""
+    """Return the value of cache.codec for a codec's label, and cache.trim=true if it trims."""
     codec = named(label)
     return f"{codec.name}{joint}cache.trim=true" if codec.trim else codec.name
 

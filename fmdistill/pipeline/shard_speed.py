@@ -1,4 +1,4 @@
-"""How fast codecs work, and shards are written and read, beside plain files of the same bytes."""
+"""Measure the speed of codecs, and of writing and reading shards, compared with plain files of the same bytes."""
 
 import os
 from collections.abc import Mapping
@@ -18,14 +18,14 @@ from fmdistill.cache.store import Folder
 from fmdistill.cache.writer import ShardWriter, TeacherInput
 from fmdistill.images import Shard
 from fmdistill.pipeline.measurement import Measurement, rates
-from fmdistill.recipe import Cache, CodecName
+from fmdistill.recipe import CacheSettings, CodecName
 from fmdistill.teachers.output import Output
 
 CPU = torch.device("cpu")
 
 
-def of_codec(name: str, outputs: Mapping[str, np.ndarray], rounds: int) -> list[Measurement]:
-    """Return how fast the codec `name` turns float32 `outputs`, (B, ...) each by its name, into bytes and back."""
+def measure_codec(name: str, outputs: Mapping[str, np.ndarray], rounds: int) -> list[Measurement]:
+    """Measure how fast the codec `name` encodes and decodes `outputs`, float32 (B, ...) by name."""
     codec = CODECS[name]
     arrays = [array for value in outputs.values() for array in value]
     try:
@@ -36,11 +36,11 @@ def of_codec(name: str, outputs: Mapping[str, np.ndarray], rounds: int) -> list[
         "encode": lambda: [codec.encode(array) for array in arrays],
         "decode": lambda: [codec.decode(member, array.shape) for member, array in zip(members, arrays, strict=True)],
     }
-    found = rates(works, CPU, rounds, sum(array.nbytes for array in arrays) / 1e6)
-    return [Measurement(f"{name}: {what}", rate, "MB/s of float32") for what, rate in found.items()]
+    speeds = rates(works, CPU, rounds, sum(array.nbytes for array in arrays) / 1e6)
+    return [Measurement(f"{name}: {what}", rate, "MB/s of float32") for what, rate in speeds.items()]
 
 
-def of_shards(
+def measure_shards(
     name: CodecName,
     values: Mapping[str, np.ndarray],
     outputs: Mapping[str, Output],
@@ -49,50 +49,50 @@ def of_shards(
     megabytes: float,
     rounds: int,
 ) -> list[Measurement]:
-    """Return what a shard of the codec takes, and how fast it is written and read beside plain files of its bytes.
+    """Measure the size of a shard of the codec, and how fast it is written and read compared with plain files.
 
-    `values` are float32 (B, ...) by output, of the images whose tokens are `valid` (B, g, g).
+    `values` are float32 (B, ...) by output, of images with the token masks `valid` (B, g, g).
     """
-    entries = stored(outputs, Cache(root=str(folder), codec=name))
-    count, made = len(valid), numbers()
-    each = sum(value[0].nbytes for value in values.values())
-    total = max(count, round(megabytes * 1e6 / each))
-    kept: list[Path] = []
+    entries = stored(outputs, CacheSettings(root=str(folder), codec=name))
+    count, counter = len(valid), numbers()
+    image_bytes = sum(value[0].nbytes for value in values.values())
+    total = max(count, round(megabytes * 1e6 / image_bytes))
+    tars: list[Path] = []
 
     def write() -> None:
-        writer = ShardWriter(Folder(folder), Shard(f"{name}-{next(made)}", "train"), "", entries)
+        writer = ShardWriter(Folder(folder), Shard(f"{name}-{next(counter)}", "train"), "", entries)
         for index in range(total):
             item = TeacherInput(index, f"image-{index:07}", "", original=(1, 1), resized=(1, 1))
             writer.add(item, {k: v[index % count] for k, v in values.items()}, valid[index % count])
         writer.publish()
-        kept.append(writer.path)
+        tars.append(writer.path)
 
     write()
-    data = kept[0].read_bytes()
-    described = sidecar.read(kept[0].with_suffix(".json"))
-    assert described is not None, "just written"
-    if len(described["samples"]) < total:
-        return []  # `of_codec` has said why
-    shard, finished = Shard(kept[0].stem, "train"), sidecar.Finished(kept[0], described)
-    opened = [ShardReader(Folder(folder), shard, finished, "", entries)]
+    data = tars[0].read_bytes()
+    fields = sidecar.read(tars[0].with_suffix(".json"))
+    assert fields is not None, "just written"
+    if len(fields["samples"]) < total:
+        return []  # the codec cannot encode the values, as `measure_codec` reports
+    shard, finished = Shard(tars[0].stem, "train"), sidecar.Finished(tars[0], fields)
+    readers = [ShardReader(Folder(folder), shard, finished, "", entries)]
 
     def first() -> None:
-        opened.append(ShardReader(Folder(folder), shard, finished, "", entries))
+        readers.append(ShardReader(Folder(folder), shard, finished, "", entries))
         later()
 
     def later() -> None:
         for index in range(total):
-            opened[-1].read(index)
+            readers[-1].read(index)
 
-    reading = {"first": first, "later": later, "plain": lambda: kept[0].read_bytes()}
-    writes = take_turns({"write": write, "plain": lambda: _synced(folder, data)}, CPU, rounds, waits=True)
-    reads = take_turns(reading, CPU, rounds)  # from memory, so nothing waits
-    for path in kept:
+    reading = {"first": first, "later": later, "plain": lambda: tars[0].read_bytes()}
+    writes = take_turns({"write": write, "plain": lambda: _write_synced(folder, data)}, CPU, rounds, waits=True)
+    reads = take_turns(reading, CPU, rounds)  # from the page cache, so without waiting for the disk
+    for path in tars:
         path.unlink()
-    size, nominal = len(data) / 1e6, tar_bytes(codecs_of(entries, "train"), outputs, total) / total
+    size, planned = len(data) / 1e6, tar_bytes(codecs_of(entries, "train"), outputs, total) / total
     plain_write, plain_read = size / writes["plain"], size / reads["plain"]
     return [
-        Measurement(f"{name}: an image in a shard", len(data) / total, "bytes", "as `plan` counts", nominal),
+        Measurement(f"{name}: an image in a shard", len(data) / total, "bytes", "as `plan` counts", planned),
         Measurement(f"{name}: write a shard", size / writes["write"], "MB/s", "its bytes, synced", plain_write),
         Measurement(f"{name}: read, with checksums", total / reads["first"], "embeddings/s"),
         Measurement(f"{name}: read again", total / reads["later"], "embeddings/s"),
@@ -100,7 +100,7 @@ def of_shards(
     ]
 
 
-def _synced(folder: Path, data: bytes) -> None:
+def _write_synced(folder: Path, data: bytes) -> None:
     with open(folder / "plain", "wb") as file:
         file.write(data)
         file.flush()

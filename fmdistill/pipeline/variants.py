@@ -1,4 +1,4 @@
-"""Several recipes beside each other: loaded by name, told apart in a table, and refused if two of them are alike."""
+"""Several recipes at once: load them by name, check that they differ, and shorten their names for a table."""
 
 import contextlib
 import dataclasses
@@ -16,7 +16,7 @@ from fmdistill.distill.rectifiers import RECTIFIERS
 from fmdistill.distill.weightings import WEIGHTINGS
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError, bind, parse
-from fmdistill.settings import flat, refer
+from fmdistill.settings import flat, parse_recipe_name
 
 TABLES = {
     "distance": DISTANCES,
@@ -25,17 +25,17 @@ TABLES = {
     "optimizer": OPTIMIZERS,
     "schedule": SCHEDULES,
 }
-SUPPLIED = (*objective.SHAPES, "priors", "model")  # what a component gets from elsewhere than a recipe
+SUPPLIED = (*objective.SHAPES, "priors", "model")  # arguments of components that do not come from a recipe
 
 
 def load(names: Iterable[str], overrides: Sequence[str] = ()) -> dict[str, Recipe]:
-    """Return the recipes by name, each with `overrides`."""
+    """Load recipes, each with `overrides`; return them by name."""
     return {name: recipe.load(name, overrides) for name in names}
 
 
 @contextlib.contextmanager
 def named(name: str) -> Iterator[None]:
-    """Begin a UserError about the recipe or protocol `name` with its name."""
+    """Put `name`, of a recipe or protocol, before the message of a UserError raised in the block."""
     try:
         yield
     except UserError as error:
@@ -43,36 +43,36 @@ def named(name: str) -> Iterator[None]:
 
 
 def check_distinct(loaded: Mapping[str, Recipe], overrides: Sequence[str] = ()) -> None:
-    """Raise a UserError if two recipes would train the same student, or if a setting in a recipe's name is its already.
+    """Raise a UserError if two recipes would train the same student, or if a setting in a name changes nothing.
 
-    A component's defaults count as set, so that a default written out makes no difference.
+    A component's defaults count as set, so that writing a default out makes no difference.
     """
-    known: list[tuple[str, dict[str, Any]]] = []
+    checked: list[tuple[str, dict[str, Any]]] = []
     free = {"title", *recipe.free_settings()}
     for name, settings in loaded.items():
         _check_effect(name, settings, overrides)
         decisive = {k: v for k, v in settled(settings).items() if k not in free and not k.startswith("cache.executor.")}
-        for other, other_decisive in known:
+        for other, other_decisive in checked:
             if decisive == other_decisive:
-                raise UserError(f"{name}: trains the same student as {other}; change a setting of it, or leave it out")
-        known.append((name, decisive))
+                raise UserError(f"{name}: trains the same student as {other}; change one of its settings, or remove it")
+        checked.append((name, decisive))
 
 
 def _check_effect(name: str, settings: Recipe, overrides: Sequence[str]) -> None:
-    """Raise a UserError for a setting in the recipe's name without which it is the same recipe."""
-    given = refer(name)
-    for setting in given.settings:
-        rest = ",".join([*filter(None, [given.method]), *(one for one in given.settings if one != setting)])
+    """Raise a UserError if a setting in the recipe's name does not change the recipe."""
+    parts = parse_recipe_name(name)
+    for setting in parts.settings:
+        rest = ",".join([*filter(None, [parts.method]), *(other for other in parts.settings if other != setting)])
         try:
-            without = settled(recipe.load(f"{given.path}:{rest}".rstrip(":"), overrides))
-        except UserError:  # the recipe needs it
+            without = settled(recipe.load(f"{parts.path}:{rest}".rstrip(":"), overrides))
+        except UserError:  # the recipe is not complete without the setting
             continue
         if {**without, "out": settings.out, "title": settings.title} == settled(settings):
-            raise UserError(f"{name}: {setting}: changes nothing, the recipe has this value already; leave it out")
+            raise UserError(f"{name}: {setting}: changes nothing, the recipe has this value already; remove it")
 
 
 def settled(settings: Recipe) -> dict[str, Any]:
-    """Return every setting by its dotted name, texts read as values and the defaults of components filled in."""
+    """Return every setting by its dotted name, with texts parsed as YAML and the defaults of components filled in."""
     plain = dataclasses.asdict(settings)
     if settings.objective:
         terms = objective.check(settings.objective)
@@ -85,7 +85,7 @@ def _filled(value: Any, key: str) -> Any:
         if key in TABLES and "name" in value:
             component = bind(value, TABLES[key], key, SUPPLIED)
             parameters = inspect.signature(component.func).parameters.values()
-            defaults = {one.name: one.default for one in parameters if one.default is not one.empty}
+            defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
             value = {"name": value["name"], **defaults, **component.keywords}
         return {name: _filled(inner, name) for name, inner in value.items()}
     return _read(value) if isinstance(value, str) else value
@@ -100,12 +100,12 @@ def _read(text: str) -> Any:
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:
-    """Return what a table calls each recipe: a method's name or a file's, and settings; two alike are named in full."""
+    """Return a short name of each recipe for a table: its method or file, and settings; the full name if ambiguous."""
     short = {}
     for name in names:
-        given = refer(name)
-        parts = [setting.partition("=") for setting in given.settings]
-        shown = [f"{key.removesuffix('.name').rpartition('.')[2]}={value}" for key, _, value in parts]
-        short[name] = ", ".join([given.method or Path(given.path).stem, *shown])
-    called = list(short.values())
-    return {name: one if called.count(one) == 1 else name for name, one in short.items()}
+        parts = parse_recipe_name(name)
+        settings = [setting.partition("=") for setting in parts.settings]
+        texts = [f"{key.removesuffix('.name').rpartition('.')[2]}={value}" for key, _, value in settings]
+        short[name] = ", ".join([parts.method or Path(parts.path).stem, *texts])
+    all_short = list(short.values())
+    return {name: label if all_short.count(label) == 1 else name for name, label in short.items()}

@@ -1,4 +1,4 @@
-"""One shard of a cache, opened alone: what it holds, whether it is whole, and how SRW would weigh an image of it."""
+"""Inspect one shard of a cache: its content, whether it is intact, and the weights SRW would give its images."""
 
 # Legend: C channels, g patches a side, N patches or samples, D a vector's width.
 
@@ -27,18 +27,18 @@ from fmdistill.report.plots import weights_figure
 from fmdistill.teachers import family_of_cache
 from fmdistill.teachers.family import Preprocess
 
-SHOWN = 3  # keys at either end of a list, and failed images
+SHOWN = 3  # keys to show at either end of a list, and failed images
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What KEY=VALUE sets: the image and the output that are weighed, SRW's temperature, and the picture's file."""
+class InspectSettings:
+    """Settings of `fmdistill inspect`: the image and the output to weigh, SRW's temperature, and the picture's file."""
 
     key: str | None = None  # null = the first
     output: str | None = None  # null = embedding, or the first
     temperature: float = 0.5
-    relative: bool = False  # the temperature in standard deviations of the similarities
-    out: str | None = None  # null = SHARD.KEY.weights.png, here
+    relative: bool = False  # whether the temperature is in standard deviations of the similarities
+    out: str | None = None  # null = SHARD.KEY.weights.png in the working folder
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
@@ -46,62 +46,64 @@ class Settings:
 
 
 def run(path: str, overrides: list[str]) -> Iterator[str]:
-    """Yield lines about the shard at `path`: its tar, its sidecar, or CACHE/NAME; of maps, write SRW's weights as PNG.
+    """Yield lines about the shard at `path`, which names its tar, its sidecar, or CACHE/NAME.
 
-    UserError where it is no shard, or, after all that can be told, where it is damaged.
+    For maps, SRW's weights are also written as PNG. Raises UserError if it is no shard or, after the lines about its
+    content, if it is damaged.
     """
-    settings = Settings(**typed(Settings, parse_overrides(overrides), "inspect"))
+    settings = InspectSettings(**typed(InspectSettings, parse_overrides(overrides), "inspect"))
     base = _base(path)
-    found = manifest.read(base.parent)
-    teacher, outputs = dict(found["teacher"]), from_json(found["outputs"])
+    stored_manifest = manifest.read(base.parent)
+    teacher, outputs = dict(stored_manifest["teacher"]), from_json(stored_manifest["outputs"])
     fields = _sidecar(base.with_name(f"{base.name}.json"))
     yield from _about(base.name, teacher, fields, outputs)
-    problem = _problem(base.with_name(f"{base.name}.tar"), fields, manifest.identity_hash(found))
+    problem = _problem(base.with_name(f"{base.name}.tar"), fields, manifest.identity_hash(stored_manifest))
     yield f"tar and sidecar    {'DISAGREE' if problem else 'agree: every byte has the checksum of the sidecar'}"
     if problem:
         raise UserError(problem)
     try:
         finished = sidecar.Finished(base.with_name(f"{base.name}.tar"), fields)
         reader = ShardReader(Folder(base.parent), Shard(base.name, fields["split"]), finished, "", outputs)
-        yield from _weights(
-            reader, family_of_cache(found["family"], None).preprocess.from_json(teacher["preprocess"]), settings
-        )
+        family = family_of_cache(stored_manifest["family"], None)
+        yield from _weights(reader, family.preprocess.from_json(teacher["preprocess"]), settings)
     except UserError:
         raise
     except (StopIteration, LookupError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__} {error}".strip()
-        raise UserError(f"{base}.json: not a sidecar of this version ({reason}); `fmdistill cache` redoes it") from None
+        raise UserError(
+            f"{base}.json: not a sidecar of this version ({reason}); `fmdistill cache` rebuilds it"
+        ) from None
 
 
 def _base(path: str) -> Path:
     base = Path(path).expanduser()
     base = base.with_suffix("") if base.suffix in (".tar", ".json") else base
     if not any(base.with_name(base.name + end).is_file() for end in (".tar", ".json")):
-        raise UserError(f"{path}: no such shard; give CACHE/NAME.tar, such as one that `ls CACHE` lists")
+        raise UserError(f"{path}: no such shard; give CACHE/NAME.tar, one of those that `ls CACHE` lists")
     if base.name in ("manifest", "head", "teacher", "teacher_score"):
         raise UserError(f"{path}: belongs to the whole cache; give one of its shards, CACHE/NAME.tar")
     return base
 
 
 def _sidecar(path: Path) -> dict[str, Any]:
-    found = sidecar.read(path)
-    if found is None:
+    fields = sidecar.read(path)
+    if fields is None:
         problem = "not a sidecar, or damaged" if path.exists() else "missing, so the shard is not finished"
-        raise UserError(f"{path}: {problem}; `fmdistill cache RECIPE` makes the shard anew")
-    return found
+        raise UserError(f"{path}: {problem}; `fmdistill cache RECIPE` rebuilds the shard")
+    return fields
 
 
 def _problem(tar: Path, fields: Mapping[str, Any], identity: str) -> str | None:
-    """Return what is wrong with the pair, None where nothing is."""
-    redo = "delete it and run `fmdistill cache` again"
+    """Return the problem of a tar and its sidecar as an error message, or None if they agree."""
+    remedy = "delete it and run `fmdistill cache` again"
     if not tar.is_file():
-        return f"{tar}: missing, though its sidecar is there; `fmdistill cache` makes it anew"
+        return f"{tar}: missing, although its sidecar exists; `fmdistill cache` rebuilds it"
     if fields.get("identity") != identity:
-        return f"{tar}: its sidecar belongs to another cache than the manifest beside it; {redo}"
+        return f"{tar}: its sidecar belongs to another cache than the manifest beside it; {remedy}"
     if tar.stat().st_size != fields["bytes"]:
-        return f"{tar}: {tar.stat().st_size} bytes, its sidecar says {fields['bytes']}; {redo}"
+        return f"{tar}: has {tar.stat().st_size} bytes, but {fields['bytes']} in its sidecar; {remedy}"
     if file_hash(tar) != fields["sha256"]:
-        return f"{tar}: {damage(tar, dict(fields))}; {redo}"
+        return f"{tar}: {damage(tar, dict(fields))}; {remedy}"
     return None
 
 
@@ -113,8 +115,8 @@ def _about(
     ends = keys if len(keys) <= 2 * SHOWN + 1 else [*keys[:SHOWN], "...", *keys[-SHOWN:]]
     yield f"{name}: {len(keys)} images of {teacher.get('name')}, {fields['split']}, {len(failed)} failed"
     yield f"keys               {', '.join(ends) or 'none'}"
-    for one in failed[:SHOWN]:
-        yield f"failed             {one['key']}: {one['problem']}"
+    for failure in failed[:SHOWN]:
+        yield f"failed             {failure['key']}: {failure['problem']}"
     if len(failed) > SHOWN:
         yield f"failed             and {len(failed) - SHOWN} more"
     yield f"bytes              {fields['bytes']} in the tar, {fields['bytes'] / max(1, len(keys)):.0f} an image"
@@ -128,7 +130,7 @@ def _about(
 
 
 def _statistics(values: Any) -> str:
-    """Return count, mean and deviation over channels and tokens, and the largest magnitude."""
+    """Format the token count, mean, standard deviation over channels and tokens, and largest magnitude."""
     try:
         count, channels = int(values["count"]), len(values["sum"])
         if not count:
@@ -141,7 +143,8 @@ def _statistics(values: Any) -> str:
     return f"{count} tokens, mean {mean:.4g}, deviation {deviation:.4g}, largest {largest:.4g}"
 
 
-def _weights(reader: ShardReader, preprocess: Preprocess, settings: Settings) -> Iterator[str]:
+def _weights(reader: ShardReader, preprocess: Preprocess, settings: InspectSettings) -> Iterator[str]:
+    """Yield lines about the weights of one image's tokens, which are written as PNG, or of the shard's vectors."""
     if not reader.samples:
         return
     output = settings.output or ("embedding" if "embedding" in reader.shapes else next(iter(reader.shapes)))
@@ -149,13 +152,13 @@ def _weights(reader: ShardReader, preprocess: Preprocess, settings: Settings) ->
         raise UserError(f"output={output}: this cache has none.{suggest(output, reader.shapes)}")
     key = settings.key or reader.keys[0]
     if key not in reader.keys:
-        close = suggest(key, reader.keys).partition(" Known: ")[0]  # a shard holds thousands
-        way_out = close or f" The first is '{reader.keys[0]}'"
+        similar = suggest(key, reader.keys).partition(" Known: ")[0]  # without a list of thousands of keys
+        way_out = similar or f" The first is '{reader.keys[0]}'"
         raise UserError(f"key={key}: none of the {len(reader.keys)} images in {reader.path}.{way_out}")
     srw = SRW(temperature=settings.temperature, relative=settings.relative)
-    how = f"SRW at temperature {settings.temperature:g}{' (relative)' if settings.relative else ''}, {output}"
+    method = f"SRW at temperature {settings.temperature:g}{' (relative)' if settings.relative else ''}, {output}"
     if reader.outputs[output].is_vector:
-        yield from _spread(reader, output, srw, how)
+        yield from _vector_weights(reader, output, srw, method)
         return
     index = reader.keys.index(key)
     map_CHW = torch.from_numpy(reader.read(index)[output])
@@ -167,30 +170,30 @@ def _weights(reader: ShardReader, preprocess: Preprocess, settings: Settings) ->
     weight_1N = srw(torch.zeros(1, valid.numel()), seen)
     weights = weight_1N.view(grid).numpy()
     path = Path(settings.out or f"{reader.name}.{escape(key)}.weights.png")
-    write_whole(path, weights_figure(weights, valid.numpy(), f"{key}, {how}"))
+    write_whole(path, weights_figure(weights, valid.numpy(), f"{key}, {method}"))
     inside = weights[valid.numpy()]
     share = float(effective_sample_size(weight_1N, seen.valid))
     yield (
-        f"weights of {key}: {how}, over {inside.size} of {weights.size} tokens: {_five(inside)}; "
+        f"weights of {key}: {method}, over {inside.size} of {weights.size} tokens: {_quantiles(inside)}; "
         f"effective sample size {share:.3f}"
     )
     yield f"picture            {path}"
 
 
-def _spread(reader: ShardReader, output: str, srw: SRW, how: str) -> Iterator[str]:
-    """Yield how the weights of the shard's vectors, taken as one batch, are spread, and the keys at either end."""
+def _vector_weights(reader: ShardReader, output: str, srw: SRW, method: str) -> Iterator[str]:
+    """Yield lines about the weights of the shard's vectors as one batch, and the keys of the largest and smallest."""
     vectors_ND = torch.from_numpy(np.stack([reader.read(i)[output] for i in range(len(reader.samples))]))
     seen = Seen({output: vectors_ND}, None, output, whole={output: vectors_ND})
     weight_N = srw(torch.zeros(len(vectors_ND)), seen)
     yield (
-        f"weights            {how}, the shard as one batch: {_five(weight_N.numpy())}; effective sample size "
+        f"weights            {method}, the shard as one batch: {_quantiles(weight_N.numpy())}; effective sample size "
         f"{float(effective_sample_size(weight_N, None)):.3f}"
     )
     order = weight_N.argsort(descending=True).tolist()
-    for name, some in (("largest", order[:SHOWN]), ("smallest", order[::-1][:SHOWN])):
-        yield f"  {name:16} {', '.join(f'{reader.keys[i]} {float(weight_N[i]):.3f}' for i in some)}"
+    for name, indices in (("largest", order[:SHOWN]), ("smallest", order[::-1][:SHOWN])):
+        yield f"  {name:16} {', '.join(f'{reader.keys[i]} {float(weight_N[i]):.3f}' for i in indices)}"
 
 
-def _five(values: np.ndarray) -> str:
-    low, fifth, middle, high, top = np.quantile(values, [0, 0.05, 0.5, 0.95, 1])
-    return f"least {low:.3f}, 5 % {fifth:.3f}, median {middle:.3f}, 95 % {high:.3f}, largest {top:.3f}"
+def _quantiles(values: np.ndarray) -> str:
+    low, q05, median, q95, high = np.quantile(values, [0, 0.05, 0.5, 0.95, 1])
+    return f"least {low:.3f}, 5 % {q05:.3f}, median {median:.3f}, 95 % {q95:.3f}, largest {high:.3f}"

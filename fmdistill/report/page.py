@@ -1,4 +1,4 @@
-"""One self-contained HTML page: no script, no style sheet, font or image from elsewhere."""
+"""Build a self-contained HTML page: no script, and no external style sheet, font or image."""
 
 import base64
 from collections.abc import Iterable
@@ -49,7 +49,7 @@ dt { font-weight: 600 } dd { margin: 0; color: #555c68 }
 
 
 def page(title: str, parts: Iterable[str]) -> str:
-    """Return the whole document; `parts` are HTML."""
+    """Return a whole HTML document; `parts` are HTML."""
     body = "\n".join(parts)
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -70,22 +70,22 @@ def page(title: str, parts: Iterable[str]) -> str:
 
 
 def heading(text: str, level: int = 2) -> str:
-    """Return a heading of plain text."""
+    """Return a heading as HTML; `text` is plain."""
     return f"<h{level}>{escape(text)}</h{level}>"
 
 
 def paragraph(text: str, kind: str = "") -> str:
-    """Return a paragraph of plain text; `kind` is its class."""
+    """Return a paragraph as HTML; `text` is plain and `kind` its CSS class."""
     return f'<p class="{kind}">{escape(text)}</p>' if kind else f"<p>{escape(text)}</p>"
 
 
 def definitions(items: Iterable[tuple[str, str]]) -> str:
-    """Return a list of terms and what they are, plain text."""
+    """Return a definition list as HTML; the items are terms and their descriptions, plain text."""
     return "<dl>" + "".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in items) + "</dl>"
 
 
 def figure(image: bytes, caption: str, alt: str, wide: bool = False) -> str:
-    """Return a picture, PNG or SVG, inside the page, with its caption; a `wide` one scrolls on a narrow screen."""
+    """Return an embedded PNG or SVG image with its caption as HTML; a `wide` one scrolls on a narrow screen."""
     kind = "png" if image.startswith(b"\x89PNG") else "svg+xml"
     data = base64.b64encode(image).decode()
     style = ' class="wide"' if wide else ""
@@ -96,11 +96,11 @@ def figure(image: bytes, caption: str, alt: str, wide: bool = False) -> str:
 
 
 def grid(figures: Iterable[str]) -> str:
-    """Return figures side by side where the screen is wide enough."""
+    """Return figures as HTML that places them side by side if the screen is wide enough."""
     return f'<div class="grid">{"".join(figures)}</div>'
 
 
 def colour_key(entries: Iterable[tuple[tuple[int, int, int], str]]) -> str:
-    """Return one line that says what each RGB colour means."""
+    """Return a legend of RGB colours and their meanings as HTML."""
     marks = "".join(f'<i style="background:rgb{colour}"></i>{escape(text)}' for colour, text in entries)
     return f'<p class="key">{marks}</p>'

@@ -1,4 +1,4 @@
-"""Compare methods that were run over the same seeds: paired differences with an interval, and what they decide.
+"""Compare methods run with the same seeds: paired differences, their confidence intervals, and a verdict.
 
 Letters: S seeds, M methods, the first of them the baseline.
 """
@@ -17,17 +17,17 @@ from fmdistill.evaluate.results import STUDENT, Key, Metric
 from fmdistill.report.rows import Run
 
 LEVEL = 0.95
-MANY = 3  # more methods than these are corrected for
-QUICK = 60.0  # seconds; a run that takes less is repeated oftener before anything is called decided
-SEEDS_QUICK, SEEDS = 8, 5
+UNCORRECTED_METHODS = 3  # with more methods, intervals are corrected for the number of comparisons
+QUICK_RUN = 60.0  # seconds of training below which a verdict needs QUICK_SEEDS
+QUICK_SEEDS, SEEDS = 8, 5  # needed for a verdict
 
 
 @dataclass(frozen=True)
 class Line:
-    """One method on one metric: over its seeds, and against the baseline's runs with the same seeds.
+    """One method's result on one metric over its seeds, and its difference to the baseline with the same seeds.
 
-    The interval is Student's t of the S paired differences, at 95 %; with more than three methods at 1 - 5 % / (M - 1)
-    (Bonferroni), so that all intervals of a metric hold together at 95 %.
+    The interval is Student's t interval of the S paired differences at 95 %; with more than three methods at
+    1 - 5 % / (M - 1) (Bonferroni), so that all intervals of a metric hold together at 95 %.
     """
 
     method: str
@@ -41,13 +41,16 @@ class Line:
     low: float | None
     high: float | None
     verdict: str
-    effective_sample_size: float | None  # of the term with the smallest, mean over the logged steps and the seeds
+    effective_sample_size: float | None  # the smallest of the terms', averaged over the logged steps and the seeds
 
 
 def compare(runs: Mapping[str, Sequence[Run]], protocol: str) -> list[Line]:
-    """Return a line for each metric and method; `runs` are each method's, by seed in one order, the baseline first."""
+    """Return a line for each metric and method.
+
+    `runs` are each method's, the baseline first; every method's are in the same order of seeds.
+    """
     methods = list(runs)
-    enough = needed(runs)
+    required = seeds_needed(runs)
     lines = []
     for key in _keys(runs, protocol):
         metric = runs[methods[0]][0].evaluations[protocol].metric(key[0])
@@ -58,38 +61,39 @@ def compare(runs: Mapping[str, Sequence[Run]], protocol: str) -> list[Line]:
                 difference, low, high = interval(np.subtract(values[name], values[methods[0]]), len(methods))
             mean, deviation = float(np.mean(values[name])), _deviation(values[name])
             count, ess = len(values[name]), _effective_sample_size(runs[name])
-            verdict = _verdict(difference, low, high, count, enough, metric)
+            verdict = _verdict(difference, low, high, count, required, metric)
             compared = (mean, deviation, difference, low, high, verdict, ess)
             lines.append(Line(name, key[0], dict(key[1]), metric.percent, count, *compared))
     return lines
 
 
 def interval(difference_S: np.ndarray, methods: int = 2) -> tuple[float, float, float]:
-    """Return the mean of paired differences and its interval; of one seed, from minus to plus infinity."""
+    """Return the mean of paired differences and the ends of its interval, which are infinite for a single seed."""
     count, mean = len(difference_S), float(np.mean(difference_S))
     if count < 2:
         return mean, -math.inf, math.inf
-    comparisons = methods - 1 if methods > MANY else 1
+    comparisons = methods - 1 if methods > UNCORRECTED_METHODS else 1
     quantile = float(stats.t.ppf(1 - (1 - LEVEL) / comparisons / 2, count - 1))
     half = quantile * float(np.std(difference_S, ddof=1)) / math.sqrt(count)
     return mean, mean - half, mean + half
 
 
-def needed(runs: Mapping[str, Sequence[Run]]) -> int:
-    """Return how many seeds decide: eight where a run's training takes less than a minute, else five."""
-    seconds = [found for several in runs.values() for run in several if (found := _seconds(run)) is not None]
-    return SEEDS_QUICK if seconds and statistics.median(seconds) < QUICK else SEEDS
+def seeds_needed(runs: Mapping[str, Sequence[Run]]) -> int:
+    """Return the number of seeds needed for a verdict: eight if training takes less than a minute, else five."""
+    durations = [_seconds(run) for method_runs in runs.values() for run in method_runs]
+    seconds = [duration for duration in durations if duration is not None]
+    return QUICK_SEEDS if seconds and statistics.median(seconds) < QUICK_RUN else SEEDS
 
 
 def text(lines: Sequence[Line]) -> str:
-    """Return one Markdown table per metric; shares are shown times 100, other metrics as they are."""
-    written = []
+    """Format the lines as one Markdown table per metric; shares are shown times 100, other metrics unscaled."""
+    text_lines = []
     for heading in dict.fromkeys(_heading(line) for line in lines):
         members = [line for line in lines if _heading(line) == heading]
-        written += [f"**{heading}**, {members[0].seeds} seeds, differences to {members[0].method}", ""]
-        written += ["| method | mean | sd | difference | interval | | ESS |", "|---|---|---|---|---|---|---|"]
-        written += [_row(line) for line in members] + [""]
-    return "\n".join(written).rstrip()
+        text_lines += [f"**{heading}**, {members[0].seeds} seeds, differences to {members[0].method}", ""]
+        text_lines += ["| method | mean | sd | difference | interval | | ESS |", "|---|---|---|---|---|---|---|"]
+        text_lines += [_row(line) for line in members] + [""]
+    return "\n".join(text_lines).rstrip()
 
 
 def _heading(line: Line) -> str:
@@ -107,25 +111,25 @@ def _row(line: Line) -> str:
 
 
 def _verdict(
-    difference: float | None, low: float | None, high: float | None, seeds: int, enough: int, metric: Metric
+    difference: float | None, low: float | None, high: float | None, seeds: int, required: int, metric: Metric
 ) -> str:
-    """Return what the interval decides; "higher" or "lower" if the metric does not state which is better."""
+    """Return the verdict of an interval; "higher" or "lower" if the metric does not say which is better."""
     if difference is None or low is None or high is None:
         return "baseline"
-    if seeds < enough:
-        return f"not decided: {seeds} of {enough} seeds"
+    if seeds < required:
+        return f"not decided: {seeds} of {required} seeds"
     if low <= 0 <= high:
         return "not decided"
-    side = "higher" if low > 0 else "lower"
+    direction = "higher" if low > 0 else "lower"
     if metric.better is None:
-        return side
-    return "better" if side == metric.better else "worse"
+        return direction
+    return "better" if direction == metric.better else "worse"
 
 
 def _keys(runs: Mapping[str, Sequence[Run]], protocol: str) -> list[Key]:
-    """Return the student's metrics with their dimensions that are numbers and that every run has, in their order."""
-    several = [_student(run, protocol) for group in runs.values() for run in group]
-    return [key for key in several[0] if all(results.is_number(cells.get(key)) for cells in several)]
+    """Return the student's metrics, with dimensions, that are numbers in every run, in the first run's order."""
+    students = [_student(run, protocol) for method_runs in runs.values() for run in method_runs]
+    return [key for key in students[0] if all(results.is_number(cells.get(key)) for cells in students)]
 
 
 def _student(run: Run, protocol: str) -> dict[Key, float]:
@@ -148,7 +152,7 @@ def _effective_sample_size(runs: Sequence[Run]) -> float | None:
         for run in runs
         for row in run.log
     ]
-    smallest = [min(row) for row in rows if row]  # a term by labels, which nothing weighs, would water it down
+    smallest = [min(row) for row in rows if row]  # not the mean, which an unweighted term of labels would raise
     return statistics.fmean(smallest) if smallest else None
 
 

@@ -1,4 +1,4 @@
-"""Pictures from arrays: loss curves, patch weights on the image, masks and where they differ."""
+"""Draw figures from arrays: loss curves, patch weights over an image, and masks with their differences."""
 
 import io
 import re
@@ -33,8 +33,8 @@ STYLE: Any = {
     "axes.titlelocation": "left",
     "svg.hashsalt": "fmdistill",
 }
-LOGARITHMIC = 5  # the ratio of largest to smallest from which an axis is logarithmic
-PANELS = (  # of a run's log, in this order; every run logs its terms besides, which a single term's loss repeats
+LOGARITHMIC = 5  # an axis is logarithmic if its largest value exceeds the smallest by this factor
+PANELS = (  # the logged quantities to draw, in order; the terms' own are left out, as a single term's is the loss
     "loss",
     "validation/loss",
     "[^/]+/effective_sample_size",
@@ -45,7 +45,7 @@ PANELS = (  # of a run's log, in this order; every run logs its terms besides, w
 
 
 def curves_figure(logs: Mapping[str, Sequence[Mapping[str, Any]]], limit: int = 9) -> bytes | None:
-    """Return SVG with one panel per logged quantity, the loss first, a line per run; None where nothing is logged."""
+    """Draw one panel per logged quantity, the loss first, with a line per run; return SVG, or None without any."""
     keys = _logged(logs)[:limit]
     if not keys:
         return None
@@ -62,9 +62,9 @@ def curves_figure(logs: Mapping[str, Sequence[Mapping[str, Any]]], limit: int = 
 
 
 def weight_map_figure(image: np.ndarray, weights: np.ndarray, valid: np.ndarray, stride: int = 16) -> bytes:
-    """Return PNG: the image (H, W, 3) uint8, and beside it its weights (g, g), mean one, over the grey picture.
+    """Draw an image (H, W, 3) uint8 and its weights (g, g), mean one, over the grey image beside it; return PNG.
 
-    Patches that are not `valid` (g, g) bool are left out. White is 1; the colours span this image's own deviation.
+    Patches that are not `valid` (g, g) bool are left out. White is 1, and the colours span this image's weights.
     """
     height, width = image.shape[:2]
     shown = np.ma.masked_where(~valid, weights)
@@ -85,7 +85,7 @@ def weight_map_figure(image: np.ndarray, weights: np.ndarray, valid: np.ndarray,
 
 
 def weights_figure(weights: np.ndarray, valid: np.ndarray, title: str) -> bytes:
-    """Return PNG: the weights (g, g), mean one, by themselves, coloured as in `weight_map_figure`.
+    """Draw weights (g, g), mean one, without their image, in the colours of `weight_map_figure`; return PNG.
 
     Patches that are not `valid` (g, g) bool are hatched.
     """
@@ -104,9 +104,9 @@ def weights_figure(weights: np.ndarray, valid: np.ndarray, title: str) -> bytes:
 
 
 def mask_figure(image: np.ndarray, point: tuple[float, float], masks: Mapping[str, np.ndarray]) -> bytes:
-    """Return PNG columns: image (H, W, 3) uint8 with the point (x, y), then each of `masks`, (H, W) bool.
+    """Draw an image (H, W, 3) uint8 with the point (x, y), and beside it each of `masks`, (H, W) bool; return PNG.
 
-    The first mask is the teacher's; every other is coloured against it by AGREED, MISSED and ADDED.
+    The first mask is the teacher's; the others show their agreement with it in the colours AGREED, MISSED and ADDED.
     """
     names = list(masks)
     height, width = image.shape[:2]
@@ -129,7 +129,7 @@ def mask_figure(image: np.ndarray, point: tuple[float, float], masks: Mapping[st
 
 
 def strip_figure(images: Sequence[np.ndarray], titles: Sequence[str]) -> bytes:
-    """Return PNG: a row of images (h, w, 3) uint8, each below its title."""
+    """Draw a row of images (h, w, 3) uint8, each below its title; return PNG."""
     with matplotlib.rc_context(STYLE | {"axes.grid": False, "axes.titlelocation": "center"}):
         figure = Figure(figsize=(0.95 * len(images), 1.2), layout="constrained")
         for axes, image, title in zip(np.ravel(figure.subplots(1, len(images))), images, titles, strict=True):
@@ -140,7 +140,7 @@ def strip_figure(images: Sequence[np.ndarray], titles: Sequence[str]) -> bytes:
 
 
 def paint(image: np.ndarray, teacher: np.ndarray, mask: np.ndarray, alpha: float = 0.6) -> np.ndarray:
-    """Return the greyed image (H, W, 3) uint8 with both masks' pixels coloured by who claims them."""
+    """Return the image in grey, (H, W, 3) uint8, with the pixels of both masks coloured: AGREED, MISSED or ADDED."""
     grey = np.repeat(image.mean(axis=2, keepdims=True), 3, axis=2) * 0.8 + 40
     for region, colour in ((teacher & mask, AGREED), (teacher & ~mask, MISSED), (mask & ~teacher, ADDED)):
         grey[region] = (1 - alpha) * grey[region] + alpha * np.array(colour)
@@ -162,12 +162,12 @@ def _curves(axes: Any, key: str, logs: Mapping[str, Sequence[Mapping[str, Any]]]
         steps, values = np.array(points, dtype=float).reshape(-1, 2).T
         marker = "o" if len(steps) < 20 else None
         colour = PALETTE[i % len(PALETTE)]
-        wide = max(1.0, 2.4 - 0.9 * i)  # so that a line shows below another that covers it
-        axes.plot(steps, values, label=name, color=colour, linewidth=wide, alpha=0.9, marker=marker, markersize=3)
+        width = max(1.0, 2.4 - 0.9 * i)  # so that a line remains visible below another that covers it
+        axes.plot(steps, values, label=name, color=colour, linewidth=width, alpha=0.9, marker=marker, markersize=3)
         drawn.append(values)
     values = np.concatenate(drawn)
     spread = len(values) > 0 and values.min() > 0 and values.max() > LOGARITHMIC * values.min()
-    if spread and key != "learning_rate":  # a schedule's shape is what its panel shows
+    if spread and key != "learning_rate":  # whose panel shows the schedule's shape
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
@@ -178,8 +178,8 @@ def _curves(axes: Any, key: str, logs: Mapping[str, Sequence[Mapping[str, Any]]]
 
 def _bar(figure: Figure, axes: Any, heat: Any, span: float) -> None:
     ends = max(0.0, 1 - span), 1 + span  # no weight is negative
-    place = axes.inset_axes((1.03, 0, 0.04, 1))
-    bar = figure.colorbar(heat, cax=place, ticks=np.linspace(*ends, 5).tolist(), format="%.2f")
+    bar_axes = axes.inset_axes((1.03, 0, 0.04, 1))
+    bar = figure.colorbar(heat, cax=bar_axes, ticks=np.linspace(*ends, 5).tolist(), format="%.2f")
     bar.ax.set_ylim(*ends)
 
 

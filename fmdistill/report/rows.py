@@ -1,4 +1,4 @@
-"""Read runs and published tables into the lines of tables."""
+"""Read runs, their results and published tables into rows of a table."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ Kind = Literal["run", "teacher", "floor", "published"]
 
 @dataclass(frozen=True)
 class Run:
-    """A run as it lies on disk; evaluations by their file's stem, since one evaluator may have several protocols."""
+    """A run read from its folder: recipe, training log, and results by the name of the protocol's file."""
 
     name: str
     folder: Path
@@ -28,7 +28,7 @@ class Run:
 
 @dataclass(frozen=True)
 class TableRow:
-    """One line of a table: the values of one subject by metric and dimensions."""
+    """A row of a table: the values of one subject by metric and dimensions."""
 
     name: str
     kind: Kind
@@ -37,9 +37,9 @@ class TableRow:
 
 @dataclass(frozen=True)
 class Published:
-    """A paper's table; `source` says whose, `setting` what differs from ours.
+    """A paper's table, with its citation as `source` and a description of the experiment as `setting`.
 
-    `protocol` holds the name and the settings that a protocol of ours must share for its figures to stand beside these.
+    The table is shown beside the results of a protocol that has the name and all settings of `protocol`.
     """
 
     source: str
@@ -49,10 +49,10 @@ class Published:
 
 
 def read_runs(folders: Iterable[str | Path]) -> list[Run]:
-    """Return the runs of `folders`, each named by as much of its path as tells it from the others."""
+    """Read the runs of `folders`; name each by the end of its path, as long as needed for distinct names."""
     paths = list(dict.fromkeys(Path(folder) for folder in folders))
     if not paths:
-        raise UserError("report: names no run; give one or more run folders")
+        raise UserError("report: no run is named; give one or more run folders")
     depth = 1
     while len({p.resolve().parts[-depth:] for p in paths}) < len({p.resolve() for p in paths}):
         depth += 1
@@ -60,24 +60,24 @@ def read_runs(folders: Iterable[str | Path]) -> list[Run]:
 
 
 def rows(runs: list[Run], evaluation: str) -> list[TableRow]:
-    """Return one row per run and subject of an evaluation; a teacher or floor that the runs share is listed once."""
-    listed: list[TableRow] = []
+    """Return one row per run and subject of an evaluation; a teacher or floor that runs share appears once."""
+    table_rows: list[TableRow] = []
     for run in runs:
         subjects = _by_subject(run.evaluations[evaluation].rows if evaluation in run.evaluations else [])
         for subject, cells in subjects.items():
             if subject == STUDENT:
-                listed.append(TableRow(run.name, "run", cells))
+                table_rows.append(TableRow(run.name, "run", cells))
             elif STUDENT not in subjects:
-                listed.append(TableRow(f"{run.name}: {subject}", "run", cells))
-            elif not any(row.kind != "run" and row.cells == cells for row in listed):
-                known = any(row.name == subject for row in listed)
+                table_rows.append(TableRow(f"{run.name}: {subject}", "run", cells))
+            elif not any(row.kind != "run" and row.cells == cells for row in table_rows):
+                name_taken = any(row.name == subject for row in table_rows)
                 kind = "teacher" if subject == TEACHER else "floor"
-                listed.append(TableRow(f"{subject} ({run.name})" if known else subject, kind, cells))
-    return sorted(listed, key=lambda row: row.kind != "run")
+                table_rows.append(TableRow(f"{subject} ({run.name})" if name_taken else subject, kind, cells))
+    return sorted(table_rows, key=lambda row: row.kind != "run")
 
 
 def published(protocol: dict[str, Any]) -> list[Published]:
-    """Return the papers' tables that fit a protocol, from eval/published of the working folder, then of the package."""
+    """Return the papers' tables for a protocol, from eval/published in the working folder, then in the package."""
     package = Path(recipes.__file__).parent
     files: dict[str, Path] = {}
     for base in (Path.cwd(), package, package.parent):
@@ -88,30 +88,30 @@ def published(protocol: dict[str, Any]) -> list[Published]:
 
 
 def read_published(path: Path) -> Published:
-    """Return one paper's table; its numbers become fractions where it prints percent."""
+    """Read one paper's table, converting percent to fractions. Raises UserError if the file is malformed."""
     settings = recipes.read_yaml(path)
     missing = {"source", "setting", "protocol", "unit", "rows"} - settings.keys()
     kinds = (("protocol", dict), ("rows", list))
-    odd = missing or [name for name, kind in kinds if not isinstance(settings[name], kind)]
-    if odd or settings["unit"] not in ("percent", "fraction"):
+    wrong = missing or [name for name, kind in kinds if not isinstance(settings[name], kind)]
+    if wrong or settings["unit"] not in ("percent", "fraction"):
         raise UserError(
             f"{path}: needs source, setting, protocol (a mapping), rows (a list) and unit (percent or fraction)"
         )
     scale = 100.0 if settings["unit"] == "percent" else 1.0
     subjects = _by_subject([_published_row(path, row, scale) for row in settings["rows"]])
-    lines = [TableRow(name, "published", cells) for name, cells in subjects.items()]
-    return Published(settings["source"], settings["setting"], settings["protocol"], lines)
+    table_rows = [TableRow(name, "published", cells) for name, cells in subjects.items()]
+    return Published(settings["source"], settings["setting"], settings["protocol"], table_rows)
 
 
 def _published_row(path: Path, row: Any, scale: float) -> results.Row:
-    texts = isinstance(row, dict) and all(isinstance(row.get(name), str) for name in ("subject", "metric"))
-    if not texts or not results.is_number(row.get("value")):
+    named = isinstance(row, dict) and all(isinstance(row.get(name), str) for name in ("subject", "metric"))
+    if not named or not results.is_number(row.get("value")):
         raise UserError(f"{path}: rows: expected {{subject: NAME, metric: NAME, value: NUMBER}}, got {row!r}")
     return {**row, "value": row["value"] / scale}
 
 
 def _read_run(name: str, folder: Path) -> Run:
-    recipe = recipes.load_saved(folder, ["trust=true"])  # only read here, nothing is imported
+    recipe = recipes.load_saved(folder, ["trust=true"])  # reading a recipe imports nothing
     stored = {path.stem: results.read(path) for path in sorted((folder / "evaluation").glob("*.json"))}
     evaluations = {stem: result for stem, result in stored.items() if result is not None}
     return Run(name, folder, recipe, read_json_lines(folder / "metrics.jsonl"), evaluations)

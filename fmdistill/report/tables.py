@@ -1,4 +1,4 @@
-"""Lay rows out as a table, in aligned text for a terminal and in HTML for the page."""
+"""Build a table from rows, and format it as aligned text for a terminal or as HTML for the page."""
 
 import re
 import textwrap
@@ -15,7 +15,10 @@ from fmdistill.report.rows import Published, TableRow
 
 @dataclass(frozen=True)
 class Column:
-    """One metric and its dimensions: the `group` heads neighbouring columns; `percent` values are shown times 100."""
+    """A column of one metric and its dimensions; `group` is the heading shared with neighbouring columns.
+
+    `percent` values are shown times 100.
+    """
 
     key: Key
     group: str
@@ -25,7 +28,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Section:
-    """Rows under one heading; `signed` values are differences."""
+    """Rows under one heading; `signed` values are differences, shown with their sign."""
 
     heading: str
     kind: str
@@ -35,20 +38,20 @@ class Section:
 
 @dataclass(frozen=True)
 class Table:
-    """Columns, and sections of rows; a row without a column's metric leaves the cell empty."""
+    """Columns, and sections of rows; a cell is empty if its row lacks the column's metric."""
 
     columns: list[Column]
     sections: list[Section]
 
 
 def build(rows: list[TableRow], metrics: Mapping[str, Metric], papers: list[Published] | None = None) -> Table:
-    """Return the table of `rows`: runs, differences, teachers, floors, the share of the way closed, and the papers.
+    """Build the table of runs, their differences, teachers, floors, shares of the gap closed, and papers' rows.
 
-    `metrics` are the evaluator's statements by name; a metric without one is shown as it is.
+    `metrics` are the evaluator's descriptions by name; a metric without one is shown under its name, unscaled.
     """
     runs, teachers, floors = ([r for r in rows if r.kind == kind] for kind in ("run", "teacher", "floor"))
     columns = _columns(runs, metrics)
-    sections = [Section("Our runs", "run", runs)]
+    sections = [Section("Runs", "run", runs)]
     if len(runs) > 1:
         sections.append(Section(f"Difference to {runs[0].name}", "difference", _differences(runs), signed=True))
     if teachers:
@@ -61,14 +64,14 @@ def build(rows: list[TableRow], metrics: Mapping[str, Metric], papers: list[Publ
     for paper in papers or []:
         shown = [row for row in paper.rows if row.cells.keys() & {column.key for column in columns}]
         if shown:
-            sections.append(Section(f"Published, not ours: {paper.source}. {paper.setting}", "published", shown))
-            gains = _differences(shown)
-            sections.append(Section(f"Published difference to {shown[0].name}", "published", gains, signed=True))
+            sections.append(Section(f"Published: {paper.source}. {paper.setting}", "published", shown))
+            differences = _differences(shown)
+            sections.append(Section(f"Published difference to {shown[0].name}", "published", differences, signed=True))
     return Table(columns, sections)
 
 
 def plain(table: Table) -> str:
-    """Return the table as aligned text, the column groups on a line above their columns."""
+    """Format the table as aligned text, with the column groups on a line above their columns."""
     bodies = [[[row.name, *_cells(row, table, section)] for row in section.rows] for section in table.sections]
     cells = [["", *(column.label for column in table.columns)], *(line for body in bodies for line in body)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
@@ -77,14 +80,14 @@ def plain(table: Table) -> str:
         needed = sum(widths[i + 1] + 2 for i in members)
         widths[members[-1] + 1] += max(0, len(name) + 2 - needed)
         top += f"  {name:^{max(len(name), needed - 2)}}"
-    written = [top.rstrip(), _aligned(cells[0], widths)]
+    lines = [top.rstrip(), _aligned(cells[0], widths)]
     for section, body in zip(table.sections, bodies, strict=True):
-        written += ["", *textwrap.wrap(section.heading, 100), *(_aligned(line, widths) for line in body)]
-    return "\n".join(written)
+        lines += ["", *textwrap.wrap(section.heading, 100), *(_aligned(line, widths) for line in body)]
+    return "\n".join(lines)
 
 
 def html(table: Table) -> str:
-    """Return the table as HTML; sections carry their kind as a class, so that the page tells them apart."""
+    """Format the table as HTML; each section's kind is its CSS class."""
     groups = ((name, len(members)) for name, members in _groups(table))
     top = "".join(f'<th colspan="{span}" scope="colgroup">{escape(name)}</th>' for name, span in groups)
     labels = "".join(f'<th scope="col">{escape(column.label)}</th>' for column in table.columns)
@@ -107,8 +110,8 @@ def _body(section: Section, table: Table) -> str:
 
 def _columns(runs: list[TableRow], metrics: Mapping[str, Metric]) -> list[Column]:
     keys = list(dict.fromkeys(key for run in runs for key in run.cells))
-    stated = {key: metrics.get(key[0], Metric(key[0])) for key in keys}
-    columns = [_column(key, stated[key]) for key in keys if stated[key].shown]
+    by_key = {key: metrics.get(key[0], Metric(key[0])) for key in keys}
+    columns = [_column(key, by_key[key]) for key in keys if by_key[key].shown]
     order = list(dict.fromkeys(column.group for column in columns))
     return sorted(columns, key=lambda column: order.index(column.group))  # 5x5, 5x5 of photos, 16x16, ...
 
@@ -132,7 +135,7 @@ def _differences(rows: list[TableRow]) -> list[TableRow]:
 
 
 def _closed(run: TableRow, floors: list[TableRow], teachers: list[TableRow], metrics: Mapping[str, Metric]) -> TableRow:
-    """Return the share of the way from the best floor to the end that the metric's statement names."""
+    """Return a run's share, for each metric, of the way from the best floor to the metric's `end`."""
     ways: dict[Key, tuple[float, float]] = {}
     for key in dict.fromkeys(key for floor in floors for key in floor.cells):
         metric = metrics.get(key[0], Metric(key[0]))
@@ -142,7 +145,7 @@ def _closed(run: TableRow, floors: list[TableRow], teachers: list[TableRow], met
         for end in ends:
             if isinstance(end, int | float) and (end < start if metric.better == "lower" else end > start):
                 ways[key] = (start, end - start)
-    return TableRow(run.name, run.kind, _combine(lambda own, way: (own - way[0]) / way[1], run.cells, ways))
+    return TableRow(run.name, run.kind, _combine(lambda value, way: (value - way[0]) / way[1], run.cells, ways))
 
 
 def _combine(function: Callable[[float, Any], float], a: dict[Key, float], b: dict[Key, Any]) -> dict[Key, float]:
@@ -150,8 +153,8 @@ def _combine(function: Callable[[float, Any], float], a: dict[Key, float], b: di
 
 
 def _cells(row: TableRow, table: Table, section: Section) -> list[str]:
-    shares = section.kind == "closed"  # whatever the metric
-    return [_number(row.cells.get(one.key), one.percent or shares, section.signed) for one in table.columns]
+    shares = section.kind == "closed"  # for every metric
+    return [_number(row.cells.get(column.key), column.percent or shares, section.signed) for column in table.columns]
 
 
 def _number(value: float | None, percent: bool, signed: bool) -> str:
@@ -162,7 +165,7 @@ def _number(value: float | None, percent: bool, signed: bool) -> str:
 
 
 def _groups(table: Table) -> list[tuple[str, list[int]]]:
-    """Return runs of neighbouring columns of one group, by their indices."""
+    """Return each column group's name with the indices of its columns, which are neighbours."""
     return [
         (name, [i for i, _ in members])
         for name, members in groupby(enumerate(table.columns), key=lambda pair: pair[1].group)

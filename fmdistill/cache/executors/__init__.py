@@ -1,7 +1,8 @@
-"""Who runs the teacher over the missing shards: this process, those of a launcher, or the actors of a Ray cluster.
+"""Executors run the teacher over the missing shards, in this process, a launcher's processes or a Ray cluster's actors.
 
-A shard is idempotent and published first-wins, so executors may be mixed in one folder, and a shard done twice. Each is
-a function of `images`, `start` (gives the pass of this process, its teacher loaded) and `plan` (what is missing).
+An executor is a function of `images`, of `start`, which loads the teacher and returns its pass, and of `plan`, which
+returns the missing shards. Writing a shard is idempotent and the first published tar counts, so several executors may
+write to one folder, even the same shard.
 """
 
 import functools
@@ -16,5 +17,5 @@ EXECUTORS = {"local": local, "accelerate": accelerate, "ray": ray_actors}
 
 
 def check(settings: Mapping[str, Any]) -> functools.partial:
-    """Return the executor that a recipe's `cache.executor` names, its settings bound, without starting anything."""
+    """Check the settings of `cache.executor` and return the executor with them bound, without starting it."""
     return bind(settings, EXECUTORS, "cache.executor", context=("images", "start", "plan"))

@@ -1,4 +1,4 @@
-"""This process, alone or beside others in one folder, which a launcher or a person started."""
+"""Executors `local` and `accelerate`: run the teacher in this process, or in each process of a launcher."""
 
 import os
 from collections.abc import Callable
@@ -11,31 +11,31 @@ from fmdistill.logs import log, progress
 from fmdistill.registry import UserError
 
 
-class Plan(NamedTuple):
-    """The shards that are missing, how many images they hold, and what a progress bar says."""
+class MissingShards(NamedTuple):
+    """The shards to write, the number of their images, and the description for a progress bar."""
 
     missing: list[Shard]
     images: int
     description: str
 
 
-def local(images: Images, start: Callable[..., Pass], plan: Callable[[], Plan]) -> None:
-    """Run the teacher in this process; those that torchrun or `accelerate launch` started share the shards by rank."""
-    rank, world = processes()  # first, so that a wrong number is noticed before a teacher is loaded
+def local(images: Images, start: Callable[..., Pass], plan: Callable[[], MissingShards]) -> None:
+    """Run the teacher in this process; the processes of torchrun or `accelerate launch` divide the shards by rank."""
+    rank, world = processes()  # first, so that a wrong variable raises before the teacher is loaded
     work = start(images)
     missing, work.expected, description = plan()
     if not missing:
         return
-    held = set(missing)
-    order = [shard for shard in ours_first(images.shards(), rank, world) if shard in held]
+    left = set(missing)
+    order = [shard for shard in ours_first(images.shards(), rank, world) if shard in left]
     with progress(total=work.expected, description=description, unit="image") as bar:
         work.run(order, bar)
     log.info("%s: %d images cached, %d skipped", work.store.folder, work.seen - work.failed, work.failed)
 
 
-def accelerate(images: Images, start: Callable[..., Pass], plan: Callable[[], Plan]) -> None:
-    """Run as `local` does in the processes of a launcher. UserError where no launcher started this one."""
-    if not {"RANK", "ACCELERATE_MIXED_PRECISION"} & set(os.environ):  # torchrun's, and accelerate's for one process
+def accelerate(images: Images, start: Callable[..., Pass], plan: Callable[[], MissingShards]) -> None:
+    """Run like `local` in the processes of a launcher. Raises UserError if no launcher started this process."""
+    if not {"RANK", "ACCELERATE_MIXED_PRECISION"} & set(os.environ):  # accelerate sets only the latter for one process
         raise UserError(
             "cache.executor.name=accelerate: no launcher started this process; start it as `accelerate launch -m "
             "fmdistill cache RECIPE ...`, or leave cache.executor.name=local"

@@ -1,4 +1,4 @@
-"""What a stored result is of, so that nothing is judged twice; and what an interrupted evaluation has judged."""
+"""Stored results: reuse one if nothing that it depends on has changed, and resume an interrupted evaluation."""
 
 import hashlib
 import json
@@ -25,38 +25,38 @@ def state(
     weights: Mapping[str, Path],
     splits: Collection[str] = ("validation",),
 ) -> dict[str, Any]:
-    """Return JSON of all that a result depends on: protocol, weights by subject, images of `splits`, and the cache.
+    """Return everything a result depends on, as JSON: protocol, weights by subject, images of `splits`, and the cache.
 
-    `protocol` is its JSON. Images that keep their key and their place are taken to be the same.
+    `protocol` is the protocol's JSON. An image with the same key at the same place counts as unchanged.
     """
     parts = [protocol, *(part for part in protocol.values() if isinstance(part, Mapping))]
-    own = next((part["images"] for part in parts if isinstance(part.get("images"), Mapping)), None)
-    listed = images.build(own or recipe.images)
-    shards = [(s.name, s.take, list(s.keys or [])) for s in listed.shards() if s.split in splits]
+    protocol_images = next((part["images"] for part in parts if isinstance(part.get("images"), Mapping)), None)
+    source = images.build(protocol_images or recipe.images)
+    shards = [(s.name, s.take, list(s.keys or [])) for s in source.shards() if s.split in splits]
     root = store.of(recipe.cache).folder if recipe.cache is not None else None
-    described = root / manifest.NAME if root is not None else None
+    manifest_file = root / manifest.NAME if root is not None else None
     return {
         "version": fmdistill.__version__,
         "format": results.FORMAT,
         "protocol": json.loads(json.dumps(protocol)),
         "files": {text: file_hash(path) for part in parts for text, path in _files(part)},
         "weights": {name: file_hash(path) for name, path in weights.items()},
-        "images": _digest([listed.identity(), shards]),
-        "cache": file_hash(described) if described is not None and described.is_file() else None,
+        "images": _digest([source.identity(), shards]),
+        "cache": file_hash(manifest_file) if manifest_file is not None and manifest_file.is_file() else None,
     }
 
 
-def stored(path: Path, of: Mapping[str, Any]) -> list[Row] | None:
-    """Return the rows stored at `path` if they are of this state, else None."""
+def read_rows(path: Path, state: Mapping[str, Any]) -> list[Row] | None:
+    """Return the rows stored at `path` if they depend on exactly this `state`, else None."""
     try:
-        found = json.loads(path.read_text())
-        return found["rows"] if found["of"] == of else None
+        result = json.loads(path.read_text())
+        return result["rows"] if result["of"] == state else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def _files(settings: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:
-    """Yield the settings that are files, such as one of class names."""
+    """Yield each setting that names a file, such as a file of class names, with the file's path."""
     for value in settings.values():
         if isinstance(value, str) and value:
             try:
@@ -71,14 +71,14 @@ def _digest(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Partial:
-    """Results of single images, JSON each, on disk as soon as they are made; those of another `state` are dropped."""
+    """The results of single images of an unfinished evaluation, each stored in a file as soon as it is made."""
 
     path: Path
-    done: dict[str, dict[str, Any]]  # by the image
+    done: dict[str, dict[str, Any]]  # each image's result, JSON
 
     @classmethod
     def open(cls, path: Path, state: Mapping[str, Any]) -> "Partial":
-        """Return what an interrupted evaluation of this state left at `path`."""
+        """Return the results that an interrupted evaluation stored at `path`; none if it had another `state`."""
         head, rows = {"state": state}, read_json_lines(path)
         rows = rows[1:] if rows[:1] == [head] else []
         path.parent.mkdir(parents=True, exist_ok=True)
