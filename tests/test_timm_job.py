@@ -132,16 +132,16 @@ def test_student_teacher_and_floors_are_judged(ran):
     shown = report.text([str(ran / "run")])
     assert "k-NN top-1" in shown and "cosine" in shown and "majority class" in shown
     page = report.run([str(ran / "run")], str(ran / "report")).read_text()
-    assert "No pictures" not in page and "image weights" in page
+    assert "No pictures" not in page and "Weights of images" in page
 
 
 def test_plan_bench_and_inspect_tell_of_it(ran, tmp_path, capsys):
     settings = timm_toys.load(ran, f"cache.root={tmp_path}/cache", f"out={tmp_path}/run")
-    planned = plan.run(settings, plan.Settings(images=4, steps=1))
+    planned = plan.run(settings, plan.PlanSettings(images=4, steps=1))
     sizes = sum(path.stat().st_size for path in (ran / "cache").glob("*.tar"))
     assert planned.disk and planned.disk.tars[planned.disk.codec] == sizes
     assert planned.disk.beside == (ran / "cache/manifest.json").stat().st_size
-    measured = bench.run(settings, bench.Settings(images=2, rounds=1, megabytes=0.01, weights="random"))
+    measured = bench.run(settings, bench.BenchSettings(images=2, rounds=1, megabytes=0.01, weights="random"))
     against = {row["what"]: row["against"] for row in measured["rows"]}
     assert against["teacher, resize included"] == "timm model(image), fp32"
     assert against["decode and resize, a thread"] == "PIL and the transform of timm"
