@@ -88,4 +88,4 @@ def advice(share: float, workers: int, cores: int) -> str:
         return f"{line}: it decodes them itself; set teacher.workers=1 or more to decode in other threads"
     if workers < cores:
         return f"{line}: {workers} decode at once on {cores} cores; raise teacher.workers={workers}"
-    return f"{line}: teacher.workers={workers} fills the {cores} cores; use smaller images, faster storage or more cores"
+    return f"{line}: teacher.workers={workers} fills the {cores} cores; use smaller images, faster storage, more cores"
