@@ -121,7 +121,7 @@ def strike_publishing(folder: Path, kills: int, rng: random.Random, whole: float
 
 
 def strike(folder: Path, kills: int, rng: random.Random, whole: float, ranks: list[tuple[int, int]]) -> int:
-    """Run processes with these (rank, world), killing and restarting random ones; return the kills at the end."""
+    """Run processes with these (rank, world), killing and restarting random ones; return the number of kills."""
     running = {n: start(folder, *ranks[n]) for n in range(len(ranks))}
     struck = 0
     while struck < kills:

@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind, and what is refused: own protocols without a judge, students that do not fit."""
+"""What an evaluation stores and reuses, and its errors for custom evaluators and unsuitable students."""
 
 import dataclasses
 import html
@@ -38,13 +38,13 @@ def ran(tmp_path_factory) -> Path:
 def test_a_real_evaluation_stands_beside_the_paper_s_table(ran):
     for name in ("full", "short"):
         evaluate.run(ran / f"{name}.yaml", ran / "run", ["trust=true"])
-    kept = json.loads((ran / "run/evaluation/short.json").read_text())
-    assert kept["protocol"]["name"] == "grid_miou" and kept["protocol"]["images"] == 1
+    stored = json.loads((ran / "run/evaluation/short.json").read_text())
+    assert stored["protocol"]["name"] == "grid_miou" and stored["protocol"]["images"] == 1
     (run,) = rows.read_runs([ran / "run"])
-    assert {stem: one.protocol["name"] for stem, one in run.evaluations.items()} == {
+    assert {stem: result.protocol["name"] for stem, result in run.evaluations.items()} == {
         "full": "grid_miou", "short": "grid_miou",
     }  # fmt: skip
-    assert run.evaluations["short"].protocol == kept["protocol"] and run.evaluations["short"].rows == kept["rows"]
+    assert run.evaluations["short"].protocol == stored["protocol"] and run.evaluations["short"].rows == stored["rows"]
     assert {row.name for row in rows.rows([run], "full")} > {row.name for row in rows.rows([run], "short")}
     sections = report.text([str(ran / "run")]).split("\nshort\n")
     assert len(sections) == 2
@@ -52,11 +52,11 @@ def test_a_real_evaluation_stands_beside_the_paper_s_table(ran):
         assert "ACCV 2024" in text and "MobileSAM + SRW 73.33" in " ".join(text.split())
 
 
-def test_an_interrupted_evaluation_goes_on_with_the_images_that_are_left(ran, monkeypatch):
+def test_an_interrupted_evaluation_resumes_with_the_remaining_images(ran, monkeypatch):
     (ran / "all.yaml").write_text("name: grid_miou\ngrids: [3, 4]\nfloors: true\nby_size: true\nwrite_masks: true\n")
     whole = evaluate.run(ran / "all.yaml", ran / "run", ["trust=true"])
     path = ran / "run/evaluation/all.json"
-    expected = [json.loads(one.read_text()) for one in (path, path.with_suffix(".masks.json"))]
+    expected = [json.loads(file.read_text()) for file in (path, path.with_suffix(".masks.json"))]
     judge, judged = grid_miou._judge, []
 
     def interrupted(protocol, head, case, *rest):
@@ -71,27 +71,27 @@ def test_an_interrupted_evaluation_goes_on_with_the_images_that_are_left(ran, mo
         with pytest.raises(stop.Stopped):
             evaluate.run(ran / "all.yaml", ran / "run", ["trust=true"])
         assert not path.exists()
-        left = path.with_suffix(".partial.jsonl").read_text()
-        assert len(left.splitlines()) == 1 + done
-        path.with_suffix(".partial.jsonl").write_text(left + '{"image": "half wri')  # as a killed process leaves it
+        partial = path.with_suffix(".partial.jsonl").read_text()
+        assert len(partial.splitlines()) == 1 + done
+        path.with_suffix(".partial.jsonl").write_text(partial + '{"image": "half wri')  # as a killed process leaves it
     assert evaluate.run(ran / "all.yaml", ran / "run", ["trust=true"]) == whole
-    assert [json.loads(one.read_text()) for one in (path, path.with_suffix(".masks.json"))] == expected
+    assert [json.loads(file.read_text()) for file in (path, path.with_suffix(".masks.json"))] == expected
     assert len(judged) == 8 + 2 and not path.with_suffix(".partial.jsonl").exists()
 
 
-def test_what_an_interrupted_evaluation_of_another_protocol_left_is_not_used(ran, monkeypatch):
+def test_partial_results_of_another_protocol_are_not_used(ran, monkeypatch):
     (ran / "cut.yaml").write_text("name: grid_miou\ngrids: [2]\n")
-    monkeypatch.setattr(grid_miou.stop, "check", Later(2))
+    monkeypatch.setattr(grid_miou.stop, "check", StopAfter(2))
     with pytest.raises(stop.Stopped):
         evaluate.run(ran / "cut.yaml", ran / "run", ["trust=true"])
     monkeypatch.undo()
     (ran / "cut.yaml").write_text("name: grid_miou\ngrids: [3]\n")
-    found = evaluate.run(ran / "cut.yaml", ran / "run", ["trust=true"])
-    assert {row["grid"] for row in found if row["metric"] == "miou"} == {"3x3"}
+    rows = evaluate.run(ran / "cut.yaml", ran / "run", ["trust=true"])
+    assert {row["grid"] for row in rows if row["metric"] == "miou"} == {"3x3"}
 
 
-class Later:
-    """A check that finds a stop at its last call of so many."""
+class StopAfter:
+    """A replacement of `stop.check` that raises Stopped after `calls` calls."""
 
     def __init__(self, calls: int) -> None:
         self.calls = calls
@@ -102,18 +102,18 @@ class Later:
             raise stop.Stopped(15)
 
 
-def test_a_result_is_made_anew_if_the_weights_or_the_protocol_changed(ran, monkeypatch):
+def test_a_result_is_recomputed_if_the_weights_or_the_protocol_changed(ran, monkeypatch):
     calls, call = [], evaluate._call
     monkeypatch.setattr(evaluate, "_call", lambda *given: calls.append(1) or call(*given))
     (ran / "again.yaml").write_text("name: grid_miou\ngrids: [2]\n")
     first = evaluate.run(ran / "again.yaml", ran / "run", ["trust=true"])
     assert evaluate.run(ran / "again.yaml", ran / "run", ["trust=true"]) == first and len(calls) == 1
     student = ran / "run/student.safetensors"
-    kept = student.read_bytes()
+    weights = student.read_bytes()
     state = {name: value + 0.5 for name, value in load_file(student).items()}
     save_file(state, student)
     assert evaluate.run(ran / "again.yaml", ran / "run", ["trust=true"]) != first and len(calls) == 2
-    student.write_bytes(kept)
+    student.write_bytes(weights)
     assert evaluate.run(ran / "again.yaml", ran / "run", ["trust=true"]) == first and len(calls) == 3
     assert evaluate.run(ran / "again.yaml", ran / "run", ["trust=true", "grids=[3]"]) != first and len(calls) == 4
 
@@ -128,7 +128,7 @@ def test_runs_that_see_other_images_or_floors_are_not_judged_together(ran, setti
 
 
 @dataclass(frozen=True)
-class Mine:
+class WithoutJudge:
     size: int = 1
 
 
@@ -137,7 +137,7 @@ class NoDataclass:
 
 
 @dataclass(frozen=True)
-class Judged:
+class SizeEvaluator:
     size: int = 1
 
     def judge(self, recipe, students):
@@ -145,29 +145,29 @@ class Judged:
 
 
 @dataclass(frozen=True)
-class Odd:
+class WrongReturn:
     returns: str = "number"
 
     def judge(self, recipe, students):
-        one = {"subject": "student", "metric": "size", "value": 1.0}
+        valid = {"subject": "student", "metric": "size", "value": 1.0}
         return {
             "number": 3,
             "no value": ([{"subject": "student", "metric": "size"}], {}),
-            "text": ([{**one, "value": "1"}], {}),
-            "twice": ([one, dict(one)], {}),
-            "clash": ([one], {"rows": []}),
-            "two dimensions": ([one, {**one, "k": 1}], {"images": []}),
+            "text": ([{**valid, "value": "1"}], {}),
+            "twice": ([valid, dict(valid)], {}),
+            "clash": ([valid], {"rows": []}),
+            "two dimensions": ([valid, {**valid, "k": 1}], {"images": []}),
         }[self.returns]
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("Mine", r"Mine has no method judge\(self, recipe, students\) -> \(rows, details\)"),
+        ("WithoutJudge", r"WithoutJudge has no method judge\(self, recipe, students\) -> \(rows, details\)"),
         ("NoDataclass", "is a NoDataclass; an evaluator is a dataclass"),
     ],
 )
-def test_an_own_evaluator_without_a_judge_is_one_line(tmp_path, name, message):
+def test_a_custom_evaluator_without_a_judge_is_a_one_line_error(tmp_path, name, message):
     path = tmp_path / "own.yaml"
     path.write_text(f"name: test_evaluate:{name}\n")
     with pytest.raises(UserError, match=message) as caught:
@@ -175,12 +175,12 @@ def test_an_own_evaluator_without_a_judge_is_one_line(tmp_path, name, message):
     assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
 
 
-def test_an_own_evaluator_is_used_by_its_name_and_nothing_else(ran):
-    (ran / "own.yaml").write_text("name: test_evaluate:Judged\nsize: 3\n")
+def test_a_custom_evaluator_needs_only_its_name(ran):
+    (ran / "own.yaml").write_text("name: test_evaluate:SizeEvaluator\nsize: 3\n")
     expected = [{"subject": "student", "metric": "size", "value": 3.0}]
     assert evaluate.run(ran / "own.yaml", ran / "run", ["trust=true"]) == expected
-    kept = json.loads((ran / "run/evaluation/own.json").read_text())
-    assert kept["protocol"] == {"name": "test_evaluate:Judged", "size": 3}
+    stored = json.loads((ran / "run/evaluation/own.json").read_text())
+    assert stored["protocol"] == {"name": "test_evaluate:SizeEvaluator", "size": 3}
     (ran / "run/evaluation/own.json").unlink()
 
 
@@ -195,15 +195,15 @@ def test_an_own_evaluator_is_used_by_its_name_and_nothing_else(ran):
         ("two dimensions", None),
     ],
 )
-def test_what_an_own_evaluator_returns_is_checked(ran, returns, message):
-    (ran / "odd.yaml").write_text(f"name: test_evaluate:Odd\nreturns: {returns}\n")
+def test_the_return_value_of_a_custom_evaluator_is_checked(ran, returns, message):
+    (ran / "odd.yaml").write_text(f"name: test_evaluate:WrongReturn\nreturns: {returns}\n")
     if message is None:
         assert len(evaluate.run(ran / "odd.yaml", ran / "run", ["trust=true"])) == 2
         (ran / "run/evaluation/odd.json").unlink()
         return
     with pytest.raises(UserError, match=message) as caught:
         evaluate.run(ran / "odd.yaml", ran / "run", ["trust=true"])
-    assert "test_evaluate:Odd" in str(caught.value) and "\n" not in str(caught.value)
+    assert "test_evaluate:WrongReturn" in str(caught.value) and "\n" not in str(caught.value)
     assert not (ran / "run/evaluation/odd.json").exists()
 
 
@@ -240,7 +240,7 @@ class Bare(tiny.Student):
         ("Bare", "Bare: a student's forward returns {'embedding'.*this one a Tensor"),
     ],
 )
-def test_a_student_whose_output_does_not_fit_is_one_line(ran, student, message):
+def test_a_student_with_an_unsuitable_output_is_a_one_line_error(ran, student, message):
     weights = ran / "run/student.safetensors"
     (ran / "other.yaml").write_text((ran / "tiny.yaml").read_text().replace("tiny:Student", f"test_evaluate:{student}"))
     with pytest.raises(UserError, match=message) as caught:
@@ -258,7 +258,7 @@ def test_the_paper_s_protocol_ends_on_a_whole_tar_of_sa1b():
 DOCS = (Path(__file__).parent.parent / "docs/evaluators.md").read_text()
 
 
-def test_the_page_s_own_evaluator_judges_and_is_reported(ran, monkeypatch):
+def test_the_example_evaluator_of_the_page_judges_and_is_reported(ran, monkeypatch):
     blocks = dict(reversed(re.findall(r"^```(\w+)\n(.*?)^```", DOCS, re.DOTALL | re.MULTILINE)))
     (source,) = re.findall(r"^```python\n(from dataclasses.*?)^```", DOCS, re.DOTALL | re.MULTILINE)
     assert len([line for line in source.partition("@dataclass")[2].splitlines() if line.strip()]) <= 20
@@ -272,11 +272,11 @@ def test_the_page_s_own_evaluator_judges_and_is_reported(ran, monkeypatch):
     for index in range(3):
         item = tiny.item(data, 0, index)
         with torch.no_grad():
-            made = student(opened.preprocess.normalize(item["pixels"][None], item["sizes"][None]))["embedding"][0]
-        expected.append(np.linalg.norm(made) / np.linalg.norm(item["outputs"]["sam.embedding"]))
-    (one,) = rows
-    assert one == {"subject": "student", "metric": "length", "value": pytest.approx(np.mean(expected)), "count": 3}
-    assert f"{100 * one['value']:.2f}" in report.text([str(ran / "run")]).partition("lengths")[2]
+            output = student(opened.preprocess.normalize(item["pixels"][None], item["sizes"][None]))["embedding"][0]
+        expected.append(np.linalg.norm(output) / np.linalg.norm(item["outputs"]["sam.embedding"]))
+    (result,) = rows
+    assert result == {"subject": "student", "metric": "length", "value": pytest.approx(np.mean(expected)), "count": 3}
+    assert f"{100 * result['value']:.2f}" in report.text([str(ran / "run")]).partition("lengths")[2]
     assert "the teacher's is 100" in html.unescape(report.run([str(ran / "run")], str(ran / "page")).read_text())
     (ran / "run/evaluation/lengths.json").unlink()
 

@@ -68,11 +68,11 @@ def test_maps_are_compared_over_their_valid_tokens(ran):
     expected: dict[str, list[tuple[float, float]]] = {"student": [], "mean embedding": []}
     groups = []
     for item in items(ran, "validation"):
-        wanted, size = item["outputs"]["sam.embedding"].numpy(), tokens(item)
+        teacher, size = item["outputs"]["sam.embedding"].numpy(), tokens(item)
         with torch.no_grad():
-            made = student(opened.preprocess.normalize(item["pixels"][None], item["sizes"][None]))["embedding"][0]
-        expected["student"].append(literal(made.numpy(), wanted, *size))
-        expected["mean embedding"].append(literal(mean / count, wanted, *size))
+            output = student(opened.preprocess.normalize(item["pixels"][None], item["sizes"][None]))["embedding"][0]
+        expected["student"].append(literal(output.numpy(), teacher, *size))
+        expected["mean embedding"].append(literal(mean / count, teacher, *size))
         groups.append(item["shards"].partition("-")[0])
     assert any(tokens(item) != (4, 4) for item in items(ran, "validation")), "no image is padded"
     for name, pairs in expected.items():
@@ -80,11 +80,11 @@ def test_maps_are_compared_over_their_valid_tokens(ran):
             each = np.array([pair[place] for pair in pairs])
             assert value(rows, metric, name) == pytest.approx(each.mean(), rel=1e-5)
             for group in ("photos", "scenes"):
-                own = each[np.array(groups) == group]
-                assert value(rows, metric, name, group=group) == pytest.approx(own.mean(), rel=1e-5)
+                members = each[np.array(groups) == group]
+                assert value(rows, metric, name, group=group) == pytest.approx(members.mean(), rel=1e-5)
     assert {row["count"] for row in rows} == {8, 5, 3}
-    kept = json.loads((ran / "run/evaluation/cosine.json").read_text())
-    assert len(kept["images"]) == 16 and kept["metrics"]["mse"]["better"] == "lower"
+    stored = json.loads((ran / "run/evaluation/cosine.json").read_text())
+    assert len(stored["images"]) == 16 and stored["metrics"]["mse"]["better"] == "lower"
 
 
 def test_the_figures_are_grid_miou_s_feature_figures(ran):
@@ -102,7 +102,7 @@ def test_a_trimmed_cache_has_the_same_floor(ran, tmp_path):
     torch.testing.assert_close(cosine.mean_output(cache.open_cache(trimmed), "embedding"), whole, rtol=1e-3, atol=1e-3)
 
 
-def test_the_share_of_the_way_ends_at_one_and_at_zero(ran):
+def test_the_share_of_the_way_ends_at_the_perfect_value(ran):
     evaluate.run(ran / "cosine.yaml", ran / "run", ["trust=true"])
     rows = json.loads((ran / "run/evaluation/cosine.json").read_text())["rows"]
     line = report.text([str(ran / "run")]).partition("Share of the way")[2].splitlines()[1]
@@ -113,7 +113,7 @@ def test_the_share_of_the_way_ends_at_one_and_at_zero(ran):
     assert line.split()[1] == shares[0] and shares[1] in line.split()
 
 
-def test_vectors_have_one_cosine(tmp_path):
+def test_a_vector_has_a_single_cosine(tmp_path):
     clip_run.write_teacher(tmp_path / "teacher")
     clip_run.write_classes(tmp_path / "train", 2)
     clip_run.write_classes(tmp_path / "val", 1, seed=50)
@@ -126,9 +126,9 @@ def test_vectors_have_one_cosine(tmp_path):
     for index, image in enumerate(details["images"][:4]):
         item = tiny.item(data, 0, index)
         with torch.no_grad():
-            made = student(opened.preprocess.normalize(item["pixels"][None], item["sizes"][None]))["embedding"]
-        wanted = item["outputs"]["clip.embedding"].numpy()[:, None, None]
-        pair = literal(made.numpy()[0][:, None, None], wanted, 1, 1)
+            output = student(opened.preprocess.normalize(item["pixels"][None], item["sizes"][None]))["embedding"]
+        teacher = item["outputs"]["clip.embedding"].numpy()[:, None, None]
+        pair = literal(output.numpy()[0][:, None, None], teacher, 1, 1)
         assert (image["cosine"], image["mse"]) == pytest.approx(pair, rel=1e-5)
     assert {row["subject"] for row in rows} == {"student", "mean embedding"} and {row["count"] for row in rows} == {6}
     with pytest.raises(UserError, match=r"student: gives an embedding of \(48,\), the cache holds \(24,\)"):

@@ -23,7 +23,7 @@ MODES = ["single", "best_predicted", "paired", "oracle"]
 
 
 def tiny_sam() -> Sam:
-    """Random weights, scaled up so that masks follow the point and the predicted IoUs differ."""
+    """Return a Sam with random weights, scaled up so that masks follow the point and the predicted IoUs differ."""
     torch.manual_seed(8)
     decoder = MaskDecoder(
         num_multimask_outputs=3,
@@ -44,13 +44,13 @@ def tiny_sam() -> Sam:
 
 
 def embeddings(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """A teacher's embedding and a student's that is near it."""
+    """Return a teacher's embedding and a student's similar one."""
     generator = torch.Generator().manual_seed(seed)
     teacher = torch.randn(CHANNELS, GRID, GRID, generator=generator)
     return teacher, teacher + 0.5 * torch.randn(CHANNELS, GRID, GRID, generator=generator)
 
 
-def ask(predictor: SamPredictor, embedding, original, resized, point, mode: str, resolution: str):
+def predict(predictor: SamPredictor, embedding, original, resized, point, mode: str, resolution: str):
     predictor.features, predictor.is_image_set = embedding[None], True
     predictor.original_size, predictor.input_size = original, resized
     multimask = mode != "single"
@@ -62,20 +62,20 @@ def ask(predictor: SamPredictor, embedding, original, resized, point, mode: str,
 
 
 def loop(sam: Sam, teacher, student, original, resized, k: int, mode: str, resolution: str) -> tuple[list, list]:
-    """The metric written out with SamPredictor: IoU per point, and the areas of the teacher's masks."""
+    """Compute the metric with SamPredictor; return the IoU per point, and the areas of the teacher's masks."""
     predictor, scores, areas = SamPredictor(sam), [], []
     for row in range(k):
         for column in range(k):
             point = np.array([(column + 0.5) / k * original[1], (row + 0.5) / k * original[0]])
-            t, t_iou = ask(predictor, teacher, original, resized, point, mode, resolution)
-            s, s_iou = ask(predictor, student, original, resized, point, mode, resolution)
-            best, own = t[t_iou.argmax()], s[s_iou.argmax()]
+            t, t_iou = predict(predictor, teacher, original, resized, point, mode, resolution)
+            s, s_iou = predict(predictor, student, original, resized, point, mode, resolution)
+            best, student_best = t[t_iou.argmax()], s[s_iou.argmax()]
             if mode == "paired":
                 pairs = list(zip(t, s, strict=True))
             else:
-                pairs = [(best, one) for one in s] if mode == "oracle" else [(best, own)]
-            found = [np.logical_and(a, b).sum() / np.logical_or(a, b).sum() if (a | b).any() else 1.0 for a, b in pairs]
-            scores.append(max(found) if mode == "oracle" else np.mean(found))
+                pairs = [(best, mask) for mask in s] if mode == "oracle" else [(best, student_best)]
+            ious = [np.logical_and(a, b).sum() / np.logical_or(a, b).sum() if (a | b).any() else 1.0 for a, b in pairs]
+            scores.append(max(ious) if mode == "oracle" else np.mean(ious))
             areas += [mask.mean() for mask in t]
     return scores, areas
 
@@ -86,15 +86,15 @@ def loop(sam: Sam, teacher, student, original, resized, k: int, mode: str, resol
 def test_equals_a_loop_over_the_predictor(mode, resolution, shape):
     sam, (teacher, student), (original, resized) = tiny_sam(), embeddings(), SHAPES[shape]
     expected, areas = loop(sam, teacher, student, original, resized, 6, mode, resolution)
-    assert 0.02 < np.mean(areas) < 0.98 and np.ptp(areas) > 0.02, "the masks say nothing"
-    assert 0.05 < np.mean(expected) < 0.95 and np.ptp(expected) > 0.02, "the scores say nothing"
+    assert 0.02 < np.mean(areas) < 0.98 and np.ptp(areas) > 0.02, "the masks are degenerate"
+    assert 0.05 < np.mean(expected) < 0.95 and np.ptp(expected) > 0.02, "the scores are degenerate"
     head = PromptHead.from_sam(sam)
     for batch in (1, 5):
         protocol = GridMiou(select=mode, resolution=resolution, points_per_batch=batch)
-        found = image_iou(head, teacher, student, original, resized, 6, protocol)
-        assert found.mean() == pytest.approx(np.mean(expected), abs=1e-4)
+        iou_P = image_iou(head, teacher, student, original, resized, 6, protocol)
+        assert iou_P.mean() == pytest.approx(np.mean(expected), abs=1e-4)
         # One cell whose logit is a rounding error away from 0 is a large share of a small mask.
-        np.testing.assert_allclose(found, expected, atol=5e-3)
+        np.testing.assert_allclose(iou_P, expected, atol=5e-3)
 
 
 @pytest.mark.parametrize("resolution", ["original", "low"])
@@ -102,8 +102,8 @@ def test_equals_a_loop_over_the_predictor(mode, resolution, shape):
 def test_teacher_against_itself_is_exactly_one(mode, resolution):
     head, (teacher, student), (original, resized) = PromptHead.from_sam(tiny_sam()), embeddings(), SHAPES["3:2"]
     protocol = GridMiou(select=mode, resolution=resolution, points_per_batch=16)
-    found, _ = compare(head, teacher, {"self": teacher.clone(), "student": student}, original, resized, 5, protocol)
-    assert (found["self"] == 1.0).all() and (found["student"] < 1.0).any()
+    scores, _ = compare(head, teacher, {"self": teacher.clone(), "student": student}, original, resized, 5, protocol)
+    assert (scores["self"] == 1.0).all() and (scores["student"] < 1.0).any()
 
 
 @pytest.mark.parametrize("resolution", ["original", "low"])
@@ -114,14 +114,16 @@ def test_buckets_are_of_the_teacher_s_own_mask_at_the_protocol_s_resolution(mode
     scores, buckets = compare(PromptHead.from_sam(sam), teacher, {"s": student}, original, resized, 6, protocol)
     predictor, cells = SamPredictor(sam), 4 * GRID / SIZE
     for i, (x, y) in enumerate(grid_points(6, original)):
-        masks, predicted = ask(predictor, teacher, original, resized, np.array([x, y]), mode, resolution)
+        masks, predicted = predict(predictor, teacher, original, resized, np.array([x, y]), mode, resolution)
         mask = masks[predicted.argmax()]
         if resolution == "low":
             x, y = x / original[1] * resized[1] * cells, y / original[0] * resized[0] * cells
-        one = torch.from_numpy(mask[None])
-        expected = tails.split(tails.area(one), tails.AREAS)
-        expected |= tails.split(tails.edge_distance(one, torch.tensor([[int(x), int(y)]])), tails.EDGES)
-        assert {name: bool(held[i]) for name, held in buckets.items()} == {k: bool(v[0]) for k, v in expected.items()}
+        mask_1HW = torch.from_numpy(mask[None])
+        expected = tails.split(tails.area(mask_1HW), tails.AREAS)
+        expected |= tails.split(tails.edge_distance(mask_1HW, torch.tensor([[int(x), int(y)]])), tails.EDGES)
+        assert {name: bool(members[i]) for name, members in buckets.items()} == {
+            k: bool(v[0]) for k, v in expected.items()
+        }
     assert np.sum(list(buckets.values()), axis=0).tolist() == [2] * 36
     off = replace(protocol, by_size=False, by_edge=False)
     plain, none = compare(PromptHead.from_sam(sam), teacher, {"s": student}, original, resized, 6, off)
@@ -158,7 +160,7 @@ class Planted(torch.nn.Module):
         self.scale, self.rows = torch.nn.Parameter(torch.ones(())), rows
 
     def decode(self, embedding, points, labels, boxes=None, multimask=True):
-        """Real rows +1; padded rows the sign of the embedding."""
+        """Return logits of +1 in real rows and of the embedding's sign in padded rows."""
         logits = torch.ones(len(points), 3, 4 * GRID, 4 * GRID)
         logits[:, :, self.rows :] = embedding.sign().mean()
         return logits, torch.ones(len(points), 3)
@@ -211,8 +213,8 @@ def test_written_masks_survive_json_and_give_the_scores(mode, counts):
         t, s = ([coco.decode(rle).astype(bool) for rle in entry[side]] for side in ("teacher", "student"))
         assert (len(t), len(s)) == counts and t[0].shape == case.original
         pairs = zip(t * (len(s) // len(t)), s, strict=True)
-        found = [(a & b).sum() / (a | b).sum() if (a | b).any() else 1.0 for a, b in pairs]
-        scores.append(max(found) if mode == "oracle" else np.mean(found))
+        ious = [(a & b).sum() / (a | b).sum() if (a | b).any() else 1.0 for a, b in pairs]
+        scores.append(max(ious) if mode == "oracle" else np.mean(ious))
     assert value(rows, "miou", grid="2x2") == pytest.approx(np.mean(scores))
 
 
@@ -221,7 +223,7 @@ def test_rle_round_trip():
     assert (coco.decode(json.loads(json.dumps(to_rle(mask)))) == mask).all()
 
 
-def test_settings_that_measure_nothing_are_refused():
+def test_settings_that_measure_nothing_are_errors():
     for settings in ({"grids": ()}, {"grids": (0,)}, {"points_per_batch": 0}, {"images": 0}):
         with pytest.raises(UserError):
             GridMiou(**settings)

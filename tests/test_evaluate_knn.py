@@ -45,13 +45,15 @@ def test_predictions_are_those_of_a_brute_force_loop(temperature, monkeypatch):
     labels = rng.choice([3, 7, 8, 2_000_000_000], size=60)
     ks = [1, 3, 10, 60]
     expected = np.array([[brute_force(bank, labels, q, k, temperature) for k in ks] for q in query])
-    assert len({tuple(column) for column in expected.T.tolist()}) >= 3, "the numbers of neighbours say nothing"
-    found = predict(torch.tensor(bank).float(), labels, torch.tensor(query).float(), ks, temperature)
-    assert (found == expected).all()
+    assert len({tuple(column) for column in expected.T.tolist()}) >= 3, "the numbers of neighbours make no difference"
+    predicted = predict(torch.tensor(bank).float(), labels, torch.tensor(query).float(), ks, temperature)
+    assert (predicted == expected).all()
     monkeypatch.setattr(knn, "ELEMENTS", 7 * 60)  # in pieces of seven queries
-    assert (predict(torch.tensor(bank).float(), labels, torch.tensor(query).float(), ks, temperature) == found).all()
+    assert (
+        predict(torch.tensor(bank).float(), labels, torch.tensor(query).float(), ks, temperature) == predicted
+    ).all()
     uniform = np.array([[brute_force(bank, labels, q, k, 1e6) for k in ks] for q in query])
-    assert (uniform != expected).any(), "the weights of the votes say nothing"
+    assert (uniform != expected).any(), "the weights of the votes make no difference"
 
 
 def test_of_equal_similarities_the_first_is_nearer_and_of_equal_votes_the_smaller_label_wins():
@@ -62,9 +64,9 @@ def test_of_equal_similarities_the_first_is_nearer_and_of_equal_votes_the_smalle
     bank = torch.eye(2).repeat(3, 1)  # copies of two directions, in turn
     labels = np.array([9, 4, 1, 4, 1, 4])
     query = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
-    found = predict(bank, labels, query, [1, 2, 3, 6], 0.07)
-    assert found[0].tolist() == [9, 1, 1, 1]  # of the votes 9 and 1 are equal at k = 2
-    assert found[1].tolist() == [9, 4, 1, 4]  # all similarities are equal, so the bank is taken in order
+    predicted = predict(bank, labels, query, [1, 2, 3, 6], 0.07)
+    assert predicted[0].tolist() == [9, 1, 1, 1]  # of the votes 9 and 1 are equal at k = 2
+    assert predicted[1].tolist() == [9, 4, 1, 4]  # all similarities are equal, so the bank is taken in order
 
 
 def test_nearest_equals_a_stable_sort_where_values_repeat():
@@ -99,23 +101,23 @@ def features(folder: Path, split: str) -> tuple[list[str], np.ndarray, dict[str,
     data = CachedImages(opened, split)
     items = [tiny.item(data, s, i) for s, shard in enumerate(data.shards) for i in range(len(shard.samples))]
     with torch.no_grad():
-        made = [
+        outputs = [
             student(opened.preprocess.normalize(i["pixels"][None], i["sizes"][None]))["embedding"][0] for i in items
         ]
     teacher = np.stack([item["outputs"]["clip.embedding"].numpy() for item in items])
     names = sorted(clip_run.CLASSES)
     labels = np.array([names.index(item["keys"].partition("/")[0]) for item in items])
-    return [item["keys"] for item in items], labels, {"teacher": teacher, "student": torch.stack(made).numpy()}
+    return [item["keys"] for item in items], labels, {"teacher": teacher, "student": torch.stack(outputs).numpy()}
 
 
 def test_a_run_s_rows_are_those_of_a_loop_over_its_images(ran):
     rows = judged(ran)
-    kept = json.loads((ran / "run/evaluation/knn.json").read_text())
-    assert kept["rows"] == rows and kept["bank"] == 6 * EACH
+    stored = json.loads((ran / "run/evaluation/knn.json").read_text())
+    assert stored["rows"] == rows and stored["bank"] == 6 * EACH
     bank_keys, bank_labels, bank = features(ran, "train")
     keys, labels, query = features(ran, "validation")
     assert len(set(bank_keys) | set(keys)) >= 6 * EACH
-    images = {(image["key"], image["subject"]): image for image in kept["images"]}
+    images = {(image["key"], image["subject"]): image for image in stored["images"]}
     for subject in ("student", "teacher"):
         for k in (1, 3, 10):
             expected = [brute_force(bank[subject], bank_labels, q, k, 0.07) for q in query[subject]]
@@ -125,17 +127,19 @@ def test_a_run_s_rows_are_those_of_a_loop_over_its_images(ran):
     assert {row.get("k") for row in rows} == {1, 3, 10}, "200 neighbours of a bank of 30"
     assert {row["count"] for row in rows} == {6 * HELD}
     assert value(rows, "top1", "majority class", k=1) == pytest.approx(1 / 6)
-    assert value(rows, "top1", k=1) != value(rows, "top1", "teacher", k=1), "the two subjects say the same"
+    assert value(rows, "top1", k=1) != value(rows, "top1", "teacher", k=1), "the two subjects have the same score"
     text = report.text([str(ran / "run")])
     assert "k-NN top-1" in text and "majority class" in text and "Share of the way" in text
 
 
 def test_other_class_folders_have_no_teacher_and_give_the_student_the_same_rows(ran):
-    own = judged(ran)
+    cached = judged(ran)
     roots = [f"images.root={ran}/train", f"images.validation_root={ran}/val"]
     rows = judged(ran, "images.name=image_classes", *roots)
     assert {row["subject"] for row in rows} == {"student", "majority class"}
-    assert [row for row in rows if row["subject"] == "student"] == [row for row in own if row["subject"] == "student"]
+    assert [row for row in rows if row["subject"] == "student"] == [
+        row for row in cached if row["subject"] == "student"
+    ]
     fewer = judged(ran, "images.name=image_classes", *roots, "bank=7", "limit=4")
     assert {row["count"] for row in fewer} == {4} and {row["k"] for row in fewer} == {1, 3}
 
@@ -153,7 +157,7 @@ def test_more_training_images_make_another_result(ran, monkeypatch):
     assert len(calls) == 1
 
 
-def test_what_cannot_be_judged_is_one_clear_line(ran):
+def test_what_cannot_be_judged_is_a_one_line_error(ran):
     recipe = clip_run.load(ran)
     for settings, message in (
         ({"ks": ()}, "ks="), ({"ks": (3, 3)}, "ks="), ({"ks": (0,)}, "ks="), ({"temperature": 0.0}, "temperature=0.0"),
@@ -181,6 +185,6 @@ class Broken(clip_run.Student):
         return {"embedding": super().forward(image)["embedding"] / 0}
 
 
-def test_features_that_are_not_finite_are_refused(ran):
+def test_features_that_are_not_finite_are_an_error(ran):
     with pytest.raises(UserError, match="student gives image '.*' an embedding that is not finite"):
         Knn(workers=0).judge(clip_run.load(ran), {"student": Broken().eval()})

@@ -1,4 +1,4 @@
-"""Retrieval against a plain matrix of similarities: equal captions are right for each other, ties find nothing."""
+"""Retrieval against a plain matrix of similarities: equal captions are correct for each other, ties count as errors."""
 
 import json
 from pathlib import Path
@@ -50,8 +50,8 @@ def test_recalls_are_those_of_a_plain_loop(ran, caplog):
     caplog.set_level("INFO")
     rows = evaluate.run("eval/clip_retrieval.yaml", ran / "run", ["trust=true", "workers=0", "batch=4"])
     assert "3 of 15 images have no caption and are left out" in caplog.text
-    kept = json.loads((ran / "run/evaluation/clip_retrieval.json").read_text())
-    assert (kept["empty"], kept["captions"]) == (3, 10)
+    stored = json.loads((ran / "run/evaluation/clip_retrieval.json").read_text())
+    assert (stored["empty"], stored["captions"]) == (3, 10)
 
     opened = cache.open_cache(clip_run.load(ran, *tars(ran)))
     data = CachedImages(opened, "validation")
@@ -72,7 +72,7 @@ def test_recalls_are_those_of_a_plain_loop(ran, caplog):
         assert value(rows, "text_retrieval", "teacher", k=k) == pytest.approx(np.mean(by_image))
         assert value(rows, "image_retrieval", "teacher", k=k) == pytest.approx(np.mean(by_text))
     assert {(row["metric"], row["count"]) for row in rows} == {("text_retrieval", 12), ("image_retrieval", 10)}
-    images = [image for image in kept["images"] if image["subject"] == "teacher"]
+    images = [image for image in stored["images"] if image["subject"] == "teacher"]
     assert [image["key"] for image in images] == [f"{number:05d}" for number in chosen]
     assert [set(image["captions"]) for image in images] == [set(texts[number]) for number in chosen]
     first = np.mean([image["text_rank"] <= 1 for image in images])
@@ -83,7 +83,7 @@ def pairs(own: list[list[int]]) -> torch.Tensor:
     return torch.tensor([(image, caption) for image, captions in enumerate(own) for caption in captions])
 
 
-def test_perfect_embeddings_find_everything_and_equal_or_undefined_ones_nothing():
+def test_perfect_embeddings_retrieve_everything_and_equal_or_undefined_ones_nothing():
     own = pairs([[0], [1], [2], [0]])
     text = torch.eye(3)
     image_ranks, text_ranks = retrieval.ranks(text[own[:, 1]], text, own)
@@ -93,7 +93,7 @@ def test_perfect_embeddings_find_everything_and_equal_or_undefined_ones_nothing(
         assert image_ranks.tolist() == [3, 4, 4] and text_ranks.tolist() == [3, 3, 3, 3]
 
 
-def test_of_several_captions_the_best_counts_and_the_others_do_not_stand_in_its_way():
+def test_of_several_captions_the_best_counts_and_the_others_are_no_errors():
     own = [[0, 1], [1, 2, 3], [4], [0, 4]]
     generator = torch.Generator().manual_seed(0)
     image, text = torch.randn(4, 6, generator=generator), torch.randn(5, 6, generator=generator)
@@ -117,11 +117,11 @@ def test_many_images_are_compared_in_pieces(monkeypatch):
     assert all(np.array_equal(a, b) for a, b in zip(whole, retrieval.ranks(image, text, own), strict=True))
 
 
-def test_images_without_captions_are_one_clear_line(ran):
+def test_images_without_captions_are_a_one_line_error(ran):
     clip_run.write_classes(ran / "val", 1)
-    given = ["trust=true", "workers=0", "images.name=image_classes", f"images.root={ran}/val"]
+    overrides = ["trust=true", "workers=0", "images.name=image_classes", f"images.root={ran}/val"]
     with pytest.raises(UserError, match="none of 6 images has a caption; it needs KEY.txt"):
-        evaluate.run("eval/clip_retrieval.yaml", ran / "run", given)
+        evaluate.run("eval/clip_retrieval.yaml", ran / "run", overrides)
 
 
 def test_the_teacher_s_captions_and_labels_are_scored_before_training(ran, caplog):
@@ -139,7 +139,7 @@ def test_the_teacher_s_captions_and_labels_are_scored_before_training(ran, caplo
 def test_a_run_scores_its_teacher_before_it_trains(ran, monkeypatch):
     seen = []
     monkeypatch.setattr(pipeline, "check_before", lambda settings: None)
-    monkeypatch.setattr(pipeline.teacher_score, "judge_teacher", lambda *given: seen.append("teacher"))
+    monkeypatch.setattr(pipeline.teacher_score, "judge_teacher", lambda *arguments: seen.append("teacher"))
     monkeypatch.setattr(pipeline.distill, "run", lambda settings: seen.append("train"))
     pipeline.run(clip_run.load(ran, *tars(ran)))
     assert seen == ["teacher", "train"]

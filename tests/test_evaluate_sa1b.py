@@ -1,4 +1,4 @@
-"""SA-1B's own masks against the cached teacher: masks that it made itself score one, all that is malformed is told."""
+"""SA-1B's own masks against the cached teacher: its own masks score one, and malformed ones are reported."""
 
 import io
 import json
@@ -58,12 +58,12 @@ def teacher_masks(data: bytes, choice: str = "picked") -> bytes:
     """Return SA-1B's JSON of the masks that segment_anything's own predictor makes with the toy teacher."""
     predictor = SamPredictor(tiny.teacher().sam)
     predictor.set_image(np.asarray(PIL.Image.open(io.BytesIO(data))))
-    found = []
+    annotations = []
     for point in POINTS:
         masks, predicted, _ = predictor.predict(np.array([point]), np.array([1]), multimask_output=True)
         order = np.argsort(predicted)
-        found.append(annotation(masks[order[-1 if choice == "picked" else 0]], point))
-    return described(data, found)
+        annotations.append(annotation(masks[order[-1 if choice == "picked" else 0]], point))
+    return described(data, annotations)
 
 
 def noise_masks(data: bytes) -> bytes:
@@ -95,7 +95,7 @@ DEFAULT = Sa1b()
 
 
 def judged(recipe, protocol: Sa1b = DEFAULT) -> dict[str, float]:
-    """Return the values by mask, or by metric where there is no mask."""
+    """Return the values by mask, or by metric if there is no mask."""
     cache.run(recipe)
     return {row.get("mask", row["metric"]): row["value"] for row in judge_teacher(recipe, protocol=protocol)}
 
@@ -105,8 +105,10 @@ def test_the_teacher_s_own_masks_score_one_and_are_reported(tmp_path, caplog):
         metrics = judged(job(tmp_path))
     assert metrics["picked"] == pytest.approx(1, abs=1e-3) and metrics["best"] >= metrics["picked"]
     assert (metrics["annotations"], metrics["images"], metrics["skipped"]) == (12, 3, 0)
-    says = "the teacher scores 1.00 (picked), 1.00 (best of three) mIoU against SA-1B's own masks: 12 annotations on 3"
-    assert says in caplog.text and "WARNING" not in caplog.text
+    message = (
+        "the teacher scores 1.00 (picked), 1.00 (best of three) mIoU against SA-1B's own masks: 12 annotations on 3"
+    )
+    assert message in caplog.text and "WARNING" not in caplog.text
 
 
 def test_another_of_the_three_masks_is_found_by_the_best_and_not_by_the_pick(tmp_path):
@@ -162,7 +164,7 @@ DEEP = b"[" * 100_000
         (described(jpeg(0, (9, 9)), [annotation(np.ones((9, 9), bool), [1, 1])]), r"size \[9, 9\] on an image of"),
     ],
 )
-def test_what_is_malformed_is_counted_named_and_skipped(tmp_path, caplog, text, says):
+def test_malformed_annotations_are_counted_named_and_skipped(tmp_path, caplog, text, says):
     metrics = judged(job(tmp_path, {"sa_9": text}))
     assert (metrics["images"], metrics["annotations"], metrics["skipped"]) == (2, 8, 1)
     assert metrics["picked"] == pytest.approx(1, abs=1e-3)
@@ -192,19 +194,19 @@ def test_listed_counts_score_as_the_same_masks_compressed(tmp_path):
 
 
 def test_an_annotation_without_a_point_is_prompted_at_its_mask_s_innermost_pixel(tmp_path):
-    """A mask's own innermost pixel given as its point scores the same; another point scores another figure."""
+    """A mask's innermost pixel as an explicit point has the same score; another point has another."""
 
     def squares(points: bool, shift: int = 0):
         def make(data: bytes) -> bytes:
             width, height = PIL.Image.open(io.BytesIO(data)).size
             mask = np.zeros((height, width), bool)
             mask[10:31, 6:27] = True  # 21 x 21, whose centre is (16, 20)
-            found = annotation(mask, [16 + shift, 20 + shift])
-            polygon = {**found, "segmentation": [[6, 10, 27, 10, 27, 31, 6, 31]]}
-            both = [found, polygon]
+            with_rle = annotation(mask, [16 + shift, 20 + shift])
+            polygon = {**with_rle, "segmentation": [[6, 10, 27, 10, 27, 31, 6, 31]]}
+            both = [with_rle, polygon]
             if not points:
-                for one in both:
-                    del one["point_coords"]
+                for entry in both:
+                    del entry["point_coords"]
             return described(data, both)
 
         return make
@@ -217,7 +219,7 @@ def test_an_annotation_without_a_point_is_prompted_at_its_mask_s_innermost_pixel
     assert scores[0]["best"] != scores[2]["best"]
 
 
-def test_nothing_readable_is_told_and_gives_no_score(tmp_path, caplog):
+def test_unreadable_annotations_are_reported_and_give_no_score(tmp_path, caplog):
     metrics = judged(job(tmp_path, {f"sa_{i}": b"{" for i in (9, 10, 11)}))
     assert metrics == {"annotations": 0, "images": 0, "skipped": 3}
     assert "none could be read, so the teacher is not scored" in caplog.text
@@ -253,6 +255,6 @@ def test_the_check_reads_one_image_of_each_source(tmp_path, monkeypatch):
     from fmdistill.cache.dataset import CachedImages
 
     data = CachedImages(cache.open_cache(recipe), "validation")
-    asked, real = [], CachedImages.encoded
-    monkeypatch.setattr(CachedImages, "encoded", lambda self, s, i: (asked.append((s, i)), real(self, s, i))[1])
-    assert annotated_shards(data) == [0] and asked == [(0, 0)]
+    calls, real = [], CachedImages.encoded
+    monkeypatch.setattr(CachedImages, "encoded", lambda self, s, i: (calls.append((s, i)), real(self, s, i))[1])
+    assert annotated_shards(data) == [0] and calls == [(0, 0)]

@@ -1,4 +1,4 @@
-"""COCO's forms of a mask against pycocotools and geometry; what is hostile is refused before pycocotools sees it."""
+"""COCO's forms of a mask against pycocotools and geometry; hostile ones are rejected before pycocotools reads them."""
 
 import numpy as np
 import PIL.Image
@@ -58,7 +58,7 @@ def test_rle_is_read_as_pycocotools_reads_it():
         ({"size": [60, 80], "counts": {}}, "counts are dict"),
     ],
 )
-def test_a_hostile_rle_is_refused(rle, says):
+def test_a_hostile_rle_is_an_error(rle, says):
     with pytest.raises(ValueError, match=says):
         decode_rle(rle, (60, 80))
 
@@ -74,8 +74,8 @@ def test_all_forms_of_one_mask_give_one_mask():
         [[float(v) for v in box(20, 10, 60, 40)], box(1, 2, 9, 5), box(25, 15, 30, 30)],  # overlapping: a union
     ]
     for form in forms:
-        found = decode_segmentation(form, (50, 70))
-        assert found.dtype == bool and np.array_equal(found, mask)
+        decoded = decode_segmentation(form, (50, 70))
+        assert decoded.dtype == bool and np.array_equal(decoded, mask)
 
 
 def test_listed_counts_are_read_as_pycocotools_reads_them():
@@ -93,15 +93,15 @@ def test_a_polygon_holds_the_pixels_whose_centres_are_inside(shift):
     height, width = 120, 160
     angles = np.linspace(0, 2 * np.pi, 9)
     corners = np.stack([80 + shift + 55 * np.cos(angles), 60 + 40 * np.sin(angles)], 1)
-    found = decode_segmentation([corners[:-1].reshape(-1).tolist()], (height, width))
+    decoded = decode_segmentation([corners[:-1].reshape(-1).tolist()], (height, width))
     y, x = np.mgrid[:height, :width] + 0.5
     distance = np.full((height, width), np.inf)  # to the nearest edge, positive inside
     for (x1, y1), (x2, y2) in zip(corners[:-1], corners[1:], strict=True):
         across = ((x2 - x1) * (y - y1) - (y2 - y1) * (x - x1)) / np.hypot(x2 - x1, y2 - y1)
         distance = np.minimum(distance, across)
     clear = abs(distance) > 0.75
-    assert found.shape == (height, width) and (distance > 0).sum() > 1000 and clear.mean() > 0.95
-    assert np.array_equal(found[clear], distance[clear] > 0)
+    assert decoded.shape == (height, width) and (distance > 0).sum() > 1000 and clear.mean() > 0.95
+    assert np.array_equal(decoded[clear], distance[clear] > 0)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_a_polygon_holds_the_pixels_whose_centres_are_inside(shift):
         (7, "segmentation is int"),
     ],
 )
-def test_hostile_polygons_are_refused(polygons, says):
+def test_hostile_polygons_are_errors(polygons, says):
     with pytest.raises((ValueError, OverflowError), match=says):
         decode_segmentation(polygons, (60, 80))
 

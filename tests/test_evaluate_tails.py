@@ -35,18 +35,18 @@ class Disks(torch.nn.Module):
         self.original, self.resized = SHAPES["3:2"]
 
     def decode(self, embedding, points, labels, boxes=None, multimask=True):
-        """Three times the same disk; the embedding is its growth in pixels."""
+        """Return the same disk three times; the embedding is its growth in pixels."""
         scale = torch.tensor([self.original[1] / self.resized[1], self.original[0] / self.resized[0]])
         disks = [disk(x, y, self.original, float(embedding.mean())) for x, y in (points[:, 0] * scale).tolist()]
         return torch.from_numpy(np.stack(disks))[:, None].expand(-1, 3, -1, -1) - 0.5, torch.ones(len(points), 3)
 
     def upsample(self, logits, resized, original):
-        """Leave them."""
+        """Return the logits unchanged."""
         return logits
 
 
 def disk(x: float, y: float, original: tuple[int, int], growth: float = 0.0) -> np.ndarray:
-    """The mask that the head plants for a point (in pixels, H x W), float32."""
+    """Return the mask that the head plants for a point (in pixels, H x W), float32."""
     i, j = round(x / original[1] * K - 0.5), round(y / original[0] * K - 0.5)
     radius, shift = RADII[(i + 3 * j) % len(RADII)], SHIFTS[(2 * i + j) % len(SHIFTS)]
     rows, columns = np.mgrid[: original[0], : original[1]]
@@ -54,7 +54,7 @@ def disk(x: float, y: float, original: tuple[int, int], growth: float = 0.0) -> 
 
 
 def cases(head: Disks, growths: dict[str, float]):
-    """One case per shape; the head is told what it answers for."""
+    """Yield one case per shape, setting the head to that shape."""
     for key, shape in SHAPES.items():
         head.original, head.resized = shape
         embedding = torch.zeros(4, GRID, GRID)
@@ -78,8 +78,8 @@ def edge_name(mask: np.ndarray, x: int, y: int) -> str:
 
 @functools.cache
 def loop(growth: float) -> dict[str, list[float]]:
-    """IoU per point by bucket, every point on its own."""
-    found: dict[str, list[float]] = {}
+    """Return the IoU per point by bucket, computed point by point."""
+    ious: dict[str, list[float]] = {}
     for original, _ in SHAPES.values():
         for j in range(K):
             for i in range(K):
@@ -88,8 +88,8 @@ def loop(growth: float) -> dict[str, list[float]]:
                 union = (teacher | student).sum()
                 iou = (teacher & student).sum() / union if union else 1.0
                 for name in (area_name(float(teacher.mean())), edge_name(teacher, int(x), int(y))):
-                    found.setdefault(name, []).append(iou)
-    return found
+                    ious.setdefault(name, []).append(iou)
+    return ious
 
 
 def check() -> None:
@@ -109,7 +109,7 @@ def check() -> None:
 def test_every_bucket_equals_a_loop_over_the_points():
     expected = loop(GROWTH)
     assert set(expected) == {name for _, name in (*tails.AREAS, *tails.EDGES)}
-    assert np.ptp([np.mean(scores) for scores in expected.values()]) > 0.1, "the buckets say nothing"
+    assert np.ptp([np.mean(scores) for scores in expected.values()]) > 0.1, "the buckets make no difference"
     check()
 
 
@@ -157,24 +157,24 @@ def test_the_teacher_is_one_everywhere_and_the_buckets_add_up():
     assert {row["value"] for row in own} == {1.0}
 
 
-@pytest.mark.parametrize("asked", [{}, {"by_size": True}, {"by_edge": True}, {"by_size": True, "by_edge": True}])
-def test_only_what_is_asked_is_computed_and_the_rest_stays(asked, monkeypatch):
+@pytest.mark.parametrize("settings", [{}, {"by_size": True}, {"by_edge": True}, {"by_size": True, "by_edge": True}])
+def test_only_the_chosen_buckets_are_computed_and_the_rest_is_unchanged(settings, monkeypatch):
     off, head = GridMiou(grids=(K,), device="cpu"), Disks()
     for setting, function in (("by_size", "area"), ("by_edge", "edge_distance")):
-        if setting not in asked:
+        if setting not in settings:
             monkeypatch.delattr(tails, function)
     expected, _ = run(off, head, cases(head, {"student": GROWTH}))
-    rows, details = run(GridMiou(grids=(K,), device="cpu", **asked), head, cases(head, {"student": GROWTH}))
+    rows, details = run(GridMiou(grids=(K,), device="cpu", **settings), head, cases(head, {"student": GROWTH}))
     assert [row for row in rows if "bucket" not in row] == expected
     added = {row["bucket"].split("_")[0] for row in rows if "bucket" in row}
-    assert added == {setting.replace("by_size", "area").replace("by_", "") for setting in asked}
+    assert added == {setting.replace("by_size", "area").replace("by_", "") for setting in settings}
     assert len(details["images"]) == len(SHAPES)
 
 
 def test_an_empty_bucket_has_no_row():
     image = {"group": "photos", "iou": {"2x2": {"a": [0.5, 1.0, 0.0, 0.0]}}}
-    held = {"full": [True, True, False, False], "empty": [False] * 4}
-    rows = grid_miou._miou_rows([{**image, "buckets": {"2x2": held}}])
+    members = {"full": [True, True, False, False], "empty": [False] * 4}
+    rows = grid_miou._miou_rows([{**image, "buckets": {"2x2": members}}])
     assert [(row["bucket"], row["value"], row["count"]) for row in rows if "bucket" in row] == [("full", 0.75, 2)]
 
 
@@ -185,20 +185,20 @@ def test_edge_distance_equals_a_distance_transform(shape):
     masks[0], masks[1] = True, False
     xy = random.integers(0, (shape[1], shape[0]), (40, 2))
     xy[2:6] = [(0, 0), (shape[1] - 1, 0), (0, shape[0] - 1), (shape[1] - 1, shape[0] - 1)]
-    found = tails.edge_distance(torch.from_numpy(masks), torch.from_numpy(xy))
-    for mask, (x, y), distance in zip(masks, xy, found, strict=True):
+    distances = tails.edge_distance(torch.from_numpy(masks), torch.from_numpy(xy))
+    for mask, (x, y), distance in zip(masks, xy, distances, strict=True):
         reach = ndimage.distance_transform_edt(mask if mask[y, x] else ~mask)
         expected = math.inf if mask.all() or not mask.any() else np.asarray(reach)[y, x] / max(shape)
         assert distance == pytest.approx(expected) or (distance == math.inf and expected > 0.04)
-    assert np.isfinite(found).sum() > 10 and np.isinf(found[:2]).all()
+    assert np.isfinite(distances).sum() > 10 and np.isinf(distances[:2]).all()
 
 
 def test_areas_are_those_of_scenes_and_a_bound_belongs_above():
     share = np.concatenate([np.linspace(0, 1, 301), [0.003, 0.01, 0.03, 0.1]])
-    held = tails.split(share, tails.AREAS)
-    assert (np.sum(list(held.values()), axis=0) == 1).all()
-    for i, one in enumerate(share):
-        assert held[f"area_{bucket(one)}"][i]
+    members = tails.split(share, tails.AREAS)
+    assert (np.sum(list(members.values()), axis=0) == 1).all()
+    for i, value in enumerate(share):
+        assert members[f"area_{bucket(value)}"][i]
     edges = tails.split(np.array([0.0, 0.00999, 0.01, 0.04, math.inf]), tails.EDGES)
     assert [members.tolist() for members in edges.values()] == [
         [True, True, False, False, False],
@@ -218,7 +218,7 @@ def test_the_table_heads_each_bucket():
     assert shown == [(heading, f"{K}×{K}") for heading in heads]
 
 
-def test_the_protocol_asks_for_both_and_paired_masks_are_refused():
+def test_the_protocol_asks_for_both_and_paired_masks_are_an_error():
     settings = evaluate.load("eval/sam_grid_tail.yaml").evaluator
     assert settings.by_size and settings.by_edge and settings.grids == (16,) and not settings.floors
     for setting in ("by_size", "by_edge"):

@@ -1,4 +1,4 @@
-"""Zero-shot accuracy is a plain open_clip loop's, prediction by prediction, and what cannot be judged is one line."""
+"""Zero-shot accuracy equals a plain open_clip loop's, image by image, and unsuitable settings are one-line errors."""
 
 import dataclasses
 import json
@@ -54,25 +54,25 @@ def plain_loop(folder: Path, tower: str) -> dict[str, tuple[int, list[int]]]:
     weight = open_clip.build_zero_shot_classifier(model, tokenizer, names, TEMPLATES)
     if tower == "student":
         model = clip_run.Model(distill.load_student(folder / "run", trust=True), model)
-    found = {}
+    predictions = {}
     for path in sorted((folder / "val").rglob("*.png")):
         with torch.no_grad(), PIL.Image.open(path) as image:
             logits = 100 * model.encode_image(preprocess(image)[None], normalize=True) @ weight
         label = sorted(clip_run.CLASSES).index(path.parent.name)
-        found[f"{path.parent.name}/{path.name}"] = (label, logits[0].argsort(descending=True).tolist())
-    return found
+        predictions[f"{path.parent.name}/{path.name}"] = (label, logits[0].argsort(descending=True).tolist())
+    return predictions
 
 
 @pytest.mark.parametrize("tower", ["student", "teacher"])
 def test_every_prediction_is_a_plain_open_clip_loop_s(ran, tower):
     rows, images = judged(ran, "own")
     expected = plain_loop(ran, tower)
-    ours = {image["key"]: image for image in images if image["subject"] == tower}
-    assert ours.keys() == expected.keys() and len(ours) == 42
-    assert {k: (r["label"], r["prediction"]) for k, r in ours.items()} == {
+    by_key = {image["key"]: image for image in images if image["subject"] == tower}
+    assert by_key.keys() == expected.keys() and len(by_key) == 42
+    assert {k: (r["label"], r["prediction"]) for k, r in by_key.items()} == {
         k: (label, best[0]) for k, (label, best) in expected.items()
     }
-    assert len({image["prediction"] for image in ours.values()}) > 1  # else the comparison says nothing
+    assert len({image["prediction"] for image in by_key.values()}) > 1  # else the comparison is meaningless
     top1 = np.mean([best[0] == label for label, best in expected.values()])
     top5 = np.mean([label in best[:5] for label, best in expected.values()])
     assert value(rows, "top1", tower) == pytest.approx(top1) and value(rows, "top5", tower) == pytest.approx(top5)
@@ -93,11 +93,11 @@ def test_other_images_are_given_on_the_command_line_and_have_no_teacher(ran):
 def test_quartiles_split_the_images_by_the_teacher_s_own_similarity(ran):
     rows, images = judged(ran, "own", "quartiles=true", "seed=3")
     for subject in ("student", "teacher"):
-        ours = [image for image in images if image["subject"] == subject]
-        sizes = np.bincount([image["quartile"] for image in ours], minlength=5)[1:]
+        members = [image for image in images if image["subject"] == subject]
+        sizes = np.bincount([image["quartile"] for image in members], minlength=5)[1:]
         assert sorted(sizes) == [10, 10, 11, 11]
         for number in range(1, 5):
-            right = [image["prediction"] == image["label"] for image in ours if image["quartile"] == number]
+            right = [image["prediction"] == image["label"] for image in members if image["quartile"] == number]
             assert value(rows, "top1", subject, quartile=f"q{number}") == pytest.approx(np.mean(right))
     assert judged(ran, "own", "quartiles=true", "seed=3")[0] == rows
     with pytest.raises(UserError, match="quartiles=true: they come from the teacher's cached"):
@@ -109,18 +109,18 @@ def test_rarity_is_the_average_cosine_to_the_others_of_the_batch():
     common = rng.normal(size=(1, 8)) + 0.1 * rng.normal(size=(150, 8))
     rare = rng.normal(size=(50, 8))
     vectors = np.concatenate([common, rare])
-    found = rarity.similarity(torch.tensor(vectors), seed=1)
+    similarity = rarity.similarity(torch.tensor(vectors), seed=1)
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     order = np.random.default_rng(1).permutation(200)
     for members in np.array_split(order, 3):
         for i in members[:5]:
-            assert found[i] == pytest.approx(np.mean([unit[i] @ unit[j] for j in members if j != i]))
-    quartile = rarity.quartiles(found)
+            assert similarity[i] == pytest.approx(np.mean([unit[i] @ unit[j] for j in members if j != i]))
+    quartile = rarity.quartiles(similarity)
     assert (quartile[150:] == 1).mean() > 0.9 and list(np.bincount(quartile)) == [0, 50, 50, 50, 50]
-    assert found[quartile == 1].max() <= found[quartile == 2].min()
+    assert similarity[quartile == 1].max() <= similarity[quartile == 2].min()
 
 
-def test_the_text_classifier_is_kept_by_all_that_it_depends_on(ran, monkeypatch):
+def test_the_text_classifier_is_stored_under_everything_it_depends_on(ran, monkeypatch):
     judged(ran, "own")
     before = set((ran / "cache/classifiers").iterdir())
     monkeypatch.setattr(open_clip, "build_zero_shot_classifier", None)  # a second call would fail
@@ -142,8 +142,8 @@ def test_the_text_classifier_is_kept_by_all_that_it_depends_on(ran, monkeypatch)
 
 def test_top5_needs_five_classes_and_recall_counts_classes_with_images():
     best = np.array([[0, 1, 2], [0, 1, 2], [1, 0, 2], [0, 2, 1]])
-    found = zeroshot.measure(best, np.array([0, 0, 0, 2]), 3)
-    assert found == {"top1": 0.5, "mean_per_class_recall": pytest.approx((2 / 3 + 0) / 2)}
+    metrics = zeroshot.measure(best, np.array([0, 0, 0, 2]), 3)
+    assert metrics == {"top1": 0.5, "mean_per_class_recall": pytest.approx((2 / 3 + 0) / 2)}
 
 
 @pytest.mark.parametrize(
@@ -163,13 +163,13 @@ def test_top5_needs_five_classes_and_recall_counts_classes_with_images():
         (["images.name=imageclasses"], "Did you mean 'image_classes'"),
     ],
 )
-def test_what_cannot_be_judged_is_one_clear_line(ran, overrides, says):
+def test_what_cannot_be_judged_is_a_one_line_error(ran, overrides, says):
     (ran / "short.txt").write_text("owl\nfox\n")
     (ran / "gap.txt").write_text("owl\n\nfox\n")
     (ran / "flat").mkdir(exist_ok=True)
-    root = [] if any("images." in one for one in overrides) else [f"images.root={ran}/val"]
+    root = [] if any("images." in override for override in overrides) else [f"images.root={ran}/val"]
     with pytest.raises(UserError, match=says) as error:
-        judged(ran, "other", *root, *(one.format(ran=ran) for one in overrides))
+        judged(ran, "other", *root, *(override.format(ran=ran) for override in overrides))
     assert "\n" not in str(error.value)
 
 
@@ -188,7 +188,7 @@ def test_names_and_templates_are_read_with_a_byte_order_mark_and_any_line_end(tm
 @pytest.mark.parametrize(
     ("encoding", "says"), [("latin-1", "Latin-1 or another 8-bit"), ("utf-16", "UTF-16"), ("utf-32", "UTF-32")]
 )
-def test_names_and_templates_in_another_encoding_are_one_line_that_names_file_and_encoding(tmp_path, encoding, says):
+def test_names_and_templates_in_another_encoding_are_an_error_that_names_file_and_encoding(tmp_path, encoding, says):
     path = tmp_path / "names.txt"
     path.write_bytes("\n".join(f"{{}} {name}" for name in NAMES).encode(encoding))
     for read, setting in ((text_classifier.class_names, "classnames"), (text_classifier.templates, "templates")):
@@ -228,8 +228,9 @@ def test_folders_that_are_numbers_fit_the_names_if_each_has_one(tmp_path):
 
 
 def test_templates_are_open_clip_s_and_clip_benchmark_s_files_work(tmp_path):
-    ours = text_classifier.templates("openai")
-    assert [t.format("x") for t in ours] == [t("x") for t in open_clip.OPENAI_IMAGENET_TEMPLATES] and len(ours) == 80
+    prompts = text_classifier.templates("openai")
+    assert [t.format("x") for t in prompts] == [t("x") for t in open_clip.OPENAI_IMAGENET_TEMPLATES]
+    assert len(prompts) == 80
     assert len(text_classifier.templates("simple")) == 7
     (tmp_path / "t.txt").write_text("a photo of {c}.\nthe {}\n")
     assert text_classifier.templates(str(tmp_path / "t.txt")) == ["a photo of {}.", "the {}"]
@@ -263,7 +264,7 @@ class Wide(clip_run.Student):
         (tiny.Student(), r"gives an embedding of \(32, 2, 2\) for an image; this protocol"),
     ],
 )
-def test_a_student_that_does_not_fit_is_one_line(ran, student, says):
+def test_an_unsuitable_student_is_a_one_line_error(ran, student, says):
     with pytest.raises(UserError, match=says):
         evaluate.load(ran / "own.yaml").evaluator.judge(clip_run.load(ran), {"student": student})
 
@@ -290,7 +291,7 @@ def test_runs_of_one_cache_are_judged_together(ran):
     other = clip_run.load(ran, f"out={ran}/second")
     clip_run.finish(other, randomize(clip_run.Student(), 4))
     evaluate.run_together(ran / "own.yaml", [ran / "run", ran / "second"], trust=True)
-    kept = json.loads((ran / "second/evaluation/own.json").read_text())
+    stored = json.loads((ran / "second/evaluation/own.json").read_text())
     for part in ("rows", "images"):
-        assert {one["subject"] for one in kept[part]} == {"student", "teacher"}
-    assert kept["rows"] == evaluate.run(ran / "own.yaml", ran / "second", ["trust=true"])
+        assert {entry["subject"] for entry in stored[part]} == {"student", "teacher"}
+    assert stored["rows"] == evaluate.run(ran / "own.yaml", ran / "second", ["trust=true"])

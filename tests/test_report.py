@@ -34,10 +34,10 @@ class Page(HTMLParser):
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
-        given = dict(attrs)
-        self.loaded += [given[key] for key in ("src", "srcset", "poster", "data", "action") if key in given]
-        self.loaded += [given["href"]] if tag == "link" else []
-        self.section = given.get("class", "") if tag == "tbody" else self.section
+        attributes = dict(attrs)
+        self.loaded += [attributes[key] for key in ("src", "srcset", "poster", "data", "action") if key in attributes]
+        self.loaded += [attributes["href"]] if tag == "link" else []
+        self.section = attributes.get("class", "") if tag == "tbody" else self.section
         if tag == "tr":
             self.rows.append((self.section, ""))
         if tag not in VOID:
@@ -109,9 +109,9 @@ def test_page_is_self_contained_and_valid(two, tmp_path, monkeypatch):
     path = report.run(two, str(tmp_path / "out"))
     assert path == tmp_path / "out" / "index.html" and [p.name for p in path.parent.iterdir()] == ["index.html"]
     text = path.read_text()
-    found = Page(text)
-    assert found.open == [] and found.faults == []
-    assert len(found.loaded) == 6 and all(link.startswith("data:image/") for link in found.loaded)
+    parsed = Page(text)
+    assert parsed.open == [] and parsed.faults == []
+    assert len(parsed.loaded) == 6 and all(link.startswith("data:image/") for link in parsed.loaded)
     outside = re.sub(r"data:[^\"]*", "", text)
     assert not re.search(r"https?://|url\(|@import|<script", outside)
     assert "&lt;b&gt;&amp; co" in text and "<b>" not in text
@@ -120,24 +120,24 @@ def test_page_is_self_contained_and_valid(two, tmp_path, monkeypatch):
     assert outside.index("<table>") < outside.index("One seed") + 2000 < outside.index("Weights of patches")
 
 
-def test_published_rows_are_told_apart(two):
+def test_published_rows_are_in_sections_of_their_own(two):
     path = report.run(two, two[0] + "/report")
     shown = Page(path.read_text()).rows
-    ours = [text for section, text in shown if section == "run"]
+    own = [text for section, text in shown if section == "run"]
     papers = [text for section, text in shown if section == "published"]
-    assert any("mse 70.00 70.00" in text for text in ours) and not any("MobileSAM" in text for text in ours)
+    assert any("mse 70.00 70.00" in text for text in own) and not any("MobileSAM" in text for text in own)
     assert any(text.startswith("MobileSAM + SRW 73.33 74.17") for text in papers)
     assert any("Published: Yu et al., " in text and "ACCV 2024" in text for text in papers)
     assert any("+0.67 +0.64" in text for text in papers)
     assert "No pictures" in path.read_text()  # the fabricated runs have no cache
 
 
-def test_table_says_what_was_won(two):
-    found = rows.rows(rows.read_runs(two), "sam_grid_miou")
-    assert [(row.name, row.kind) for row in found] == [
+def test_table_has_differences_and_shares_of_the_way(two):
+    table_rows = rows.rows(rows.read_runs(two), "sam_grid_miou")
+    assert [(row.name, row.kind) for row in table_rows] == [
         ("mse", "run"), ("srw", "run"), ("mean", "floor"), ("untrained", "floor"),
     ]  # fmt: skip
-    table = tables.build(found, GridMiou.metrics)
+    table = tables.build(table_rows, GridMiou.metrics)
     groups = ("mIoU, all images", "mIoU, photos", "mIoU, scenes")
     assert [(c.group, c.label) for c in table.columns] == [
         *((group, label) for group in groups for label in ("5×5", "16×16")), ("feature", "mse"),
@@ -166,18 +166,18 @@ def classified(folder, name, top1, teacher=0.9, floors=("chance",), protocol="to
             judged += [row(subject, "top1", value - 0.1 + n / 50, quartile=f"q{n}") for n in range(1, 5)]
     run = fabricate(folder / name)
     (run / "evaluation" / "sam_grid_miou.json").unlink()
-    stated = (dict(Top1.metrics), dict(Top1.dimensions))
-    store(run / "evaluation" / "top.json", Result({"name": protocol}, judged, *stated))
+    described = (dict(Top1.metrics), dict(Top1.dimensions))
+    store(run / "evaluation" / "top.json", Result({"name": protocol}, judged, *described))
     return str(run)
 
 
 def test_shares_of_a_classifier_are_percent_beside_their_teacher(tmp_path):
     runs = [classified(tmp_path, "mse", 0.5), classified(tmp_path, "srw", 0.55)]
-    found = rows.rows(rows.read_runs(runs), "top")
-    assert [(row.name, row.kind) for row in found] == [
+    table_rows = rows.rows(rows.read_runs(runs), "top")
+    assert [(row.name, row.kind) for row in table_rows] == [
         ("mse", "run"), ("srw", "run"), ("teacher", "teacher"), ("chance", "floor"),
     ]  # fmt: skip
-    table = tables.build(found, Top1.metrics)
+    table = tables.build(table_rows, Top1.metrics)
     shown = [(column.group, column.label, column.percent) for column in table.columns]
     assert shown[:5] == [("top-1", label, True) for label in ("all", "q1", "q2", "q3", "q4")]
     assert shown[5:] == [("top-5", "all", True), ("class recall", "all", True)]
@@ -213,7 +213,7 @@ def test_the_way_of_a_metric_that_is_better_lower_begins_at_the_lowest_floor(tmp
     assert [(c.group, c.label, c.percent) for c in table.columns] == [("error", "all", False), ("odd", "all", False)]
 
 
-def test_the_statement_of_a_result_heads_its_columns_and_ends_up_in_the_page(tmp_path):
+def test_the_description_of_a_metric_heads_its_columns_and_is_in_the_page(tmp_path):
     run = fabricate(tmp_path / "run")
     judged = [row("student", "pck", 0.25, k=k, joint=joint) for k in (1, 2) for joint in ("hand", "foot")]
     metrics = {"pck": Metric("PCK", across="joint", percent=True, help="PCK: keypoints within reach, × 100.")}
@@ -229,7 +229,7 @@ def test_the_statement_of_a_result_heads_its_columns_and_ends_up_in_the_page(tmp
     assert "PCK: keypoints within reach" in shown and "the reach in pixels" in shown and "No column" not in shown
 
 
-def test_a_result_of_an_older_format_is_one_clear_line(tmp_path):
+def test_a_result_of_an_older_format_is_a_one_line_error(tmp_path):
     run = fabricate(tmp_path / "run")
     path = run / "evaluation" / "sam_grid_miou.json"
     path.write_text(json.dumps({"protocol": {"name": "grid_miou"}, "metrics": {"student/5x5/miou": 0.5}}))
@@ -245,7 +245,7 @@ def test_differing_floors_are_all_listed(tmp_path):
     assert names == ["mean", "untrained", "untrained (b)"]
 
 
-def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
+def test_runs_of_the_same_name_are_named_by_their_folders(tmp_path):
     folders = [fabricate(tmp_path / seed / "srw") for seed in ("seed0", "seed1")]
     assert [run.name for run in rows.read_runs(folders)] == ["seed0/srw", "seed1/srw"]
 
@@ -258,7 +258,7 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
         (lambda run: (run / "metrics.jsonl").write_text("x\n{}\n"), "metrics.jsonl:1"),
     ],
 )
-def test_a_damaged_run_is_one_clear_line(tmp_path, damage, says):
+def test_a_damaged_run_is_a_one_line_error(tmp_path, damage, says):
     run = fabricate(tmp_path / "run")
     damage(run)
     with pytest.raises(UserError, match=says) as error:
@@ -303,7 +303,7 @@ def test_curves_draw_each_quantity_once():
     assert panels(log) == 2
 
 
-def test_paint_colours_by_who_claims_a_pixel():
+def test_paint_colours_by_the_masks_of_a_pixel():
     teacher, mask = np.array([[True, True, False, False]]), np.array([[True, False, True, False]])
     painted = plots.paint(np.full((1, 4, 3), 100, np.uint8), teacher, mask, alpha=1.0)
     assert painted[0, :3].tolist() == [list(plots.AGREED), list(plots.MISSED), list(plots.ADDED)]
@@ -376,16 +376,16 @@ def test_whole_images_are_ranked_by_their_weight(tmp_path):
     torch.manual_seed(0)
     save_file(students.build(settings.student).state_dict(), tmp_path / "run" / "student.safetensors")
     runs = rows.read_runs([settings.out])
-    [found] = ranked.gather(runs, shown=4)
-    assert found.name == "run" and found.weighed == 10 and len(found.images) == 4
-    assert found.weights == sorted(found.weights, reverse=True) and found.weights[0] > 1 > found.weights[-1]
+    [entry] = ranked.gather(runs, shown=4)
+    assert entry.name == "run" and entry.weighed == 10 and len(entry.images) == 4
+    assert entry.weights == sorted(entry.weights, reverse=True) and entry.weights[0] > 1 > entry.weights[-1]
     data = CachedImages(cache.open_cache(settings), "validation")
     items = [tiny.item(data, 0, index) for index in range(10)]
     unit = torch.nn.functional.normalize(torch.stack([item["outputs"]["clip.embedding"] for item in items]), dim=1)
     similarity = (unit @ unit.T).mean(1)
-    assert np.array_equal(found.images[0], items[int(similarity.argmin())]["pixels"].permute(1, 2, 0).numpy())
+    assert np.array_equal(entry.images[0], items[int(similarity.argmin())]["pixels"].permute(1, 2, 0).numpy())
     shown, _ = examples.gather(runs, per_group=2)
-    assert [(dict(one.weights), one.point) for one in shown] == [({}, None)] * 2
+    assert [(dict(example.weights), example.point) for example in shown] == [({}, None)] * 2
     assert "Weights of images" in report.run([settings.out], str(tmp_path / "out")).read_text()
 
 
@@ -396,6 +396,6 @@ def test_weights_by_key_are_shown_of_an_embedding_run(tmp_path):
     (tmp_path / "weights.json").write_text(json.dumps({key: 1 + n % 2 for n, key in enumerate(keys)}))
     weighting = f"objective.embedding.weighting={{name: by_key, weights: {tmp_path}/weights.json}}"
     out = distill.run(tiny.load(tmp_path, weighting, "train.steps=2"))
-    found, stride = examples.gather(rows.read_runs([str(out)]), trust=True)
-    assert len(found) == 3 and stride == 16
-    assert all(example.weights == {} for example in found)  # no patch of an image weighs more than another
+    shown, stride = examples.gather(rows.read_runs([str(out)]), trust=True)
+    assert len(shown) == 3 and stride == 16
+    assert all(example.weights == {} for example in shown)  # no patch of an image weighs more than another

@@ -1,4 +1,4 @@
-"""What is told of a shard is what it holds, and damage is one clear line."""
+"""`inspect` reports what a shard holds, and damage is a one-line error."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from fmdistill.report import inspect
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """The readers of a toy cache's training and validation shards; photographs are padded."""
+    """Return the readers of a toy cache's training and validation shards; photographs are padded."""
     folder = tmp_path_factory.mktemp("inspect")
     settings = tiny.load(folder)
     cache.run(settings)
@@ -27,7 +27,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def shard(made, tmp_path):
-    """A copy of a validation shard, exact, in a cache of its own."""
+    """Return a copy of a validation shard, exact, in a cache of its own."""
     source = made["validation"][0].path
     for path in (source, source.with_suffix(".json"), source.with_name("manifest.json")):
         shutil.copy(path, tmp_path)
@@ -35,7 +35,7 @@ def shard(made, tmp_path):
 
 
 def weights(vectors_ND: torch.Tensor, temperature: float) -> torch.Tensor:
-    """SRW by its equations, over all pairs."""
+    """Return SRW's weights by its equations, over all pairs."""
     unit = vectors_ND.double() / vectors_ND.double().norm(dim=1, keepdim=True)
     return torch.softmax(-(unit @ unit.T).mean(1) / temperature, 0) * len(unit)
 
@@ -51,7 +51,7 @@ def field(lines: list[str], start: str) -> str:
 
 
 @pytest.mark.parametrize("suffix", [".tar", ".json", ""])
-def test_a_shard_is_told_and_drawn(made, shard, suffix, tmp_path):
+def test_a_shard_is_described_and_drawn(made, shard, suffix, tmp_path):
     reader, out = made["validation"][0], tmp_path / "map.png"
     key = reader.keys[2]
     lines = list(inspect.run(str(shard.with_suffix(suffix)), [f"out={out}", f"key={key}", "temperature=0.1"]))
@@ -62,8 +62,10 @@ def test_a_shard_is_told_and_drawn(made, shard, suffix, tmp_path):
     valid = [np.logical_and.outer(start < h, start < w) for h, w in (s["resized"] for s in reader.samples)]
     maps = [reader.read(i)["embedding"] for i in range(8)]
     inside = np.concatenate([m[:, v].reshape(-1) for m, v in zip(maps, valid, strict=True)])
-    told = f"{inside.size // 32} tokens, mean {inside.mean(dtype=float):.4g}, deviation {inside.std(dtype=float):.4g}"
-    assert field(lines, "  valid") == f"{told}, largest {np.abs(inside).max():.4g}"
+    expected = (
+        f"{inside.size // 32} tokens, mean {inside.mean(dtype=float):.4g}, deviation {inside.std(dtype=float):.4g}"
+    )
+    assert field(lines, "  valid") == f"{expected}, largest {np.abs(inside).max():.4g}"
     vectors_ND = torch.from_numpy(maps[2][:, valid[2]]).T
     assert quantiles(weights(vectors_ND, 0.1)) in field(lines, f"weights of {key}")
     picture = PIL.Image.open(out)
@@ -83,18 +85,18 @@ def test_vectors_are_weighed_within_their_shard(tmp_path):
     assert not list(tmp_path.rglob("*.png"))
 
 
-def rewritten(told):
-    return sidecars.write({name: value for name, value in told.items() if name != "checksum"})
+def rewritten(fields):
+    return sidecars.write({name: value for name, value in fields.items() if name != "checksum"})
 
 
 def planted(shard, how):
     sidecar, json_path = shard.with_suffix(".json").read_text(), shard.with_suffix(".json")
-    told = json.loads(sidecar)
+    fields = json.loads(sidecar)
     data = bytearray(shard.read_bytes())
     if how == "flipped":
-        data[told["samples"][3]["outputs"]["embedding"]["offset"] + 200] ^= 1
+        data[fields["samples"][3]["outputs"]["embedding"]["offset"] + 200] ^= 1
         shard.write_bytes(data)
-        return f"the embedding of '{told['samples'][3]['key']}' is damaged"
+        return f"the embedding of '{fields['samples'][3]['key']}' is damaged"
     if how == "flipped header":
         data[0] ^= 1
         shard.write_bytes(data)
@@ -112,16 +114,16 @@ def planted(shard, how):
         json_path.write_text(sidecar[: len(sidecar) // 2])
         return "not a sidecar"
     if how == "another's":
-        told["identity"] = "0" * 16
+        fields["identity"] = "0" * 16
     elif how == "no resized":
-        del told["samples"][0]["resized"]
+        del fields["samples"][0]["resized"]
     elif how == "an unknown codec":
-        told["codecs"]["embedding"] = "float7"
+        fields["codecs"]["embedding"] = "float7"
     elif how == "samples of texts":
-        told["samples"] = ["a", "b"]
+        fields["samples"] = ["a", "b"]
     elif how == "statistics":
-        told["statistics"]["embedding"] = [1]
-    json_path.write_text(rewritten(told))
+        fields["statistics"]["embedding"] = [1]
+    json_path.write_text(rewritten(fields))
     return "another cache" if how == "another's" else "not a sidecar"
 
 
@@ -130,30 +132,30 @@ def planted(shard, how):
     "flipped, flipped header, short, no tar, no sidecar, half a sidecar, another's, no resized, an unknown codec, "
     "samples of texts, statistics".split(", "),
 )
-def test_damage_is_one_clear_line(shard, how, capsys, monkeypatch, tmp_path):
+def test_damage_is_a_one_line_error(shard, how, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("FMDISTILL_TRACEBACK", raising=False)
-    said = planted(shard, how)
+    message = planted(shard, how)
     assert main(["inspect", str(shard)]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert said in lines[-1] and lines[-1].startswith("fmdistill: error: ") and "Traceback" not in "".join(lines)
+    assert message in lines[-1] and lines[-1].startswith("fmdistill: error: ") and "Traceback" not in "".join(lines)
 
 
-def test_failures_are_told_and_numbers_that_cannot_be_are_not(shard, tmp_path):
+def test_failures_are_reported_and_unreadable_statistics_named(shard, tmp_path):
     sidecar = shard.with_suffix(".json")
-    told = json.loads(sidecar.read_text())
-    told["failed"] = [{"key": f"bad{i}", "index": 9 + i, "problem": "cannot be decoded: x"} for i in range(5)]
-    told["statistics"]["embedding"]["valid"]["sum"] = None
-    sidecar.write_text(rewritten(told))
+    fields = json.loads(sidecar.read_text())
+    fields["failed"] = [{"key": f"bad{i}", "index": 9 + i, "problem": "cannot be decoded: x"} for i in range(5)]
+    fields["statistics"]["embedding"]["valid"]["sum"] = None
+    sidecar.write_text(rewritten(fields))
     lines = list(inspect.run(str(shard), [f"out={tmp_path}/a.png"]))
     assert [line for line in lines if line.startswith("failed")][-1].endswith("and 2 more")
     assert "bad0: cannot be decoded: x" in "\n".join(lines) and "cannot be read" in field(lines, "  valid")
 
 
-def test_what_is_asked_wrongly_is_said(shard, tmp_path):
+def test_wrong_settings_are_named_in_the_error(shard, tmp_path):
     (tmp_path / "head.json").write_text("{}")
     first = json.loads(shard.with_suffix(".json").read_text())["samples"][0]["key"]
-    for path, given, said in (
+    for path, overrides, message in (
         (shard, ["key=nobody"], f"^key=nobody: none of the 8 images in .*tar. The first is '{first}'$"),
         (shard, [f"key={first}x"], f"^key={first}x: none of .*tar. Did you mean '{first}'\\?$"),
         (shard, ["output=logits"], "^output=logits: this cache has none"),
@@ -162,8 +164,8 @@ def test_what_is_asked_wrongly_is_said(shard, tmp_path):
         (tmp_path / "nothing", [], "no such shard"),
         (tmp_path / "head.json", [], "belongs to the whole cache"),
     ):
-        with pytest.raises(UserError, match=said):
-            list(inspect.run(str(path), given))
+        with pytest.raises(UserError, match=message):
+            list(inspect.run(str(path), overrides))
     (tmp_path / "manifest.json").write_text(json.dumps({"format": 2}))
     with pytest.raises(UserError, match="damaged, its"):
         list(inspect.run(str(shard), []))

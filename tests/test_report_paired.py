@@ -29,7 +29,7 @@ def run(value: float, seconds: float = 10.0, ess: float = 0.5) -> Run:
 
 
 def lines(*values: list[float], seconds: float = 10.0) -> dict[str, paired.Line]:
-    runs = {f"m{i}": [run(v, seconds) for v in several] for i, several in enumerate(values)}
+    runs = {f"m{i}": [run(v, seconds) for v in group] for i, group in enumerate(values)}
     return {line.method: line for line in paired.compare(runs, "p") if line.metric == "top1"}
 
 
@@ -49,9 +49,9 @@ def test_the_interval_is_that_of_a_paired_t_test():
 
 @pytest.mark.parametrize(("methods", "level"), [(3, 0.95), (4, 1 - 0.05 / 3), (11, 1 - 0.05 / 10)])
 def test_more_than_three_methods_are_corrected_for(methods, level):
-    several = [[v + 0.01 * d for v, d in zip(BASE, RNG.standard_normal(8), strict=True)] for _ in range(methods - 1)]
-    line = lines(BASE, *several)["m1"]
-    reference = stats.ttest_rel(several[0], BASE).confidence_interval(level)
+    group = [[v + 0.01 * d for v, d in zip(BASE, RNG.standard_normal(8), strict=True)] for _ in range(methods - 1)]
+    line = lines(BASE, *group)["m1"]
+    reference = stats.ttest_rel(group[0], BASE).confidence_interval(level)
     assert (line.low, line.high) == pytest.approx((reference.low, reference.high))
 
 
@@ -74,9 +74,9 @@ def test_the_table_has_a_row_for_each_method_and_metric_of_the_student():
 
 def test_a_metric_of_an_unknown_name_is_shown_as_it_is_and_called_higher_or_lower():
     runs = {"kd": [run(v) for v in BASE], "srw": [run(v) for v in BASE]}
-    for number, several in enumerate(runs.values()):
-        for seed, one in enumerate(several):
-            rows = one.evaluations["p"].rows
+    for number, group in enumerate(runs.values()):
+        for seed, seed_run in enumerate(group):
+            rows = seed_run.evaluations["p"].rows
             rows += [row("student", "chamfer", 0.004 - 0.003 * number + 1e-5 * seed)]
             rows += [row("student", "latency", 3 + number), row("student", "latency", 9 - number, device="phone")]
             rows += [{"subject": "student", "metric": "odd", "value": None if seed == 3 else 1.0}]
@@ -94,8 +94,8 @@ def test_a_metric_of_an_unknown_name_is_shown_as_it_is_and_called_higher_or_lowe
 
 def test_of_a_metric_that_is_better_lower_less_is_better():
     runs = {"kd": [run(v) for v in BASE], "srw": [run(v) for v in BASE]}
-    for one in runs["srw"]:
-        one.evaluations["p"].rows[1]["value"] = 0.5
+    for seed_run in runs["srw"]:
+        seed_run.evaluations["p"].rows[1]["value"] = 0.5
     lines = {(line.metric, line.method): line for line in paired.compare(runs, "p")}
     assert lines["mse", "srw"].verdict == "better" and lines["mse", "srw"].difference == -0.5
     swapped = {line.method: line for line in paired.compare(dict(reversed(runs.items())), "p") if line.metric == "mse"}
