@@ -16,7 +16,7 @@ from fmdistill.cache import similarity
 from fmdistill.cache.dataset import CachedImages
 from fmdistill.cache.footprint import tar_bytes
 from fmdistill.distill.loader import batches
-from fmdistill.distill.rectifiers.rewrite import rewrite
+from fmdistill.distill.rectifiers.rewrite import replace_teacher_output
 from fmdistill.distill.seen import Seen
 from fmdistill.distill.weightings.srw import SRW
 from fmdistill.distill.weightings.sum_normalizer import SumNormalizer
@@ -113,7 +113,7 @@ def test_they_serve_the_group_image_of_their_own_map_alone(tmp_path):
     assert torch.equal(SRW(group="batch")(entries(kept), planted), SRW(group="batch")(entries(kept), kept))
     other = dataclasses.replace(planted, outputs={**planted.outputs, "t.other": kept.outputs[NAME]})
     assert torch.equal(SRW(feature="t.other")(entries(kept), other), SRW()(entries(kept), computed(kept)))
-    rectified = rewrite(planted, kept.outputs[NAME])
+    rectified = replace_teacher_output(planted, kept.outputs[NAME])
     assert torch.equal(SRW()(entries(kept), rectified), SRW()(entries(kept), computed(kept)))
 
 

@@ -228,7 +228,7 @@ def test_the_clip_demo_evaluates_both_runs_and_their_teacher(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     small = ["images.train=16", "images.validation=12", "train.steps=2", "train.batch_size=8", "train.workers=0"]
     page = pipeline.demo("clip", small)
-    assert page == Path("report/demo_clip/index.html") and "image weights" in page.read_text()
+    assert page == Path("report/demo_clip/index.html") and "Weights of images" in page.read_text()
     teachers = {}
     for name in ("clip_mse", "clip_srw"):
         path = tmp_path / "runs" / "demo" / name / "evaluation" / "clip_zeroshot_demo.json"
