@@ -15,7 +15,7 @@ import pytest
 import tiny
 
 from fmdistill import cache
-from fmdistill.cache.teacher_pass import BEHIND, Pass, ours_first
+from fmdistill.cache.teacher_pass import BEHIND, Pass, own_shards_first
 from fmdistill.cache.writer import ShardWriter
 from fmdistill.images import Shard
 from fmdistill.registry import UserError
@@ -131,7 +131,7 @@ def test_what_another_process_finishes_meanwhile_is_not_done_again(tmp_path, mon
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 def test_shares_are_disjoint_and_every_process_helps_with_the_rest(world):
     shards = [Shard(f"train-{n:03}", "train") for n in range(21)]
-    orders = [ours_first(shards, rank, world) for rank in range(world)]
+    orders = [own_shards_first(shards, rank, world) for rank in range(world)]
     assert all(sorted(o, key=lambda s: s.name) == shards for o in orders)
     own = [shard for rank, order in enumerate(orders) for shard in order[: len(shards[rank::world])]]
     assert sorted(own, key=lambda s: s.name) == shards

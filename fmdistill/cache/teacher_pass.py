@@ -194,7 +194,7 @@ def _finite(outputs: dict[str, Tensor]) -> Tensor:
     return torch.stack([x.isfinite().flatten(1).all(1) for x in outputs.values()]).all(0)
 
 
-def ours_first(shards: Sequence[Shard], rank: int, world: int) -> list[Shard]:
+def own_shards_first(shards: Sequence[Shard], rank: int, world: int) -> list[Shard]:
     """Return all shards, this process's share first, then the other processes' in an order of its own.
 
     So a process that is done helps slow or dead ones, and two helpers seldom choose the same shard.

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from typing import NamedTuple
 
-from fmdistill.cache.teacher_pass import Pass, ours_first
+from fmdistill.cache.teacher_pass import Pass, own_shards_first
 from fmdistill.images import Images, Shard
 from fmdistill.launcher import processes
 from fmdistill.logs import log, progress
@@ -27,7 +27,7 @@ def local(images: Images, start: Callable[..., Pass], plan: Callable[[], Missing
     if not missing:
         return
     left = set(missing)
-    order = [shard for shard in ours_first(images.shards(), rank, world) if shard in left]
+    order = [shard for shard in own_shards_first(images.shards(), rank, world) if shard in left]
     with progress(total=work.expected, description=description, unit="image") as bar:
         work.run(order, bar)
     log.info("%s: %d images cached, %d skipped", work.store.folder, work.seen - work.failed, work.failed)
