@@ -17,7 +17,7 @@ from fmdistill.backbones.linear_head import LinearHead
 from fmdistill.recipe import Component
 from fmdistill.registry import UserError, bind, suggest
 from fmdistill.teachers.compute import DType, Precision, computing, own_device, own_dtype, state_hash
-from fmdistill.teachers.family import Family
+from fmdistill.teachers.family import Family, weights_setting
 from fmdistill.teachers.output import Output
 
 
@@ -112,12 +112,6 @@ def classifier(
     return ClassTeacher(model, preprocess, kind=dict(network), maps=maps or [], **settings)
 
 
-def weights_file(settings: Mapping[str, Any]) -> Path | None:
-    """Return the run or file of weights that the settings name; None if they name none."""
-    weights = settings.get("weights")
-    return Path(weights) if isinstance(weights, str) and weights else None
-
-
 def random_weights(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Return the settings with random weights instead of a checkpoint's; they are saved in `folder`."""
     path = folder / "drawn.safetensors"
@@ -133,6 +127,6 @@ FAMILY = Family(
     preprocess=ClassPreprocess,
     head=LinearHead,
     map_setting="maps",
-    weights_file=weights_file,
+    weights_file=weights_setting,
     random_weights=random_weights,
 )

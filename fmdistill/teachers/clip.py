@@ -29,7 +29,7 @@ from fmdistill.backbones.clip_weights import LOCAL
 from fmdistill.backbones.throughput import flops
 from fmdistill.registry import UserError, convert, typed
 from fmdistill.teachers.compute import DType, Precision, computing, own_device, own_dtype, state_hash
-from fmdistill.teachers.family import Family, Reference
+from fmdistill.teachers.family import Family, Reference, weights_setting
 from fmdistill.teachers.output import Output
 
 DEFAULT = "ViT-B-32"
@@ -148,8 +148,7 @@ def open_clip(
 def weights_file(settings: Mapping[str, Any]) -> Path | None:
     """Return the folder or checkpoint file that the settings name; None for a tag, packaged weights, or none."""
     if settings["name"] != "open_clip":
-        weights = settings.get("weights")
-        return Path(weights) if isinstance(weights, str) and weights not in ("", "none", "packaged") else None
+        return weights_setting(settings)
     model, pretrained = str(settings.get("model", DEFAULT)), str(settings.get("pretrained"))
     if model.startswith(LOCAL):
         return Path(model.removeprefix(LOCAL))

@@ -115,6 +115,12 @@ class Reference:
     flops: Callable[[], int]  # of the network for one image
 
 
+def weights_setting(settings: Settings) -> Path | None:
+    """Return the file or run that the setting `weights` names; None for packaged weights or none."""
+    weights = settings.get("weights")
+    return Path(weights) if isinstance(weights, str) and weights not in ("", "none", "packaged") else None
+
+
 def _no_file(settings: Settings) -> Path | None:
     return None
 

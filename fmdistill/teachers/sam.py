@@ -22,7 +22,7 @@ from fmdistill.backbones.throughput import flops
 from fmdistill.logs import log
 from fmdistill.registry import convert
 from fmdistill.teachers.compute import DType, Precision, computing, has_bf16, own_device, own_dtype, state_hash
-from fmdistill.teachers.family import Family, Reference
+from fmdistill.teachers.family import Family, Reference, weights_setting
 from fmdistill.teachers.output import Output
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -145,12 +145,6 @@ def identity(settings: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str
     return {"path": PATHS[exact], **dtype}
 
 
-def weights_file(settings: Mapping[str, Any]) -> Path | None:
-    """Return the checkpoint that the settings name; None for packaged weights or none."""
-    weights = settings.get("weights")
-    return Path(weights) if isinstance(weights, str) and weights not in ("", "none", "packaged") else None
-
-
 def random_weights(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Return the settings with random weights instead of a checkpoint's; those of official networks are in `folder`."""
     name = settings["name"]
@@ -220,7 +214,7 @@ FAMILY = Family(
     preprocess=SamPreprocess,
     head=PromptHead,
     pads=True,
-    weights_file=weights_file,
+    weights_file=weights_setting,
     identity=identity,
     matching_settings={
         ("teacher.path", PATHS[True]): "teacher.exact=true",
