@@ -1,4 +1,4 @@
-"""SA-1B's own masks against the cached teacher: its own masks score one, and malformed ones are reported."""
+"""The cached teacher's masks against SA-1B's annotations: equal masks score one, malformed ones are reported."""
 
 import io
 import json

@@ -62,7 +62,7 @@ class ShuffleUnit(nn.Module):
 
 
 def shuffle(x_BCHW: Tensor, groups: int) -> Tensor:
-    """Interleave the channels of `groups` equal groups."""
+    """Shuffle the channels (B, C, H, W) across `groups` groups, as ShuffleNet does."""
     return x_BCHW.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
 
 

@@ -85,7 +85,7 @@ def _outline(numbers: list[float]) -> float:
 
 
 def _decompressed(counts: str) -> list[int]:
-    """Return the runs of COCO's compressed RLE, in pixels.
+    """Decode COCO's compressed RLE to the lengths of its runs, in pixels.
 
     Source: maskApi.c rleFrString: 5 bits a character, lowest first; from the fourth run on, the difference to the run
     two before.

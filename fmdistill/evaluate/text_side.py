@@ -76,7 +76,7 @@ def of_cache(cache: Cache, images: Mapping[str, Any] | None, protocol: str, pixe
 
 
 def check_reading(batch: int, workers: int, limit: int | None) -> None:
-    """Raise a UserError for a protocol's settings with which no image can be read."""
+    """Raise a UserError if `batch`, `workers` or `limit` is out of range."""
     if batch < 1:
         raise UserError(f"batch={batch}: needs at least 1")
     if workers < 0:

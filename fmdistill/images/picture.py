@@ -147,7 +147,7 @@ def _jpeg_orientation(data: bytes, decoding: Decoding) -> int:
 
 
 def _jpeg_header(data: bytes) -> bytes:
-    """Return the bytes before the pixels, or all bytes if the segments do not follow each other as usual."""
+    """Return a JPEG's bytes before its scan; all bytes if its segments do not lead to one."""
     position = 2
     while data[position : position + 1] == b"\xff" and data[position + 1 : position + 2] != b"\xda":
         position += 2 + max(2, int.from_bytes(data[position + 2 : position + 4], "big"))

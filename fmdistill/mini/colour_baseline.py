@@ -48,7 +48,7 @@ class CaptionedZeroshot:
         text_side.check("captioned_zeroshot", recipe)
 
     def check_images(self, recipe: Recipe) -> None:
-        """Raise a UserError for class folders that do not fit the names, and for a first image without a label."""
+        """Raise a UserError for class folders that do not match the names, or a first image without a label."""
         self.zeroshot.check_images(recipe)
 
     def judge(self, recipe: Recipe, students: Mapping[str, nn.Module]) -> Judged:
