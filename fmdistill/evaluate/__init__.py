@@ -23,6 +23,7 @@ from fmdistill.registry import UserError, bind
 EVALUATORS: dict[str, Any] = {
     "grid_miou": "fmdistill.evaluate.grid_miou:GridMiou",
     "scene_miou": "fmdistill.mini.scene_miou:SceneMiou",
+    "region_agreement": "fmdistill.mini.region_agreement:RegionAgreement",
     "cosine": "fmdistill.evaluate.cosine:TeacherSimilarity",
     "knn": "fmdistill.evaluate.knn:Knn",
     "zeroshot": "fmdistill.evaluate.zeroshot:Zeroshot",

@@ -27,6 +27,7 @@ SOURCES: dict[str, Callable[..., Source] | str] = {
     "tar": Tar,
     "photos": "fmdistill.mini.photos:Photos",
     "scenes": "fmdistill.mini.scenes:Scenes",
+    "regions": "fmdistill.mini.regions:Regions",
     "captioned": "fmdistill.mini.captioned:Captioned",
     "digits": Digits,
     "cifar100": Cifar100,

@@ -36,6 +36,7 @@ class LabelledImages(SplitImages):
     prompts: int
     seed: int
     background: float = 0.1  # share of the prompts that ask for the background
+    small: float = 0.25  # an object's chance to be prompted falls with this power of its area
 
     def _prepare(self, name: str, encoded: Encoded) -> PreparedImage:
         """Return the image, its `extra` the object ids, uint8 (h, w) without padding."""
@@ -57,7 +58,7 @@ class LabelledImages(SplitImages):
         labels = np.full((self.preprocess.image_size,) * 2, -1, np.int32)
         labels[:h, :w] = objects
         rng = np.random.default_rng([self.seed, epoch, zlib.crc32(key.encode())])
-        points, target, boxes, use_box = sample_prompts(labels, rng, self.prompts, background=self.background)
+        points, target, boxes, use_box = sample_prompts(labels, rng, self.prompts, background=self.background, small=self.small)
         return {
             **sample(image),
             "objects": torch.from_numpy(labels),
@@ -75,13 +76,14 @@ def sample_prompts(
     box_share: float = 0.3,
     min_area: int = 12,
     background: float = 0.1,
+    small: float = 0.25,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Return points (n, 2) xy, target ids (n,), noisy boxes (n, 4) xyxy and use_box (n,) for labels (S, S).
 
-    Objects of at least `min_area` visible pixels are drawn in proportion to area^-1/4, which favours small objects
-    mildly, and the point is uniform over the object. A share `background` of the prompts is for the background,
-    which most points of a grid hit, as are all prompts of an image without objects. Boxes are jittered by SAM's noise:
-    a tenth of the side, at most 20 / 1024 of the image.
+    Objects of at least `min_area` visible pixels are drawn in proportion to area^-small, which favours small objects,
+    and the point is uniform over the object. A share `background` of the prompts is for the background, which most
+    points of a grid hit, as are all prompts of an image without objects. Boxes are jittered by SAM's noise: a tenth of
+    the side, at most 20 / 1024 of the image.
     """
     flat, size = labels.ravel(), labels.shape[1]
     areas = np.bincount(flat + 1)[1:]  # padding is -1
@@ -89,7 +91,7 @@ def sample_prompts(
     objects = objects[objects > 0]
     if not len(objects):
         objects = np.flatnonzero(areas > 0)[-1:]
-    chance = areas[objects] ** -0.25
+    chance = areas[objects] ** -small
     target = rng.choice(objects, n, p=chance / chance.sum())
     if areas[0] >= min_area:
         target[rng.random(n) < background] = 0

@@ -111,15 +111,26 @@ class Photos:
 def crop(key: str, size: int, seed: int) -> PIL.Image.Image:
     """Return the crop named `key` ("photograph-0007"), a pure function of key, size and seed."""
     name, _, number = key.rpartition("-")
-    rng = np.random.default_rng([seed, zlib.crc32(key.encode())])
-    image = PIL.Image.fromarray(photograph(name))
     # the photograph's index is added so that a few consecutive crops have all three shapes
     split, offset = next((split, names.index(name)) for split, names in PHOTOGRAPHS.items() if name in names)
-    width, height = frame(int(number) + offset, size)
+    seeds = [seed, zlib.crc32(key.encode())]
+    return cut(photograph(name), seeds, ZOOM[split], frame(int(number) + offset, size))
+
+
+def cut(
+    pixels: np.ndarray, seeds: list[int], zoom: tuple[float, float], shape: tuple[int, int]
+) -> PIL.Image.Image:
+    """Return a random crop of a photograph (H, W, 3), resized to `shape` (width, height), half of them mirrored.
+
+    `zoom` is the range of the crop's side, as a share of the largest that fits.
+    """
+    rng = np.random.default_rng(seeds)
+    image = PIL.Image.fromarray(pixels)
+    width, height = shape
     fit = min(image.width / width, image.height / height)
-    scale = fit * np.exp(rng.uniform(*np.log(ZOOM[split])))
+    scale = fit * np.exp(rng.uniform(*np.log(zoom)))
     left = rng.uniform(0, image.width - width * scale)
     top = rng.uniform(0, image.height - height * scale)
     box = (left, top, min(left + width * scale, image.width), min(top + height * scale, image.height))
-    cut = image.resize((width, height), PIL.Image.Resampling.BICUBIC, box=box)
-    return cut.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else cut
+    resized = image.resize(shape, PIL.Image.Resampling.BICUBIC, box=box)
+    return resized.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else resized

@@ -30,22 +30,25 @@ def promptable(
     focal_norm: str = "parts",
     iou: float = 1.0,
     dense: float = 1.0,
+    small: float = 0.25,
 ) -> Job:
     """Train a promptable segmenter from images with exact masks: `prompts` an image, a share of them for `background`.
 
-    `focal`, `iou` and `dense` weigh the losses of `Promptable`; `focal_norm` says what divides the focal loss: "parts"
+    An object is prompted in proportion to area^-small. `focal`, `iou` and `dense` weigh the losses of `Promptable`; `focal_norm` says what divides the focal loss: "parts"
     (which a fresh network needs), "object" or "image", see `mask_losses`.
     """
     if prompts < 1:
         raise UserError(f"task.prompts={prompts}: expected at least 1")
     if not 0 <= background < 1:
         raise UserError(f"task.background={background}: expected a share of the prompts, from 0 to below 1")
+    if not 0 <= small <= 1:
+        raise UserError(f"task.small={small}: expected a power of the area, from 0 to 1")
     student = students.build(recipe.student)
     if not isinstance(student, MiniSam):
         raise UserError(f"student.name={recipe.student['name']}: task promptable trains sam_mini, which makes masks")
     images, preprocess = build_images(recipe.images), SamPreprocess(image_size=student.image_size)
     train, validation = (
-        LabelledImages(images, split, preprocess, prompts, recipe.seed, background, memory=memory)
+        LabelledImages(images, split, preprocess, prompts, recipe.seed, background, small, memory=memory)
         for split, memory in zip(SPLITS, (recipe.train.image_memory, 0.0), strict=True)
     )
     task = Promptable(student, focal=focal, focal_norm=focal_norm, iou=iou, dense=dense)

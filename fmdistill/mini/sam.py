@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fmdistill.backbones.checkpoints import read_state
 from fmdistill.backbones.promptable import PromptHead
 from fmdistill.backbones.sam import PIXEL_MEAN, PIXEL_STD, SamPreprocess
+from fmdistill.distill.student import STUDENTS
 from fmdistill.registry import UserError
 from fmdistill.teachers.compute import DType
 from fmdistill.teachers.sam import SamTeacher
@@ -100,6 +101,19 @@ def build_sam_mini(weights: str | Path = "packaged") -> Sam:
         _load(model, PACKAGED if str(weights) == "packaged" else Path(weights))
     sam = Sam(model.encoder, model.head.prompt_encoder, model.head.mask_decoder, list(PIXEL_MEAN), list(PIXEL_STD))
     return sam.eval()
+
+
+def check_makes_masks(student: str | None, evaluator: str) -> None:
+    """Raise a UserError if `student`, by its name in a recipe, is a student of the package that makes no masks."""
+    if student in STUDENTS and student != "sam_mini":
+        raise UserError(f"{evaluator} judges a promptable model; student.name={student} makes no masks")
+
+
+def must_make_masks(model: nn.Module, student: str, evaluator: str) -> MiniSam:
+    """Return the student. Raises UserError if it makes no masks."""
+    if not isinstance(model, MiniSam):
+        raise UserError(f"{evaluator} judges a promptable model; student.name={student} makes no masks")
+    return model
 
 
 def sam_mini(

@@ -19,7 +19,6 @@ from fmdistill import stop
 from fmdistill.backbones.device import pick_device
 from fmdistill.backbones.promptable import PromptHead
 from fmdistill.cache.prepare import must_prepare
-from fmdistill.distill.student import STUDENTS
 from fmdistill.evaluate import results
 from fmdistill.evaluate.masks import innermost, iou, pack
 from fmdistill.evaluate.results import STUDENT, Judged, Metric, Row
@@ -29,7 +28,7 @@ from fmdistill.images import Images
 from fmdistill.images import build as build_images
 from fmdistill.logs import progress
 from fmdistill.mini.labelled import COLUMN, check_size
-from fmdistill.mini.sam import MiniSam
+from fmdistill.mini.sam import MiniSam, check_makes_masks, must_make_masks
 from fmdistill.mini.scenes import decode_labels
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError
@@ -67,16 +66,12 @@ class SceneMiou:
 
     def check(self, recipe: Recipe) -> None:
         """Raise a UserError for a student that makes no masks."""
-        name = recipe.student.get("name")
-        if name in STUDENTS and name != "sam_mini":
-            raise _no_masks(name)
+        check_makes_masks(recipe.student.get("name"), "scene_miou")
 
     def judge(self, recipe: Recipe, students: Mapping[str, nn.Module]) -> Judged:
         """Score a promptable student on the exact masks of the recipe's validation images."""
         ((name, student),) = students.items()
-        if not isinstance(student, MiniSam):
-            raise _no_masks(recipe.student["name"])
-        student.to(pick_device(self.device, "device"))
+        must_make_masks(student, recipe.student["name"], "scene_miou").to(pick_device(self.device, "device"))
         cases = _cases(build_images(recipe.images), student)
         cases = progress(cases, "scene_miou", total=self.images, unit="image")
         return run(self, student.head, cases, name)
@@ -169,10 +164,6 @@ def _cases(images: Images, student: MiniSam) -> Iterator[SceneCase]:
             check_size(shard.name, encoded.key, (labels.shape[0], labels.shape[1]), image.original)
             (embedding,) = embed(student, student.preprocess, image.pixels[None], torch.tensor([image.size]))
             yield SceneCase(encoded.key, embedding, labels, image.size)
-
-
-def _no_masks(student: str) -> UserError:
-    return UserError(f"scene_miou judges a promptable model; student.name={student} makes no masks")
 
 
 def _scores(head: PromptHead, embedding: Tensor, xy: Tensor, true_PHW: Tensor, resized: Size) -> dict[str, np.ndarray]:

@@ -1,0 +1,143 @@
+"""Score a promptable model on photographs without exact masks, by their regions of colour and texture.
+
+Letters: P points of one photograph, H x W its pixels, h x w resized pixels (before padding to SAM's square input).
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import PIL.Image
+import torch
+from scipy import ndimage
+from torch import nn
+
+from fmdistill import stop
+from fmdistill.backbones.device import pick_device
+from fmdistill.evaluate import results
+from fmdistill.evaluate.results import STUDENT, Judged, Metric
+from fmdistill.evaluate.subjects import embed
+from fmdistill.mini.photos import PHOTOGRAPHS, photograph
+from fmdistill.mini.regions import folder_photographs, opened, segment
+from fmdistill.mini.sam import MiniSam, check_makes_masks, must_make_masks
+from fmdistill.recipe import Recipe
+from fmdistill.registry import UserError
+
+EIGHT = np.ones((3, 3), int)  # pixels that touch at a corner are connected
+
+
+@dataclass(frozen=True)
+class RegionAgreement:
+    """Judge a grid of points on whole photographs: does one of the three masks fit a region around the point?
+
+    A photograph is divided into regions at several `scales` (see `regions.segment`); a point's agreement is the best
+    IoU of masks 1 to 3 with the point's region at any scale. `components` counts the connected parts of that mask:
+    an object or a region has one or two, a mask that follows the token grid has many.
+    """
+
+    grid: int = 6  # points a side
+    side: int = 384  # pixels: the photographs' long side
+    scales: tuple[float, ...] = (150.0, 500.0, 1500.0)
+    smallest: int = 60  # pixels: the least size of a region
+    sigma: float = 1.0  # pixels
+    folder: str | None = None  # photographs judged besides those of the source `photos` for validation
+    device: str = "auto"
+
+    metrics: ClassVar[Mapping[str, Metric]] = {
+        "agreement": Metric(
+            "IoU with a region",
+            percent=True,
+            better="higher",
+            end=1.0,
+            help="IoU × 100 of the best of three masks with the point's region, the best of all scales.",
+        ),
+        "components": Metric(
+            "Parts of a mask",
+            across="average",
+            better="lower",
+            help="Connected parts of the mask that agrees best with a region.",
+        ),
+    }
+
+    def __post_init__(self) -> None:
+        """Raise a UserError for settings that would measure nothing."""
+        if self.grid < 1:
+            raise UserError(f"grid={self.grid}: needs at least 1 point a side")
+        if self.side < 16:
+            raise UserError(f"side={self.side}: needs at least 16 pixels")
+        if not self.scales:
+            raise UserError("scales=[]: needs at least one scale")
+        if self.folder is not None and not folder_photographs(self.folder):
+            raise UserError(f"folder={self.folder}: no photographs in it")
+
+    def check(self, recipe: Recipe) -> None:
+        """Raise a UserError for a student that makes no masks."""
+        check_makes_masks(recipe.student.get("name"), "region_agreement")
+
+    def judge(self, recipe: Recipe, students: Mapping[str, nn.Module]) -> Judged:
+        """Score the student on the photographs; the recipe's images are not read."""
+        (model,) = students.values()
+        student = must_make_masks(model, recipe.student["name"], "region_agreement")
+        student.to(pick_device(self.device, "device")).eval()
+        points = [
+            {"photograph": name} | point
+            for name, pixels in stop.between(self._photographs())
+            for point in judge_photograph(self, student, pixels)
+        ]
+        agreement = np.mean([point["agreement"] for point in points])
+        components = [point["components"] for point in points]
+        rows = [
+            results.row(STUDENT, "agreement", agreement, len(points)),
+            results.row(STUDENT, "components", np.mean(components), len(points), average="mean"),
+            results.row(STUDENT, "components", np.median(components), len(points), average="median"),
+        ]
+        return rows, {"points": points}
+
+    def _photographs(self) -> Iterator[tuple[str, np.ndarray]]:
+        for name in PHOTOGRAPHS["validation"]:
+            yield name, self._resize(photograph(name))
+        for name in folder_photographs(self.folder) if self.folder else ():
+            yield name, self._resize(opened(str(Path(self.folder or "", name))))
+
+    def _resize(self, pixels: np.ndarray) -> np.ndarray:
+        image = PIL.Image.fromarray(pixels)
+        scale = self.side / max(image.size)
+        size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
+        return np.asarray(image.resize(size, PIL.Image.Resampling.BICUBIC))
+
+
+@torch.inference_mode()
+def judge_photograph(protocol: RegionAgreement, student: MiniSam, pixels: np.ndarray) -> list[dict]:
+    """Return each grid point's xy, agreement and components, for a photograph uint8 (H, W, 3)."""
+    height, width = pixels.shape[:2]
+    regions = [segment(pixels, scale, protocol.sigma, protocol.smallest) for scale in protocol.scales]
+    places = (np.arange(protocol.grid) + 0.5) / protocol.grid
+    xy_P2 = np.stack(np.meshgrid(places * width, places * height), axis=-1).reshape(-1, 2)
+    masks_P3HW = predict(student, pixels, xy_P2)
+    points = []
+    for (x, y), masks_3HW in zip(xy_P2, masks_P3HW, strict=True):
+        around = [labels == labels[int(y), int(x)] for labels in regions]
+        scores_3S = [[_iou(mask, region) for region in around] for mask in masks_3HW]
+        best = masks_3HW[np.max(scores_3S, axis=1).argmax()]
+        parts = ndimage.label(best, EIGHT)[1]
+        points.append({"point": [float(x), float(y)], "agreement": float(np.max(scores_3S)), "components": int(parts)})
+    return points
+
+
+def predict(student: MiniSam, pixels: np.ndarray, xy_P2: np.ndarray) -> np.ndarray:
+    """Return masks 1 to 3 of each point, bool (P, 3, H, W), for a photograph uint8 (H, W, 3) and its points in pixels."""
+    height, width = pixels.shape[:2]
+    device = next(student.parameters()).device
+    prepared, (h, w) = student.preprocess.prepare(pixels)
+    (embedding,) = embed(student, student.preprocess, prepared[None], torch.tensor([[h, w]]))
+    xy = torch.from_numpy(xy_P2 * [w / width, h / height]).float().to(device)
+    labels = torch.ones(len(xy), 1, dtype=torch.int, device=device)
+    logits, _ = student.head.decode(embedding, xy[:, None], labels, multimask=True)
+    masks = [(student.head.upsample(mask, (h, w), (height, width)) > 0).squeeze(1) for mask in logits.split(1, dim=1)]
+    return torch.stack(masks, dim=1).cpu().numpy()
+
+
+def _iou(a_HW: np.ndarray, b_HW: np.ndarray) -> float:
+    return float((a_HW & b_HW).sum() / max((a_HW | b_HW).sum(), 1))
