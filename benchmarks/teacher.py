@@ -16,9 +16,8 @@ import PIL.Image
 import torch
 from segment_anything import sam_model_registry
 
-from fmdistill.backbones.device import pick_device
+from fmdistill.backbones.device import has_bf16, pick_device
 from fmdistill.backbones.throughput import encoder_flops, matmul_flops, predictor_pass, take_turns
-from fmdistill.teachers.compute import has_bf16
 from fmdistill.teachers.sam import SamTeacher
 
 DEFAULTS = {"kind": "vit_b", "device": "auto", "images": "1", "rounds": "3", "json": ""}

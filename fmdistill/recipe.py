@@ -71,7 +71,7 @@ class Train:
     epochs: float | None = None
     batch_size: int = 16  # images of an optimizer step, over all processes and accumulated batches
     accumulate: int = 1
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # autocast; auto = bf16 on a GPU, fp32 on a CPU
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # autocast; auto = bf16 if the device has it
     clip: float | None = None  # largest gradient norm
     window: int = 8  # shards whose samples are shuffled together
     workers: int = field(

@@ -56,6 +56,13 @@ def test_training_on_another_device_than_the_recipe_s_raises(monkeypatch):
         train.Engine(Train(steps=1, device="mps"))
 
 
+def test_training_uses_bf16_only_if_the_device_multiplies_it(monkeypatch):
+    for has, settings, expected in ((True, {}, True), (False, {}, False), (False, {"precision": "bf16"}, True)):
+        monkeypatch.setattr(train, "has_bf16", lambda device, has=has: has)
+        with train.Engine(Train(steps=1, device="cpu", **settings)).autocast():
+            assert torch.is_autocast_enabled("cpu") is expected
+
+
 def test_a_teacher_s_unusable_device_raises_before_its_weights_are_read(monkeypatch):
     monkeypatch.setattr(sam, "build_sam", lambda *a: pytest.fail("read the weights"))
     with pytest.raises(UserError, match="teacher.device=meta: this PyTorch cannot use the device"):

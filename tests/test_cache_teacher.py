@@ -11,14 +11,14 @@ from PIL import Image
 from segment_anything import SamPredictor, sam_model_registry
 from segment_anything.modeling.image_encoder import Attention
 
-from fmdistill.backbones.device import pick_device
+from fmdistill.backbones.device import has_bf16, pick_device
 from fmdistill.cache.manifest import claim
 from fmdistill.export import half
 from fmdistill.mini.photos import photograph
 from fmdistill.mini.sam import sam_mini, sam_mini_student
 from fmdistill.registry import UserError
 from fmdistill.teachers import check, identity
-from fmdistill.teachers.compute import has_bf16, own_device, state_hash
+from fmdistill.teachers.compute import own_device, state_hash
 from fmdistill.teachers.sam import SamTeacher, sam_vit_b
 
 

@@ -87,6 +87,13 @@ def test_what_does_not_fit_is_one_clear_line(cached):
         distill.run(load(cached, *tokens, *weighting, f"out={cached}/mixed"))
 
 
+def test_channels_come_last_unless_a_convolution_would_crash():
+    """The last is what oneDNN's backward pass on a CPU with AVX2 alone cannot do."""
+    safe = [nn.Conv2d(3, 8, 3, 2), nn.Conv2d(4, 8, 1), nn.Conv2d(8, 8, 1, 2)]
+    assert tasks.memory_layout(nn.Sequential(*safe)) is torch.channels_last
+    assert tasks.memory_layout(nn.Sequential(*safe, nn.Conv2d(4, 8, 1, 2))) is torch.contiguous_format
+
+
 class Seeing(nn.Module):
     """A student that makes tokens as well as the embedding."""
 

@@ -22,7 +22,7 @@ def test_the_packaged_file_is_small_and_complete():
 
 def test_it_segments_unseen_scenes():
     """Far above chance on a few scenes; the figure on 500 is in docs/results.md."""
-    settings = recipe.load("recipes/mini/sam_mini.yaml", ["images.validation=40", "images.seed=77"])
+    settings = recipe.load("recipes/mini/sam_mini_scenes.yaml", ["images.validation=40", "images.seed=77"])
     rows, _ = SceneMiou().judge(settings, {"student": sam_mini_student("packaged").eval()})
     best, picked, ceiling = (value(rows, "miou", mask=mask) for mask in ("best", "picked", "ceiling"))
     assert best > FLOOR_BEST and picked > FLOOR_PICKED and ceiling > best
@@ -77,5 +77,5 @@ def iou(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def test_its_protocol_is_the_one_that_the_recipe_names():
-    assert recipe.load("recipes/mini/sam_mini.yaml").protocols == ["eval/scene_miou.yaml"]
+    assert recipe.load("recipes/mini/sam_mini_scenes.yaml").protocols == ["eval/scene_miou.yaml"]
     assert isinstance(evaluate.load("eval/scene_miou.yaml").evaluator, SceneMiou)

@@ -44,7 +44,7 @@ def test_settings_equal_to_the_teachers_or_left_to_it_are_valid(tmp_path):
 @pytest.mark.parametrize(
     ("path", "part"),
     [
-        ("recipes/mini/sam_mini.yaml", "objective.x={distance: {name: mse}, weighting: {name: uniform}}"),
+        ("recipes/mini/sam_mini_scenes.yaml", "objective.x={distance: {name: mse}, weighting: {name: uniform}}"),
         ("recipes/mini/clip_mini.yaml", "objective.x={distance: {name: mse}, weighting: {name: uniform}}"),
         ("recipes/mini/clip_mini.yaml", "teacher={name: clip_mini}"),
     ],

@@ -1,4 +1,6 @@
-"""Find the device that a recipe or protocol names."""
+"""Find the device that a recipe or protocol names, and whether it multiplies bf16."""
+
+from pathlib import Path
 
 import torch
 
@@ -25,6 +27,19 @@ def pick_device(name: str, where: str) -> torch.device:
     else:
         _check_usable(device, f"{where}={name}")
     return device
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Return whether `device` is a CPU with bf16 multiplication; emulating it is slower than float32.
+
+    It can be detected on Linux for x86 only; elsewhere False is returned, which `teacher.dtype=bf16` and
+    `train.precision=bf16` override.
+    """
+    info = Path("/proc/cpuinfo")
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available() or not info.is_file():
+        return False
+    flags = next((line for line in info.read_text().splitlines() if line.startswith("flags")), "")
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags.split())
 
 
 def _check_index(device: torch.device, count: int, setting: str) -> None:

@@ -1,12 +1,15 @@
 """Optimizers and learning-rate schedules."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 
+from fmdistill.backbones.device import has_bf16
 from fmdistill.registry import UserError
 
 
@@ -51,6 +54,16 @@ def muon(
         raise UserError(
             "optimizer.name=muon: the installed timm has no Muon; `pip install -U timm`, or use adamw"
         ) from error
+
+    class PortableMuon(Muon):
+        """timm's Muon, its products in float32 on a device that only emulates bf16, where they take half of a step."""
+
+        @torch.no_grad()
+        def step(self, closure: Callable | None = None) -> float | None:
+            """Update the parameters."""
+            with _orthogonalise_in(torch.bfloat16 if _multiplies_bf16(self.param_groups) else torch.float32):
+                return super().step(closure)
+
     dense = [m for m in model.modules() if isinstance(m, nn.Linear)]
     dense += [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.groups == 1 and convolutions]
     matrices = {id(layer.weight) for layer in dense}
@@ -62,7 +75,25 @@ def muon(
         {"params": [p for p in others if p.dim() > 1], "weight_decay": weight_decay, **nadamw},
         {"params": [p for p in others if p.dim() <= 1], "weight_decay": 0.0, **nadamw},
     ]
-    return Muon([g for g in groups if g["params"]], lr=lr, momentum=momentum, nesterov=True, betas=betas)
+    return PortableMuon([g for g in groups if g["params"]], lr=lr, momentum=momentum, nesterov=True, betas=betas)
+
+
+def _multiplies_bf16(groups: Sequence[dict]) -> bool:
+    device = groups[0]["params"][0].device
+    return device.type != "cpu" or has_bf16(device)
+
+
+@contextmanager
+def _orthogonalise_in(dtype: torch.dtype) -> Iterator[None]:
+    """Compute timm's Newton-Schulz iteration in `dtype` within the context; timm has a parameter but no setting."""
+    from timm.optim import muon as module
+
+    original = module.zeropower_via_newtonschulz
+    module.zeropower_via_newtonschulz = partial(original, dtype=dtype)
+    try:
+        yield
+    finally:
+        module.zeropower_via_newtonschulz = original
 
 
 @dataclass(frozen=True)

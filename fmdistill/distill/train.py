@@ -16,7 +16,7 @@ from accelerate.utils import broadcast, gather_object
 from torch import Tensor, nn
 
 from fmdistill import stop
-from fmdistill.backbones.device import pick_device
+from fmdistill.backbones.device import has_bf16, pick_device
 from fmdistill.cache.batch import Batch, Data, to_device
 from fmdistill.cache.order import Batches
 from fmdistill.distill import checkpoint
@@ -73,10 +73,9 @@ class Engine:
 
     def autocast(self) -> Any:
         """Return the autocast context of the recipe's precision."""
-        kind = self.accelerator.device.type
-        precision = self.settings.precision
-        bf16 = precision == "bf16" or (precision == "auto" and kind == "cuda")
-        return torch.autocast(kind, dtype=torch.bfloat16, enabled=bf16)
+        device, precision = self.accelerator.device, self.settings.precision
+        bf16 = precision == "bf16" or (precision == "auto" and (device.type == "cuda" or has_bf16(device)))
+        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
 
     def any(self, flag: bool) -> bool:
         """Return whether `flag` is true in any of the processes; all of them have to call it."""

@@ -58,7 +58,9 @@ class LabelledImages(SplitImages):
         labels = np.full((self.preprocess.image_size,) * 2, -1, np.int32)
         labels[:h, :w] = objects
         rng = np.random.default_rng([self.seed, epoch, zlib.crc32(key.encode())])
-        points, target, boxes, use_box = sample_prompts(labels, rng, self.prompts, background=self.background, small=self.small)
+        points, target, boxes, use_box = sample_prompts(
+            labels, rng, self.prompts, background=self.background, small=self.small
+        )
         return {
             **sample(image),
             "objects": torch.from_numpy(labels),

@@ -117,9 +117,7 @@ def crop(key: str, size: int, seed: int) -> PIL.Image.Image:
     return cut(photograph(name), seeds, ZOOM[split], frame(int(number) + offset, size))
 
 
-def cut(
-    pixels: np.ndarray, seeds: list[int], zoom: tuple[float, float], shape: tuple[int, int]
-) -> PIL.Image.Image:
+def cut(pixels: np.ndarray, seeds: list[int], zoom: tuple[float, float], shape: tuple[int, int]) -> PIL.Image.Image:
     """Return a random crop of a photograph (H, W, 3), resized to `shape` (width, height), half of them mirrored.
 
     `zoom` is the range of the crop's side, as a share of the largest that fits.

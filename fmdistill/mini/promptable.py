@@ -34,8 +34,9 @@ def promptable(
 ) -> Job:
     """Train a promptable segmenter from images with exact masks: `prompts` an image, a share of them for `background`.
 
-    An object is prompted in proportion to area^-small. `focal`, `iou` and `dense` weigh the losses of `Promptable`; `focal_norm` says what divides the focal loss: "parts"
-    (which a fresh network needs), "object" or "image", see `mask_losses`.
+    An object is prompted in proportion to area^-small. `focal`, `iou` and `dense` weigh the losses of `Promptable`;
+    `focal_norm` says what divides the focal loss: "parts" (which a fresh network needs), "object" or "image", see
+    `mask_losses`.
     """
     if prompts < 1:
         raise UserError(f"task.prompts={prompts}: expected at least 1")

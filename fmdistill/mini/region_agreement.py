@@ -69,8 +69,6 @@ class RegionAgreement:
             raise UserError(f"side={self.side}: needs at least 16 pixels")
         if not self.scales:
             raise UserError("scales=[]: needs at least one scale")
-        if self.folder is not None and not folder_photographs(self.folder):
-            raise UserError(f"folder={self.folder}: no photographs in it")
 
     def check(self, recipe: Recipe) -> None:
         """Raise a UserError for a student that makes no masks."""
@@ -127,7 +125,7 @@ def judge_photograph(protocol: RegionAgreement, student: MiniSam, pixels: np.nda
 
 
 def predict(student: MiniSam, pixels: np.ndarray, xy_P2: np.ndarray) -> np.ndarray:
-    """Return masks 1 to 3 of each point, bool (P, 3, H, W), for a photograph uint8 (H, W, 3) and its points in pixels."""
+    """Return masks 1 to 3 of each point in pixels, bool (P, 3, H, W), for a photograph uint8 (H, W, 3)."""
     height, width = pixels.shape[:2]
     device = next(student.parameters()).device
     prepared, (h, w) = student.preprocess.prepare(pixels)

@@ -57,8 +57,6 @@ class Regions(Numbered):
             low, high = getattr(self, name)
             if not 0 < low <= high:
                 raise UserError(f"images.{name}={[low, high]}: expected smallest <= largest, both above 0")
-        if self.folder is not None and not folder_photographs(self.folder):
-            raise UserError(f"images.folder={self.folder}: no photographs ({', '.join(SUFFIXES)}) in it")
 
     def identity(self) -> dict:
         """Return all settings and the names of the photographs."""
@@ -95,8 +93,10 @@ def folder_photographs(folder: str) -> list[str]:
     """Return the paths of the photographs under a folder, relative to it, in order."""
     root = Path(folder)
     if not root.is_dir():
-        raise UserError(f"images.folder={folder}: no such folder")
+        raise UserError(f"folder={folder}: no such folder")
     paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    if not paths:
+        raise UserError(f"folder={folder}: no photographs ({', '.join(SUFFIXES)}) in it")
     return [path.relative_to(root).as_posix() for path in paths]
 
 

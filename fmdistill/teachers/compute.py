@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -29,18 +28,6 @@ def own_dtype(name: DType, device: torch.device) -> Precision:
     if name == "auto":
         return "bf16" if device.type == "cuda" else "fp32"
     return name
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Return whether `device` is a CPU with bf16 multiplication; emulating it is slower than float32.
-
-    It can be detected on Linux for x86 only; elsewhere False is returned, and `teacher.dtype=bf16` overrides it.
-    """
-    info = Path("/proc/cpuinfo")
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available() or not info.is_file():
-        return False
-    flags = next((line for line in info.read_text().splitlines() if line.startswith("flags")), "")
-    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags.split())
 
 
 @contextmanager

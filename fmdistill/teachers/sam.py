@@ -15,13 +15,14 @@ from segment_anything import SamPredictor, sam_model_registry
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
 
+from fmdistill.backbones.device import has_bf16
 from fmdistill.backbones.fast_encoder import FastEncoder, supported
 from fmdistill.backbones.promptable import PromptHead
 from fmdistill.backbones.sam import RESIZE, SamPreprocess, build_sam
 from fmdistill.backbones.throughput import flops
 from fmdistill.logs import log
 from fmdistill.registry import convert
-from fmdistill.teachers.compute import DType, Precision, computing, has_bf16, own_device, own_dtype, state_hash
+from fmdistill.teachers.compute import DType, Precision, computing, own_device, own_dtype, state_hash
 from fmdistill.teachers.family import Family, Reference, weights_setting
 from fmdistill.teachers.output import Output
 
