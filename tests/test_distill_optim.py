@@ -117,3 +117,27 @@ def test_sgd_is_pytorch_s_with_momentum_and_decay_of_all():
     actual = trained(lambda model: optim.sgd(model, 0.1))
     expected = trained(lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4))
     assert all(torch.equal(actual[name], expected[name]) for name in actual)
+
+
+def test_muon_multiplies_bf16_only_if_the_processor_does(monkeypatch):
+    from timm.optim import muon as module
+
+    dtypes, original = [], module.zeropower_via_newtonschulz
+
+    def recorded(*arguments, dtype, **settings):
+        dtypes.append(dtype)
+        return original(*arguments, dtype=dtype, **settings)
+
+    monkeypatch.setattr(module, "zeropower_via_newtonschulz", recorded)
+    for has in (True, False):
+        torch.manual_seed(0)
+        layer = nn.Linear(8, 4)
+        layer(torch.randn(16, 8)).square().sum().backward()  # of full rank, so that no direction is noise
+        before = layer.weight.detach().clone()
+        monkeypatch.setattr(optim, "has_bf16", lambda device, has=has: has)
+        optim.muon(layer, lr=0.1, weight_decay=0.0).step()
+        update = before - layer.weight.detach()
+        if has:
+            rough = update
+    assert dtypes == [torch.bfloat16, torch.float32] and module.zeropower_via_newtonschulz is recorded
+    assert 0 < (update - rough).abs().max() < 0.05 * update.abs().max()

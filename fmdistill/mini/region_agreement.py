@@ -69,6 +69,8 @@ class RegionAgreement:
             raise UserError(f"side={self.side}: needs at least 16 pixels")
         if not self.scales:
             raise UserError("scales=[]: needs at least one scale")
+        if self.folder is not None:
+            folder_photographs(self.folder)
 
     def check(self, recipe: Recipe) -> None:
         """Raise a UserError for a student that makes no masks."""
