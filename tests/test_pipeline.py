@@ -17,6 +17,7 @@ from fmdistill.cli import main
 from fmdistill.evaluate import sa1b
 from fmdistill.evaluate.results import value
 from fmdistill.evaluate.subjects import mean_embedding
+from fmdistill.pipeline import demo
 from fmdistill.registry import UserError
 
 PROTOCOL = "name: grid_miou\ngrids: [2, 3]\nfloors: true\n"
@@ -227,7 +228,7 @@ def test_check_takes_settings_for_each_recipe(tmp_path, capsys):
 def test_the_clip_demo_evaluates_both_runs_and_their_teacher(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     small = ["images.train=16", "images.validation=12", "train.steps=2", "train.batch_size=8", "train.workers=0"]
-    page = pipeline.demo("clip", small)
+    page = demo.run("clip", small)
     assert page == Path("report/demo_clip/index.html") and "Weights of images" in page.read_text()
     teachers = {}
     for name in ("clip_mse", "clip_srw"):
@@ -247,4 +248,4 @@ def test_the_clip_demo_evaluates_both_runs_and_their_teacher(tmp_path, monkeypat
 
 def test_an_unknown_demo_is_one_clear_line():
     with pytest.raises(UserError, match="demo dino: unknown demo.*Known: clip, sam"):
-        pipeline.demo("dino")
+        demo.run("dino")

@@ -238,10 +238,10 @@ def _check(paths: list[str]) -> None:
 
 
 def _demo(overrides: list[str]) -> None:
-    from fmdistill import pipeline
+    from fmdistill.pipeline import demo
 
     kind = overrides.pop(0) if overrides and "=" not in overrides[0] else "sam"
-    pipeline.demo(kind, overrides)
+    demo.run(kind, overrides)
 
 
 VERBS = {

@@ -1,11 +1,10 @@
-"""The verbs that combine stages: check, run and demo in this file, compare, plan and bench in their own files."""
+"""The verbs that combine stages: check and run in this file, the others in their own files."""
 
 import os
-import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from fmdistill import cache, distill, evaluate, images, recipe, report, stop, teachers
+from fmdistill import cache, distill, evaluate, images, recipe, stop, teachers
 from fmdistill.backbones.device import pick_device
 from fmdistill.cache import executors, finished
 from fmdistill.cache.order import Batches
@@ -19,15 +18,11 @@ from fmdistill.launcher import processes
 from fmdistill.logs import log
 from fmdistill.pipeline import variants
 from fmdistill.recipe import Recipe
-from fmdistill.registry import UserError, bind, suggest
+from fmdistill.registry import UserError, bind
 from fmdistill.settings import parse_recipe_name
 
 TRUSTED = ["trust=true"]  # for a run that was checked to be of the user's recipe
 RECIPE_KEYS = {"extends", "out", "student", "task", "teacher"}  # settings that distinguish a recipe from a protocol
-DEMO = {
-    "sam": ("recipes/demo/sam_mse.yaml", "recipes/demo/sam_srw.yaml"),
-    "clip": ("recipes/demo/clip_mse.yaml", "recipes/demo/clip_srw.yaml"),
-}
 
 
 def check(settings: Recipe) -> None:
@@ -155,14 +150,15 @@ def run(settings: Recipe) -> dict[str, list[Row]]:
     check_before(settings)
     if settings.teacher is not None and not finished.is_live(settings.teacher):
         cache.run(settings)
-        _score_teacher(settings)
+        score_teacher(settings)
     out = distill.run(settings)
     if not is_main():
         return {}
     return {protocol: evaluate.run(protocol, out, TRUSTED) for protocol in stop.between(settings.protocols)}
 
 
-def _score_teacher(settings: Recipe) -> None:
+def score_teacher(settings: Recipe) -> None:
+    """Judge the teacher by the protocols of the recipe that have a score for it."""
     if is_main():
         teacher_score.judge_teacher(settings, [evaluate.load(path).evaluator for path in settings.protocols])
 
@@ -178,26 +174,3 @@ def evaluate_recipe(settings: Recipe) -> dict[str, list[Row]]:
         raise UserError("protocols: this recipe has none; name one: fmdistill evaluate PROTOCOL RUN")
     distill.check_run(settings, Path(settings.out))
     return {protocol: evaluate.run(protocol, settings.out, TRUSTED) for protocol in stop.between(settings.protocols)}
-
-
-def demo(kind: str = "sam", overrides: Sequence[str] = ()) -> Path:
-    """Distil an embedded teacher with and without SRW, evaluate both students, and return the page of the report."""
-    if kind not in DEMO:
-        raise UserError(f"demo {kind}: unknown demo.{suggest(kind, DEMO)}")
-    started = time.monotonic()
-    loaded = [recipe.load(path, overrides) for path in DEMO[kind]]
-    for settings in loaded:
-        check_before(settings)
-    check_folder(f"report/demo_{kind}", "the report")
-    cache.run(loaded[0])
-    _score_teacher(loaded[0])
-    for settings in stop.between(loaded):
-        log.info("%s", settings.title)
-        distill.run(settings)
-    runs = [settings.out for settings in loaded]
-    for protocol in stop.between(loaded[0].protocols):
-        evaluate.run_together(protocol, runs, trust=True)
-    page = report.run(runs, f"report/demo_{kind}", trust=True)
-    print(report.text(runs))
-    print(f"\n{(time.monotonic() - started) / 60:.1f} minutes. Report: {page}")
-    return page

@@ -1,0 +1,60 @@
+"""Distil a teacher that ships with the package, with and without SRW, and show both students."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from fmdistill import cache, distill, evaluate, pipeline, recipe, report, stop
+from fmdistill.files import check_folder
+from fmdistill.logs import log
+from fmdistill.pipeline import side_by_side
+from fmdistill.pipeline.side_by_side import Training
+from fmdistill.registry import UserError, suggest
+
+DEMOS = {
+    "sam": ("recipes/demo/sam_mse.yaml", "recipes/demo/sam_srw.yaml"),
+    "clip": ("recipes/demo/clip_mse.yaml", "recipes/demo/clip_srw.yaml"),
+}
+PARTS = 4
+NEXT = """
+Look at the masks:         fmdistill serve {runs}
+Your own images:           fmdistill init mine.yaml {kind} images.root=FOLDER"""
+
+
+def run(kind: str = "sam", overrides: Sequence[str] = ()) -> Path:
+    """Distil an embedded teacher with and without SRW, evaluate both students, and return the page of the report."""
+    if kind not in DEMOS:
+        raise UserError(f"demo {kind}: unknown demo.{suggest(kind, DEMOS)}")
+    started = time.monotonic()
+    trainings = [Training(recipe.load(path, overrides), path, overrides) for path in DEMOS[kind]]
+    for training in trainings:
+        pipeline.check_before(training.settings)
+    check_folder(f"report/demo_{kind}", "the report")
+    first = trainings[0].settings
+
+    _tell(1, "the teacher embeds all images once, and its embeddings are stored")
+    cache.run(first)
+    pipeline.score_teacher(first)
+    _tell(2, "two students learn from the stored embeddings, one with plain MSE and one with SRW's weights")
+    _train(trainings)
+    runs = [training.settings.out for training in trainings]
+    _tell(3, "both students are compared with the teacher")
+    for protocol in stop.between(first.protocols):
+        evaluate.run_together(protocol, runs, trust=True)
+    _tell(4, "the report is written")
+    page = report.run(runs, f"report/demo_{kind}", trust=True)
+    print(report.text(runs))
+    print(f"\n{(time.monotonic() - started) / 60:.1f} minutes. Report: {page}")
+    print(NEXT.format(runs=" ".join(runs), kind=kind))
+    return page
+
+
+def _train(trainings: Sequence[Training]) -> None:
+    if side_by_side.fits([training for training in trainings if not training.done]):
+        side_by_side.train(trainings)
+    for training in stop.between(trainings):
+        distill.run(training.settings)
+
+
+def _tell(part: int, what: str) -> None:
+    log.info("part %d of %d: %s", part, PARTS, what)
