@@ -11,15 +11,16 @@ import torch
 from matplotlib.image import imread
 from safetensors.torch import save_file
 
-from fmdistill import cache, distill, recipe, report
+from fmdistill import cache, distill, evaluate, recipe, report
 from fmdistill.backbones.promptable import PromptHead
 from fmdistill.cache.dataset import CachedImages
 from fmdistill.distill import student as students
 from fmdistill.evaluate.grid_miou import GridMiou
 from fmdistill.evaluate.results import Metric, Result, row
+from fmdistill.evaluate.text_classifier import class_names
 from fmdistill.evaluate.top1 import Top1
 from fmdistill.registry import UserError
-from fmdistill.report import examples, page, plots, ranked, rows, tables
+from fmdistill.report import examples, labels, page, plots, ranked, rows, tables
 
 GROUPS = (None, "photos", "scenes")
 VOID = {"meta", "img", "br", "hr", "link", "input"}
@@ -99,7 +100,8 @@ def an_example(h=128, w=256):
     teacher, shifted = (x - 100) ** 2 + (y - 60) ** 2 < 900, (x - 110) ** 2 + (y - 60) ** 2 < 900
     weights = np.where(np.arange(256).reshape(16, 16) % 2 == 0, 0.75, 1.25)
     masks = {"teacher": teacher, "mse": shifted, "srw": teacher}
-    return examples.Example("a&b", "photos", image, {"srw": weights}, valid, (100.0, 60.0), masks)
+    prompts = {kind: examples.Prompt((100.0, 60.0), masks) for kind in ("typical", "worst")}
+    return examples.Example("a&b", "photos", image, {"srw": weights}, valid, prompts)
 
 
 def test_page_is_self_contained_and_valid(two, tmp_path, monkeypatch):
@@ -111,7 +113,7 @@ def test_page_is_self_contained_and_valid(two, tmp_path, monkeypatch):
     text = path.read_text()
     parsed = Page(text)
     assert parsed.open == [] and parsed.faults == []
-    assert len(parsed.loaded) == 6 and all(link.startswith("data:image/") for link in parsed.loaded)
+    assert len(parsed.loaded) == 8 and all(link.startswith("data:image/") for link in parsed.loaded)
     outside = re.sub(r"data:[^\"]*", "", text)
     assert not re.search(r"https?://|url\(|@import|<script", outside)
     assert "&lt;b&gt;&amp; co" in text and "<b>" not in text
@@ -324,23 +326,33 @@ def test_figures_are_pictures_with_the_weights_where_they_belong():
     red = np.argwhere((rgb[..., 0] - rgb[..., 2])[top:bottom, left:right] > 0.1)
     y, x = red.mean(0) / (bottom - top, right - left)
     assert abs(x - 40 / 256) < 0.02 and abs(y - 24 / 128) < 0.02
-    assert plots.mask_figure(example.image, (3, 4), example.masks).startswith(b"\x89PNG")
+    assert plots.mask_figure(example.image, (3, 4), example.prompts["worst"].masks).startswith(b"\x89PNG")
     assert base64.b64encode(picture).decode() in page.figure(picture, "c", "a")
 
 
-def test_point_is_where_students_differ_within_the_area():
-    teacher = torch.zeros(4, 10, 10, dtype=torch.bool)
+def test_points_are_those_of_median_and_of_least_agreement_within_the_area():
+    teacher = torch.zeros(6, 10, 10, dtype=torch.bool)
     teacher[0, :1, :2] = True  # 2 %: too small
-    teacher[1, :2, :5] = True
-    teacher[2, :2, :5] = True
-    teacher[3] = True  # too large
+    teacher[1:5, :2, :5] = True
+    teacher[5] = True  # too large
     a, b = teacher.clone(), teacher.clone()
-    a[2, 5:] = True
-    a[3] = False
-    predicted = torch.tensor([0.9, 0.8, 0.7, 0.99])
-    assert examples.choose_point(teacher, [a, b], predicted, 100) == 2
-    assert examples.choose_point(teacher, [a], predicted, 100) == 1
-    assert examples.choose_point(teacher[:1], [a[:1]], predicted[:1], 100) is None
+    a[0], a[5] = False, False
+    a[2, :2, :1] = b[2, :2, :1] = False  # IoU 0.8 of both
+    a[3, :2, :4] = False  # IoU 0.2 and 1
+    b[4, 5:] = True  # IoU 1 and 10 / 60
+    assert examples.choose_points(teacher, [a, b], 100) == {"typical": 2, "worst": 4}
+    assert examples.choose_points(teacher, [a], 100) == {"typical": 1, "worst": 3}
+    assert examples.choose_points(teacher[:1], [a[:1]], 100) == {}
+
+
+def test_the_page_opens_with_masks_typical_ones_first_and_ends_with_weights(two, tmp_path, monkeypatch):
+    monkeypatch.setattr(examples, "gather", lambda runs, trust: ([an_example()], 16))
+    monkeypatch.setattr(ranked, "gather", lambda runs, trust: [])
+    monkeypatch.setattr(labels, "gather", lambda runs, trust: [])
+    html = report.run(two, str(tmp_path / "out")).read_text()
+    headings = ("Typical masks", "Worst masks", "Results", "Training", "Weights of patches")
+    places = [html.index(f"<h2>{name}</h2>") for name in headings]
+    assert places == sorted(places)
 
 
 def test_examples_come_from_a_cache_and_its_students(tmp_path, monkeypatch):
@@ -362,8 +374,9 @@ def test_examples_come_from_a_cache_and_its_students(tmp_path, monkeypatch):
         h, w = example.image.shape[:2]
         assert example.valid.sum() == -(-h // 16) * -(-w // 16)
         assert example.weights["run"].mean() == pytest.approx(1, abs=1e-3)  # padding: include
-        assert all(mask.shape == (h, w) and mask.dtype == bool for mask in example.masks.values())
-        assert example.point is None or list(example.masks) == ["teacher", "run"]
+        for prompt in example.prompts.values():
+            assert list(prompt.masks) == ["teacher", "run"]
+            assert all(mask.shape == (h, w) and mask.dtype == bool for mask in prompt.masks.values())
 
 
 def test_whole_images_are_ranked_by_their_weight(tmp_path):
@@ -385,8 +398,37 @@ def test_whole_images_are_ranked_by_their_weight(tmp_path):
     similarity = (unit @ unit.T).mean(1)
     assert np.array_equal(entry.images[0], items[int(similarity.argmin())]["pixels"].permute(1, 2, 0).numpy())
     shown, _ = examples.gather(runs, per_group=2)
-    assert [(dict(example.weights), example.point) for example in shown] == [({}, None)] * 2
-    assert "Weights of images" in report.run([settings.out], str(tmp_path / "out")).read_text()
+    assert [(dict(example.weights), example.prompts) for example in shown] == [({}, {})] * 2
+    page_html = report.run([settings.out], str(tmp_path / "out")).read_text()
+    assert "Weights of images" in page_html and "<h2>Labels" not in page_html
+
+
+def test_a_clip_report_shows_labels_on_which_teacher_and_students_agree_and_not(tmp_path):
+    settings = recipe.load(
+        "recipes/demo/clip_srw.yaml",
+        ["images.train=2", "images.validation=10", f"cache.root={tmp_path / 'cache'}", f"out={tmp_path / 'run'}"],
+    )
+    cache.run(settings)
+    recipe.save(settings, settings.out)
+    torch.manual_seed(0)
+    save_file(students.build(settings.student).state_dict(), tmp_path / "run" / "student.safetensors")
+    keys = [key for shard in cache.open_cache(settings).shards["validation"] for key in shard.keys]
+    protocol = evaluate.load("eval/clip_zeroshot_demo.yaml").to_json()
+    answers = {"teacher": lambda i: i, "student": lambda i: i if i < 7 else 0}
+    images = [
+        {"key": key, "subject": subject, "label": 0, "prediction": answer(i)}
+        for subject, answer in answers.items()
+        for i, key in enumerate(keys)
+    ]
+    stored = {**Result(protocol, [row("student", "top1", 0.7)]).to_json(), "images": images}
+    evaluate.write(tmp_path / "run" / "evaluation" / "clip_zeroshot_demo.json", stored)
+    shown = labels.gather(rows.read_runs([settings.out]), shown=3)
+    names = class_names(protocol["classnames"])
+    assert [entry.key for entry in shown] == [keys[i] for i in (0, 3, 6, 7, 8, 9)]
+    assert shown[0].answers == {"teacher": names[0], "run": names[0]}
+    assert shown[-1].answers == {"teacher": names[9], "run": names[0]}
+    assert shown[0].image.shape == (64, 64, 3)
+    assert "<h2>Labels</h2>" in report.run([settings.out], str(tmp_path / "out")).read_text()
 
 
 def test_weights_by_key_are_shown_of_an_embedding_run(tmp_path):

@@ -6,7 +6,7 @@ from fmdistill.evaluate.results import Result
 from fmdistill.files import check_folder, write_whole
 from fmdistill.logs import log
 from fmdistill.registry import UserError
-from fmdistill.report import examples, page, plots, ranked, rows, tables
+from fmdistill.report import examples, labels, page, plots, ranked, rows, tables
 from fmdistill.report.rows import Run
 
 ONE_SEED = (
@@ -31,11 +31,21 @@ ABOUT_IMAGE_WEIGHTS = (
     "The weight of whole images in the loss, computed with the validation images as one batch. SRW gives high weights "
     "to images whose teacher embedding is unlike the others'. N·w is a weight relative to the mean."
 )
-ABOUT_MASKS = (
-    "One point per image, the same for every network, and each network's mask with its highest predicted IoU. Of a "
-    "10×10 grid, and of the points whose teacher mask covers 3 to 30 % of the image, it is the one where the runs "
-    "disagree most (with one run: where the teacher's predicted IoU is highest). It is chosen to show a difference, so "
-    "it is not typical: the table above is the measurement."
+ABOUT_MASKS = {
+    "typical": (
+        "Typical masks",
+        "One point per image, the same for every network, and each network's mask with its highest predicted IoU. Of "
+        "the points of a 10×10 grid whose teacher mask covers 3 to 30 % of the image, it is the one of median "
+        "agreement between students and teacher.",
+    ),
+    "worst": (
+        "Worst masks",
+        "Of the same points, the one at which the students agree least with the teacher.",
+    ),
+}
+ABOUT_LABELS = (
+    "Validation images with each network's best label: first images on which student and teacher agree, then images "
+    "on which they do not, each evenly spread over the images judged."
 )
 
 
@@ -46,7 +56,8 @@ def run(runs: list[str], out: str, trust: bool = False) -> Path:
     """
     check_folder(out, "the report")
     loaded = rows.read_runs(runs)
-    parts = [_titles(loaded), *_tables(loaded), *_curves(loaded), *_pictures(loaded, trust)]
+    first, last = _pictures(loaded, trust)
+    parts = [_titles(loaded), *first, *_tables(loaded), *_curves(loaded), *last]
     path = Path(out).expanduser() / "index.html"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, page.page("Distillation report", parts))
@@ -105,14 +116,16 @@ def _curves(runs: list[Run]) -> list[str]:
     return [page.heading("Training"), page.paragraph(ABOUT_CURVES), figure]
 
 
-def _pictures(runs: list[Run], trust: bool) -> list[str]:
+def _pictures(runs: list[Run], trust: bool) -> tuple[list[str], list[str]]:
+    """Return the pictures of what the networks answer, which open the page, and those of weights, which end it."""
     try:
         shown, stride = examples.gather(runs, trust=trust)
         by_image = ranked.gather(runs, trust=trust)
+        labelled = labels.gather(runs, trust=trust)
     except UserError as error:
         log.warning("report: no pictures: %s", error)
-        return [page.heading("Pictures"), page.paragraph(f"No pictures: {error}", "notice")]
-    return [*_weight_maps(shown, stride), *_weighed_images(by_image), *_masks(shown)]
+        return [], [page.heading("Pictures"), page.paragraph(f"No pictures: {error}", "notice")]
+    return [*_masks(shown), *_labels(labelled)], [*_weight_maps(shown, stride), *_weighed_images(by_image)]
 
 
 def _weight_maps(shown: list[examples.Example], stride: int) -> list[str]:
@@ -150,18 +163,25 @@ def _masks(shown: list[examples.Example]) -> list[str]:
             (plots.ADDED, "student only (added)"),
         )
     )
-    figures = []
-    for example in shown:
-        if example.point is None:
-            continue
-        x, y = example.point
-        share = 100 * example.masks["teacher"].mean()
-        caption = (
-            f"{example.group}, {example.key}: point ({x:.0f}, {y:.0f}) of the resized image, "
-            f"whose teacher mask covers {share:.0f} % of it."
-        )
-        picture = plots.mask_figure(example.image, example.point, example.masks)
-        figures.append(page.figure(picture, caption, f"Masks of teacher and students on {example.key}", wide=True))
-    if not figures:
+    parts = []
+    for kind, (heading, about) in ABOUT_MASKS.items():
+        figures = []
+        for example in (example for example in shown if kind in example.prompts):
+            prompt = example.prompts[kind]
+            share = 100 * prompt.masks["teacher"].mean()
+            caption = f"{example.group}, {example.key}: the teacher's mask covers {share:.0f} % of the image."
+            picture = plots.mask_figure(example.image, prompt.point, prompt.masks)
+            figures.append(page.figure(picture, caption, f"Masks of teacher and students on {example.key}", wide=True))
+        if figures:
+            parts += [page.heading(heading), page.paragraph(about), key, *figures]
+    return parts
+
+
+def _labels(labelled: list[labels.Labelled]) -> list[str]:
+    if not labelled:
         return []
-    return [page.heading("Masks of the students"), page.paragraph(ABOUT_MASKS), key, *figures]
+    figures = [
+        page.figure(plots.labels_figure(entry.image, entry.answers), entry.key, f"Labels of {entry.key}")
+        for entry in labelled
+    ]
+    return [page.heading("Labels"), page.paragraph(ABOUT_LABELS), page.grid(figures, narrow=True)]

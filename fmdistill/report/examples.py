@@ -2,9 +2,9 @@
 
 # Legend: C channels, g patches a side, P points, h x w pixels of the resized image.
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,22 +20,29 @@ from fmdistill.distill.tasks import Distill, open_task
 from fmdistill.evaluate.grid_miou import choose
 from fmdistill.report.rows import Run
 
-GRID = 10  # points a side, one of which is shown
+GRID = 10  # points a side, two of which are shown
 BATCH = 50  # points decoded at once
 AREA = (0.03, 0.30)  # share of the image that the teacher's mask at the shown point may cover
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """A point (x, y) in pixels, and each network's mask there, (h, w) bool, the teacher's first."""
+
+    point: tuple[float, float]
+    masks: Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
 class Example:
-    """One image: `weights` (g, g) by run and term; `masks` (h, w) bool at `point` (x, y), the teacher's first."""
+    """One image: `weights` (g, g) by run and term, and a prompt of each kind, "typical" and "worst", if it has any."""
 
     key: str
     group: str
     image: np.ndarray  # (h, w, 3) uint8
     weights: Mapping[str, np.ndarray]
     valid: np.ndarray  # (g, g) bool
-    point: tuple[float, float] | None
-    masks: Mapping[str, np.ndarray]
+    prompts: Mapping[str, Prompt]
 
 
 @dataclass(frozen=True)
@@ -71,24 +78,27 @@ def open_runs(runs: list[Run], trust: bool = False) -> tuple[Cache, list[Opened]
     return open_cache(first), opened
 
 
-def choose_point(
-    teacher_Phw: Tensor, students_Phw: Iterable[Tensor], predicted_P: Tensor, image_area: float
-) -> int | None:
-    """Return the point whose masks differ most between the students, relative to the teacher's mask; None without one.
+def choose_points(
+    teacher_Phw: Tensor, students_Phw: Sequence[Tensor], image_area: float
+) -> dict[Literal["typical", "worst"], int]:
+    """Return the points at which the students' masks agree with the teacher's as at most points, and least.
 
-    Masks are bool (P, h, w). Only points whose teacher mask covers a share of `image_area` within AREA count. A single
-    student is shown where the teacher is surest of its mask.
+    Masks are bool (P, h, w). The agreement of a point is the students' mean IoU with the teacher, and the typical point
+    is the one of median agreement. Only points whose teacher mask covers a share of `image_area` within AREA count;
+    without one, the result is empty.
     """
-    area_P = teacher_Phw.flatten(1).sum(1).float()
-    fits_P = (area_P >= AREA[0] * image_area) & (area_P <= AREA[1] * image_area)
-    if not fits_P.any():
-        return None
-    students = list(students_Phw)
-    score_P = predicted_P
-    if len(students) > 1:
-        differing = [(a ^ b).flatten(1).sum(1) for i, a in enumerate(students) for b in students[:i]]
-        score_P = torch.stack(differing).amax(0) / area_P.clamp_min(1)
-    return int(score_P.masked_fill(~fits_P, -torch.inf).argmax())
+    area_P = teacher_Phw.flatten(1).sum(1)
+    candidates = ((area_P >= AREA[0] * image_area) & (area_P <= AREA[1] * image_area)).nonzero()[:, 0]
+    if not len(candidates):
+        return {}
+    teacher = teacher_Phw[candidates]
+    agreement = torch.stack([_iou(teacher, student[candidates]) for student in students_Phw]).mean(0)
+    order = agreement.argsort(stable=True)
+    return {"typical": int(candidates[order[len(order) // 2]]), "worst": int(candidates[order[0]])}
+
+
+def _iou(a_Phw: Tensor, b_Phw: Tensor) -> Tensor:
+    return (a_Phw & b_Phw).flatten(1).sum(1) / (a_Phw | b_Phw).flatten(1).sum(1).clamp(min=1)
 
 
 def _places(data: CachedImages, per_group: int) -> list[tuple[int, int]]:
@@ -109,10 +119,10 @@ def _example(data: CachedImages, place: tuple[int, int], cache: Cache, head: Any
         seen = run.task.see(batch)
         embeddings[run.name] = seen.student("embedding")[0]
         weights |= _weights(run, seen, valid.shape[-1])
-    point, masks = _masks(head, embeddings, (h, w)) if isinstance(head, PromptHead) else (None, {})
+    prompts = _prompts(head, embeddings, (h, w)) if isinstance(head, PromptHead) else {}
     image = batch["pixels"][0, :, :h, :w].permute(1, 2, 0).numpy()
     group = data.shards[place[0]].group
-    return Example(batch["keys"][0], group, image, weights, valid[0].numpy(), point, masks)
+    return Example(batch["keys"][0], group, image, weights, valid[0].numpy(), prompts)
 
 
 def _weights(run: Opened, seen: Seen, g: int) -> dict[str, np.ndarray]:
@@ -131,34 +141,29 @@ def term_weights(run: Opened, seen: Seen) -> Iterator[tuple[str, Tensor, Seen]]:
         yield run.name if len(run.task.objective.terms) == 1 else f"{run.name}, {name}", weight, focused
 
 
-def _masks(
-    head: PromptHead, embeddings: Mapping[str, Tensor], resized: tuple[int, int]
-) -> tuple[tuple[float, float] | None, dict[str, np.ndarray]]:
+def _prompts(head: PromptHead, embeddings: Mapping[str, Tensor], resized: tuple[int, int]) -> dict[str, Prompt]:
     centres = (torch.arange(GRID) + 0.5) / GRID
     points_P2 = torch.cartesian_prod(centres * resized[1], centres * resized[0])
-    low, predicted = {}, {}
-    for name, embedding in embeddings.items():
-        low[name], predicted[name] = _best(head, embedding, points_P2)
+    low = {name: _best(head, embedding, points_P2) for name, embedding in embeddings.items()}
     share = low["teacher"].shape[-1] / head.config["image_size"]
     inside = tuple(slice(0, max(1, round(n * share))) for n in resized)
     bits = {name: logits[(slice(None), *inside)] > 0 for name, logits in low.items()}
     students = [mask for name, mask in bits.items() if name != "teacher"]
-    chosen = choose_point(bits["teacher"], students, predicted["teacher"], bits["teacher"][0].numel())
-    if chosen is None:
-        return None, {}
-    masks = {
-        name: (head.upsample(logits[None, chosen : chosen + 1], resized, resized)[0, 0] > 0).numpy()
-        for name, logits in low.items()
-    }
-    x, y = points_P2[chosen].tolist()
-    return (x, y), masks
+    prompts = {}
+    for kind, chosen in choose_points(bits["teacher"], students, bits["teacher"][0].numel()).items():
+        masks = {
+            name: (head.upsample(logits[None, chosen : chosen + 1], resized, resized)[0, 0] > 0).numpy()
+            for name, logits in low.items()
+        }
+        x, y = points_P2[chosen].tolist()
+        prompts[kind] = Prompt((x, y), masks)
+    return prompts
 
 
-def _best(head: PromptHead, embedding: Tensor, points_P2: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each point's mask with the top predicted IoU: logits (P, 4g, 4g) and that IoU (P,)."""
+def _best(head: PromptHead, embedding: Tensor, points_P2: Tensor) -> Tensor:
+    """Return each point's mask with the top predicted IoU, logits (P, 4g, 4g)."""
     decode, parts = image_decoder(head, embedding), []
     for points in points_P2.split(BATCH):
         logits_PMnn, iou_PM = decode(points[:, None], torch.ones(len(points), 1, dtype=torch.int))
-        parts.append((choose(logits_PMnn, iou_PM, "best_predicted")[:, 0], iou_PM.amax(1)))
-    logits_Pnn, iou_P = (torch.cat(part) for part in zip(*parts, strict=True))
-    return logits_Pnn, iou_P
+        parts.append(choose(logits_PMnn, iou_PM, "best_predicted")[:, 0])
+    return torch.cat(parts)

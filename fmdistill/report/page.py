@@ -38,6 +38,7 @@ figure.wide img { min-width: 34rem; max-width: 100% }
 figcaption { font-size: .86rem; color: #555c68; margin-top: .3rem; max-width: 46rem }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(28rem, 100%), 1fr)); gap: 1.6rem 2rem;
   margin: 1.2rem 0; align-items: start }
+.grid.narrow { grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)) }
 .grid img { width: auto; max-width: 100%; max-height: 16rem }
 .key i { display: inline-block; width: .85em; height: .85em; border-radius: 2px; margin: 0 .3em 0 .9em;
   vertical-align: -.05em }
@@ -95,9 +96,9 @@ def figure(image: bytes, caption: str, alt: str, wide: bool = False) -> str:
     )
 
 
-def grid(figures: Iterable[str]) -> str:
-    """Return figures as HTML that places them side by side if the screen is wide enough."""
-    return f'<div class="grid">{"".join(figures)}</div>'
+def grid(figures: Iterable[str], narrow: bool = False) -> str:
+    """Return figures as HTML that places them side by side, two or (narrow ones) more if the screen is wide enough."""
+    return f'<div class="grid{" narrow" if narrow else ""}">{"".join(figures)}</div>'
 
 
 def colour_key(entries: Iterable[tuple[tuple[int, int, int], str]]) -> str:

@@ -128,6 +128,26 @@ def mask_figure(image: np.ndarray, point: tuple[float, float], masks: Mapping[st
         return _save(figure, "png")
 
 
+def labels_figure(image: np.ndarray, answers: Mapping[str, str]) -> bytes:
+    """Draw an image (h, w, 3) uint8 above each network's answer, the teacher's first; return PNG.
+
+    An answer that is not the teacher's is in the colour MISSED.
+    """
+    first = next(iter(answers.values()))
+    with matplotlib.rc_context(STYLE | {"axes.grid": False}):
+        line = 0.2  # inches
+        text, whole = line * len(answers), 2.2 + line * len(answers)
+        figure = Figure(figsize=(2.2, whole))
+        axes = figure.add_axes((0, text / whole, 1, 1 - text / whole))
+        axes.imshow(image)
+        _frame(axes, *image.shape[:2])
+        for number, (name, answer) in enumerate(answers.items(), start=1):
+            colour = "black" if answer == first else tuple(channel / 255 for channel in MISSED)
+            height = (text - line * (number - 0.25)) / whole
+            figure.text(0.01, height, f"{name}: {answer}", fontsize=7.5, color=colour, parse_math=False)
+        return _save(figure, "png")
+
+
 def strip_figure(images: Sequence[np.ndarray], titles: Sequence[str]) -> bytes:
     """Draw a row of images (h, w, 3) uint8, each below its title; return PNG."""
     with matplotlib.rc_context(STYLE | {"axes.grid": False, "axes.titlelocation": "center"}):
