@@ -2,9 +2,10 @@
 
 import functools
 import logging
+import math
 import os
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
@@ -115,6 +116,17 @@ class ImageFolder:
             "train": dict(_buckets("train", "", sorted(train), self.shard_size)),
             "validation": dict(_buckets("validation", "", sorted(held_out), self.shard_size)),
         }
+
+
+def validation_share(keys: Sequence[str], count: int) -> float:
+    """Return the shortest decimal that, as `validation`, holds out `count` of the images with these keys."""
+    shares = sorted(_hash(key)[1] for key in keys)
+    above = shares[count] if count < len(shares) else 1.0
+    for digits in range(1, 17):
+        share = (math.floor(shares[count - 1] * 10**digits) + 1) / 10**digits
+        if share <= above and share < 1:
+            return share
+    return above  # two hashes that are closer than that
 
 
 def _hash(key: str) -> tuple[str, float]:
