@@ -121,7 +121,7 @@ def _widget() -> type[tqdm] | None:
         return None
     from tqdm import notebook
 
-    return None if notebook.IProgress is None else notebook.tqdm_notebook
+    return None if getattr(notebook, "IProgress", None) is None else notebook.tqdm_notebook  # from ipywidgets
 
 
 def _first_process() -> bool:

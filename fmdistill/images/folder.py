@@ -119,13 +119,16 @@ class ImageFolder:
 
 
 def validation_share(keys: Sequence[str], count: int) -> float:
-    """Return the shortest decimal that, as `validation`, holds out `count` of the images with these keys."""
+    """Return a short decimal that, as `validation`, holds out exactly `count` of the images with these keys.
+
+    It is as near to their share as the keys' hashes allow, since it applies to images that are added later too.
+    """
     shares = sorted(_hash(key)[1] for key in keys)
-    above = shares[count] if count < len(shares) else 1.0
-    for digits in range(1, 17):
-        share = (math.floor(shares[count - 1] * 10**digits) + 1) / 10**digits
-        if share <= above and share < 1:
-            return share
+    below, above = shares[count - 1], shares[count] if count < len(shares) else 1.0
+    for digits in range(2, 16):
+        least, most = math.floor(below * 10**digits) + 1, math.floor(above * 10**digits)
+        if least <= min(most, 10**digits - 1):
+            return min(max(round(count / len(keys) * 10**digits), least), most, 10**digits - 1) / 10**digits
     return above  # two hashes that are closer than that
 
 

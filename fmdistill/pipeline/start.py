@@ -267,10 +267,10 @@ def _commands(path: Path, settings: Recipe, start: Start) -> list[str]:
     commands = [
         (f"fmdistill plan {file}", "how many hours and bytes it takes, measured on a few images"),
         (f"fmdistill run {file}", "run the teacher, train, evaluate; if it is stopped, it continues"),
-        (f"fmdistill serve {out}", "look at the student's masks in a browser"),
+        (f"fmdistill serve {out}", "try the student in a browser"),
         (f"fmdistill export {out} {kind} {shlex.quote(f'{settings.out}/{name}')}", "for other software"),
     ]
-    shown = [pair for pair in commands if kind == "mobilesam" or " serve " not in pair[0]]
+    shown = [pair for pair in commands if kind != "timm" or " serve " not in pair[0]]  # features alone show nothing
     width = max(len(command) for command, _ in shown)
     return [f"  {command:{width}}  # {why}" for command, why in shown]
 
