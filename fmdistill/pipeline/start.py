@@ -178,7 +178,10 @@ def complete(arguments: Sequence[str], ask: bool) -> tuple[str, str, list[str]]:
 
 
 def _answer(question: str, default: str) -> str:
-    return input(f"{question}{f' [{default}]' if default else ''}: ").strip() or default
+    try:
+        return input(f"{question}{f' [{default}]' if default else ''}: ").strip() or default
+    except EOFError:
+        raise UserError(f"init: no answer; write it in one line, such as `{EXAMPLE}`") from None
 
 
 def _check_name(path: Path) -> None:
