@@ -4,7 +4,6 @@ The functions below are `fmdistill.api`'s, imported when they are first used; do
 """
 
 import importlib
-import inspect
 import sys
 import types
 from typing import TYPE_CHECKING, Any
@@ -27,7 +26,9 @@ class _Stage(types.ModuleType):
     """A sub-package that is also a function: `fmdistill.cache(recipe)` calls `cache` of fmdistill.api."""
 
     @property
-    def __signature__(self) -> inspect.Signature:
+    def __signature__(self) -> Any:
+        import inspect  # here, since it takes as long to import as the rest of this file
+
         return inspect.signature(self._function)
 
     @property

@@ -21,6 +21,7 @@ from fmdistill.settings import flat, merge
 
 EXAMPLE = "fmdistill init mine.yaml sam images.root=/data/mine teacher.weights=sam_vit_h_4b8939.pth"
 TEXTS = ("title", "out", "root", "validation_root", "local", "weights", "model")  # texts, even if "1"
+SHOWN = ("name", "model", "weights")  # of the teacher
 TRY = "teacher.name=sam_mini, the small teacher that ships with fmdistill, needs no file"
 
 
@@ -251,13 +252,13 @@ def _check_new(settings: Recipe, path: Path) -> None:
 
 
 def _counted(own: OwnImages, machine: Machine, settings: Recipe) -> list[str]:
-    train = settings.train
+    train, teacher = settings.train, settings.teacher or {}
     passes = train.steps * train.batch_size / own.train if train.steps else train.epochs
     return [
         f"images    {own.text}",
         f"split     {own.train:,} to train on, {own.validation:,} held out for validation",
         f"machine   {machine.text}",
-        f"teacher   {(settings.teacher or {})['name']}",
+        f"teacher   {', '.join(str(teacher[key]) for key in SHOWN if teacher.get(key))}",
         f"training  {train.steps:,} steps of {train.batch_size} images, about {passes:,.0f} times each"
         if train.steps
         else f"training  {train.epochs} epochs in steps of {train.batch_size} images",
