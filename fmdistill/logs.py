@@ -59,8 +59,11 @@ def progress(
 ) -> tqdm:
     """Return a progress bar with the time left; iterate over it, or call its `update(n)` and `close()`.
 
-    If stderr is not a terminal, it prints a line about every ten seconds, and its last state.
+    In a notebook it is a widget, if ipywidgets is installed. Elsewhere, if stderr is not a terminal, it prints a line
+    about every ten seconds, and its last state.
     """
+    if (widget := _widget()) is not None:
+        return widget(iterable, desc=description, total=total, initial=initial, unit=unit, disable=not _first_process())
     terminal = sys.stderr.isatty()
     return tqdm(
         iterable,
@@ -110,6 +113,15 @@ def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
                 break
             raise UserError(f"{path}:{number}: not JSON: {line[:60]!r}; remove the line, or the file") from None
     return rows
+
+
+def _widget() -> type[tqdm] | None:
+    """Return tqdm's progress bar for notebooks; None outside of a notebook, or without ipywidgets."""
+    if "ipykernel" not in sys.modules:
+        return None
+    from tqdm import notebook
+
+    return None if getattr(notebook, "IProgress", None) is None else notebook.tqdm_notebook  # from ipywidgets
 
 
 def _first_process() -> bool:

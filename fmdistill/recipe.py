@@ -14,13 +14,16 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fmdistill.files import write_whole
 from fmdistill.registry import UserError, suggest, typed
-from fmdistill.settings import folder_name, merge, parse_methods, parse_recipe_name, with_method
+from fmdistill.settings import folder_name, merge, nested, parse_methods, parse_recipe_name, with_method
 
 SAVED = "recipe.yaml"  # the resolved recipe in a run or cache; a file of this name is not trusted
 STUDY = "study.yaml"  # a study's file in its folder: a recipe, and in `methods` variants of it by name
 LOCAL_GB = 50.0  # default limit of the local copies of a cache at a URL
 CodecName = Literal["auto", "fp32", "fp16", "bf16", "int8", "int4"]
 Component = dict  # {"name": ..., argument: value, ...}; typed when it is bound to its class
+Overrides = (
+    Iterable[str] | Mapping[str, Any]
+)  # "train.steps=100", or {"train.steps": 100}, or {"train": {"steps": 100}}
 FREE = {"free": True}  # marks a field that does not affect weights: it may change when a run is resumed
 
 
@@ -68,9 +71,9 @@ class Train:
     """The settings of the training loop itself."""
 
     steps: int | None = None  # optimizer steps; set this or `epochs`
-    epochs: float | None = None
+    epochs: float | None = None  # passes over the training images
     batch_size: int = 16  # images of an optimizer step, over all processes and accumulated batches
-    accumulate: int = 1
+    accumulate: int = 1  # parts in which a process computes its share of a step
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # autocast; auto = bf16 if the device has it
     clip: float | None = None  # largest gradient norm
     window: int = 8  # shards whose samples are shuffled together
@@ -80,10 +83,10 @@ class Train:
     image_memory: float = field(
         default=0.0, metadata=FREE
     )  # GB of prepared images that each of these processes stores, so that later epochs need not decode them
-    device: str = field(default="auto", metadata=FREE)
-    log_every: int = field(default=10, metadata=FREE)  # steps
-    validate_every: int = field(default=500, metadata=FREE)  # steps
-    checkpoint_every: int = field(default=500, metadata=FREE)  # steps
+    device: str = field(default="auto", metadata=FREE)  # where the student is trained; auto = a GPU if there is one
+    log_every: int = field(default=10, metadata=FREE)  # steps between lines of the log
+    validate_every: int = field(default=500, metadata=FREE)  # steps between validations
+    checkpoint_every: int = field(default=500, metadata=FREE)  # steps between checkpoints
 
     def __post_init__(self) -> None:
         """Check the settings. Raises UserError if one of them is wrong."""
@@ -107,18 +110,19 @@ class Recipe:
     """The settings of an experiment: what to cache, train and evaluate."""
 
     out: str = field(metadata=FREE)  # the folder of the run
-    images: Component
-    student: Component
-    task: Component
-    optimizer: Component
-    schedule: Component
-    train: Train
-    title: str = field(default="", metadata=FREE)
-    seed: int = 0
-    teacher: Component | None = None
-    cache: CacheSettings | None = None
+    images: Component  # the source of images
+    student: Component  # the network that is trained
+    task: Component  # how the student is trained
+    optimizer: Component  # the optimizer of the student's weights
+    schedule: Component  # the learning rate over the steps
+    train: Train  # the training loop
+    title: str = field(default="", metadata=FREE)  # what reports call the run
+    seed: int = 0  # of the initial weights and of the order of the images
+    teacher: Component | None = None  # the frozen model that the student learns from; needs `cache`, unless it is live
+    cache: CacheSettings | None = None  # where and how the teacher's outputs are stored
+    # the terms of the loss by name, each with an output, a distance, a weighting and more
     objective: dict[str, dict] = field(default_factory=dict)
-    protocols: list[str] = field(default_factory=list, metadata=FREE)
+    protocols: list[str] = field(default_factory=list, metadata=FREE)  # files that say how the student is evaluated
 
     def __post_init__(self) -> None:
         """Check the seed. Raises UserError if it is negative."""
@@ -150,8 +154,16 @@ def locate(path: str | Path) -> Path:
     )
 
 
-def load(name: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """Load the recipe called `name`, apply `key=value` overrides, and check the names and types of all settings.
+def shipped() -> list[str]:
+    """Return the paths of the recipes and protocols in the package."""
+    package = Path(__file__).parent
+    base = package if (package / "recipes").is_dir() else package.parent
+    files = [*base.glob("recipes/**/*.yaml"), *base.glob("eval/*.yaml")]
+    return sorted(str(path.relative_to(base)) for path in files)
+
+
+def load(name: str | Path, overrides: Overrides = ()) -> Recipe:
+    """Load the recipe called `name`, apply the overrides, and check the names and types of all settings.
 
     The run of a study's method is in the study's `out`/METHOD; the run of a name with settings is next to the run
     without them. A recipe saved in a run or cache, or that extends one, may name code only with `trust=true`. A path
@@ -200,9 +212,9 @@ def free_settings(kind: type = Recipe, where: str = "") -> set[str]:
         name = f"{where}.{setting.name}" if where else setting.name
         if setting.metadata.get("free"):
             names.add(name)
-        for nested in (CacheSettings, Train):
-            if nested in (setting.type, *typing.get_args(setting.type)):
-                names |= free_settings(nested, name)
+        for part in (CacheSettings, Train):
+            if part in (setting.type, *typing.get_args(setting.type)):
+                names |= free_settings(part, name)
     return names
 
 
@@ -232,15 +244,20 @@ def foreign_names(settings: Any) -> list[str]:
     return [name for name in _names(settings) if ":" in name]
 
 
-def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
-    """Parse "a.b=text" strings into a nested mapping of literal texts. Raises UserError if two contradict."""
-    nested: dict[str, Any] = {}
+def parse_overrides(overrides: Overrides) -> dict[str, Any]:
+    """Parse "a.b=text" strings into a nested mapping of literal texts. Raises UserError if two contradict.
+
+    The values of a mapping are used as they are.
+    """
+    if isinstance(overrides, Mapping):
+        return {key: _expand_home(value) for key, value in nested(overrides).items()}
+    parsed: dict[str, Any] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise UserError(f"'{override}': expected key=value, such as train.steps=1000")
         *parents, last = key.split(".")
-        mapping = nested
+        mapping = parsed
         for parent in parents:
             mapping = mapping.setdefault(parent, {})
             if not isinstance(mapping, dict):
@@ -248,7 +265,7 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
         if isinstance(mapping.get(last), dict):
             raise UserError(f"'{override}': another argument sets a part of {last}; remove one of the two")
         mapping[last] = _expand_home(text)
-    return nested
+    return parsed
 
 
 def _line(error: Exception) -> str:

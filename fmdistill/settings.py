@@ -1,6 +1,7 @@
 """Settings as plain mappings: names of recipes, methods of studies, and the rules by which settings are merged."""
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -85,13 +86,37 @@ def parse_methods(stated: Any, path: Path) -> dict[str, dict[str, Any]]:
             )
         if not isinstance(settings, dict):
             raise UserError(f"{path}: methods.{name}={settings!r}: expected a mapping of settings, or {{}} for none")
-        nested: dict[str, Any] = {}
-        for key, value in settings.items():
-            for part in reversed(str(key).split(".")):
-                value = {part: value}
-            nested = merge(nested, value)
-        methods[str(name)] = nested
+        methods[str(name)] = nested(settings)
     return methods
+
+
+def nested(*settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with dotted names, such as {"train.steps": 100}, as nested mappings; paths become texts.
+
+    Of a setting that occurs twice, the last value counts.
+    """
+    result: dict[str, Any] = {}
+    for key, value in (item for mapping in settings for item in mapping.items()):
+        *parents, last = str(key).split(".")
+        inner = result
+        for parent in parents:
+            if not isinstance(inner.get(parent), dict):
+                inner[parent] = {}
+            inner = inner[parent]
+        if isinstance(value, Mapping):
+            old = inner.get(last)
+            inner[last] = nested(old if isinstance(old, dict) else {}, value)
+        else:
+            inner[last] = os.fspath(value) if isinstance(value, os.PathLike) else value
+    return result
+
+
+def as_overrides(settings: Mapping[str, Any]) -> list[str]:
+    """Return settings as the arguments of a command line: "train.steps=100", one for each value."""
+    return [
+        f"{key}={value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}"
+        for key, value in flat(nested(settings)).items()
+    ]
 
 
 def with_method(

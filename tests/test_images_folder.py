@@ -6,7 +6,7 @@ import PIL.Image
 import pytest
 
 from fmdistill.images import decode
-from fmdistill.images.folder import ImageFolder, by_suffix
+from fmdistill.images.folder import ImageFolder, by_suffix, validation_share
 from fmdistill.images.picture import SUFFIXES
 from fmdistill.registry import UserError
 
@@ -216,3 +216,12 @@ STABLE = {
     "train-11": ["1"],
     "validation-all": ["4"],
 }
+
+
+@pytest.mark.parametrize(("images", "held_out"), [(2, 1), (8, 2), (100, 10), (1000, 37)])
+def test_a_share_is_computed_that_holds_out_so_many_images(tmp_path, images, held_out):
+    keys = fill(tmp_path, images)
+    share = validation_share(keys, held_out)
+    folder = ImageFolder(str(tmp_path), validation=share)
+    assert sum(folder.count(shard) for shard in folder.shards()["validation"]) == held_out
+    assert share == round(share, 5) and abs(share - held_out / images) < 1 / images**0.5

@@ -1,5 +1,6 @@
 import json
 import logging
+import sys
 
 import pytest
 
@@ -91,3 +92,22 @@ def test_setup_twice_prints_once(capsys, monkeypatch):
     logs.setup(logging.INFO)
     logs.log.info("hello")
     assert capsys.readouterr().err.count("hello") == 1
+
+
+def test_a_notebook_gets_a_widget_and_a_terminal_a_bar(monkeypatch):
+    from tqdm import notebook, tqdm
+
+    class Widget(tqdm):
+        pass
+
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
+    monkeypatch.setattr(notebook, "IProgress", object())
+    monkeypatch.setattr(notebook, "tqdm_notebook", Widget)
+    with logs.progress(total=1) as bar:
+        assert type(bar) is tqdm
+    monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    with logs.progress([1, 2], "title") as bar:
+        assert isinstance(bar, Widget) and list(bar) == [1, 2]
+    monkeypatch.setattr(notebook, "IProgress", None)  # without ipywidgets
+    with logs.progress(total=1) as bar:
+        assert type(bar) is tqdm

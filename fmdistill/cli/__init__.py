@@ -5,8 +5,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from fmdistill import stop
-from fmdistill.cli import failures
+from fmdistill import __version__, stop
+from fmdistill.cli import describe, failures
 
 EPILOG = """A recipe is looked up in the working folder first, then in the package. Settings are changed with key=value,
 such as train.steps=1000; changing a component's name (teacher.name=sam_mini) removes its other settings. A recipe's
@@ -20,6 +20,7 @@ FMDISTILL_TRACEBACK=1 in the environment prints the traceback of an error."""
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line, without importing anything slow."""
     top = argparse.ArgumentParser(prog="fmdistill", description=__doc__, epilog=EPILOG)
+    top.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(name: str, about: str, *arguments: tuple[str, str, str | None]) -> None:
@@ -30,6 +31,9 @@ def parser() -> argparse.ArgumentParser:
     recipe = ("recipe", "a recipe's path, such as recipes/demo/sam_srw.yaml", None)
     overrides = ("overrides", "settings as key=value", "*")
     trust = ("settings", "trust=true if the run names code outside fmdistill", "*")
+    verb("init", "write a recipe for your own images, sized to them and to this machine; without arguments it asks",
+         ("arguments", "FILE, then sam, clip or timm, and settings such as images.root=FOLDER and teacher.weights=FILE",
+          "*"))  # fmt: skip
     verb("run", "cache, distil and evaluate", recipe, overrides)
     verb("compare", "run recipes, or all methods of a study, over the same seeds and write one paired table",
          ("recipes", "STUDY, STUDY:METHOD, RECIPE or RECIPE:key=value,key=value, the first is the baseline; and "
@@ -61,6 +65,11 @@ def parser() -> argparse.ArgumentParser:
          ("runs", "runs' folders, and trust=true if one names code outside fmdistill", "+"))  # fmt: skip
     verb("check", "check every setting without touching data; without names, of all recipes in the package",
          ("paths", "recipes, studies and protocols, and settings of each recipe as key=value", "*"))  # fmt: skip
+    verb("show", "print a recipe with all that it extends and every default", recipe, overrides)
+    verb("list", "list recipes, studies, protocols and components, one a line",
+         ("what", "recipes, studies, protocols, components, or one kind of them, such as teachers", "*"))  # fmt: skip
+    verb("explain", "say what a component, a setting or a recipe is, with its settings, types and defaults",
+         ("name", "such as teacher.sam_vit_h, teacher, weighting.srw, train, or a recipe", None))  # fmt: skip
     verb("demo", "run a small distillation of an embedded teacher",
          ("overrides", "sam or clip; settings as key=value", "*"))  # fmt: skip
     return top
@@ -145,14 +154,15 @@ def _cache(recipe: str, overrides: list[str]) -> None:
     settings = load(recipe, overrides)
     if finished.is_finished(settings):
         return
-    from fmdistill import cache, pipeline  # these import torch, which takes seconds
+    import fmdistill.cache as cache  # this and the next import torch, which takes seconds
+    from fmdistill import pipeline
 
     pipeline.check_caching(settings)
     cache.run(settings)
 
 
 def _verify(recipe: str, overrides: list[str]) -> None:
-    from fmdistill import cache
+    import fmdistill.cache as cache
     from fmdistill.recipe import load
 
     for name, value in cache.verify(load(recipe, overrides)).items():
@@ -176,7 +186,8 @@ def _distill(recipe: str, overrides: list[str]) -> None:
 
 
 def _evaluate(protocol: str, subject: list[str]) -> None:
-    from fmdistill import evaluate, pipeline
+    import fmdistill.evaluate as evaluate
+    from fmdistill import pipeline
     from fmdistill.evaluate.results import text
     from fmdistill.recipe import load, locate, read_yaml
     from fmdistill.registry import UserError
@@ -207,7 +218,7 @@ def _weigh(kind: str, arguments: list[str]) -> None:
 
 
 def _export(run: str, format: str, out: str, settings: list[str]) -> None:
-    from fmdistill import export
+    import fmdistill.export as export
 
     print(export.run(run, format, out, _trust(settings)))
 
@@ -245,6 +256,7 @@ def _demo(overrides: list[str]) -> None:
 
 
 VERBS = {
+    "init": describe.init,
     "run": _run,
     "compare": _compare,
     "plan": _plan,
@@ -258,5 +270,8 @@ VERBS = {
     "export": _export,
     "report": _report,
     "check": _check,
+    "show": describe.show,
+    "list": describe.list_names,
+    "explain": describe.explain,
     "demo": _demo,
 }

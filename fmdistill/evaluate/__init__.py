@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 import json
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from fmdistill.evaluate.results import Judged, Result, Row
 from fmdistill.evaluate.stored_results import Partial
 from fmdistill.files import check_folder, write_whole
 from fmdistill.logs import log
-from fmdistill.recipe import Recipe
+from fmdistill.recipe import Overrides, Recipe
 from fmdistill.registry import UserError, bind
 
 EVALUATORS: dict[str, Any] = {
@@ -92,7 +92,7 @@ def check_images(protocol: Protocol, recipe: Recipe) -> None:
         protocol.evaluator.check_images(recipe)
 
 
-def run(protocol: str | Path, subject: str | Path, overrides: Iterable[str] = ()) -> list[Row]:
+def run(protocol: str | Path, subject: str | Path, overrides: Overrides = ()) -> list[Row]:
     """Evaluate a run's student, or a checkpoint file; store the result and return its rows, reusing a stored result.
 
     The result of a run is RUN/evaluation/PROTOCOL.json. A checkpoint file needs `recipe=RECIPE` among the overrides for

@@ -35,6 +35,7 @@ def run(run_dir: str | Path, format: str, out: str | Path, trust: bool = False) 
 
 
 def _mobilesam(recipe: Recipe, student: nn.Module, out: Path) -> Path:
+    """A SAM of the student and the teacher's decoder, in the format of MobileSAM's checkpoint."""
     if recipe.cache is None:
         raise UserError(f"{recipe.out}: its recipe has no `cache`, so there is no decoder to export; set cache.root")
     head = PromptHead.load(opened(recipe.cache).folder)  # not by the cache's reader, which needs the images
@@ -42,6 +43,7 @@ def _mobilesam(recipe: Recipe, student: nn.Module, out: Path) -> Path:
 
 
 def _openclip(recipe: Recipe, student: nn.Module, out: Path) -> Path:
+    """A folder of the student and the teacher's text tower, which open_clip loads by local-dir:FOLDER."""
     if isinstance(student, WholeClip):
         return openclip.export_whole(student, out)
     if recipe.cache is None:
@@ -57,6 +59,7 @@ def _openclip(recipe: Recipe, student: nn.Module, out: Path) -> Path:
 
 
 def _half(recipe: Recipe, student: nn.Module, out: Path) -> Path:
+    """The student's weights in float16, as a safetensors file."""
     return half.export(student, out)
 
 

@@ -2,9 +2,10 @@
 
 import functools
 import logging
+import math
 import os
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
@@ -115,6 +116,20 @@ class ImageFolder:
             "train": dict(_buckets("train", "", sorted(train), self.shard_size)),
             "validation": dict(_buckets("validation", "", sorted(held_out), self.shard_size)),
         }
+
+
+def validation_share(keys: Sequence[str], count: int) -> float:
+    """Return a short decimal that, as `validation`, holds out exactly `count` of the images with these keys.
+
+    It is as near to their share as the keys' hashes allow, since it applies to images that are added later too.
+    """
+    shares = sorted(_hash(key)[1] for key in keys)
+    below, above = shares[count - 1], shares[count] if count < len(shares) else 1.0
+    for digits in range(2, 16):
+        least, most = math.floor(below * 10**digits) + 1, math.floor(above * 10**digits)
+        if least <= min(most, 10**digits - 1):
+            return min(max(round(count / len(keys) * 10**digits), least), most, 10**digits - 1) / 10**digits
+    return above  # two hashes that are closer than that
 
 
 def _hash(key: str) -> tuple[str, float]:

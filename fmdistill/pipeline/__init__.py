@@ -4,7 +4,9 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from fmdistill import cache, distill, evaluate, images, recipe, stop, teachers
+import fmdistill.cache as cache
+import fmdistill.evaluate as evaluate
+from fmdistill import distill, images, recipe, stop, teachers
 from fmdistill.backbones.device import pick_device
 from fmdistill.cache import executors, finished
 from fmdistill.cache.order import Batches
@@ -105,7 +107,7 @@ def check_files(paths: Iterable[str], overrides: Sequence[str] = ()) -> list[str
     """
     names, recipes = [], 0
     files = [file for path in paths for file in _files_of(path)]
-    for path in files or shipped():
+    for path in files or recipe.shipped():
         if not RECIPE_KEYS & recipe.read_yaml(recipe.locate(parse_recipe_name(path).path)).keys():
             with variants.named(path):
                 evaluate.load(path)
@@ -132,14 +134,6 @@ def _files_of(path: str) -> list[str]:
     if not files:
         raise UserError(f"{path}: contains no recipe or protocol (*.yaml); name a file, or another folder")
     return list(map(str, files))
-
-
-def shipped() -> list[str]:
-    """Return the paths of the recipes and protocols in the package."""
-    package = Path(__file__).parent.parent
-    base = package if (package / "recipes").is_dir() else package.parent
-    files = [*base.glob("recipes/**/*.yaml"), *base.glob("eval/*.yaml")]
-    return sorted(str(path.relative_to(base)) for path in files)
 
 
 def run(settings: Recipe) -> dict[str, list[Row]]:

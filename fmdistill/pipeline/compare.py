@@ -6,7 +6,9 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fmdistill import cache, distill, evaluate, recipe, stop
+import fmdistill.cache as cache
+import fmdistill.evaluate as evaluate
+from fmdistill import distill, recipe, stop
 from fmdistill.cache import finished
 from fmdistill.files import check_folder, write_whole
 from fmdistill.launcher import processes

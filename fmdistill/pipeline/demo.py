@@ -4,7 +4,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from fmdistill import cache, distill, evaluate, pipeline, recipe, report, stop
+import fmdistill.cache as cache
+import fmdistill.evaluate as evaluate
+from fmdistill import distill, pipeline, recipe, report, stop
 from fmdistill.files import check_folder
 from fmdistill.logs import log
 from fmdistill.pipeline import side_by_side

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fmdistill import cache, pipeline
+import fmdistill.cache as cache
+from fmdistill import pipeline
 from fmdistill.cache import Cache, finished, manifest, store
 from fmdistill.cache.codec import EXACT, named
 from fmdistill.cache.footprint import COUNTED, Disk, count, estimate_disk
@@ -64,6 +65,9 @@ class Plan:
     seconds: float  # of a training step
     gpus: list[int]
     why_no_cache: str = ""
+
+    def __str__(self) -> str:
+        return text(self, self.recipe.out)
 
     @property
     def rate(self) -> float:

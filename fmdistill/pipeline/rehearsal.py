@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from fmdistill import cache
+import fmdistill.cache as cache
 from fmdistill.backbones.device import pick_device
 from fmdistill.cache import manifest
 from fmdistill.cache.batch import BatchReader, Data, Place
