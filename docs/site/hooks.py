@@ -1,5 +1,6 @@
 """Hooks of mkdocs: generate the reference, include pages from outside docs/, and show what only the site has."""
 
+import itertools
 import posixpath
 import re
 import sys
@@ -19,7 +20,7 @@ OUTSIDE = {  # files of the repository that are pages of the site too: their pat
     "README.md": "README.md",
     "docs/README.md": "README.md",
 }
-LINK = re.compile(r"(\]\()([^)\s#:]+\.md)((?:#[^)\s]*)?\))")
+LINK = re.compile(r"\[([^\]\n]*)\]\(([^)\s#:]+\.md)(#[^)\s]*)?\)")
 ONLY_SITE = re.compile(r"<!-- site: (.*?) -->", re.DOTALL)
 _generated: dict[str, str] = {}  # made once in a process: `mkdocs serve` builds again and again
 
@@ -37,7 +38,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Point links to files outside docs/ at their pages, and uncomment what is for the site alone.
+    """Point links to files outside docs/ at their pages, name pages by title, and uncomment what the site alone has.
 
     `<!-- site: text -->` is text that only the site has, such as a link to a generated page, which is no file in the
     repository.
@@ -48,6 +49,34 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     def repointed(link: re.Match) -> str:
         path = posixpath.normpath(posixpath.join(folder, link[2]))
         target = OUTSIDE.get(path, path.removeprefix("docs/"))
-        return f"{link[1]}{posixpath.relpath(target, posixpath.dirname(page.file.src_uri) or '.')}{link[3]}"
+        is_file_name = link[1].endswith(".md")
+        named = _heading(files.get_file_from_path(target), link[3]) or link[1] if is_file_name else link[1]
+        return f"[{named}]({posixpath.relpath(target, posixpath.dirname(page.file.src_uri) or '.')}{link[3] or ''})"
 
     return LINK.sub(repointed, ONLY_SITE.sub(r"\1", markdown))
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
+    """Mark the tables of text, whose rows a phone shows as blocks, and label their cells with their column."""
+    return re.sub(r"<table>.*?</table>", lambda table: _labelled(table[0]), html, flags=re.DOTALL)
+
+
+def _labelled(table: str) -> str:
+    headings = [_text(heading) for heading in re.findall(r"<th[^>]*>(.*?)</th>", table, re.DOTALL)]
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", table, re.DOTALL)
+    if not 2 < len(headings) < 6 or max((len(_text(cell)) for cell in cells), default=0) < 30:
+        return table
+    column = itertools.cycle(headings)
+    table = re.sub(r"<td", lambda _: f'<td data-label="{next(column)}"', table)
+    return table.replace("<table>", "<table data-stacked>", 1)
+
+
+def _text(html: str) -> str:
+    return re.sub(r"<[^>]+>", "", html).strip()
+
+
+def _heading(file: File | None, anchor: str | None) -> str:
+    """Return the heading that a link points at, which replaces a file name as its text; "" if there is none."""
+    headings = re.findall(r"^#+ (.+)$", file.content_string if file else "", re.MULTILINE)
+    anchors = {f"#{re.sub(r'[^a-z0-9_ -]', '', heading.lower()).replace(' ', '-')}": heading for heading in headings}
+    return anchors.get(anchor or "", headings[0] if headings else "")
