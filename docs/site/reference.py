@@ -103,9 +103,12 @@ def kind_page(kind: Kind) -> str:
         lines += [f"| `{kind.key}.{name}` | {meaning} |" for name, meaning in kind.also]
     named = components(kind)
     short = {name: component for name, component in named.items() if kind.page == "students" and _is_short(component)}
+    classes = {getattr(component, "__name__", ""): name for name, component in named.items()}
     for name, component in named.items():
         if name not in short:
-            lines += ["", f"## {name}", "", *_component(kind, component)]
+            section = "\n".join(_component(kind, component))
+            section = re.sub(r"`(\w+)`", lambda quoted: f"`{classes.get(quoted[1], quoted[1])}`", section)
+            lines += ["", f"## {name}", "", re.sub(r"\bNone\b", "null", section)]
     if short:
         lines += ["", "## Classifiers of the CIFAR tables", "", "Each takes `classes`, 100 by default."]
         lines += ["", "| name | what it is |", "|---|---|"]
@@ -138,7 +141,7 @@ def about(component: Callable) -> str:
     """Return a component's docstring without what only a caller of the function needs."""
     text = inspect.getdoc(component) or ""
     text = re.sub(r"\s*Raises\s+UserError[^.]*\.|; (inner )?blocks as described at `\w+`", "", text)
-    return _sentence(text.removeprefix("Return ")).rstrip(".") + ("." if text.rstrip().endswith(".") else "")
+    return _capitalised(text.removeprefix("Return ").strip())
 
 
 def parameters(component: Callable, context: Iterable[str] = ()) -> Iterator[tuple[str, str, str, str]]:
@@ -310,9 +313,12 @@ def _methods(path: Path) -> str:
 
 
 def _sentence(text: str) -> str:
-    text = text.strip().rstrip(".")
+    return f"{_capitalised(text.strip().rstrip('.'))}."
+
+
+def _capitalised(text: str) -> str:
     is_name = re.match(r"\S*[_/\\(`]", text)
-    return f"{text if is_name else text[:1].upper() + text[1:]}."
+    return text if is_name else text[:1].upper() + text[1:]
 
 
 def prose(text: str) -> str:
