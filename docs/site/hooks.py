@@ -64,7 +64,10 @@ def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
 def _labelled(table: str) -> str:
     headings = [_text(heading) for heading in re.findall(r"<th[^>]*>(.*?)</th>", table, re.DOTALL)]
     cells = re.findall(r"<td[^>]*>(.*?)</td>", table, re.DOTALL)
-    if not 2 < len(headings) < 6 or max((len(_text(cell)) for cell in cells), default=0) < 30:
+    texts = [_text(cell) for cell in cells]
+    has_long_word = any(len(word) > 20 for text in texts for word in text.split())
+    is_text = len(headings) > 2 and any(len(text) >= 30 for text in texts)
+    if len(headings) > 5 or not (has_long_word or is_text):
         return table
     column = itertools.cycle(headings)
     table = re.sub(r"<td", lambda _: f'<td data-label="{next(column)}"', table)
