@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lint types check clean
+.PHONY: demo test test-slow lint types check docs clean
 
 demo: .venv/.installed
 	$(BIN)/fmdistill demo
@@ -23,6 +23,9 @@ types: .venv/.installed
 check: .venv/.installed
 	$(BIN)/fmdistill check
 
+docs: .venv/.installed # the site, into site/; `python -m http.server --directory site` shows it
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 .venv/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --upgrade 'pip>=23'
@@ -30,5 +33,5 @@ check: .venv/.installed
 	touch $@
 
 clean: # leaves .venv, runs/, caches/ and report/, which cost hours
-	rm -rf dist build .pytest_cache .ruff_cache *.egg-info
+	rm -rf dist build site .pytest_cache .ruff_cache *.egg-info
 	find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
