@@ -6,7 +6,6 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from scipy import ndimage
 
 from fmdistill import evaluate, recipe
 from fmdistill.images import build
@@ -45,7 +44,7 @@ def test_an_image_and_its_labels_are_of_one_crop_and_the_same_every_time():
             sizes.add(picture.size)
         assert labels.min() == 1
         regions.append(int(labels.max()))
-        assert ndimage.label(labels == 1, np.ones((3, 3)))[1] == 1
+        assert region_agreement.parts(labels == 1) == 1
     assert sizes == {(96, 96), (96, 64), (64, 96)} and len(set(regions)) > 3
     assert source.fetch("train-001", first[2].key).data == first[2].data
 
@@ -67,7 +66,7 @@ def test_wrong_settings_raise_before_any_work(tmp_path):
         ({"folder": str(tmp_path / "none")}, "folder=.*none: no such folder"),
     ):
         with pytest.raises(UserError, match=message):
-            Regions(**settings).identity()
+            Regions(folder=settings["folder"]).identity()
         with pytest.raises(UserError, match=message):
             evaluate.load("eval/photo_regions.yaml", settings)
     for settings, message in (
@@ -102,12 +101,12 @@ def test_agreement_is_the_best_mask_with_the_region_at_any_scale_and_its_parts_a
 
     monkeypatch.setattr(region_agreement, "predict", planted)
     points = judge_photograph(RegionAgreement(grid=2, side=60, scales=(100.0, 1e9)), sam_mini_student("none"), pixels)
-    assert [point["point"] for point in points] == [[15.0, 10.0], [45.0, 10.0], [15.0, 30.0], [45.0, 30.0]]
+    assert [score.point for score in points] == [(15.0, 10.0), (45.0, 10.0), (15.0, 30.0), (45.0, 30.0)]
     # At the second scale the photograph is one region, which the third mask fits exactly.
-    assert {(point["agreement"], point["components"]) for point in points} == {(1.0, 1)}
+    assert {(score.agreement, score.components) for score in points} == {(1.0, 1)}
     points = judge_photograph(RegionAgreement(grid=2, side=60, scales=(100.0,)), sam_mini_student("none"), pixels)
-    assert {round(point["agreement"], 6) for point in points} == {round(1200 / 1202, 6)}
-    assert {point["components"] for point in points} == {3}
+    assert {round(score.agreement, 6) for score in points} == {round(1200 / 1202, 6)}
+    assert {score.components for score in points} == {3}
 
 
 def test_masks_are_those_of_the_decoder_at_the_photograph_s_size():

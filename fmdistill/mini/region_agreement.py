@@ -6,12 +6,12 @@ Letters: P points of one photograph, H x W its pixels, h x w resized pixels (bef
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import PIL.Image
 import torch
-from scipy import ndimage
+from skimage.measure import label
 from torch import nn
 
 from fmdistill import stop
@@ -24,8 +24,6 @@ from fmdistill.mini.regions import folder_photographs, opened, segment
 from fmdistill.mini.sam import MiniSam, check_makes_masks, must_make_masks
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError
-
-EIGHT = np.ones((3, 3), int)  # pixels that touch at a corner are connected
 
 
 @dataclass(frozen=True)
@@ -82,18 +80,18 @@ class RegionAgreement:
         student = must_make_masks(model, recipe.student["name"], "region_agreement")
         student.to(pick_device(self.device, "device")).eval()
         points = [
-            {"photograph": name} | point
+            (name, score)
             for name, pixels in stop.between(self._photographs())
-            for point in judge_photograph(self, student, pixels)
+            for score in judge_photograph(self, student, pixels)
         ]
-        agreement = np.mean([point["agreement"] for point in points])
-        components = [point["components"] for point in points]
+        agreement = np.array([score.agreement for _, score in points])
+        components = np.array([score.components for _, score in points])
         rows = [
-            results.row(STUDENT, "agreement", agreement, len(points)),
-            results.row(STUDENT, "components", np.mean(components), len(points), average="mean"),
+            results.row(STUDENT, "agreement", agreement.mean(), len(points)),
+            results.row(STUDENT, "components", components.mean(), len(points), average="mean"),
             results.row(STUDENT, "components", np.median(components), len(points), average="median"),
         ]
-        return rows, {"points": points}
+        return rows, {"points": [{"photograph": name} | score._asdict() for name, score in points]}
 
     def _photographs(self) -> Iterator[tuple[str, np.ndarray]]:
         for name in PHOTOGRAPHS["validation"]:
@@ -108,22 +106,34 @@ class RegionAgreement:
         return np.asarray(image.resize(size, PIL.Image.Resampling.BICUBIC))
 
 
+class PointScore(NamedTuple):
+    """A point's place in pixels, the agreement of its best mask with a region, and the parts of that mask."""
+
+    point: tuple[float, float]
+    agreement: float
+    components: int
+
+
 @torch.inference_mode()
-def judge_photograph(protocol: RegionAgreement, student: MiniSam, pixels: np.ndarray) -> list[dict]:
-    """Return each grid point's xy, agreement and components, for a photograph uint8 (H, W, 3)."""
+def judge_photograph(protocol: RegionAgreement, student: MiniSam, pixels: np.ndarray) -> list[PointScore]:
+    """Return the scores of a grid of points on a photograph uint8 (H, W, 3)."""
     height, width = pixels.shape[:2]
     regions = [segment(pixels, scale, protocol.sigma, protocol.smallest) for scale in protocol.scales]
     places = (np.arange(protocol.grid) + 0.5) / protocol.grid
     xy_P2 = np.stack(np.meshgrid(places * width, places * height), axis=-1).reshape(-1, 2)
-    masks_P3HW = predict(student, pixels, xy_P2)
-    points = []
-    for (x, y), masks_3HW in zip(xy_P2, masks_P3HW, strict=True):
+    scores = []
+    for (x, y), masks_3HW in zip(xy_P2.tolist(), predict(student, pixels, xy_P2), strict=True):
         around = [labels == labels[int(y), int(x)] for labels in regions]
-        scores_3S = [[_iou(mask, region) for region in around] for mask in masks_3HW]
-        best = masks_3HW[np.max(scores_3S, axis=1).argmax()]
-        parts = ndimage.label(best, EIGHT)[1]
-        points.append({"point": [float(x), float(y)], "agreement": float(np.max(scores_3S)), "components": int(parts)})
-    return points
+        iou_3S = np.array([[_iou(mask, region) for region in around] for mask in masks_3HW])
+        best = masks_3HW[iou_3S.max(axis=1).argmax()]
+        scores.append(PointScore((x, y), float(iou_3S.max()), parts(best)))
+    return scores
+
+
+def parts(mask_HW: np.ndarray) -> int:
+    """Return the number of connected parts of a bool mask; pixels that touch at a corner are connected."""
+    labels: Any = label(mask_HW, connectivity=2)
+    return int(labels.max())
 
 
 def predict(student: MiniSam, pixels: np.ndarray, xy_P2: np.ndarray) -> np.ndarray:

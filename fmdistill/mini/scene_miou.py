@@ -70,8 +70,8 @@ class SceneMiou:
 
     def judge(self, recipe: Recipe, students: Mapping[str, nn.Module]) -> Judged:
         """Score a promptable student on the exact masks of the recipe's validation images."""
-        ((name, student),) = students.items()
-        must_make_masks(student, recipe.student["name"], "scene_miou").to(pick_device(self.device, "device"))
+        ((name, model),) = students.items()
+        student = must_make_masks(model, recipe.student["name"], "scene_miou").to(pick_device(self.device, "device"))
         cases = _cases(build_images(recipe.images), student)
         cases = progress(cases, "scene_miou", total=self.images, unit="image")
         return run(self, student.head, cases, name)
