@@ -65,6 +65,7 @@ async function open(source) {
     tell(null);
     document.documentElement.style.setProperty("--aspect", made.shown[1] / made.shown[0]);
     markSample();
+    if (!same && scrollY > 0) scrollTo({ top: 0 }); // on a phone the samples are below the picture
     kind.opened();
   } catch (error) {
     if (current()) tell(error);
@@ -106,6 +107,7 @@ const masks = {
 
   start() {
     $("masks").hidden = $("keys").hidden = false;
+    $("keys").open = matchMedia("(min-width: 62rem) and (min-height: 50rem)").matches; // where it hides nothing
     const panels = state.session.subjects.map(makePanel);
     $("panels").replaceChildren(...panels);
     const columns = panels.length === 4 ? 2 : Math.min(panels.length, 3);
@@ -219,7 +221,7 @@ function makePanel(subject) {
 function about(subject) {
   const size = subject.parameters;
   const count = size ? `${size < 1e7 ? (size / 1e6).toFixed(2) : (size / 1e6).toFixed(0)} M parameters` : "";
-  return [subject.title, count].filter(Boolean).join(" · ");
+  return (subject.teacher ? [subject.title, count] : [count, subject.title]).filter(Boolean).join(" · ");
 }
 
 let scheduled = false;
@@ -451,7 +453,6 @@ function listenTo(canvas) {
     const started = down;
     down = null;
     if (!started) return;
-    canvas.focus({ preventScroll: true });
     if (started.dragged) keep(state.draft);
     else if (state.mode === "point") keep({ ...place(event), label: event.shiftKey || event.ctrlKey ? 0 : state.label });
   });
