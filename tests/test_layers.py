@@ -22,6 +22,7 @@ LAYERS = [
     {"evaluate"},
     {"export"},
     {"report"},
+    {"serve"},
     {"mini"},
     {"pipeline"},
     {"api"},

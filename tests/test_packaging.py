@@ -91,7 +91,9 @@ def test_the_wheel_carries_recipes_protocols_and_weights(wheel):
     packed = set(zipfile.ZipFile(wheel).namelist())
     data = [p for folder in ("recipes", "eval") for p in (ROOT / folder).rglob("*") if p.is_file()]
     expected = {f"fmdistill/{p.relative_to(ROOT)}" for p in data}
-    shipped = [p for p in (ROOT / "fmdistill").rglob("*") if p.suffix in {".py", ".safetensors", ".html", ".css"}]
+    shipped = [
+        p for p in (ROOT / "fmdistill").rglob("*") if p.suffix in {".py", ".safetensors", ".html", ".css", ".js"}
+    ]
     expected |= {str(p.relative_to(ROOT)) for p in shipped}
     assert any(name.endswith(".yaml") for name in expected)
     assert expected <= packed

@@ -63,6 +63,8 @@ def parser() -> argparse.ArgumentParser:
          ("out", "the file or folder to write", None), trust)  # fmt: skip
     verb("report", "write one HTML page about runs", ("out", "the page's folder", None),
          ("runs", "runs' folders, and trust=true if one names code outside fmdistill", "+"))  # fmt: skip
+    verb("serve", "open a local page on which to click on images and see the masks or scores of teacher and students",
+         ("runs", "runs' folders, and settings: port=, host=, device=, trust=true", "+"))  # fmt: skip
     verb("check", "check every setting without touching data; without names, of all recipes in the package",
          ("paths", "recipes, studies and protocols, and settings of each recipe as key=value", "*"))  # fmt: skip
     verb("show", "print a recipe with all that it extends and every default", recipe, overrides)
@@ -230,6 +232,12 @@ def _report(out: str, runs: list[str]) -> None:
     print(report.run([argument for argument in runs if argument not in settings], out, _trust(settings)))
 
 
+def _serve(runs: list[str]) -> None:
+    from fmdistill import serve
+
+    serve.run(runs)
+
+
 def _trust(settings: list[str]) -> bool:
     from fmdistill.registry import UserError
 
@@ -269,6 +277,7 @@ VERBS = {
     "weigh": _weigh,
     "export": _export,
     "report": _report,
+    "serve": _serve,
     "check": _check,
     "show": describe.show,
     "list": describe.list_names,
