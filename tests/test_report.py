@@ -100,7 +100,7 @@ def an_example(h=128, w=256):
     teacher, shifted = (x - 100) ** 2 + (y - 60) ** 2 < 900, (x - 110) ** 2 + (y - 60) ** 2 < 900
     weights = np.where(np.arange(256).reshape(16, 16) % 2 == 0, 0.75, 1.25)
     masks = {"teacher": teacher, "mse": shifted, "srw": teacher}
-    prompts = {kind: examples.Prompt((100.0, 60.0), masks) for kind in ("typical", "worst")}
+    prompts = {kind: examples.PointMasks((100.0, 60.0), masks) for kind in ("typical", "worst")}
     return examples.Example("a&b", "photos", image, {"srw": weights}, valid, prompts)
 
 

@@ -26,7 +26,7 @@ AREA = (0.03, 0.30)  # share of the image that the teacher's mask at the shown p
 
 
 @dataclass(frozen=True)
-class Prompt:
+class PointMasks:
     """A point (x, y) in pixels, and each network's mask there, (h, w) bool, the teacher's first."""
 
     point: tuple[float, float]
@@ -42,7 +42,7 @@ class Example:
     image: np.ndarray  # (h, w, 3) uint8
     weights: Mapping[str, np.ndarray]
     valid: np.ndarray  # (g, g) bool
-    prompts: Mapping[str, Prompt]
+    prompts: Mapping[str, PointMasks]
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def term_weights(run: Opened, seen: Seen) -> Iterator[tuple[str, Tensor, Seen]]:
         yield run.name if len(run.task.objective.terms) == 1 else f"{run.name}, {name}", weight, focused
 
 
-def _prompts(head: PromptHead, embeddings: Mapping[str, Tensor], resized: tuple[int, int]) -> dict[str, Prompt]:
+def _prompts(head: PromptHead, embeddings: Mapping[str, Tensor], resized: tuple[int, int]) -> dict[str, PointMasks]:
     centres = (torch.arange(GRID) + 0.5) / GRID
     points_P2 = torch.cartesian_prod(centres * resized[1], centres * resized[0])
     low = {name: _best(head, embedding, points_P2) for name, embedding in embeddings.items()}
@@ -156,7 +156,7 @@ def _prompts(head: PromptHead, embeddings: Mapping[str, Tensor], resized: tuple[
             for name, logits in low.items()
         }
         x, y = points_P2[chosen].tolist()
-        prompts[kind] = Prompt((x, y), masks)
+        prompts[kind] = PointMasks((x, y), masks)
     return prompts
 
 
