@@ -222,7 +222,7 @@ def test_a_request_that_is_no_json_or_of_no_network_is_a_message(page):
 
 
 def test_corners_of_a_box_may_be_given_in_any_order():
-    assert masks.Prompt.from_json({"box": [0.7, 0.9, 0.2, 0.1]}).box == (0.2, 0.1, 0.7, 0.9)
+    assert masks.MaskPrompt.from_json({"box": [0.7, 0.9, 0.2, 0.1]}).box == (0.2, 0.1, 0.7, 0.9)
 
 
 def test_runs_of_pixels_begin_outside():

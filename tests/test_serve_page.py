@@ -88,6 +88,9 @@ def opened(browser):
     assert faults == []
 
 
+sync_api.expect.set_options(timeout=60_000)  # a busy machine takes longer than the usual five seconds
+
+
 def expect(locator):
     return sync_api.expect(locator)
 

@@ -132,7 +132,7 @@ class Site:
     def _masks(self, image: OpenImage, stated: Any) -> Response:
         if isinstance(self.opened.head, TextHead):
             raise UserError("masks: the runs' teacher is a CLIP, which makes none")
-        prompt = masks.Prompt.from_json(stated)
+        prompt = masks.MaskPrompt.from_json(stated)
         made = {name: image.embeddings[name] for name in self.opened.subjects if name in image.embeddings}
         predictions = {name: masks.predict(self.opened, image, each.embedding, prompt) for name, each in made.items()}
         return JSONResponse({"size": image.shown, "masks": masks.compare(predictions)})

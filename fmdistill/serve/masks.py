@@ -23,7 +23,7 @@ MOST_POINTS = 64
 
 
 @dataclass(frozen=True)
-class Prompt:
+class MaskPrompt:
     """Points and a box on the picture as shares of its width and height, from 0 to 1, and the mask to choose.
 
     `choice` is the number of SAM's mask: 0 is the one for prompts that leave no doubt, 1 to 3 are those for one point;
@@ -36,7 +36,7 @@ class Prompt:
     choice: str = "auto"
 
     @classmethod
-    def from_json(cls, stated: Any) -> "Prompt":
+    def from_json(cls, stated: Any) -> "MaskPrompt":
         """Return the prompt of a request, {"points": [[x, y, label]], "box": [4 numbers], "mask": choice}.
 
         Raises UserError if it is none.
@@ -73,7 +73,7 @@ class Prediction:
 
 
 @torch.inference_mode()
-def predict(opened: OpenedRuns, image: OpenImage, embedding: Tensor, prompt: Prompt) -> Prediction:
+def predict(opened: OpenedRuns, image: OpenImage, embedding: Tensor, prompt: MaskPrompt) -> Prediction:
     """Return the mask of `prompt` from an embedding (C, g, g) of the image."""
     start = time.perf_counter()
     resized = int(image.sizes[0, 0]), int(image.sizes[0, 1])
@@ -87,7 +87,7 @@ def predict(opened: OpenedRuns, image: OpenImage, embedding: Tensor, prompt: Pro
 
 
 def tensors(
-    prompt: Prompt, resized: tuple[int, int], device: torch.device
+    prompt: MaskPrompt, resized: tuple[int, int], device: torch.device
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return points (1, K, 2), labels (1, K) and box (1, 4) in pixels of the resized image (h, w), None without any."""
     h, w = resized
@@ -99,7 +99,7 @@ def tensors(
     return points, labels, torch.tensor([[left * w, top * h, right * w, bottom * h]], device=device)
 
 
-def choose(predicted_M: Tensor, prompt: Prompt) -> int:
+def choose(predicted_M: Tensor, prompt: MaskPrompt) -> int:
     """Return the number of the mask to show, given the predicted IoU of masks 0 to 3."""
     if prompt.choice != "auto":
         return min(int(prompt.choice), len(predicted_M) - 1)
