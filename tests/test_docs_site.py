@@ -57,6 +57,9 @@ def test_links_of_the_site_alone_and_of_generated_pages_point_at_pages_and_headi
     for name, text in {**PAGES, **{f"docs/{name}": text for name, text in GENERATED.items()}}.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(re.sub(r"<!-- site: (.*?) -->", r"\1", text, flags=re.DOTALL))
+    for picture in (ROOT / "docs" / "pictures").iterdir():
+        (tmp_path / "docs" / "pictures").mkdir(exist_ok=True)
+        (tmp_path / "docs" / "pictures" / picture.name).touch()
     made = [f"docs/{name}" for name in GENERATED]
     shown = [name for name in PAGES if name.startswith("docs/")]
     assert sum("<!-- site:" in PAGES[name] for name in shown) >= 3
