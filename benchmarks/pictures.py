@@ -60,11 +60,11 @@ def students(runs: tuple[str, ...], head: PromptHead, preprocess: SamPreprocess,
     }
     figure = Figure(figsize=(3.4 * len(models), 7.2), layout="constrained")
     axes = figure.subplots(len(THREE), len(models))
+    for axis, title in zip(axes[0], models, strict=True):
+        axis.set_title(title, fontsize=11)
     for row, (name, place) in zip(axes, THREE.items(), strict=True):
-        for axis, (title, model) in zip(row, models.items(), strict=True):
+        for axis, model in zip(row, models.values(), strict=True):
             draw(axis, whole(name), place, segmenter(model, head, preprocess)(whole(name), place), COLOURS[0])
-            if row is axes[0]:
-                axis.set_title(title, fontsize=11)
     return figure
 
 
