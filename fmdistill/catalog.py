@@ -1,17 +1,15 @@
-"""List and explain recipes, protocols, settings and components, read from the source files without importing them."""
+"""List recipes, protocols and components with what each is; components are read from source, not imported."""
 
 import ast
 import functools
-import io
 import re
-import tokenize
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from fmdistill import recipe
 from fmdistill.registry import UserError, suggest
 from fmdistill.settings import parse_methods
+from fmdistill.signatures import Setting, settings
 
 PACKAGE = Path(__file__).parent
 
@@ -27,6 +25,7 @@ class Kind:
     supplied: tuple[str, ...] = ()  # arguments that are no settings
 
 
+SHAPES = ("student", "teacher", "shapes", "priors")  # what a term gives its parts besides their settings
 KINDS = {
     "images": Kind("sources", "fmdistill.images:SOURCES", "images.name", "Where the images come from."),
     "teacher": Kind("teachers", "fmdistill.teachers:FAMILIES", "teacher.name", "The model that is distilled."),
@@ -37,21 +36,21 @@ KINDS = {
         "fmdistill.distill.distances:DISTANCES",
         "objective.TERM.distance.name",
         "How far the student's output is from the teacher's.",
-        ("student", "teacher"),
+        SHAPES,
     ),
     "weighting": Kind(
         "weightings",
         "fmdistill.distill.weightings:WEIGHTINGS",
         "objective.TERM.weighting.name",
         "How much each sample or patch counts.",
-        ("student", "teacher", "priors"),
+        SHAPES,
     ),
     "rectify": Kind(
         "rectifiers",
         "fmdistill.distill.rectifiers:RECTIFIERS",
         "objective.TERM.rectify.name",
         "How the teacher's output is corrected before the student is compared with it.",
-        ("student", "teacher", "priors"),
+        SHAPES,
     ),
     "optimizer": Kind(
         "optimizers", "fmdistill.distill.optim:OPTIMIZERS", "optimizer.name", "How weights are updated.", ("model",)
@@ -76,7 +75,6 @@ KINDS = {
     ),
 }
 FILES = ("recipes", "studies", "protocols")
-MAPPINGS = re.compile(r"Component|CacheSettings|Train|dict\[.*\]")  # types of settings that have settings
 GROUPS = {"cache": "CacheSettings", "train": "Train", "recipe": "Recipe"}  # classes of settings in fmdistill.recipe
 
 
@@ -96,16 +94,6 @@ class Component:
         return sentence(self.doc)
 
 
-@dataclass(frozen=True)
-class Setting:
-    """A setting: its name, type and default as text, and what its comment says."""
-
-    name: str
-    type: str
-    default: str
-    about: str = ""
-
-
 def sentence(text: str) -> str:
     """Return the first sentence of a text, in one line."""
     first = " ".join(text.strip().partition("\n\n")[0].split())
@@ -115,8 +103,7 @@ def sentence(text: str) -> str:
 def components(kind: str) -> list[Component]:
     """Return the components of a kind, in the order of their registry."""
     module, _, name = KINDS[kind].registry.partition(":")
-    found_in = _Reader(module).entries(name)
-    return [_described(kind, entry, place) for entry, place in found_in.items()]
+    return [_described(kind, entry, place) for entry, place in _Reader(module).entries(name).items()]
 
 
 def files(which: str) -> dict[str, str]:
@@ -153,12 +140,7 @@ def methods(path: Path) -> list[str]:
 
 def group_settings(group: str) -> list[Setting]:
     """Return the settings of `train`, of `cache`, or of a recipe's first level, with their comments."""
-    path = PACKAGE / "recipe.py"
-    text = path.read_text()
-    comments = _comments(text)
-    (node,) = [n for n in ast.parse(text).body if isinstance(n, ast.ClassDef) and n.name == GROUPS[group]]
-    fields = [field for field in node.body if isinstance(field, ast.AnnAssign)]
-    return [_field(field, comments) for field in fields]
+    return settings(getattr(recipe, GROUPS[group]))
 
 
 def find(address: str) -> list[Component]:
@@ -242,54 +224,3 @@ def _tree(module: str) -> ast.Module:
     path = PACKAGE.joinpath(*module.split(".")[1:])
     file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     return ast.parse(file.read_text())
-
-
-def _comments(text: str) -> dict[int, tuple[str, bool]]:
-    """Return the comments of a source text by line, and whether each has the line to itself."""
-    lines = text.splitlines()
-    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
-    return {
-        token.start[0]: (token.string.lstrip("# "), lines[token.start[0] - 1].lstrip().startswith("#"))
-        for token in tokens
-        if token.type == tokenize.COMMENT
-    }
-
-
-def _field(field: ast.AnnAssign, comments: Mapping[int, tuple[str, bool]]) -> Setting:
-    """Return a field of a dataclass as a setting; its comment is on its lines or alone above them."""
-    last = field.end_lineno or field.lineno
-    about = [comments[line][0] for line in range(field.lineno, last + 1) if line in comments]
-    return Setting(
-        ast.unparse(field.target),
-        _type(field.annotation),
-        _default(field.value),
-        " ".join([*reversed(list(_above(field.lineno, comments))), *about]),
-    )
-
-
-def _above(line: int, comments: Mapping[int, tuple[str, bool]]) -> Iterator[str]:
-    while comments.get(line - 1, ("", False))[1]:
-        line -= 1
-        yield comments[line][0]
-
-
-def _type(annotation: ast.expr) -> str:
-    """Return an annotation as text, with the values of a Literal instead of its name."""
-    text = ast.unparse(annotation)
-    if text == "CodecName":
-        text = ast.unparse(_Reader("fmdistill.recipe").definition(text)[1])
-    text = re.sub(r"Literal\[(.*)\]", lambda match: match[1].replace("', '", " | ").strip("'"), text)
-    return MAPPINGS.sub("mapping", text).replace("None", "null")
-
-
-def _default(value: ast.expr | None) -> str:
-    if isinstance(value, ast.Call):  # field(...)
-        given = {word.arg: word.value for word in value.keywords}
-        factory = given.get("default_factory")
-        value = factory.body if isinstance(factory, ast.Lambda) else given.get("default")
-        if isinstance(factory, ast.Name):
-            return ast.unparse(ast.Call(factory, [], [])).replace("dict()", "{}").replace("list()", "[]")
-    if isinstance(value, ast.Constant) and value.value:  # a text or a number
-        return "true" if value.value is True else str(value.value)
-    text = "required" if value is None else ast.unparse(value).replace("'", '"')
-    return text.replace("None", "null").replace("False", "false")

@@ -55,14 +55,17 @@ def test_list_prints_a_line_for_each_name_and_filters_by_kind(capsys):
 @pytest.mark.parametrize(
     ("name", "texts"),
     [
-        ("teacher.sam_vit_h", ["teacher.name=sam_vit_h", "SAM ViT-H, 1024 px", "weights  str | null", "batch    int"]),
+        (
+            "teacher.sam_vit_h",
+            ["teacher.name=sam_vit_h", "SAM ViT-H, 1024 px", "weights  text or null", "batch    integer"],
+        ),
         ("teacher", ["teacher.name=NAME", "  sam_mini "]),
-        ("train", ["train.steps ", "int | null", "optimizer steps"]),
+        ("train", ["train.steps ", "integer or null", "optimizer steps"]),
         ("train.batch_size", ["16 ", "images of an optimizer step"]),
-        ("objective.*.weighting.srw", ["temperature  float", "1.0", "image | batch | global_batch"]),
+        ("objective.*.weighting.srw", ["temperature  number", "1.0", "image, batch, global_batch"]),
         ("weighting.srw", ["Yu et al."]),
         ("cache.executor.ray", ["actors"]),
-        ("seed", ["int", "order of the images"]),
+        ("seed", ["integer", "order of the images"]),
         ("objective", ["terms of the loss"]),
         ("distance.kd", ["temperature"]),
         ("recipes/studies/digits", ["Methods: kd, label", "fmdistill show recipes/studies/digits:kd"]),

@@ -1,6 +1,5 @@
 """The documentation site: its map, the reference made from the code, and a strict build that loads nothing else."""
 
-import dataclasses
 import importlib.util
 import re
 import subprocess
@@ -14,7 +13,7 @@ import pytest
 import yaml
 from test_docs import PAGES, PROTOCOLS, ROOT, commands, dead_links, rows
 
-from fmdistill import cli, recipe
+from fmdistill import catalog, cli, recipe, signatures
 from fmdistill.distill import objective
 
 
@@ -67,9 +66,10 @@ def test_links_of_the_site_alone_and_of_generated_pages_point_at_pages_and_headi
         assert list(dead_links(name, (tmp_path / name).read_text(), tmp_path)) == [], name
 
 
-@pytest.mark.parametrize("kind", reference.KINDS, ids=lambda kind: kind.page)
-def test_the_reference_has_every_component_with_its_settings(kind):
-    page = GENERATED[f"reference/{kind.page}.md"]
+@pytest.mark.parametrize("name", reference.PAGES)
+def test_the_reference_has_every_component_with_its_settings(name):
+    kind = catalog.KINDS[name]
+    page = GENERATED[f"reference/{kind.plural}.md"]
     components = reference.components(kind)
     assert components
     for name, component in components.items():
@@ -77,17 +77,25 @@ def test_the_reference_has_every_component_with_its_settings(kind):
         if len(parts) == 1:
             assert f"| `{name}` |" in page, name  # in the table of the classifiers
             continue
-        listed = {row[0].strip("`"): row[1:3] for row in rows(parts[1].split("\n## ")[0])[1:]}
-        settings = {setting[0]: list(setting[1:3]) for setting in reference.parameters(component, kind.context)}
-        assert {key: [cell.strip() for cell in cells] for key, cells in listed.items()} == settings, name
+        listed = {
+            row[0].strip("`"): [cell.strip() for cell in row[1:3]] for row in rows(parts[1].split("\n## ")[0])[1:]
+        }
+        described = signatures.settings(component, kind.supplied)
+        assert listed == {each.name: [each.type, shown_default(each.default)] for each in described}, name
         assert len(reference.about(component).split()) >= 4, name
+
+
+def shown_default(text: str) -> str:
+    """A default as a table shows it."""
+    return text if text == signatures.REQUIRED else f"`{text}`"
 
 
 def test_the_reference_s_kinds_are_those_of_the_component_table():
     table = {
         row[1].split("`")[1] for row in rows(PAGES["docs/extending.md"]) if len(row) == 3 and row[1].count("`") == 4
     }
-    assert {kind.registry.partition(":")[2] for kind in reference.KINDS} | {"FORMATS"} == table
+    kinds = {name: kind.registry.partition(":")[2] for name, kind in catalog.KINDS.items()}
+    assert set(kinds.values()) == table and set(kinds) - set(reference.PAGES) == {"export"}
 
 
 def test_the_reference_has_every_verb_recipe_and_protocol():
@@ -117,15 +125,15 @@ def test_commands_in_generated_pages_are_of_known_verbs(name):
     ],
 )
 def test_types_are_told_as_a_recipe_has_them(kind, text):
-    assert reference.type_text(kind) == text
+    assert signatures.type_text(kind) == text
 
 
 def test_a_setting_s_meaning_is_the_comment_beside_or_above_it():
     from fmdistill.mini.scenes import Scenes
 
-    meanings = reference.comments(Scenes)
+    meanings = signatures.comments(Scenes)
     assert meanings["size"] == "pixels" and meanings["noise"] == "largest standard deviation, levels"
-    assert reference.comments(recipe.CacheSettings)["codec"].startswith("for training shards, since")
+    assert signatures.comments(recipe.CacheSettings)["codec"].startswith("for training shards, since")
     assert "seed" not in meanings
 
 
@@ -146,12 +154,8 @@ def test_the_settings_page_has_every_field_its_type_and_its_default(kind, prefix
     listed = {row[0].strip("`"): row[1:3] for row in rows(PAGES["docs/settings.md"]) if len(row) == 4}
     listed.pop("key")
     shown = {name: cells for name, cells in listed.items() if name.rpartition(".")[0] == prefix.rstrip(".")}
-    hints = reference.typing.get_type_hints(kind)
-    made = {}
-    for each in dataclasses.fields(kind):
-        default = each.default if each.default_factory is dataclasses.MISSING else each.default_factory()
-        text = "required" if default is dataclasses.MISSING else f"`{reference.value_text(default)}`"
-        made[f"{prefix}{each.name}"] = [reference.type_text(hints[each.name]), text]
+    described = signatures.settings(kind)
+    made = {f"{prefix}{each.name}": [each.type, shown_default(each.default)] for each in described}
     assert shown == made
 
 

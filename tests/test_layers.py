@@ -12,7 +12,7 @@ import fmdistill
 PACKAGE = Path(fmdistill.__file__).parent
 LAYERS = [
     {"registry", "files"},
-    {"text", "settings"},
+    {"text", "settings", "signatures"},
     {"recipe", "images", "logs", "stop", "launcher"},
     {"catalog"},
     {"backbones"},

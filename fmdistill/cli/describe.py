@@ -4,13 +4,12 @@ import inspect
 import os
 import sys
 import textwrap
-import types
-import typing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fmdistill.catalog import Component
+    from fmdistill.signatures import Setting
 
 WIDTH = 110
 
@@ -102,7 +101,7 @@ def _group(group: str, name: str) -> str:
             raise UserError(f"explain {group}.{name}: no such setting.{suggest(name, known)}")
         settings = [setting for setting in settings if setting.name == name]
     prefix = "" if group == "recipe" else f"{group}."
-    return "\n".join(_table([(f"{prefix}{s.name}", s.type, s.default, s.about) for s in settings]))
+    return "\n".join(_table([_row(setting, prefix) for setting in settings]))
 
 
 def _kind(name: str) -> str:
@@ -119,15 +118,11 @@ def _component(entry: "Component") -> str:
     """Return a component's docstring and its settings as text; this imports the component."""
     from fmdistill import catalog
     from fmdistill.registry import load
+    from fmdistill.signatures import settings
 
     kind = catalog.KINDS[entry.kind]
     value = load(f"{entry.module}:{entry.attribute}", f"explain {entry.name}")
-    hints = typing.get_type_hints(value.__init__ if inspect.isclass(value) else value)
-    rows = [
-        (name, _type(hints.get(name, Any)), _default(parameter.default), "")
-        for name, parameter in inspect.signature(value).parameters.items()
-        if name not in kind.supplied and parameter.kind != parameter.VAR_KEYWORD
-    ]
+    rows = [_row(setting) for setting in settings(value, kind.supplied)]
     named = f"{kind.setting}={entry.name}" if kind.setting else f"fmdistill export RUN {entry.name} OUT"
     lines = [f"{entry.kind}.{entry.name}   {named}", "", entry.doc, ""]
     return "\n".join([*lines, *(_table(rows) if rows else ["It has no settings."]), "", f"Defined in {_place(value)}"])
@@ -151,18 +146,5 @@ def _table(rows: list[tuple[str, str, str, str]]) -> list[str]:
     return lines
 
 
-def _type(kind: Any) -> str:
-    """Return an annotation as text: the names of its alternatives, and the values of a Literal."""
-    if typing.get_origin(kind) is typing.Literal:
-        return " | ".join(map(str, typing.get_args(kind)))
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        return " | ".join(map(_type, typing.get_args(kind)))
-    if kind is type(None):
-        return "null"
-    return kind.__name__ if inspect.isclass(kind) and not typing.get_args(kind) else str(kind).replace("typing.", "")
-
-
-def _default(value: Any) -> str:
-    if value is inspect.Parameter.empty:
-        return "required"
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+def _row(setting: "Setting", prefix: str = "") -> tuple[str, str, str, str]:
+    return f"{prefix}{setting.name}", setting.type.replace("`", ""), setting.default, setting.about
