@@ -2,8 +2,11 @@
 
 import json
 import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import toy_digits
@@ -65,6 +68,27 @@ def test_a_stop_reaches_the_trainings_which_continue_later(tmp_path):
     rows = [json.loads(line) for line in (both[0].out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, steps[0] + 1))
     assert "stopped" in (both[0].out / side_by_side.LOG).read_text()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a Linux signal")
+def test_trainings_end_with_a_killed_parent(tmp_path):
+    trainings(tmp_path)
+    script = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import test_pipeline_side_by_side as test\nfrom pathlib import Path\n"
+        f"test.side_by_side.train(test.trainings(Path({str(tmp_path)!r}), 'train.steps=100000', 'train.log_every=1'))\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script])
+    both = trainings(tmp_path)
+    deadline = time.monotonic() + 300
+    while not all(training.step() for training in both):
+        assert time.monotonic() < deadline and parent.poll() is None
+        time.sleep(0.1)
+    parent.kill()
+    parent.wait()
+    while not all("stopped" in (training.out / side_by_side.LOG).read_text() for training in both):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_side_by_side_is_for_a_cpu_with_a_core_for_each(tmp_path, monkeypatch):

@@ -1,6 +1,8 @@
 """Train several recipes at the same time on a CPU, each in a process of its own with its share of the cores."""
 
+import ctypes
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -10,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fmdistill import stop
-from fmdistill.backbones.device import pick_device
+from fmdistill.backbones.device import cores, pick_device
 from fmdistill.distill.student import WEIGHTS
 from fmdistill.logs import log, progress, read_json_lines
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError
 
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 POLL = 0.5  # seconds between looks at the processes
 LOG = "train.log"  # in a run's folder: what its process printed
 
@@ -39,7 +42,7 @@ class Training:
         return (self.out / WEIGHTS).is_file()
 
     def step(self) -> int:
-        """Return the last step that the run has written."""
+        """Return the last training step in the run's log, 0 before the first."""
         return max((row.get("step", 0) for row in read_json_lines(self.out / "metrics.jsonl")), default=0)
 
 
@@ -52,11 +55,6 @@ def fits(trainings: Sequence[Training]) -> bool:
     return devices == {"cpu"} and 1 < len(trainings) <= cores()
 
 
-def cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def train(trainings: Sequence[Training]) -> None:
     """Train all recipes that are not trained yet, and show one progress bar.
 
@@ -67,22 +65,28 @@ def train(trainings: Sequence[Training]) -> None:
     if not waiting:
         return
     threads = max(cores() // len(waiting), 1)
-    total = sum(training.settings.train.steps or 0 for training in waiting)
+    steps = [training.settings.train.steps for training in waiting]
+    total = sum(filter(None, steps)) if all(steps) else None  # None: by epochs, so a process alone knows
     with ExitStack() as stack:
         processes = [stack.enter_context(_Process(training, threads)) for training in waiting]
         names = " and ".join(training.out.name for training in waiting)
-        bar = stack.enter_context(progress(None, f"training {names}", total=total or None, unit="step"))
+        bar = stack.enter_context(progress(None, f"training {names}", total=total, unit="step"))
         while any([process.running() for process in processes]):
             bar.update(sum(training.step() for training in waiting) - bar.n)
             time.sleep(POLL)
             stop.check()
-        bar.update(total - bar.n)
+        bar.update(sum(training.step() for training in waiting) - bar.n)
     for training in waiting:
         log.info("%s: trained", training.out)
 
 
+def _end_with_parent() -> None:
+    """Have Linux send SIGTERM to this process when its parent ends, even by SIGKILL: a rerun must not meet it."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 class _Process:
-    """A training in a process, which leaving the context stops."""
+    """One training in a process of its own; leaving the context stops the process."""
 
     def __init__(self, training: Training, threads: int) -> None:
         self.training, self.log = training, training.out / LOG
@@ -96,6 +100,7 @@ class _Process:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "OMP_NUM_THREADS": str(threads)},
                 start_new_session=True,  # Ctrl-C reaches this process alone, which then stops the trainings
+                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
             )
 
     def __enter__(self) -> "_Process":
