@@ -62,7 +62,7 @@ def test_photographs_of_a_folder_are_for_training_only(tmp_path):
 
 def test_wrong_settings_raise_before_any_work(tmp_path):
     for settings, message in (
-        ({"folder": str(tmp_path)}, "folder=.*: no photographs"),
+        ({"folder": str(tmp_path)}, "folder=.*: contains no images"),
         ({"folder": str(tmp_path / "none")}, "folder=.*none: no such folder"),
     ):
         with pytest.raises(UserError, match=message):

@@ -94,7 +94,7 @@ class ImageFolder:
 
     @cached_property
     def _listing(self) -> dict[str, dict[str, list[str]]]:
-        hashed = [(*_hash(key), key) for key in _image_paths(self._base("train"), "images.root")]
+        hashed = [(*_hash(key), key) for key in image_paths(self._base("train"), "images.root")]
         if self.validation_root is None:
             held_out = [(bits, key) for bits, fraction, key in hashed if fraction < self.validation]
             train = [(bits, key) for bits, fraction, key in hashed if fraction >= self.validation]
@@ -111,7 +111,7 @@ class ImageFolder:
                     f"images.validation_root={self.validation_root}: is inside images.root={self.root}, so its "
                     f"images would also be training images; choose folders that do not overlap"
                 )
-            held_out = [(_hash(key)[0], key) for key in _image_paths(base, "images.validation_root")]
+            held_out = [(_hash(key)[0], key) for key in image_paths(base, "images.validation_root")]
         return {
             "train": dict(_buckets("train", "", sorted(train), self.shard_size)),
             "validation": dict(_buckets("validation", "", sorted(held_out), self.shard_size)),
@@ -149,7 +149,11 @@ def _buckets(split: str, prefix: str, hashed: list[tuple[str, str]], size: int) 
         yield from _buckets(split, prefix + bit, half, size)
 
 
-def _image_paths(root: Path, where: str) -> list[str]:
+def image_paths(root: Path, where: str) -> list[str]:
+    """Return the paths of the images below `root`, relative to it; each image once, however many links lead to it.
+
+    Raises UserError, which begins with the setting `where`, if there is no such folder or no image in it.
+    """
     if not root.is_dir():
         raise UserError(f"{where}={root}: no such folder; expected a folder of images ({', '.join(SUFFIXES)})")
     paths, linked, visited, ignored = _walk(root)

@@ -5,7 +5,6 @@ Letters: P points of one photograph, H x W its pixels, h x w resized pixels (bef
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -20,7 +19,7 @@ from fmdistill.evaluate import results
 from fmdistill.evaluate.results import STUDENT, Judged, Metric
 from fmdistill.evaluate.subjects import embed
 from fmdistill.mini.photos import PHOTOGRAPHS, photograph
-from fmdistill.mini.regions import folder_photographs, opened, segment
+from fmdistill.mini.regions import folder_photographs, open_photograph, segment
 from fmdistill.mini.sam import MiniSam, check_makes_masks, must_make_masks
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError
@@ -68,7 +67,7 @@ class RegionAgreement:
         if not self.scales:
             raise UserError("scales=[]: needs at least one scale")
         if self.folder is not None:
-            folder_photographs(self.folder)
+            folder_photographs(self.folder, "folder")
 
     def check(self, recipe: Recipe) -> None:
         """Raise a UserError for a student that makes no masks."""
@@ -96,8 +95,9 @@ class RegionAgreement:
     def _photographs(self) -> Iterator[tuple[str, np.ndarray]]:
         for name in PHOTOGRAPHS["validation"]:
             yield name, self._resize(photograph(name))
-        for name in folder_photographs(self.folder) if self.folder else ():
-            yield name, self._resize(opened(str(Path(self.folder or "", name))))
+        if self.folder is not None:
+            for name in folder_photographs(self.folder, "folder"):
+                yield name, self._resize(open_photograph(self.folder, name))
 
     def _resize(self, pixels: np.ndarray) -> np.ndarray:
         image = PIL.Image.fromarray(pixels)

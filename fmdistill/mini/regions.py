@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 
+from fmdistill.images.folder import image_paths
 from fmdistill.images.numbered import Numbered, check_counts, png
+from fmdistill.images.picture import DecodeError, decode
 from fmdistill.images.source import Encoded
 from fmdistill.mini import photos
 from fmdistill.registry import UserError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 LONGEST = 1600  # pixels; larger photographs are reduced to this side when they are opened
 
 
@@ -73,7 +74,9 @@ class Regions(Numbered):
         number, turn = index % len(names), index // len(names)
         seeds = [self.seed, zlib.crc32(names[number].encode()), turn]
         shape = photos.frame(turn + number, self.size)
-        image = photos.cut(self._open(names[number]), seeds, photos.ZOOM[split], shape)
+        is_packaged = number < len(photos.PHOTOGRAPHS[split])
+        pixels = photos.photograph(names[number]) if is_packaged else open_photograph(self.folder or "", names[number])
+        image = photos.cut(pixels, seeds, photos.ZOOM[split], shape)
         rng = np.random.default_rng([*seeds, 1])
         scale, smallest = (math.exp(rng.uniform(*np.log(limits))) for limits in (self.scale, self.smallest))
         regions = segment(np.asarray(image), scale, rng.uniform(*self.sigma), round(smallest))
@@ -81,30 +84,23 @@ class Regions(Numbered):
         return Encoded(self.key(split, index), png(image), extra={"labels.png": labels})
 
     def _names(self, split: str) -> list[str]:
-        added = folder_photographs(self.folder) if self.folder and split == "train" else []
+        added = folder_photographs(self.folder, "images.folder") if self.folder and split == "train" else []
         return [*photos.PHOTOGRAPHS[split], *added]
 
-    def _open(self, name: str) -> np.ndarray:
-        return photos.photograph(name) if "." not in name else opened(str(Path(self.folder or "", name)))
+
+@functools.cache
+def folder_photographs(folder: str, where: str) -> list[str]:
+    """Return the paths of the photographs below a folder, relative to it, in order; errors as for `image_paths`."""
+    return sorted(image_paths(Path(folder).expanduser(), where))
 
 
 @functools.cache
-def folder_photographs(folder: str) -> list[str]:
-    """Return the paths of the photographs under a folder, relative to it, in order."""
-    root = Path(folder)
-    if not root.is_dir():
-        raise UserError(f"folder={folder}: no such folder")
-    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    if not paths:
-        raise UserError(f"folder={folder}: no photographs ({', '.join(SUFFIXES)}) in it")
-    return [path.relative_to(root).as_posix() for path in paths]
-
-
-@functools.cache
-def opened(path: str) -> np.ndarray:
-    """Return a photograph as uint8 (H, W, 3) RGB, reduced to `LONGEST` pixels on its long side."""
-    with PIL.Image.open(path) as image:
-        image.draft("RGB", (LONGEST, LONGEST))
-        picture = image.convert("RGB")
-    picture.thumbnail((LONGEST, LONGEST))
-    return np.array(picture)
+def open_photograph(folder: str, name: str) -> np.ndarray:
+    """Return a photograph of a folder as uint8 (H, W, 3) RGB, reduced to `LONGEST` pixels on its long side."""
+    path = Path(folder).expanduser() / name
+    try:
+        image = PIL.Image.fromarray(decode(path.read_bytes()))
+    except DecodeError as error:
+        raise UserError(f"{path}: cannot be decoded: {error}; repair or remove it") from None
+    image.thumbnail((LONGEST, LONGEST))
+    return np.array(image)
