@@ -13,7 +13,7 @@ ENV PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1
 
 # The README's install steps; a test keeps the two equal.
 RUN python3 -m venv .venv
-RUN .venv/bin/pip install .
+RUN .venv/bin/pip install '.[serve]'
 
 # Images, caches and runs are mounted at /data. The user above has number 1001 (Ubuntu's image takes 1000), so take your
 # own, which may write to your folder. With Docker's 64 MB of /dev/shm, threads load the images instead of processes;

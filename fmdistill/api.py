@@ -133,10 +133,11 @@ def export(run: PathLike, format: str, out: PathLike, trust: bool = False) -> Pa
 
 
 def init(path: PathLike, kind: str, overrides: Overrides = (), **settings: Any) -> "NewRecipe":
-    """Write a recipe for your own images, sized to them and to this machine; `print` shows what was counted.
+    """Write a recipe for your own images, sized to them and to this machine.
 
-    `kind` is sam, clip or timm. Settings such as images.root and teacher.weights are written into the recipe. Raises
-    UserError, and writes nothing, if the file exists already, or the images or the weights do not.
+    Returns the recipe's path with what was counted and the next commands, which `print` shows. `kind` is sam, clip or
+    timm. Settings such as images.root and teacher.weights are written into the recipe. Raises UserError, and writes
+    nothing, if the file exists already, or the images or the weights do not.
     """
     from fmdistill.pipeline import start
 

@@ -348,7 +348,7 @@ def test_points_are_those_of_median_and_of_least_agreement_within_the_area():
 def test_the_page_opens_with_masks_typical_ones_first_and_ends_with_weights(two, tmp_path, monkeypatch):
     monkeypatch.setattr(examples, "gather", lambda runs, trust: ([an_example()], 16))
     monkeypatch.setattr(ranked, "gather", lambda runs, trust: [])
-    monkeypatch.setattr(labels, "gather", lambda runs, trust: [])
+    monkeypatch.setattr(labels, "gather", lambda runs: [])
     html = report.run(two, str(tmp_path / "out")).read_text()
     headings = ("Typical masks", "Worst masks", "Results", "Training", "Weights of patches")
     places = [html.index(f"<h2>{name}</h2>") for name in headings]
@@ -379,15 +379,19 @@ def test_examples_come_from_a_cache_and_its_students(tmp_path, monkeypatch):
             assert all(mask.shape == (h, w) and mask.dtype == bool for mask in prompt.masks.values())
 
 
-def test_whole_images_are_ranked_by_their_weight(tmp_path):
-    settings = recipe.load(
-        "recipes/demo/clip_srw.yaml",
-        ["images.train=2", "images.validation=10", f"cache.root={tmp_path / 'cache'}", f"out={tmp_path / 'run'}"],
-    )
+def untrained_clip(folder):
+    """Cache the CLIP demo's ten validation images, store an untrained student as its run, and return the recipe."""
+    small = ["images.train=2", "images.validation=10", f"cache.root={folder / 'cache'}", f"out={folder / 'run'}"]
+    settings = recipe.load("recipes/demo/clip_srw.yaml", small)
     cache.run(settings)
     recipe.save(settings, settings.out)
     torch.manual_seed(0)
-    save_file(students.build(settings.student).state_dict(), tmp_path / "run" / "student.safetensors")
+    save_file(students.build(settings.student).state_dict(), folder / "run" / "student.safetensors")
+    return settings
+
+
+def test_whole_images_are_ranked_by_their_weight(tmp_path):
+    settings = untrained_clip(tmp_path)
     runs = rows.read_runs([settings.out])
     [entry] = ranked.gather(runs, shown=4)
     assert entry.name == "run" and entry.weighed == 10 and len(entry.images) == 4
@@ -404,14 +408,7 @@ def test_whole_images_are_ranked_by_their_weight(tmp_path):
 
 
 def test_a_clip_report_shows_labels_on_which_teacher_and_students_agree_and_not(tmp_path):
-    settings = recipe.load(
-        "recipes/demo/clip_srw.yaml",
-        ["images.train=2", "images.validation=10", f"cache.root={tmp_path / 'cache'}", f"out={tmp_path / 'run'}"],
-    )
-    cache.run(settings)
-    recipe.save(settings, settings.out)
-    torch.manual_seed(0)
-    save_file(students.build(settings.student).state_dict(), tmp_path / "run" / "student.safetensors")
+    settings = untrained_clip(tmp_path)
     keys = [key for shard in cache.open_cache(settings).shards["validation"] for key in shard.keys]
     protocol = evaluate.load("eval/clip_zeroshot_demo.yaml").to_json()
     answers = {"teacher": lambda i: i, "student": lambda i: i if i < 7 else 0}

@@ -22,7 +22,7 @@ pytestmark = [
 
 
 class Running:
-    """An application behind a port of this machine, in a thread, with the prompts that it was asked."""
+    """An application behind a port of this machine, in a thread, with the prompts that it received."""
 
     def __init__(self, folders):
         opened = subjects.open_runs(folders, "cpu", trust=True)
@@ -219,15 +219,15 @@ def test_an_image_that_the_server_dropped_is_opened_again(sam, opened):
     page = opened(sam)
     canvas, box = picture(page)
     gone = {"status": 410, "json": {"error": "no longer in memory"}}
-    asked = []
+    requests = []
 
     def answer_first(route):
-        asked.append(route)
-        route.fulfill(**gone) if len(asked) == 1 else route.continue_()
+        requests.append(route)
+        route.fulfill(**gone) if len(requests) == 1 else route.continue_()
 
     page.route("**/masks", answer_first)
     page.mouse.click(box["x"] + 50, box["y"] + 50)
-    assert len(settled(page)["points"]) == 1 and len(asked) >= 2
+    assert len(settled(page)["points"]) == 1 and len(requests) >= 2
     expect(page.locator(".panel .iou").nth(1)).to_contain_text("IoU")
     expect(page.get_by_role("alert")).to_be_hidden()
 

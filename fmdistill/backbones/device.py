@@ -1,5 +1,6 @@
-"""Find the device that a recipe or protocol names, and whether it multiplies bf16."""
+"""Find the device that a recipe or protocol names, whether it multiplies bf16, and the CPU's cores."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -40,6 +41,11 @@ def has_bf16(device: torch.device) -> bool:
         return False
     flags = next((line for line in info.read_text().splitlines() if line.startswith("flags")), "")
     return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags.split())
+
+
+def cores() -> int:
+    """Return the number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _check_index(device: torch.device, count: int, setting: str) -> None:

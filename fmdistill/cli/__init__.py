@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
          ("arguments", "RUN [LABEL_RUN] OUT, the file to write, and trust=true if a run names code outside fmdistill",
           "+"))  # fmt: skip
     verb("export", "write a finished run for other software", ("run", "a run's folder", None),
-         ("format", "mobilesam, openclip (a folder, local-dir: to open_clip), or half (the student in float16)", None),
+         ("format", "mobilesam, openclip (a folder, local-dir: to open_clip), timm, or half (in float16)", None),
          ("out", "the file or folder to write", None), trust)  # fmt: skip
     verb("report", "write one HTML page about runs", ("out", "the page's folder", None),
          ("runs", "runs' folders, and trust=true if one names code outside fmdistill", "+"))  # fmt: skip

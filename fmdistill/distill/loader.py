@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fmdistill import stop
+from fmdistill.backbones.device import cores
 from fmdistill.cache.batch import Batch, BatchReader, Data, Place, collate, fill, map_tensors
 from fmdistill.registry import UserError
 
@@ -173,10 +174,9 @@ def _wait_on(began: float) -> None:
 
 def _startable(workers: int) -> int:
     """Return how many of `workers` to start, at most one for each processor of this process."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if workers > cores:
-        _warn(f"workers={workers}: {cores} processors are available, so {cores} are started", logging.INFO)
-    return min(workers, cores)
+    if workers > (available := cores()):
+        _warn(f"workers={workers}: {available} processors are available, so {available} are started", logging.INFO)
+    return min(workers, available)
 
 
 def _fits_shared_memory(data: Data, chosen: list[Place], workers: int) -> bool:

@@ -20,7 +20,7 @@ DEMOS = {
 PARTS = 4
 NEXT = """
 Look at the masks:         fmdistill serve {runs}
-Your own images:           fmdistill init mine.yaml {kind} images.root=FOLDER"""
+Your own images:           fmdistill init mine.yaml {kind} images.root=FOLDER teacher.name={teacher}"""
 
 
 def run(kind: str = "sam", overrides: Sequence[str] = ()) -> Path:
@@ -47,7 +47,7 @@ def run(kind: str = "sam", overrides: Sequence[str] = ()) -> Path:
     page = report.run(runs, f"report/demo_{kind}", trust=True)
     print(report.text(runs))
     print(f"\n{(time.monotonic() - started) / 60:.1f} minutes. Report: {page}")
-    print(NEXT.format(runs=" ".join(runs), kind=kind))
+    print(NEXT.format(runs=" ".join(runs), kind=kind, teacher=f"{kind}_mini"))
     return page
 
 

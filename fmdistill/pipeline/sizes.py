@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fmdistill.backbones.device import cores
 from fmdistill.recipe import Train
 
 USABLE = 0.8  # share of a GPU's memory for what a step keeps; of a CPU's memory USABLE_CPU
@@ -30,7 +31,9 @@ class Workload:
 
 @dataclass(frozen=True)
 class Machine:
-    """A machine as training sees it: the GPU's name, or "" for none, the memory in GB, and the CPU cores."""
+    """A machine: the name of its GPU ("" if it has none), the memory of the GPU or else of the machine in GB, and the
+    number of CPU cores.
+    """
 
     gpu: str
     memory: float
@@ -46,15 +49,14 @@ class Machine:
 
 def this_machine() -> Machine:
     """Return the machine that this process runs on."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if torch.cuda.is_available():
         device = torch.cuda.get_device_properties(0)
-        return Machine(device.name, device.total_memory / 1e9, cores)
+        return Machine(device.name, device.total_memory / 1e9, cores())
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     except (AttributeError, ValueError, OSError):  # not every system tells
         memory = 8.0
-    return Machine("", memory, cores)
+    return Machine("", memory, cores())
 
 
 def sizes(work: Workload, train: int, base: Train, machine: Machine) -> tuple[dict[str, Any], dict[str, str]]:

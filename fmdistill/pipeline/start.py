@@ -45,12 +45,12 @@ SRW_VECTORS = (
 )
 COSINE = ("eval/cosine.yaml",)
 QUICK = ("eval/sam_grid_quick.yaml",)
-# GB that one image keeps for the backward pass in bf16, by torch.autograd.graph.saved_tensors_hooks.
+# GB that one image keeps for the backward pass in bf16, measured by benchmarks/memory.py and rounded up.
 TINY_SAM = Workload(side=1024, gigabytes=1.4, epochs=8, least=1000)
-TINY_MINI = Workload(side=256, gigabytes=0.05, epochs=8, least=400, most=2000)
-CLIP = Workload(side=224, gigabytes=0.12, epochs=10, least=1000)
-CLIP_MINI = Workload(side=64, gigabytes=0.01, epochs=8, least=400, most=2000)
-TIMM = Workload(side=224, gigabytes=0.06, epochs=30, least=1000)
+TINY_MINI = Workload(side=256, gigabytes=0.02, epochs=8, least=400, most=2000)
+CLIP = Workload(side=224, gigabytes=0.14, epochs=10, least=1000)
+CLIP_MINI = Workload(side=64, gigabytes=0.005, epochs=8, least=400, most=2000)
+TIMM = Workload(side=224, gigabytes=0.07, epochs=30, least=1000)
 STARTS: dict[str, dict[str, Start]] = {
     "sam": {
         **{
@@ -207,7 +207,7 @@ def _teacher(kind: str, stated: Mapping[str, Any]) -> dict[str, Any]:
 def _settings(
     path: Path, start: Start, own: OwnImages, machine: Machine, base: Recipe, changes: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the new recipe's settings, and comments on them by dotted name; the user's `changes` replace ours."""
+    """Return the new recipe's settings, and comments on them by dotted name; the user's `changes` take precedence."""
     train, comments = sizes(start.work, own.train, base.train, machine)
     settings: dict[str, Any] = {
         "title": f"{changes['teacher']['name']} to {start.student}, {own.name} images",

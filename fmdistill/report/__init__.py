@@ -121,7 +121,7 @@ def _pictures(runs: list[Run], trust: bool) -> tuple[list[str], list[str]]:
     try:
         shown, stride = examples.gather(runs, trust=trust)
         by_image = ranked.gather(runs, trust=trust)
-        labelled = labels.gather(runs, trust=trust)
+        labelled = labels.gather(runs)
     except UserError as error:
         log.warning("report: no pictures: %s", error)
         return [], [page.heading("Pictures"), page.paragraph(f"No pictures: {error}", "notice")]

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from fmdistill.cache import open_cache
 from fmdistill.cache.dataset import CachedImages
 from fmdistill.evaluate.results import STUDENT, TEACHER
 from fmdistill.evaluate.text_classifier import class_names
-from fmdistill.report.examples import open_runs
 from fmdistill.report.rows import Run
 
 
@@ -23,20 +23,22 @@ class Labelled:
     answers: dict[str, str]
 
 
-def gather(runs: list[Run], shown: int = 5, trust: bool = False) -> list[Labelled]:
-    """Return up to `shown` images on which the first run agrees with the teacher, then as many on which it does not."""
+def gather(runs: list[Run], shown: int = 5) -> list[Labelled]:
+    """Return up to `shown` images on which the first run agrees with the teacher, then as many on which it does not.
+
+    Runs of another cache than the first run's are left out. Raises UserError if the images or the cache are missing.
+    """
     answers = {run.name: by_key for run in runs if (by_key := _predictions(run, STUDENT))}
     teacher = _predictions(runs[0], TEACHER)
     if runs[0].name not in answers or not teacher:
         return []
-    cache, opened = open_runs(runs, trust)
-    data = CachedImages(cache, "validation")
+    data = CachedImages(open_cache(runs[0].recipe), "validation")
     places = {key: (i, j) for i, shard in enumerate(data.shards) for j, key in enumerate(shard.keys)}
     first = answers[runs[0].name]
     keys = [key for key in teacher if key in first and key in places]
     agreed = [key for key in keys if first[key] == teacher[key]]
     chosen = [*_spread(agreed, shown), *_spread([key for key in keys if first[key] != teacher[key]], shown)]
-    names = [run.name for run in opened if run.name in answers]
+    names = [run.name for run in runs if run.name in answers and run.recipe.cache == runs[0].recipe.cache]
     return [
         Labelled(
             key,

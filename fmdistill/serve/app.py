@@ -56,7 +56,7 @@ def build(opened: OpenedRuns, host: str = "127.0.0.1") -> Starlette:
 
 @dataclass(frozen=True)
 class Site:
-    """The state behind the page, and its handlers."""
+    """The handlers of the page's requests, and the data that they share."""
 
     opened: OpenedRuns
     pictures: Pictures
