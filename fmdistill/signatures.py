@@ -42,8 +42,9 @@ def settings(component: Callable, supplied: Iterable[str] = ()) -> list[Setting]
         if name in supplied or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
             continue
         default = parameter.default
-        if name in fields and fields[name].default_factory is not dataclasses.MISSING:
-            default = fields[name].default_factory()
+        factory: Any = fields[name].default_factory if name in fields else dataclasses.MISSING
+        if factory is not dataclasses.MISSING:
+            default = factory()
         text = REQUIRED if default is parameter.empty else value_text(default)
         described.append(Setting(name, type_text(hints.get(name, Any)), text, meanings.get(name, "")))
     return described

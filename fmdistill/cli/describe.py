@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import re
 import sys
 import textwrap
 from pathlib import Path
@@ -147,4 +148,5 @@ def _table(rows: list[tuple[str, str, str, str]]) -> list[str]:
 
 
 def _row(setting: "Setting", prefix: str = "") -> tuple[str, str, str, str]:
-    return f"{prefix}{setting.name}", setting.type.replace("`", ""), setting.default, setting.about
+    about = re.sub(r"\bNone\b", "null", setting.about)  # as a recipe writes it
+    return f"{prefix}{setting.name}", setting.type.replace("`", ""), setting.default, about
