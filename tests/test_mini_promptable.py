@@ -13,7 +13,7 @@ from fmdistill.backbones.sam import SamPreprocess
 from fmdistill.images import Images, build
 from fmdistill.mini import promptable
 from fmdistill.mini.labelled import LabelledImages, sample_prompts
-from fmdistill.mini.promptable import Promptable, SameObject, coverage, mask_losses, mixed_prompts
+from fmdistill.mini.promptable import Promptable, SameObject, coverage, longer_contours, mask_losses, mixed_prompts
 from fmdistill.mini.sam import MiniSam
 from fmdistill.mini.scenes import Scenes
 from fmdistill.registry import UserError
@@ -156,6 +156,21 @@ def test_coverage_is_the_share_of_real_pixels():
                 assert bool(valid[prompt, row, column]) == (len(real) > 0)
                 share = (real == target[0, prompt]).float().mean() if len(real) else torch.tensor(0.0)
                 torch.testing.assert_close(got[prompt, row, column], share, atol=1e-6, rtol=0)
+
+
+def test_longer_contours_counts_specks_and_holes_but_not_the_contour_of_the_target_or_padding():
+    target = torch.zeros(1, 12, 12)
+    target[0, 2:6, 2:6] = 1  # its contour has 16 edges
+    speck, hole, part, outside = (target.clone() for _ in range(4))
+    speck[0, 9, 9] = 1
+    hole[0, 3, 3] = 0
+    part[0, 4:6] = 0
+    outside[0, 8, 11] = 1
+    valid = torch.ones(1, 12, 12, dtype=torch.bool)
+    valid[:, :, 11:] = False
+    logits = torch.stack([target, speck, hole, part, outside], dim=1) * 200 - 100
+    expected = torch.tensor([[0, 4 / 16, 4 / 16, 0, 0]])
+    torch.testing.assert_close(longer_contours(logits, target, valid), expected)
 
 
 @pytest.mark.parametrize("focal_norm", promptable.FOCAL_NORMS)

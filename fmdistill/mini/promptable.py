@@ -31,12 +31,13 @@ def promptable(
     iou: float = 1.0,
     dense: float = 1.0,
     small: float = 0.25,
+    contour: float = 0.0,
 ) -> Job:
     """Train a promptable segmenter from images with exact masks: `prompts` an image, a share of them for `background`.
 
-    An object is prompted in proportion to area^-small. `focal`, `iou` and `dense` weigh the losses of `Promptable`;
-    `focal_norm` says what divides the focal loss: "parts" (which a fresh network needs), "object" or "image", see
-    `mask_losses`.
+    An object is prompted in proportion to area^-small. `focal`, `iou`, `dense` and `contour` weigh the losses of
+    `Promptable`; `focal_norm` says what divides the focal loss: "parts" (which a fresh network needs), "object" or
+    "image", see `mask_losses`.
     """
     if prompts < 1:
         raise UserError(f"task.prompts={prompts}: expected at least 1")
@@ -52,7 +53,9 @@ def promptable(
         LabelledImages(images, split, preprocess, prompts, recipe.seed, background, small, memory=memory)
         for split, memory in zip(SPLITS, (recipe.train.image_memory, 0.0), strict=True)
     )
-    task = Promptable(student, focal=focal, focal_norm=focal_norm, iou=iou, dense=dense)
+    if contour < 0:
+        raise UserError(f"task.contour={contour}: expected a weight of at least 0")
+    task = Promptable(student, focal=focal, focal_norm=focal_norm, iou=iou, dense=dense, contour=contour)
     return Job(task, student, train, validation)
 
 
@@ -60,10 +63,10 @@ class Promptable(nn.Module):
     """The losses of a promptable segmenter: of its masks, of its IoU predictions, and of its embedding.
 
     Focal and dice losses are of the best of three masks and of the single mask, as SAM has them (Kirillov et al. 2023,
-    appendix A), but with `mask_losses`' focal loss at weight 1; `SameObject` judges the embedding. A share `refined` of
-    the prompts is decoded a second time, with a corrective point and the first mask as mask prompt. `forward` takes
-    pixels uint8 (B, 3, S, S), sizes (B, 2), labels (B, S, S) with -1 for padding, points (B, P, 2) xy, target (B, P)
-    object id, boxes (B, P, 4) xyxy, use_box bool (B, P).
+    appendix A), but with `mask_losses`' focal loss at weight 1, and `longer_contours` at weight `contour`; `SameObject`
+    judges the embedding. A share `refined` of the prompts is decoded a second time, with a corrective point and the
+    first mask as mask prompt. `forward` takes pixels uint8 (B, 3, S, S), sizes (B, 2), labels (B, S, S) with -1 for
+    padding, points (B, P, 2) xy, target (B, P) object id, boxes (B, P, 4) xyxy, use_box bool (B, P).
     """
 
     def __init__(
@@ -76,13 +79,14 @@ class Promptable(nn.Module):
         spread: float = 0.05,
         refined: float = 0.25,
         focal_norm: str = "parts",
+        contour: float = 0.0,
     ):
         super().__init__()
         if focal_norm not in FOCAL_NORMS:
             raise UserError(f"task.focal_norm={focal_norm}: use one of {', '.join(FOCAL_NORMS)}")
         self.student, self.focal_norm = student, focal_norm
         self.focal, self.dice, self.iou, self.dense_weight = focal, dice, iou, dense
-        self.spread, self.refined = spread, refined
+        self.spread, self.refined, self.contour = spread, refined, contour
         self.dense = SameObject(student.out_channels)
 
     def forward(self, batch: dict) -> dict[str, Tensor]:
@@ -126,6 +130,8 @@ class Promptable(nn.Module):
     ) -> tuple[dict[str, Tensor], Tensor]:
         focal_NM, dice_NM, iou_NM = mask_losses(logits_NMnn.float(), target_Nnn, valid_Nnn, self.focal_norm)
         loss_NM = self.focal * focal_NM + self.dice * dice_NM
+        if self.contour:
+            loss_NM = loss_NM + self.contour * longer_contours(logits_NMnn.float(), target_Nnn, valid_Nnn)
         best = loss_NM[:, 1:].amin(1).mean()
         # A mask that never wins never learns; a little of the mean keeps all three alive.
         best = (1 - self.spread) * best + self.spread * loss_NM[:, 1:].mean()
@@ -230,6 +236,24 @@ def mask_losses(
         intersection_NM = (on * y).sum((2, 3))
         iou_NM = intersection_NM / (on.sum((2, 3)) + total_N1 - intersection_NM).clamp(min=1e-6)
     return focal_NM, dice_NM, iou_NM
+
+
+def longer_contours(logits_NMnn: Tensor, target_Nnn: Tensor, valid_Nnn: Tensor) -> Tensor:
+    """Return (N, M), by how much a mask's contour is longer than the target's, as a share of the target's; at least 0.
+
+    The length is the total variation of the probabilities (Mumford-Shah's smoothness term), between valid cells. Specks
+    and holes have long contours for their area, and cost little in a loss that counts cells.
+    """
+    length_N1 = _variation(target_Nnn[:, None], valid_Nnn[:, None])
+    excess_NM = _variation(logits_NMnn.sigmoid(), valid_Nnn[:, None]) - length_N1
+    return excess_NM.clamp(min=0) / length_N1.clamp(min=4)  # 4 is the contour of one cell
+
+
+def _variation(p_NMnn: Tensor, valid_N1nn: Tensor) -> Tensor:
+    """Return the sum (N, M) of absolute differences between neighbours, both valid."""
+    down = p_NMnn.diff(dim=2).abs() * (valid_N1nn[:, :, 1:] & valid_N1nn[:, :, :-1])
+    right = p_NMnn.diff(dim=3).abs() * (valid_N1nn[..., 1:] & valid_N1nn[..., :-1])
+    return down.sum((2, 3)) + right.sum((2, 3))
 
 
 def correction(mask_Nnn: Tensor, target_Nnn: Tensor, valid_Nnn: Tensor, size: int) -> tuple[Tensor, Tensor]:
