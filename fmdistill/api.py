@@ -122,14 +122,15 @@ def plan(recipe: PathLike | Recipe, overrides: Overrides = (), **settings: Any) 
     return stage.run(loaded, stage.PlanSettings(**typed(stage.PlanSettings, own, "plan")))
 
 
-def export(run: PathLike, format: str, out: PathLike, trust: bool = False) -> Path:
+def export(run: PathLike, format: str, out: PathLike, trust: bool = False, **settings: Any) -> Path:
     """Write a finished run's student for other software; return the path.
 
-    `format` is mobilesam, openclip, timm or half. `trust` allows the run to name code outside fmdistill.
+    `format` is one of `fmdistill list exports`, and `settings` are its settings. `trust` allows the run to name code
+    outside fmdistill.
     """
     import fmdistill.export as stage
 
-    return stage.run(os.fspath(run), format, os.fspath(out), trust)
+    return stage.run(os.fspath(run), format, os.fspath(out), trust, settings)
 
 
 def init(path: PathLike, kind: str, overrides: Overrides = (), **settings: Any) -> "NewRecipe":

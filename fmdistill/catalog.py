@@ -71,7 +71,7 @@ KINDS = {
         "fmdistill.export:FORMATS",
         "",
         "For which other software `fmdistill export RUN FORMAT OUT` writes a student.",
-        ("recipe", "student", "out"),
+        ("source", "out"),
     ),
 }
 FILES = ("recipes", "studies", "protocols")

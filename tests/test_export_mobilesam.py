@@ -112,6 +112,7 @@ def test_a_student_that_does_not_fit_raises_one_clear_line(tmp_path, student, co
 
 def test_run_exports_the_decoder_beside_the_cache(tmp_path, monkeypatch):
     from fmdistill import export
+    from fmdistill.export import source
 
     head = PromptHead.from_config(MINI)
     head.save(tmp_path / "cache")
@@ -120,12 +121,15 @@ def test_run_exports_the_decoder_beside_the_cache(tmp_path, monkeypatch):
     settings += ["optimizer: {name: a}", "schedule: {name: a}", "train: {steps: 1}"]
     recipe = tmp_path / "run" / "recipe.yaml"
     recipe.write_text("\n".join([*settings, f"cache: {{root: {tmp_path / 'cache'}}}"]))
-    monkeypatch.setattr(export, "load_student", lambda run, trust: tinyvit_sam_mini())
+    monkeypatch.setattr(source, "load_student", lambda run, trust: tinyvit_sam_mini())
+    monkeypatch.setattr(source.manifest, "read", lambda folder: {"family": "sam"})
     state = torch.load(export.run(tmp_path / "run", "mobilesam", tmp_path / "out.pt"), weights_only=True)
     assert torch.equal(state["mask_decoder.iou_token.weight"], head.mask_decoder.iou_token.weight)
 
     with pytest.raises(UserError, match="Did you mean 'mobilesam'"):
         export.run(tmp_path / "run", "mobile_sam", tmp_path / "out.pt")
+    with pytest.raises(UserError, match="export.precision: no such setting"):
+        export.run(tmp_path / "run", "mobilesam", tmp_path / "out.pt", settings={"precision": "int8"})
     recipe.write_text("\n".join(settings))
     with pytest.raises(UserError, match="set cache.root"):
         export.run(tmp_path / "run", "mobilesam", tmp_path / "out.pt")

@@ -18,6 +18,7 @@ from torch import nn
 
 from fmdistill import cache, export
 from fmdistill.backbones.tinyvit_clip import tinyvit_clip
+from fmdistill.distill.student import load_student
 from fmdistill.export import openclip
 from fmdistill.mini.clip import clip_mini_student
 from fmdistill.mini.tinyvit import tinyvit_clip_mini
@@ -77,7 +78,7 @@ def test_another_process_gets_bit_equal_embeddings_without_our_code(ran):
     assert [path.name for path in out.parent.iterdir()] == ["openclip"]
     outputs = elsewhere(ran, out)
     opened = cache.open_cache(clip_run.load(ran, *tinyvit()))
-    student, head = export.load_student(ran / "run").eval(), opened.head()
+    student, head = load_student(ran / "run").eval(), opened.head()
     with torch.no_grad():
         assert torch.equal(student(outputs["pixels"])["embedding"], outputs["image"])
         assert torch.equal(head.encode_text(TEXTS), outputs["text"])

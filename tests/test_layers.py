@@ -19,6 +19,7 @@ LAYERS = [
     {"teachers"},
     {"cache"},
     {"distill"},
+    {"predict"},
     {"evaluate"},
     {"export"},
     {"report"},

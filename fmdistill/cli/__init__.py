@@ -30,7 +30,6 @@ def parser() -> argparse.ArgumentParser:
 
     recipe = ("recipe", "a recipe's path, such as recipes/demo/sam_srw.yaml", None)
     overrides = ("overrides", "settings as key=value", "*")
-    trust = ("settings", "trust=true if the run names code outside fmdistill", "*")
     verb("init", "write a recipe for your own images, sized to them and to this machine; without arguments it asks",
          ("arguments", "FILE, then sam, clip or timm, and settings such as images.root=FOLDER and teacher.weights=FILE",
           "*"))  # fmt: skip
@@ -59,8 +58,10 @@ def parser() -> argparse.ArgumentParser:
          ("arguments", "RUN [LABEL_RUN] OUT, the file to write, and trust=true if a run names code outside fmdistill",
           "+"))  # fmt: skip
     verb("export", "write a finished run for other software", ("run", "a run's folder", None),
-         ("format", "mobilesam, openclip (a folder, local-dir: to open_clip), timm, or half (in float16)", None),
-         ("out", "the file or folder to write", None), trust)  # fmt: skip
+         ("format", "such as mobilesam, openclip, timm or half; `fmdistill list exports` has all", None),
+         ("out", "the file or folder to write", None),
+         ("settings", "the format's settings as key=value, and trust=true if the run names code outside fmdistill",
+          "*"))  # fmt: skip
     verb("report", "write one HTML page about runs", ("out", "the page's folder", None),
          ("runs", "runs' folders, and trust=true if one names code outside fmdistill", "+"))  # fmt: skip
     verb("serve", "open a local page on which to click on images and see the masks or scores of teacher and students",
@@ -221,8 +222,11 @@ def _weigh(kind: str, arguments: list[str]) -> None:
 
 def _export(run: str, format: str, out: str, settings: list[str]) -> None:
     import fmdistill.export as export
+    from fmdistill.recipe import parse_overrides
 
-    print(export.run(run, format, out, _trust(settings)))
+    own = [setting for setting in settings if not setting.startswith("trust=")]
+    trust = _trust([setting for setting in settings if setting not in own])
+    print(export.run(run, format, out, trust, parse_overrides(own)))
 
 
 def _report(out: str, runs: list[str]) -> None:

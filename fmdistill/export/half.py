@@ -5,7 +5,13 @@ from pathlib import Path
 from safetensors.torch import save
 from torch import nn
 
+from fmdistill.export.source import Source
 from fmdistill.files import write_whole
+
+
+def run(source: Source, out: Path) -> Path:
+    """Write the student's weights in float16, as a safetensors file."""
+    return export(source.student, out)
 
 
 def export(student: nn.Module, out: Path) -> Path:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fmdistill.backbones.mobilesam_names import mobilesam_names
 from fmdistill.backbones.promptable import PromptHead
 from fmdistill.backbones.tinyvit import TinyViTSAM
+from fmdistill.export.source import Source
 from fmdistill.files import write_whole
 from fmdistill.logs import log
 from fmdistill.registry import UserError
@@ -20,6 +21,11 @@ CLASSES = 1000  # of the unused ImageNet head of MobileSAM's encoder
 OFFICIAL = "tiny_vit_5m_224"  # the only size in which MobileSAM was published
 SHAPES = Path(__file__).with_name("mobilesam_5m.json")  # of every tensor in its checkpoint, by name
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "positional_encoding_gaussian_matrix")
+
+
+def run(source: Source, out: Path) -> Path:
+    """Write a SAM of the student and the teacher's decoder, in the format of MobileSAM's checkpoint."""
+    return export(source.student, source.head(), out)
 
 
 def export(student: nn.Module, head: PromptHead, out: Path) -> Path:

@@ -1,8 +1,6 @@
 """Write a student and its teacher's text side as a folder that open_clip itself loads, as "local-dir:FOLDER"."""
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,10 +12,27 @@ from torch import Tensor, nn
 
 from fmdistill.backbones.clip import ClipPreprocess, TextHead, WholeClip
 from fmdistill.backbones.tinyvit_clip import TinyViTCLIP
-from fmdistill.files import temporary_name, write_whole
+from fmdistill.export.folder import check_place, whole_folder
+from fmdistill.export.source import Source
+from fmdistill.files import write_whole
 from fmdistill.registry import UserError
 
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+WHAT = "an openclip"
+
+
+def run(source: Source, out: Path) -> Path:
+    """Write a folder of the student and the teacher's text tower, which open_clip loads by local-dir:FOLDER."""
+    check_place(out, CONFIG, WHAT)
+    if isinstance(source.student, WholeClip):
+        return export_whole(source.student, out)
+    preprocess = source.preprocess
+    if source.family != "clip" or not isinstance(preprocess, ClipPreprocess):
+        raise UserError(
+            f"{source.recipe.out}: its teacher is of the family '{source.family}' and has no text tower; openclip "
+            f"exports runs that were distilled from CLIP"
+        )
+    return export(source.student, source.head(), preprocess, out)
 
 
 def export(student: nn.Module, head: TextHead, preprocess: ClipPreprocess, out: Path) -> Path:
@@ -38,20 +53,12 @@ def export_whole(student: WholeClip, out: Path) -> Path:
 
 
 def _write(state: Mapping[str, Tensor], described: dict[str, Any], tokenizer: Any, out: Path) -> Path:
-    check_place(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_name(out)
-    temporary.mkdir()
-    try:
+    with whole_folder(out, CONFIG, WHAT) as temporary:
         write_whole(temporary / WEIGHTS, to_bytes({name: _plain(value) for name, value in state.items()}))
         write_whole(temporary / CONFIG, json.dumps(described, indent=2) + "\n")
         if isinstance(tokenizer, HFTokenizer):  # open_clip looks for its files in the folder
             tokenizer.save_pretrained(temporary)
         open_clip.create_model(f"local-dir:{temporary}", require_pretrained=True, pretrained_text=False)
-        _put(temporary, out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return out
 
 
@@ -103,27 +110,6 @@ def _checked(student: nn.Module, head: TextHead, preprocess: ClipPreprocess) -> 
                 f"that the student was distilled from"
             )
     return student
-
-
-def check_place(out: Path) -> None:
-    """Raise a UserError if `out` exists and is neither empty nor an earlier export."""
-    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / CONFIG).is_file())):
-        raise UserError(f"{out}: already exists and is not an openclip export; choose another name for the folder")
-
-
-def _put(temporary: Path, out: Path) -> None:
-    """Rename `temporary` to `out`; an earlier export is renamed first, deleted afterwards, and restored on failure."""
-    if not out.exists():
-        os.rename(temporary, out)
-        return
-    earlier = temporary_name(out)
-    os.rename(out, earlier)
-    try:
-        os.rename(temporary, out)
-    except BaseException:
-        os.rename(earlier, out)
-        raise
-    shutil.rmtree(earlier)
 
 
 def _plain(value: Tensor) -> Tensor:

@@ -11,27 +11,21 @@ from torch import nn
 
 from fmdistill.backbones.clip import ClipPreprocess
 from fmdistill.backbones.tinyvit_clip import TinyViTCLIP
-from fmdistill.cache import manifest
-from fmdistill.cache.store import opened
+from fmdistill.export.source import Source
 from fmdistill.files import write_whole
-from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError
-from fmdistill.teachers import family_of_cache
 from fmdistill.teachers.timm import TimmPreprocess
 
 
-def run(recipe: Recipe, student: nn.Module, out: Path) -> Path:
-    """Export the recipe's student with the preprocessing that its cache's manifest states."""
-    if recipe.cache is None:
-        raise UserError(f"{recipe.out}: its recipe has no `cache`, which states the preprocessing; set cache.root")
-    stated = manifest.read(opened(recipe.cache).folder)
-    preprocess = family_of_cache(stated["family"], recipe.teacher).preprocess.from_json(stated["teacher"]["preprocess"])
+def run(source: Source, out: Path) -> Path:
+    """Write the student with its preprocessing, which its cache's manifest states."""
+    preprocess = source.preprocess
     if not isinstance(preprocess, TimmPreprocess | ClipPreprocess):
         raise UserError(
-            f"export timm: {recipe.cache.root} prepares images as for the family '{stated['family']}', and timm has no "
-            f"such transform; export a run that was distilled from a teacher of timm or open_clip"
+            f"export timm: {source.recipe.out} was distilled from the family '{source.family}', and timm has no "
+            f"transform for its images; export a run that was distilled from a teacher of timm or open_clip"
         )
-    return export(student, preprocess, out)
+    return export(source.student, preprocess, out)
 
 
 def export(student: nn.Module, preprocess: TimmPreprocess | ClipPreprocess, out: Path) -> Path:

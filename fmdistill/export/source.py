@@ -1,0 +1,74 @@
+"""What an export is made from: a finished run's recipe and student, and what its cache stores of the teacher."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fmdistill import __version__
+from fmdistill import recipe as recipes
+from fmdistill.cache import manifest
+from fmdistill.cache.store import opened
+from fmdistill.distill.student import load_student
+from fmdistill.recipe import Recipe
+from fmdistill.registry import UserError
+from fmdistill.teachers import family_of_cache
+from fmdistill.teachers.family import Preprocess
+
+
+@dataclass(frozen=True)
+class Source:
+    """A finished run to export; `student` is in eval mode on the CPU."""
+
+    run: Path
+    recipe: Recipe
+    student: nn.Module
+
+    @classmethod
+    def of(cls, run: str | Path, trust: bool = False) -> "Source":
+        """Open a finished run. `trust` allows its recipe to name code outside fmdistill."""
+        return cls(Path(run), recipes.load_saved(run, ["trust=true"] if trust else []), load_student(run, trust))
+
+    @property
+    def family(self) -> str:
+        """The name of the teacher's family, from the cache's manifest, which needs no images."""
+        return self._manifest["family"]
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """The teacher's preprocessing, which the student shares."""
+        family = family_of_cache(self.family, self.recipe.teacher)
+        return family.preprocess.from_json(self._manifest["teacher"]["preprocess"])
+
+    def head(self) -> Any:
+        """Return the teacher's head that the cache stores: a PromptHead or a TextHead. UserError if it has none."""
+        record = family_of_cache(self.family, self.recipe.teacher)
+        if record.head is None:
+            raise UserError(f"{self.recipe.out}: its teacher is of the family '{self.family}', which has no head")
+        return record.head.load(self._folder)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what an exported folder's JSON says of the run."""
+        return {
+            "fmdistill": __version__,
+            "title": self.recipe.title,
+            "seed": self.recipe.seed,
+            "steps": self.recipe.train.steps,
+            "student": dict(self.recipe.student),
+            "teacher": dict(self.recipe.teacher or {}),
+        }
+
+    @cached_property
+    def _folder(self) -> Path:
+        if self.recipe.cache is None:
+            raise UserError(
+                f"{self.recipe.out}: its recipe has no `cache`, where the teacher's head and preprocessing are stored; "
+                f"set cache.root"
+            )
+        return opened(self.recipe.cache).folder  # not by the cache's reader, which needs the images
+
+    @cached_property
+    def _manifest(self) -> dict[str, Any]:
+        return manifest.read(self._folder)
