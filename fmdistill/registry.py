@@ -126,7 +126,7 @@ def convert(value: Any, kind: Any, where: str) -> Any:
     a recipe mean the same.
     """
     options = typing.get_args(kind) if _is_union(kind) else (kind,)
-    if isinstance(value, str) and value == "null" and type(None) in options:
+    if type(None) in options and (value is None or value == "null"):  # before a Literal refuses it
         return None
     if isinstance(value, str) and not {str, Any} & {*options, *_literal_types(options)}:
         value = parse(value, where)

@@ -90,6 +90,20 @@ def test_a_hint_that_is_uncommented_weighs_patches_by_srw():
     pipeline.check(recipe.load("srw.yaml"))
 
 
+@pytest.mark.parametrize(
+    ("kind", "model", "width", "side"),
+    [("clip", "RN50", 1024, 224), ("timm", "test_convnext", 64, 160), ("timm", "resnet18", 512, 224)],
+)
+def test_the_student_of_another_model_has_its_embedding_and_its_side(kind, model, width, side):
+    teacher = {"teacher.model": model, "teacher.pretrained": "none" if kind == "clip" else "false"}
+    start.init("mine.yaml", kind, {"images.root": "photos", **teacher})
+    loaded = recipe.load("mine.yaml")
+    pipeline.check_before(loaded)
+    assert (loaded.student["embed_dim"], loaded.student["image_size"]) == (width, side)
+    assert "embed_dim: " in Path("mine.yaml").read_text() and "# the teacher's\n" in Path("mine.yaml").read_text()
+    assert loaded.teacher and loaded.teacher["model"] == model and loaded.teacher.get("pool") is None
+
+
 def test_tars_are_read_as_tars_and_the_last_is_held_out(tmp_path):
     (tmp_path / "tars").mkdir()
     for number in range(3):
@@ -129,6 +143,12 @@ def test_consecutive_tars_are_written_as_one_pattern(tars, pattern):
         ("sam", {"images.root": "photos", "images.name": "photos", **MINI}, "not a source of your own images"),
         ("samm", {"images.root": "photos"}, "Did you mean 'sam'"),
         ("clip", {"images.root": "photos", "teacher.pretrained": "no/such.pt"}, r"no/such.pt: no such file"),
+        ("timm", {"images.root": "photos", "teacher.model": "resnet19"}, "none of timm's .* Did you mean 'resnet18"),
+        (
+            "timm",
+            {"images.root": "photos", "teacher.model": "xcit_nano_12_p8_224", "teacher.image_size": 216},
+            r"sees images of 216 x 216, but a TinyViT's side is a multiple of 32; set teacher.image_size=192",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_and_nothing_is_written(kind, settings, message):

@@ -85,6 +85,8 @@ def test_a_component_of_another_package_is_imported():
         ("[a]", list[str] | str, "[a]"),
         ("null", str | None, None),
         ("null", int | None, None),
+        (None, Literal["a", "b"] | None, None),
+        ("null", Literal["a", "b"] | None, None),
         (None, int | None, None),
         ("1e-3", float, 0.001),
         ("3", float, 3.0),

@@ -4,7 +4,7 @@ import json
 import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,14 @@ class Start:
     few_protocols: tuple[str, ...] = ()  # instead of the recipe's, for images without labels and captions
     cpu_protocols: tuple[str, ...] = ()  # instead of the recipe's, if there is no GPU
     hint: str = ""  # a setting to uncomment
+    model_settings: Mapping[str, Any] = field(default_factory=dict)  # instead of the recipe's, for another model
 
 
 SRW = "objective: {embedding: {weighting: {name: srw, temperature: 1.0}}}  # weighs patches by SRW instead of evenly"
 SRW_VECTORS = (
     "objective: {embedding: {weighting: {name: srw, group: global_batch, temperature: 0.5}}}  # weighs images by SRW"
 )
+STRIDE = 32  # TinyViT's
 COSINE = ("eval/cosine.yaml",)
 QUICK = ("eval/sam_grid_quick.yaml",)
 # GB that one image keeps for the backward pass in bf16, measured by benchmarks/memory.py and rounded up.
@@ -104,6 +106,7 @@ STARTS: dict[str, dict[str, Start]] = {
             "timm model.safetensors",
             few_protocols=COSINE,
             hint=SRW_VECTORS,
+            model_settings={"pool": None, "image_size": None},  # the model's own
         ),
     },
 }
@@ -138,10 +141,13 @@ def init(path: str | Path, kind: str, overrides: Overrides = ()) -> NewRecipe:
         changes = recipe.parse_overrides(overrides)
         teacher = _teacher(kind, changes.get("teacher", {}))
         start = STARTS[kind][teacher["name"]]
+        base = recipe.load(start.recipe)
+        if other_model := _is_other_model(teacher, base):
+            teacher = {**start.model_settings, **teacher}
         own = describe(changes.get("images", {}))
         machine = this_machine()
-        base = recipe.load(start.recipe)
-        settings, comments = _settings(path, start, own, machine, base, {**changes, "teacher": teacher})
+        student = _student(teacher) if other_model else {}
+        settings, comments = _settings(path, start, own, machine, base, student, {**changes, "teacher": teacher})
         loaded = recipe.load(start.recipe, settings)
         _check_weights(loaded)
         _check_new(loaded, path)
@@ -205,7 +211,13 @@ def _teacher(kind: str, stated: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _settings(
-    path: Path, start: Start, own: OwnImages, machine: Machine, base: Recipe, changes: Mapping[str, Any]
+    path: Path,
+    start: Start,
+    own: OwnImages,
+    machine: Machine,
+    base: Recipe,
+    student: Mapping[str, int],
+    changes: Mapping[str, Any],
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the new recipe's settings, and comments on them by dotted name; the user's `changes` take precedence."""
     train, comments = sizes(start.work, own.train, base.train, machine)
@@ -215,8 +227,10 @@ def _settings(
         "images": own.settings,
         "teacher": {},
         "cache": {"root": f"caches/{path.stem}"},
+        **({"student": dict(student)} if student else {}),
         "train": train,
     }
+    comments |= {f"student.{key}": "the teacher's" for key in student}
     comments |= {"out": "the run", "cache.root": "the teacher's outputs"} | own.comments
     if start.few_protocols and not own.labelled:
         settings["protocols"] = list(start.few_protocols)
@@ -227,6 +241,29 @@ def _settings(
     changes = {key: value for key, value in changes.items() if key != "images"}
     kept = {name: comment for name, comment in comments.items() if name not in flat(changes)}
     return merge(settings, changes), kept
+
+
+def _is_other_model(teacher: Mapping[str, Any], base: Recipe) -> bool:
+    """Return whether the teacher is another model of open_clip or timm than the base recipe's."""
+    own = base.teacher or {}
+    return teacher["name"] == own.get("name") and teacher.get("model", own.get("model")) != own.get("model")
+
+
+def _student(teacher: Mapping[str, Any]) -> dict[str, int]:
+    """Return the settings of a student with the teacher's embedding and image side, by building the teacher.
+
+    Raises UserError if the student cannot see images of this side.
+    """
+    local = str(teacher["model"]).startswith("local-dir:")  # whose weights need no download
+    built = teachers.build({**teacher, **({} if local else {"pretrained": "none"}), "device": "cpu"})
+    side, (width,) = built.preprocess.image_size, built.outputs["embedding"].shape
+    if side % STRIDE:
+        way = f"set teacher.image_size={side // STRIDE * STRIDE}" if teacher["name"] == "timm" else "use another model"
+        raise UserError(
+            f"teacher.model={teacher['model']}: sees images of {side} x {side}, but a TinyViT's side is a multiple of "
+            f"{STRIDE}; {way}"
+        )
+    return {"embed_dim": width, "image_size": side}
 
 
 def _check_weights(settings: Recipe) -> None:
