@@ -72,6 +72,7 @@ def elsewhere(folder: Path, exported: Path) -> dict[str, torch.Tensor]:
     return {"pixels": pixels, **load_file(folder / "outputs.safetensors")}
 
 
+@pytest.mark.slow
 def test_another_process_gets_bit_equal_embeddings_without_our_code(ran):
     out = export.run(ran / "run", "openclip", ran / "deep" / "openclip")
     assert sorted(path.name for path in out.iterdir()) == [openclip.CONFIG, openclip.WEIGHTS]

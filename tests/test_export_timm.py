@@ -46,6 +46,7 @@ def embedding(student: nn.Module, preprocess, picture) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("make", [tinyvit_clip, tinyvit_clip_mini])
+@pytest.mark.slow
 def test_timm_alone_gives_the_student_s_embedding(make, tmp_path):
     student, out = randomize(make(embed_dim=24, image_size=64), 3), tmp_path / "deep/model.safetensors"
     assert timm_checkpoint.export(student, PREPROCESS, out) == out

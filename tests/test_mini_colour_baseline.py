@@ -37,6 +37,7 @@ def test_a_guess_is_worth_its_share_of_the_classes_of_that_colour():
     assert guess(np.full((8, 8, 3), COLOURS["green"], np.uint8), 0, names) == 0.0
 
 
+@pytest.mark.slow
 def test_the_baselines_stand_beside_the_students_score(tmp_path):
     settings = recipe.load("recipes/mini/clip_mini.yaml", ["images.validation=51", f"out={tmp_path}"])
     evaluator = evaluate.load(PROTOCOL, {"zeroshot": {"workers": 0}}).evaluator

@@ -20,6 +20,7 @@ def test_the_packaged_file_is_small_and_complete():
     assert all(torch.isfinite(p).all() and p.abs().max() > 0 for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_it_segments_unseen_scenes():
     """Far above chance on a few scenes; the figure on 500 is in docs/results.md."""
     settings = recipe.load("recipes/mini/sam_mini_scenes.yaml", ["images.validation=40", "images.seed=77"])

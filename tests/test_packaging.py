@@ -101,6 +101,7 @@ def test_the_wheel_carries_recipes_protocols_and_weights(wheel):
     assert any(name.endswith("licenses/LICENSE") for name in packed)
 
 
+@pytest.mark.slow
 def test_the_installed_wheel_checks_its_recipes(elsewhere):
     folder, env = elsewhere
     run(sys.executable, "-m", "fmdistill", "check", cwd=folder, env=env)

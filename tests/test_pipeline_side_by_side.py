@@ -28,6 +28,7 @@ def trainings(folder, *overrides: str) -> list[Training]:
     return loaded
 
 
+@pytest.mark.slow
 def test_two_trainings_give_the_students_of_one_by_one(tmp_path):
     both = trainings(tmp_path, "train.steps=6")
     side_by_side.train(both)
@@ -47,6 +48,7 @@ def test_an_error_of_one_training_ends_all_and_names_its_log(tmp_path):
     assert not both[0].done
 
 
+@pytest.mark.slow
 def test_a_stop_reaches_the_trainings_which_continue_later(tmp_path):
     both = trainings(tmp_path, "train.steps=400", "train.checkpoint_every=1", "train.log_every=1")
 
@@ -71,6 +73,7 @@ def test_a_stop_reaches_the_trainings_which_continue_later(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a Linux signal")
+@pytest.mark.slow
 def test_trainings_end_with_a_killed_parent(tmp_path):
     trainings(tmp_path)
     script = (
