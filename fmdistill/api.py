@@ -22,6 +22,8 @@ if TYPE_CHECKING:  # these import torch
     from fmdistill.evaluate.results import Row
     from fmdistill.pipeline.plan import Plan
     from fmdistill.pipeline.start import NewRecipe
+    from fmdistill.predict.clip import ClipPredictor
+    from fmdistill.predict.sam import MaskPredictor
     from fmdistill.report.paired import Line
 
 PathLike = str | os.PathLike[str]
@@ -131,6 +133,19 @@ def export(run: PathLike, format: str, out: PathLike, trust: bool = False, **set
     import fmdistill.export as stage
 
     return stage.run(os.fspath(run), format, os.fspath(out), trust, settings)
+
+
+def load(path: PathLike, device: str = "auto", trust: bool = False) -> "MaskPredictor | ClipPredictor":
+    """Open a finished run, an exported folder, or a checkpoint of MobileSAM or SAM; return what predicts with it.
+
+    For a SAM that is segment_anything's `SamPredictor` (set_image, predict, predict_torch) with `as_sam()`, for a CLIP
+    an object with `encode_image`, `encode_text` and `classify`. Nothing in a file is executed; `trust` allows a run's
+    recipe to name code outside fmdistill. `device` is auto, cpu, cuda or cuda:1. Raises UserError if it cannot be
+    opened.
+    """
+    from fmdistill.predict import opening
+
+    return opening.load(path, device, trust)
 
 
 def init(path: PathLike, kind: str, overrides: Overrides = (), **settings: Any) -> "NewRecipe":

@@ -3,6 +3,7 @@
 # Legend: N images, L texts or labels, T templates, B images of a batch, S the square's side, D the embedding's width.
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fmdistill.backbones.clip import ClipPreprocess, TextHead
+from fmdistill.backbones.clip import ClipPreprocess, TextHead, load_clip
+from fmdistill.backbones.clip_weights import LOCAL
+from fmdistill.backbones.device import pick_device
+from fmdistill.predict.artefact import Artefact
 from fmdistill.predict.pixels import ImageLike, each_rgb
 from fmdistill.registry import UserError
 from fmdistill.teachers.compute import full_precision
@@ -94,6 +98,39 @@ def torch_predictor(
             return _array(head.encode_text(texts))
 
     return ClipPredictor(embed, embed_texts, preprocess, head.scale)
+
+
+class ImageTower(nn.Module):
+    """The image tower of an open_clip model, as a student is one."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.visual: Any = model.visual
+
+    def forward(self, image_B3SS: Tensor) -> dict[str, Tensor]:
+        """Return {"embedding": (B, D)}, not normalised, of normalised images."""
+        return {"embedding": self.visual(image_B3SS)}
+
+
+def open_folder(folder: Path, device: torch.device) -> ClipPredictor:
+    """Return the predictor of a folder that open_clip loads as local-dir:FOLDER, such as `export openclip` writes.
+
+    Raises UserError if it is damaged or not supported.
+    """
+    name = f"{LOCAL}{folder}"
+    try:
+        model, config = load_clip(name)
+    except UserError as error:
+        raise UserError(str(error).replace(f"teacher.model={name}", str(folder))) from None
+    preprocess = ClipPreprocess.from_config(config["preprocess_cfg"], stride=1)
+    return torch_predictor(ImageTower(model), TextHead.from_clip(model, config), preprocess, device)
+
+
+def open_artefact(artefact: Artefact, device: str) -> ClipPredictor:
+    """Return the predictor of an exported open_clip folder, whose files are compared with their checksums."""
+    for name in artefact.files:
+        artefact.path(name)
+    return open_folder(artefact.folder, pick_device(device, "device"))
 
 
 def _array(embedding: Tensor) -> np.ndarray:
