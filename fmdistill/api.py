@@ -135,7 +135,7 @@ def export(run: PathLike, format: str, out: PathLike, trust: bool = False, **set
     return stage.run(os.fspath(run), format, os.fspath(out), trust, settings)
 
 
-def load(path: PathLike, device: str = "auto", trust: bool = False) -> "MaskPredictor | ClipPredictor":
+def load(path: PathLike, device: str = "auto", trust: bool = False) -> "MaskPredictor | ClipPredictor | Any":
     """Open a finished run, an exported folder, or a checkpoint of MobileSAM or SAM; return what predicts with it.
 
     For a SAM that is segment_anything's `SamPredictor` (set_image, predict, predict_torch) with `as_sam()`, for a CLIP

@@ -2,7 +2,7 @@
 
 # Legend: N images, L texts or labels, T templates, B images of a batch, S the square's side, D the embedding's width.
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ class ClipPredictor:
         pixels = each_rgb(images)
         if not pixels:
             raise UserError("images: the list is empty; give at least one image")
+        if batch < 1:
+            raise UserError(f"batch={batch}: expected 1 or more images at a time")
         return _unit(np.concatenate([self._embed(pixels[i : i + batch]) for i in range(0, len(pixels), batch)]))
 
     def encode_text(self, texts: str | Sequence[str]) -> np.ndarray:
@@ -142,7 +144,7 @@ def _unit(embedding_ND: np.ndarray) -> np.ndarray:
 
 
 def _texts(texts: Any, what: str) -> list[str]:
-    listed = [texts] if isinstance(texts, str) else list(texts)
+    listed = [texts] if isinstance(texts, str) or not isinstance(texts, Iterable) else list(texts)
     if not listed or not all(isinstance(text, str) for text in listed):
         raise UserError(f"{what}: expected a list of texts, got {listed!r:.80}")
     return listed

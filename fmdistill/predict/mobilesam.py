@@ -18,7 +18,7 @@ ENCODER, HEAD = "image_encoder.", ("prompt_encoder.", "mask_decoder.")
 MARK = f"{ENCODER}patch_embed.seq.0.c.weight"  # a tensor that every MobileSAM has, and no other SAM
 PUBLISHED_WINDOW, PUBLISHED_SIDE, STRIDE = 14, 1024, 16
 CHANNELS_OF_A_HEAD = 32  # of the decoder's attention, as in SAM and sam_mini
-VARIANTS = {  # timm's name by the widths of the stages
+VARIANTS: dict[tuple[int, ...], str] = {  # timm's name by the widths of the stages
     (64, 128, 160, 320): "tiny_vit_5m_224",
     (64, 128, 256, 448): "tiny_vit_11m_224",
     (96, 192, 384, 576): "tiny_vit_21m_224",
