@@ -110,7 +110,7 @@ def test_a_run_of_a_whole_sam_or_clip_uses_its_own_head(tmp_path):
         if name == "sam_mini":
             assert np.array_equal(masks(opened), masks(torch_predictor(student, student.head, CPU)))
         else:
-            assert opened.scale == pytest.approx(float(build_clip_mini().logit_scale.exp()))
+            assert opened.scale == pytest.approx(float(build_clip_mini().logit_scale.detach().exp()))
 
 
 def packaged_file(name: str) -> Path:
@@ -134,11 +134,11 @@ def test_an_exported_open_clip_folder_opens(tmp_path):
     folder = openclip.export_whole(whole, tmp_path / "clip")
     expected = likely(fmdistill.load(packaged_file("clip_mini"), device="cpu"))
     assert np.allclose(likely(fmdistill.load(folder, device="cpu")), expected, atol=1e-6)
-    describe(
-        folder, kind="clip", format="openclip", precision="fp32", model={"runtime": "torch"}, check={}, source={}
-    )
+    describe(folder, kind="clip", format="openclip", precision="fp32", model={"runtime": "torch"}, check={}, source={})
     assert np.allclose(likely(fmdistill.load(folder, device="cpu")), expected, atol=1e-6)
-    with pytest.raises(UserError, match="open_clip_model.safetensors: is a part of .*clip, whose fmdistill.json|whose"):
+    with pytest.raises(
+        UserError, match="open_clip_model.safetensors: is a part of .*clip, whose open_clip_config.json"
+    ):
         fmdistill.load(folder / "open_clip_model.safetensors")
     weights = folder / "open_clip_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\1")
