@@ -22,8 +22,6 @@ if TYPE_CHECKING:  # these import torch
     from fmdistill.evaluate.results import Row
     from fmdistill.pipeline.plan import Plan
     from fmdistill.pipeline.start import NewRecipe
-    from fmdistill.predict.clip import ClipPredictor
-    from fmdistill.predict.sam import MaskPredictor
     from fmdistill.report.paired import Line
 
 PathLike = str | os.PathLike[str]
@@ -135,11 +133,11 @@ def export(run: PathLike, format: str, out: PathLike, trust: bool = False, **set
     return stage.run(os.fspath(run), format, os.fspath(out), trust, settings)
 
 
-def load(path: PathLike, device: str = "auto", trust: bool = False) -> "MaskPredictor | ClipPredictor | Any":
+def load(path: PathLike, device: str = "auto", trust: bool = False) -> Any:
     """Open a finished run, an exported folder, or a checkpoint of MobileSAM or SAM; return what predicts with it.
 
-    For a SAM that is segment_anything's `SamPredictor` (set_image, predict, predict_torch) with `as_sam()`, for a CLIP
-    an object with `encode_image`, `encode_text` and `classify`. Nothing in a file is executed; `trust` allows a run's
+    For a SAM that is `fmdistill.predict.sam.MaskPredictor`, segment_anything's `SamPredictor` with `as_sam()`; for a
+    CLIP `fmdistill.predict.clip.ClipPredictor`, with `encode_image`, `encode_text` and `classify`. Nothing in a file is executed; `trust` allows a run's
     recipe to name code outside fmdistill. `device` is auto, cpu, cuda or cuda:1. Raises UserError if it cannot be
     opened.
     """

@@ -3,15 +3,15 @@
 import importlib
 import os
 from pathlib import Path
+from typing import Any
 
 from fmdistill.backbones.device import pick_device
 from fmdistill.cache import manifest
 from fmdistill.distill.student import WEIGHTS
 from fmdistill.predict import artefact
 from fmdistill.predict.checkpoint_file import open_file
-from fmdistill.predict.clip import ClipPredictor, open_folder
+from fmdistill.predict.clip import open_folder
 from fmdistill.predict.run import open_run
-from fmdistill.predict.sam import MaskPredictor
 from fmdistill.recipe import SAVED
 from fmdistill.registry import UserError
 
@@ -24,7 +24,7 @@ OPEN_CLIP = "open_clip_config.json"
 EXPECTED = "a finished run, a folder that `fmdistill export` or open_clip wrote, or a checkpoint of MobileSAM or SAM"
 
 
-def load(path: str | os.PathLike[str], device: str = "auto", trust: bool = False) -> MaskPredictor | ClipPredictor:
+def load(path: str | os.PathLike[str], device: str = "auto", trust: bool = False) -> Any:
     """Return the predictor of a run, an exported folder or a checkpoint file, as `fmdistill.load` describes."""
     torch_device = pick_device(device, "device")
     path = Path(path).expanduser()
@@ -45,7 +45,7 @@ def load(path: str | os.PathLike[str], device: str = "auto", trust: bool = False
     raise UserError(f"{path}: {content}; name {EXPECTED}")
 
 
-def _open_artefact(exported: artefact.Artefact, device: str) -> MaskPredictor | ClipPredictor:
+def _open_artefact(exported: artefact.Artefact, device: str) -> Any:
     runtime = exported.model.get("runtime")
     opener = OPENERS.get((exported.kind, str(runtime)))
     if opener is None:
