@@ -133,6 +133,19 @@ def export(run: PathLike, format: str, out: PathLike, trust: bool = False, **set
     return stage.run(os.fspath(run), format, os.fspath(out), trust, settings)
 
 
+def load(path: PathLike, device: str = "auto", trust: bool = False) -> Any:
+    """Open a finished run, an exported folder, or a checkpoint of MobileSAM or SAM; return what predicts with it.
+
+    For a SAM that is `fmdistill.predict.sam.MaskPredictor`, segment_anything's `SamPredictor` with `as_sam()`; for a
+    CLIP `fmdistill.predict.clip.ClipPredictor`, with `encode_image`, `encode_text` and `classify`. Nothing in a file is executed; `trust` allows a run's
+    recipe to name code outside fmdistill. `device` is auto, cpu, cuda or cuda:1. Raises UserError if it cannot be
+    opened.
+    """
+    from fmdistill.predict import opening
+
+    return opening.load(path, device, trust)
+
+
 def init(path: PathLike, kind: str, overrides: Overrides = (), **settings: Any) -> "NewRecipe":
     """Write a recipe for your own images, sized to them and to this machine.
 

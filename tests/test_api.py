@@ -7,12 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import clip_run
 import PIL.Image
 import pytest
 import tiny
 
 import fmdistill
 from fmdistill import recipe
+from fmdistill.mini.clip import clip_mini_student
 from fmdistill.registry import UserError
 from fmdistill.settings import as_overrides, nested
 
@@ -28,7 +30,7 @@ def test_importing_the_package_imports_neither_torch_nor_omegaconf():
     in_python(
         "import sys, fmdistill\n"
         "assert not {'torch', 'omegaconf', 'numpy', 'yaml', 'tqdm'} & set(sys.modules)\n"
-        "assert {'run', 'cache', 'evaluate', 'compare', 'init', 'export', 'plan'} <= set(dir(fmdistill))\n"
+        "assert {'run', 'cache', 'evaluate', 'compare', 'init', 'export', 'load', 'plan'} <= set(dir(fmdistill))\n"
         "assert fmdistill.run.__module__ == fmdistill.init.__module__ == 'fmdistill.api'\n"
         "assert 'torch' not in sys.modules\n"
     )
@@ -125,6 +127,8 @@ def test_the_page_s_examples_run(tmp_path, monkeypatch, capsys):
     (tmp_path / "photos").mkdir()
     for number in range(12):
         PIL.Image.new("RGB", (64, 48), (20 * number, 90, 9)).save(tmp_path / f"photos/{number}.png")
+    clip = recipe.load("recipes/mini/clip_mini.yaml", ["out=runs/clip"])
+    clip_run.finish(clip, clip_mini_student("packaged"))
     namespace: dict = {}
     for block in blocks:
         small = block.replace("/data/mine", f"{tmp_path}/photos").replace("100", "1")  # steps
@@ -136,4 +140,7 @@ def test_the_page_s_examples_run(tmp_path, monkeypatch, capsys):
     output = capsys.readouterr().out
     assert "12 images (.png)" in output and "Did you mean 'steps'" in output
     assert (tmp_path / "mobile_sam.pt").is_file() and (tmp_path / "runs/second").is_dir()
+    assert namespace["masks"].shape == (3, 48, 64) and namespace["refined"].shape == (1, 48, 64)
+    assert namespace["two"].shape == (2, 3, 48, 64) and isinstance(namespace["segments"], list)
+    assert namespace["similarities"].shape == (2, 2) and namespace["probabilities"].shape == (1, 2)
     assert "weighting=srw" in output and os.path.isfile("runs/compared/comparison.md")

@@ -129,22 +129,39 @@ def build_sam(kind: Literal["vit_b", "vit_l", "vit_h"], weights: str | Path | No
     """
     if kind not in OFFICIAL:
         raise UserError(f"teacher '{kind}': unknown SAM.{suggest(kind, OFFICIAL)}")
-    state = read_checkpoint(_existing(kind, weights))
+    return sam_of_state(kind, read_checkpoint(_existing(kind, weights)), f"teacher.weights={weights}")
+
+
+def sam_of_state(kind: str, state: Mapping[str, Tensor], where: str) -> Sam:
+    """Return segment_anything's network `kind` with the weights `state`, on the CPU in eval mode.
+
+    Raises UserError, which begins with `where`, if they do not fit.
+    """
     sam = sam_model_registry[kind]()
-    _check_fits(state, sam, kind, weights)
+    _check_fits(state, sam, kind, where)
     sam.load_state_dict(state)
     return sam.eval()
 
 
-def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """Return the state dict in a file. Raises UserError if it has the name of a file of Meta's, but not its sha256."""
+def kind_of_state(state: Mapping[str, Tensor]) -> str | None:
+    """Return the official network, such as "vit_b", of which `state` are the weights; None if it is none."""
+    positions = state.get("image_encoder.pos_embed")
+    return None if positions is None else _WIDTHS.get(positions.shape[-1])
+
+
+def read_checkpoint(path: Path, where: str | None = None) -> dict[str, Tensor]:
+    """Return the state dict in a file. Raises UserError if it has the name of a file of Meta's, but not its sha256.
+
+    Messages begin with `where`, by default the setting that names the file.
+    """
+    where = where or f"teacher.weights={path}"
     expected = SHA256.get(path.name)
     if expected and (actual := file_hash(path)) != expected:
         raise UserError(
-            f"teacher.weights={path}: sha256 is {actual[:12]}..., Meta's file has {expected[:12]}...: "
+            f"{where}: sha256 is {actual[:12]}..., Meta's file has {expected[:12]}...: "
             f"damaged or incomplete; download {PUBLISHED}{path.name} again (or rename your own weights)"
         )
-    return read_state(path, f"teacher.weights={path}")
+    return read_state(path, where)
 
 
 def _existing(kind: str, weights: str | Path | None) -> Path:
@@ -156,12 +173,10 @@ def _existing(kind: str, weights: str | Path | None) -> Path:
     return Path(weights)
 
 
-def _check_fits(state: Mapping[str, Tensor], sam: Sam, kind: str, weights: Any) -> None:
-    expected = sam.state_dict()
-    width = state["image_encoder.pos_embed"].shape[-1] if "image_encoder.pos_embed" in state else None
-    other = _WIDTHS.get(width or 0)
+def _check_fits(state: Mapping[str, Tensor], sam: Sam, kind: str, where: str) -> None:
+    expected, other = sam.state_dict(), kind_of_state(state)
     if other and other != kind:
-        raise UserError(f"teacher.weights={weights}: contains SAM {other}, not {kind}; set teacher.name=sam_{other}")
+        raise UserError(f"{where}: contains SAM {other}, not {kind}; set teacher.name=sam_{other}")
     for name in sorted(expected.keys() | state.keys()):
         if name not in state:
             problem = "lacks"
@@ -171,4 +186,4 @@ def _check_fits(state: Mapping[str, Tensor], sam: Sam, kind: str, weights: Any) 
             problem = "has another shape of"
         else:
             continue
-        raise UserError(f"teacher.weights={weights}: not a SAM {kind} checkpoint, it {problem} '{name}'")
+        raise UserError(f"{where}: not a SAM {kind} checkpoint, it {problem} '{name}'")

@@ -1,0 +1,150 @@
+"""Embed images and texts with both towers of a CLIP, and classify images by the names of classes."""
+
+# Legend: N images, L texts or labels, T templates, B images of a batch, S the square's side, D the embedding's width.
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fmdistill.backbones.clip import ClipPreprocess, TextHead, load_clip
+from fmdistill.backbones.clip_weights import LOCAL
+from fmdistill.backbones.device import pick_device
+from fmdistill.predict.artefact import Artefact
+from fmdistill.predict.pixels import ImageLike, each_rgb
+from fmdistill.registry import UserError
+from fmdistill.teachers.compute import full_precision
+
+BATCH = 32
+TEMPLATE = "a photo of a {}."  # OpenAI's
+EmbedImages = Callable[[np.ndarray], np.ndarray]  # normalised float32 (B, 3, S, S) -> (B, D)
+EmbedTexts = Callable[[list[str]], np.ndarray]  # -> (L, D)
+
+
+class ClipPredictor:
+    """A CLIP that embeds images and texts into one space, and classifies images by texts.
+
+    `image` and `text` are the towers, whose embeddings need not be normalised; `preprocess` prepares an image for the
+    first, and `scale` is the factor of the cosine similarities, 100 in OpenAI's models.
+    """
+
+    def __init__(self, image: EmbedImages, text: EmbedTexts, preprocess: ClipPreprocess, scale: float) -> None:
+        self._image, self._text = image, text
+        self.preprocess, self.scale = preprocess, scale
+
+    def encode_image(self, images: ImageLike | Sequence[ImageLike], batch: int = BATCH) -> np.ndarray:
+        """Return unit embeddings float32 (N, D) of one image or several: paths, PIL images, or uint8 (H, W, 3) in RGB.
+
+        Raises UserError for anything else, and for a file that cannot be decoded.
+        """
+        pixels = each_rgb(images)
+        if not pixels:
+            raise UserError("images: the list is empty; give at least one image")
+        if batch < 1:
+            raise UserError(f"batch={batch}: expected 1 or more images at a time")
+        return _unit(np.concatenate([self._embed(pixels[i : i + batch]) for i in range(0, len(pixels), batch)]))
+
+    def encode_text(self, texts: str | Sequence[str]) -> np.ndarray:
+        """Return unit embeddings float32 (L, D) of one text or several. Raises UserError unless they are texts."""
+        return _unit(self._text(_texts(texts, "texts")))
+
+    def classify(
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        labels: Sequence[str],
+        templates: str | Sequence[str] = TEMPLATE,
+        batch: int = BATCH,
+    ) -> np.ndarray:
+        """Return the probability of each label for each image, float32 (N, L); each row sums to one.
+
+        Each label is put into every template in place of {}; its embeddings are averaged, as open_clip does. `images`
+        are as for `encode_image`. Raises UserError if there is no label or a template has no {}.
+        """
+        label_LD = self._classifier(_texts(labels, "labels"), _texts(templates, "templates"))
+        logits_NL = self.scale * (self.encode_image(images, batch) @ label_LD.T).astype(np.float64)
+        odds_NL = np.exp(logits_NL - logits_NL.max(axis=1, keepdims=True))
+        return (odds_NL / odds_NL.sum(axis=1, keepdims=True)).astype(np.float32)
+
+    def _embed(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
+        prepared, sizes = zip(*map(self.preprocess.prepare, pixels), strict=True)
+        normalised_B3SS = self.preprocess.normalize(torch.stack(prepared), torch.tensor(sizes))
+        return self._image(normalised_B3SS.numpy())
+
+    def _classifier(self, labels: list[str], templates: list[str]) -> np.ndarray:
+        wrong = next((template for template in templates if template.count("{}") != 1), None)
+        if wrong is not None:
+            raise UserError(f"templates: {wrong!r} needs {{}} once, for the label, as in {TEMPLATE!r}")
+        prompts = [template.replace("{}", label) for label in labels for template in templates]
+        prompt_LTD = self.encode_text(prompts).reshape(len(labels), len(templates), -1)
+        return _unit(prompt_LTD.mean(axis=1))
+
+
+def torch_predictor(
+    image_tower: nn.Module, head: TextHead, preprocess: ClipPreprocess, device: torch.device
+) -> ClipPredictor:
+    """Return the predictor of a student, or any network that returns {"embedding": (B, D)}, and a text tower."""
+    tower, head = image_tower.to(device).eval(), head.to(device).eval()
+
+    @torch.inference_mode()
+    def embed(image_B3SS: np.ndarray) -> np.ndarray:
+        with full_precision():
+            return _array(tower(torch.from_numpy(image_B3SS).to(device))["embedding"])
+
+    @torch.inference_mode()
+    def embed_texts(texts: list[str]) -> np.ndarray:
+        with full_precision():
+            return _array(head.encode_text(texts))
+
+    return ClipPredictor(embed, embed_texts, preprocess, head.scale)
+
+
+class ImageTower(nn.Module):
+    """The image tower of an open_clip model, as a student is one."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.visual: Any = model.visual
+
+    def forward(self, image_B3SS: Tensor) -> dict[str, Tensor]:
+        """Return {"embedding": (B, D)}, not normalised, of normalised images."""
+        return {"embedding": self.visual(image_B3SS)}
+
+
+def open_folder(folder: Path, device: torch.device) -> ClipPredictor:
+    """Return the predictor of a folder that open_clip loads as local-dir:FOLDER, such as `export openclip` writes.
+
+    Raises UserError if it is damaged or not supported.
+    """
+    name = f"{LOCAL}{folder}"
+    try:
+        model, config = load_clip(name)
+    except UserError as error:
+        raise UserError(str(error).replace(f"teacher.model={name}", str(folder))) from None
+    preprocess = ClipPreprocess.from_config(config["preprocess_cfg"], stride=1)
+    return torch_predictor(ImageTower(model), TextHead.from_clip(model, config), preprocess, device)
+
+
+def open_artefact(artefact: Artefact, device: str) -> ClipPredictor:
+    """Return the predictor of an exported open_clip folder, whose files are compared with their checksums."""
+    for name in artefact.files:
+        artefact.path(name)
+    return open_folder(artefact.folder, pick_device(device, "device"))
+
+
+def _array(embedding: Tensor) -> np.ndarray:
+    return embedding.float().cpu().numpy()
+
+
+def _unit(embedding_ND: np.ndarray) -> np.ndarray:
+    return F.normalize(torch.from_numpy(np.asarray(embedding_ND, np.float32)), dim=-1).numpy()
+
+
+def _texts(texts: Any, what: str) -> list[str]:
+    listed = [texts] if isinstance(texts, str) or not isinstance(texts, Iterable) else list(texts)
+    if not listed or not all(isinstance(text, str) for text in listed):
+        raise UserError(f"{what}: expected a list of texts, got {listed!r:.80}")
+    return listed
