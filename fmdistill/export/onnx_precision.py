@@ -17,36 +17,21 @@ SHARES = (0.0, 0.05, 0.1, 0.2, 0.4)  # of the quantised layers that stay in floa
 LAYERS = ("Conv", "MatMul", "Gemm")
 
 
-def simplify(path: Path) -> None:
-    """Fold constants and remove idle nodes of the file by onnxslim. Raises UserError if it is not installed."""
-    try:
-        import onnxslim
-    except ImportError:
-        raise UserError("ONNX files are simplified by onnxslim; pip install 'fmdistill[onnx]'") from None
-    import onnx
-
-    model = onnxslim.slim(str(path))
-    assert model is not None
-    onnx.save(model, str(path))
-
-
-def to_half(path: Path, feeds: Feeds, keep: Sequence[str] = ()) -> list[str]:
+def to_half(path: Path, feeds: Feeds, parts: Sequence[str] = ("",)) -> list[str]:
     """Convert the file to float16 with float32 inputs and outputs; return the nodes kept in float32 for overflow.
 
-    A node is kept if on `feeds` its largest value exceeds LARGEST. Nodes whose names contain one of `keep` stay too.
+    A node is kept if on `feeds` one of its values exceeds LARGEST. Only nodes whose names contain one of `parts` are
+    converted at all.
     """
     import onnx
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     model = onnx.load(str(path))
     largest = {name: value for name, (value, _) in magnitudes(path, feeds).items()}
-    overflow = [
-        node.name
-        for node in model.graph.node
-        if any(largest.get(name, 0.0) > LARGEST for name in (*node.input, *node.output))
-    ]
-    kept = [node.name for node in model.graph.node if any(part in node.name for part in keep)]
-    half = convert_float_to_float16(model, keep_io_types=True, node_block_list=sorted({*overflow, *kept}))
+    named = [node for node in model.graph.node if any(part in node.name for part in parts)]
+    overflow = [n.name for n in named if any(largest.get(name, 0.0) > LARGEST for name in (*n.input, *n.output))]
+    outside = {node.name for node in model.graph.node} - {node.name for node in named}
+    half = convert_float_to_float16(model, keep_io_types=True, node_block_list=sorted({*overflow, *outside}))
     onnx.save(half, str(path))
     return overflow
 

@@ -12,7 +12,8 @@ from fmdistill.backbones.promptable import PromptHead
 from fmdistill.backbones.sam import PIXEL_MEAN, PIXEL_STD
 from fmdistill.predict.sam_layouts import SamLayout
 
-NEVER_HALF = ("/prompts/", "/post/")  # parts whose coordinates and sizes need float32
+# Parts of the decoder whose float16 is harmless; coordinates and sizes of images need float32.
+HALF = ("/transformer/", "/output_upscaling", "/output_hypernetworks_mlps", "/iou_prediction_head", "/mask_downscaling")
 
 
 class SquareEncoder(nn.Module):

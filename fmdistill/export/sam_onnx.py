@@ -140,7 +140,7 @@ def _model(student: nn.Module, head: PromptHead, layout: SamLayout) -> dict[str,
 
 
 def _write_networks(student: nn.Module, head: PromptHead, layout: SamLayout, encoder: Path, decoder: Path) -> None:
-    """Write both networks in float32, simplified."""
+    """Write both networks in float32."""
     side, low = head.config["image_size"], 4 * head.config["image_embedding_size"]
     shape = (1, head.config["embed_dim"], low // 4, low // 4)
     image = {layout.image: torch.zeros(1, 3, side, side)}
@@ -172,8 +172,6 @@ def _write_networks(student: nn.Module, head: PromptHead, layout: SamLayout, enc
         axes[layout.masks] = {2: "height", 3: "width"}
         network = networks.OfficialDecoder(head, layout)
         onnx_file.write(network, _decoder_inputs(layout, shape, low), outputs, decoder, dynamic=axes)
-    for path in (encoder, decoder):
-        onnx_precision.simplify(path)
 
 
 def _decoder_inputs(layout: SamLayout, shape: tuple[int, ...], low: int) -> dict[str, Tensor]:
@@ -200,8 +198,8 @@ def _convert(
     if precision == "fp16":
         recorded = _recorded(predictor, feeds[:4])
         kept = onnx_precision.to_half(encoder, feeds[:4])
-        kept_decoder = onnx_precision.to_half(decoder, recorded, networks.NEVER_HALF)
-        return {"float_layers": {"encoder": kept, "decoder": [*kept_decoder, *networks.NEVER_HALF]}}
+        kept_decoder = onnx_precision.to_half(decoder, recorded, networks.HALF)
+        return {"float_layers": {"encoder": kept, "decoder": kept_decoder}, "half_parts": networks.HALF}
     expected = [predictor.encode(feed[export.layout.image])["image_embeddings"] for feed in feeds[:4]]
 
     def error(path: Path) -> float:
