@@ -17,6 +17,11 @@ FORMATS: dict[str, Callable[..., Path] | str] = {
     "openclip": "fmdistill.export.openclip:run",
     "half": "fmdistill.export.half:run",
     "timm": "fmdistill.export.timm_checkpoint:run",
+    "onnx": "fmdistill.export.onnx:run",
+    "anylabeling": "fmdistill.export.sam_onnx:anylabeling",
+    "labelme": "fmdistill.export.sam_onnx:labelme",
+    "openvino": "fmdistill.export.sam_onnx:openvino",
+    "transformers": "fmdistill.export.transformers:run",
 }
 FILES = {  # example file names of the one-file formats
     "mobilesam": "mobile_sam.pt",

@@ -1,0 +1,53 @@
+"""Write the files of the format `onnx` for either family: SAM's or CLIP's."""
+
+from pathlib import Path
+
+from fmdistill.export.onnx_precision import Precision
+from fmdistill.export.source import Source
+from fmdistill.registry import Entry, UserError, resolve
+
+WRITERS: dict[str, Entry] = {"sam": "fmdistill.export.sam_onnx:onnx", "clip": "fmdistill.export.clip_onnx:onnx"}
+
+
+def run(
+    source: Source,
+    out: Path,
+    precision: Precision = "fp32",
+    single: bool | None = None,
+    min_miou: float | None = None,
+    min_cosine: float | None = None,
+) -> Path:
+    """Write ONNX files and the JSON that describes them: SAM's encoder and decoder, or CLIP's two towers.
+
+    `single` (one mask instead of four) and `min_miou` are SAM's, `min_cosine` is CLIP's. Raises UserError if a setting
+    is the other family's.
+    """
+    settings = {"single": single, "min_miou": min_miou, "min_cosine": min_cosine}
+    return dispatch("onnx", WRITERS, source, out, precision, settings)
+
+
+OWN = {"single": "sam", "min_miou": "sam", "min_cosine": "clip"}
+
+
+def dispatch(
+    name: str,
+    writers: dict[str, Entry],
+    source: Source,
+    out: Path,
+    precision: Precision,
+    settings: dict[str, bool | float | None],
+) -> Path:
+    """Call the family's writer with the settings that are not None. Raises UserError if it has none of them."""
+    if source.family not in writers:
+        raise UserError(
+            f"export {name}: {source.recipe.out} was distilled from the family '{source.family}'; {name} exports "
+            f"students of {' and '.join(writers)}"
+        )
+    chosen = {setting: value for setting, value in settings.items() if value is not None}
+    for setting, value in chosen.items():
+        if OWN[setting] != source.family:
+            raise UserError(
+                f"export.{setting}={value}: is a setting of {OWN[setting]} students, and {source.recipe.out} is one "
+                f"of {source.family}; leave it out"
+            )
+    return resolve(source.family, writers, "family")(source, out, precision=precision, **chosen)
