@@ -133,6 +133,17 @@ def export(run: PathLike, format: str, out: PathLike, trust: bool = False, **set
     return stage.run(os.fspath(run), format, os.fspath(out), trust, settings)
 
 
+def push(folder: PathLike, repo: str, dry_run: bool = False, private: bool = False) -> list[str]:
+    """Upload an exported folder to the repository "owner/name" of the Hugging Face hub; return a line for each file.
+
+    With `dry_run` nothing is sent, and neither network nor token is needed. Raises UserError if the folder is no intact
+    export, or the upload failed.
+    """
+    from fmdistill.export import push as stage
+
+    return stage.run(os.fspath(folder), repo, dry_run, private)
+
+
 def init(path: PathLike, kind: str, overrides: Overrides = (), **settings: Any) -> "NewRecipe":
     """Write a recipe for your own images, sized to them and to this machine.
 
