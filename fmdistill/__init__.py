@@ -16,10 +16,11 @@ if TYPE_CHECKING:
     from fmdistill.api import init as init
     from fmdistill.api import load as load
     from fmdistill.api import plan as plan
+    from fmdistill.api import push as push
     from fmdistill.api import run as run
 
 __version__ = "0.1.0"
-__all__ = ["cache", "compare", "evaluate", "export", "init", "load", "plan", "run"]
+__all__ = ["cache", "compare", "evaluate", "export", "init", "load", "plan", "push", "run"]
 STAGES = ("cache", "evaluate", "export")  # functions whose names are also those of sub-packages
 
 

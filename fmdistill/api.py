@@ -137,13 +137,24 @@ def load(path: PathLike, device: str = "auto", trust: bool = False) -> Any:
     """Open a finished run, an exported folder, or a checkpoint of MobileSAM or SAM; return what predicts with it.
 
     For a SAM that is `fmdistill.predict.sam.MaskPredictor`, segment_anything's `SamPredictor` with `as_sam()`; for a
-    CLIP `fmdistill.predict.clip.ClipPredictor`, with `encode_image`, `encode_text` and `classify`. Nothing in a file is executed; `trust` allows a run's
-    recipe to name code outside fmdistill. `device` is auto, cpu, cuda or cuda:1. Raises UserError if it cannot be
-    opened.
+    CLIP `fmdistill.predict.clip.ClipPredictor`, with `encode_image`, `encode_text` and `classify`. Nothing in a file is
+    executed; `trust` allows a run's recipe to name code outside fmdistill. `device` is auto, cpu, cuda or cuda:1.
+    Raises UserError if it cannot be opened.
     """
     from fmdistill.predict import opening
 
     return opening.load(path, device, trust)
+
+
+def push(folder: PathLike, repo: str, dry_run: bool = False, private: bool = False) -> list[str]:
+    """Upload an exported folder to the repository "owner/name" of the Hugging Face hub; return a line for each file.
+
+    With `dry_run` nothing is sent, and neither network nor token is needed. Raises UserError if the folder is no intact
+    export, or the upload failed.
+    """
+    from fmdistill.export import push as stage
+
+    return stage.run(os.fspath(folder), repo, dry_run, private)
 
 
 def init(path: PathLike, kind: str, overrides: Overrides = (), **settings: Any) -> "NewRecipe":

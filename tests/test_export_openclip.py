@@ -19,7 +19,7 @@ from torch import nn
 from fmdistill import cache, export
 from fmdistill.backbones.tinyvit_clip import tinyvit_clip
 from fmdistill.distill.student import load_student
-from fmdistill.export import openclip
+from fmdistill.export import card, openclip
 from fmdistill.mini.clip import clip_mini_student
 from fmdistill.mini.tinyvit import tinyvit_clip_mini
 from fmdistill.registry import UserError
@@ -75,7 +75,7 @@ def elsewhere(folder: Path, exported: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.slow
 def test_another_process_gets_bit_equal_embeddings_without_our_code(ran):
     out = export.run(ran / "run", "openclip", ran / "deep" / "openclip")
-    assert sorted(path.name for path in out.iterdir()) == [openclip.CONFIG, openclip.WEIGHTS]
+    assert sorted(path.name for path in out.iterdir()) == [card.NAME, openclip.CONFIG, openclip.WEIGHTS]
     assert [path.name for path in out.parent.iterdir()] == ["openclip"]
     outputs = elsewhere(ran, out)
     opened = cache.open_cache(clip_run.load(ran, *tinyvit()))
@@ -119,7 +119,7 @@ def test_a_folder_appears_whole_replaces_an_export_and_nothing_else(ran, tmp_pat
         export.run(ran / "run", "openclip", tmp_path / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and (out / "stale").is_file()
     assert export.run(ran / "run", "openclip", out) == out
-    assert sorted(path.name for path in out.iterdir()) == [openclip.CONFIG, openclip.WEIGHTS]
+    assert sorted(path.name for path in out.iterdir()) == [card.NAME, openclip.CONFIG, openclip.WEIGHTS]
     assert (out / openclip.WEIGHTS).read_bytes() == before
 
     (tmp_path / "other").mkdir()

@@ -62,6 +62,10 @@ def parser() -> argparse.ArgumentParser:
          ("out", "the file or folder to write", None),
          ("settings", "the format's settings as key=value, and trust=true if the run names code outside fmdistill",
           "*"))  # fmt: skip
+    verb("push", "upload an exported folder to the Hugging Face hub", ("folder", "an exported folder", None),
+         ("repo", "OWNER/NAME on the hub, created if needed", None),
+         ("settings", "dry_run=true to list what would go, without a network; private=true for a new repository", "*")
+         )  # fmt: skip
     verb("report", "write one HTML page about runs", ("out", "the page's folder", None),
          ("runs", "runs' folders, and trust=true if one names code outside fmdistill", "+"))  # fmt: skip
     verb("serve", "open a local page on which to click on images and see the masks or scores of teacher and students",
@@ -229,6 +233,15 @@ def _export(run: str, format: str, out: str, settings: list[str]) -> None:
     print(export.run(run, format, out, trust, parse_overrides(own)))
 
 
+def _push(folder: str, repo: str, settings: list[str]) -> None:
+    import fmdistill.api as api
+    from fmdistill.recipe import parse_overrides
+    from fmdistill.registry import typed
+
+    own = typed(api.push, parse_overrides(settings), "push", ("folder", "repo"))
+    print("\n".join(api.push(folder, repo, **own)))
+
+
 def _report(out: str, runs: list[str]) -> None:
     from fmdistill import report
 
@@ -280,6 +293,7 @@ VERBS = {
     "evaluate": _evaluate,
     "weigh": _weigh,
     "export": _export,
+    "push": _push,
     "report": _report,
     "serve": _serve,
     "check": _check,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fmdistill.backbones.clip import ClipPreprocess, TextHead, WholeClip
 from fmdistill.backbones.tinyvit_clip import TinyViTCLIP
+from fmdistill.export.card import write_card
 from fmdistill.export.folder import check_place, whole_folder
 from fmdistill.export.source import Source
 from fmdistill.files import write_whole
@@ -25,40 +26,46 @@ def run(source: Source, out: Path) -> Path:
     """Write a folder of the student and the teacher's text tower, which open_clip loads by local-dir:FOLDER."""
     check_place(out, CONFIG, WHAT)
     if isinstance(source.student, WholeClip):
-        return export_whole(source.student, out)
+        return export_whole(source.student, out, source)
     preprocess = source.preprocess
     if source.family != "clip" or not isinstance(preprocess, ClipPreprocess):
         raise UserError(
             f"{source.recipe.out}: its teacher is of the family '{source.family}' and has no text tower; openclip "
             f"exports runs that were distilled from CLIP"
         )
-    return export(source.student, source.head(), preprocess, out)
+    return export(source.student, source.head(), preprocess, out, source)
 
 
-def export(student: nn.Module, head: TextHead, preprocess: ClipPreprocess, out: Path) -> Path:
-    """Write `out`/open_clip_config.json and open_clip_model.safetensors, float32; return `out`.
+def export(
+    student: nn.Module, head: TextHead, preprocess: ClipPreprocess, out: Path, source: Source | None = None
+) -> Path:
+    """Write `out`/open_clip_config.json and open_clip_model.safetensors, float32, and a card of `source`; return `out`.
 
     The folder is written whole, and only if open_clip can load it. An earlier export at `out` is replaced. Raises
     UserError if `out` is anything else, or if the student does not fit.
     """
     tinyvit = _checked(student, head, preprocess)
     state = {f"visual.{name}": value for name, value in tinyvit.state_dict().items()}
-    return _write({**state, **head.state_dict()}, config(tinyvit, head, preprocess), head.tokenizer, out)
+    return _write({**state, **head.state_dict()}, config(tinyvit, head, preprocess), head.tokenizer, out, source)
 
 
-def export_whole(student: WholeClip, out: Path) -> Path:
+def export_whole(student: WholeClip, out: Path, source: Source | None = None) -> Path:
     """Write both towers of a student that is a whole CLIP, as `export` does."""
     described = {"model_cfg": student.config["model_cfg"], "preprocess_cfg": _preprocess_cfg(student.preprocess)}
-    return _write(student.whole().state_dict(), described, None, out)
+    return _write(student.whole().state_dict(), described, None, out, source)
 
 
-def _write(state: Mapping[str, Tensor], described: dict[str, Any], tokenizer: Any, out: Path) -> Path:
+def _write(
+    state: Mapping[str, Tensor], described: dict[str, Any], tokenizer: Any, out: Path, source: Source | None
+) -> Path:
     with whole_folder(out, CONFIG, WHAT) as temporary:
         write_whole(temporary / WEIGHTS, to_bytes({name: _plain(value) for name, value in state.items()}))
         write_whole(temporary / CONFIG, json.dumps(described, indent=2) + "\n")
         if isinstance(tokenizer, HFTokenizer):  # open_clip looks for its files in the folder
             tokenizer.save_pretrained(temporary)
         open_clip.create_model(f"local-dir:{temporary}", require_pretrained=True, pretrained_text=False)
+        if source is not None:
+            write_card(temporary, source, check={})
     return out
 
 

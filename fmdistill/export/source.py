@@ -1,9 +1,11 @@
 """What an export is made from: a finished run's recipe and student, and what its cache stores of the teacher."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
+from urllib.parse import urlsplit
 
 from torch import nn
 
@@ -25,11 +27,14 @@ class Source:
     run: Path
     recipe: Recipe
     student: nn.Module
+    license: str = ""  # of the student's weights, as the user states it for the model card: "apache-2.0"
+    images_license: str = ""  # of the training images
 
     @classmethod
-    def of(cls, run: str | Path, trust: bool = False) -> "Source":
+    def of(cls, run: str | Path, trust: bool = False, license: str = "", images_license: str = "") -> "Source":
         """Open a finished run. `trust` allows its recipe to name code outside fmdistill."""
-        return cls(Path(run), recipes.load_saved(run, ["trust=true"] if trust else []), load_student(run, trust))
+        recipe = recipes.load_saved(run, ["trust=true"] if trust else [])
+        return cls(Path(run), recipe, load_student(run, trust), license, images_license)
 
     @property
     def family(self) -> str:
@@ -56,8 +61,8 @@ class Source:
             "title": self.recipe.title,
             "seed": self.recipe.seed,
             "steps": self.recipe.train.steps,
-            "student": dict(self.recipe.student),
-            "teacher": dict(self.recipe.teacher or {}),
+            "student": without_folders(dict(self.recipe.student)),
+            "teacher": without_folders(dict(self.recipe.teacher or {})),
         }
 
     @cached_property
@@ -72,3 +77,23 @@ class Source:
     @cached_property
     def _manifest(self) -> dict[str, Any]:
         return manifest.read(self._folder)
+
+
+def without_folders(value: Any) -> Any:
+    """Return settings with each path's last part only: folders of the author's machine do not belong in what is shared.
+
+    A text is a path if it is absolute or begins with ~, ./ or ../. Of a URL, which may hold a password, the same part
+    remains.
+    """
+    if isinstance(value, Mapping):
+        return {key: without_folders(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_folders(inner) for inner in value]
+    if not isinstance(value, str):
+        return value
+    if "://" in value:
+        return PurePath(urlsplit(value).path).name
+    scheme, colon, rest = value.partition(":")
+    if colon and scheme == "local-dir":
+        return f"{scheme}:{without_folders(rest)}"
+    return PurePath(value).name if value.startswith(("/", "~", "./", "../")) else value
