@@ -123,7 +123,7 @@ class TextHead(nn.Module):
         super().__init__()
         self.text_model: Any = model
         self.config = json.loads(json.dumps(dict(config)))
-        self.tokenizer = _tokenizer(self.config, tokenizer_files)
+        self.tokenizer = open_tokenizer(self.config, tokenizer_files)
 
     @classmethod
     def from_clip(cls, model: nn.Module, config: Mapping[str, Any]) -> "TextHead":
@@ -206,7 +206,11 @@ class WholeClip(Protocol):
         ...
 
 
-def _tokenizer(config: Mapping[str, Any], files: Path | None) -> Any:
+def open_tokenizer(config: Mapping[str, Any], files: Path | None) -> Any:
+    """Return the tokenizer that a TextHead's `config` states; one of transformers is read from `files`, if a folder.
+
+    Raises UserError if it needs the package transformers, which is missing.
+    """
     text_cfg = config["model_cfg"]["text_cfg"]
     settings = {"context_length": text_cfg.get("context_length", 77), **text_cfg.get("tokenizer_kwargs", {})}
     if config["tokenizer"] == "simple":

@@ -16,6 +16,7 @@ from fmdistill.registry import UserError, bind
 FORMATS: dict[str, Callable[..., Path] | str] = {
     "mobilesam": "fmdistill.export.mobilesam:run",
     "openclip": "fmdistill.export.openclip:run",
+    "immich": "fmdistill.export.clip_onnx:immich",
     "half": "fmdistill.export.half:run",
     "timm": "fmdistill.export.timm_checkpoint:run",
     "onnx": "fmdistill.export.onnx:run",

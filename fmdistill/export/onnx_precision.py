@@ -8,7 +8,6 @@ from typing import Any, Literal
 import numpy as np
 
 from fmdistill.predict.onnx_session import Session
-from fmdistill.registry import UserError
 
 Precision = Literal["fp32", "fp16", "int8"]
 Feeds = Sequence[Mapping[str, np.ndarray]]

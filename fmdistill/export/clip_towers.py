@@ -1,0 +1,114 @@
+"""Gather both towers of a CLIP student, with its teacher's text tower or its own, as networks of one output."""
+
+# Legend: B images or texts, S the image side, L the context length, D the embedding's width.
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fmdistill.backbones.clip import ClipPreprocess, TextHead, WholeClip
+from fmdistill.backbones.tinyvit_clip import TinyViTCLIP
+from fmdistill.export import openclip
+from fmdistill.export.source import Source
+from fmdistill.registry import UserError
+
+
+class ImageTower(nn.Module):
+    """A student whose output is its embedding alone, of length one if `unit`."""
+
+    def __init__(self, student: nn.Module, unit: bool) -> None:
+        super().__init__()
+        self.student, self.unit = student, unit
+
+    def forward(self, image_B3SS: Tensor) -> Tensor:
+        """Return (B, D) of normalised images (B, 3, S, S)."""
+        embedding_BD = self.student(image_B3SS)["embedding"]
+        return F.normalize(embedding_BD, dim=-1) if self.unit else embedding_BD
+
+
+class TextTower(nn.Module):
+    """open_clip's text side, whose output is of length one if `unit`."""
+
+    def __init__(self, model: Any, unit: bool) -> None:
+        super().__init__()
+        self.model, self.unit = model, unit
+
+    def forward(self, tokens_BL: Tensor) -> Tensor:
+        """Return (B, D) of token ids (B, L)."""
+        return self.model.encode_text(tokens_BL, normalize=self.unit)
+
+
+@dataclass(frozen=True)
+class ClipTowers:
+    """Both towers in eval mode on the CPU; `config` is that of a `TextHead`, whose vision_cfg is the student's."""
+
+    student: nn.Module
+    text_model: Any
+    preprocess: ClipPreprocess
+    config: Mapping[str, Any]
+    tokenizer: Any
+    scale: float
+    dim: int
+
+    @classmethod
+    def of(cls, source: Source, format: str) -> "ClipTowers":
+        """Return the towers of a run. Raises UserError if it has no text tower or its student does not fit it."""
+        student = source.student
+        if isinstance(student, WholeClip):
+            head = TextHead.from_clip(student.whole(), student.config)
+            return cls._with(student, head, student.preprocess, dict(student.config["model_cfg"]))
+        if source.family != "clip":
+            raise UserError(
+                f"{source.recipe.out}: its teacher is of the family '{source.family}' and has no text tower; {format} "
+                f"exports runs that were distilled from CLIP"
+            )
+        preprocess, head = source.preprocess, source.head()
+        assert isinstance(preprocess, ClipPreprocess) and isinstance(head, TextHead)
+        _check(student, head, preprocess, format)
+        return cls._with(student, head, preprocess, _model_cfg(student, head, preprocess))
+
+    @classmethod
+    def _with(
+        cls, student: nn.Module, head: TextHead, preprocess: ClipPreprocess, model_cfg: dict[str, Any]
+    ) -> "ClipTowers":
+        config = {**head.config, "model_cfg": model_cfg}
+        dim = int(model_cfg["embed_dim"])
+        return cls(student.eval(), head.eval().text_model, preprocess, config, head.tokenizer, head.scale, dim)
+
+    @property
+    def context_length(self) -> int:
+        """Return the number of tokens of a text."""
+        return int(self.config["model_cfg"]["text_cfg"].get("context_length", 77))
+
+    @property
+    def causal(self) -> bool:
+        """Return whether what follows a text's end token has no effect, so that any padding may follow."""
+        text_cfg = self.config["model_cfg"]["text_cfg"]
+        return (
+            not text_cfg.get("no_causal_mask")
+            and text_cfg.get("pool_type", "argmax") == "argmax"
+            and not text_cfg.get("embed_cls")
+            and not text_cfg.get("use_pad_mask")
+            and "multimodal_cfg" not in self.config["model_cfg"]
+        )
+
+
+def _model_cfg(student: nn.Module, head: TextHead, preprocess: ClipPreprocess) -> dict[str, Any]:
+    if isinstance(student, TinyViTCLIP) and student.timm_name is not None:
+        return openclip.config(student, head, preprocess)["model_cfg"]
+    return {**head.config["model_cfg"], "vision_cfg": {"image_size": preprocess.image_size}}
+
+
+def _check(student: nn.Module, head: TextHead, preprocess: ClipPreprocess, format: str) -> None:
+    for setting, of_student, of_teacher in (
+        ("embedding has", getattr(student, "out_channels", None), head.config["model_cfg"]["embed_dim"]),
+        ("image side is", getattr(student, "image_size", None), preprocess.image_size),
+    ):
+        if of_student != of_teacher:
+            raise UserError(
+                f"export {format}: the student's {setting} {of_student}, its teacher's {of_teacher}; use the cache "
+                f"that the student was distilled from"
+            )

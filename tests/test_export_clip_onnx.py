@@ -1,0 +1,304 @@
+"""A CLIP's ONNX folders: names, numbers and tokens as other programs read them, and embeddings equal to PyTorch's."""
+
+import json
+from pathlib import Path
+
+import clip_run
+import numpy as np
+import PIL.Image
+import pytest
+import tiny
+import torch
+from nondegenerate import randomize
+from open_clip import SimpleTokenizer
+from torch import nn
+
+from fmdistill import cache, export
+from fmdistill.backbones.tinyvit_clip import tinyvit_clip
+from fmdistill.distill.student import load_student
+from fmdistill.export import clip_check, clip_onnx, clip_tokenizer
+from fmdistill.export.source import Source
+from fmdistill.mini.clip import clip_mini_student
+from fmdistill.mini.tinyvit import tinyvit_clip_mini
+from fmdistill.predict import artefact
+from fmdistill.predict.clip_onnx import open_artefact
+from fmdistill.predict.onnx_session import Session
+from fmdistill.registry import UserError
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+tokenizers = pytest.importorskip("tokenizers")
+
+TEXTS = ["a photo of a red fox", "the sky, at night!", "", "un café", "a word " * 40]
+WRITERS = {"immich": clip_onnx.immich, "transformers": clip_onnx.transformers, "onnx": clip_onnx.onnx}
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory) -> Path:
+    """Make a folder with the cache of a toy CLIP and the run of a TinyViT with random weights and statistics."""
+    folder = tmp_path_factory.mktemp("clip_onnx")
+    clip_run.write_teacher(folder / "teacher")
+    clip_run.write_classes(folder / "train", 1)
+    clip_run.write_classes(folder / "val", 1, seed=50)
+    recipe = clip_run.load(folder, *STUDENT)
+    cache.run(recipe)
+    clip_run.finish(recipe, randomize(tinyvit_clip("5m", embed_dim=24, image_size=32), 5))
+    return folder
+
+
+STUDENT = ["student.name=tinyvit_clip", "student.embed_dim=24", "student.image_size=32"]
+
+
+@pytest.fixture(scope="module")
+def folders(ran) -> dict[str, Path]:
+    source = Source.of(ran / "run")
+    return {name: write(source, ran / "exports" / name) for name, write in WRITERS.items()}
+
+
+def torch_embeddings(ran: Path, pixels: torch.Tensor, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    head = cache.open_cache(clip_run.load(ran, *STUDENT)).head()
+    with torch.no_grad():
+        return load_student(ran / "run").eval()(pixels)["embedding"].numpy(), head.encode_text(texts).numpy()
+
+
+def difference(got: np.ndarray, right: np.ndarray) -> float:
+    """The largest difference of an embedding from the right one, relative to its length."""
+    return float((np.linalg.norm(got - right, axis=1) / np.linalg.norm(right, axis=1)).max())
+
+
+def unit(embedding: np.ndarray) -> np.ndarray:
+    return embedding / np.linalg.norm(embedding, axis=1, keepdims=True)
+
+
+def signature(path: Path) -> tuple[dict, dict, int, set[str]]:
+    """Inputs and outputs with their type and sides, the opset, and the files that the network's weights are in."""
+    model = onnx.load(path, load_external_data=False)
+
+    def described(values) -> dict:
+        return {
+            value.name: (
+                onnx.TensorProto.DataType.Name(value.type.tensor_type.elem_type),
+                [side.dim_value or side.dim_param for side in value.type.tensor_type.shape.dim],
+            )
+            for value in values
+        }
+
+    external = {entry.value for t in model.graph.initializer for entry in t.external_data if entry.key == "location"}
+    opset = {entry.domain: entry.version for entry in model.opset_import}[""]
+    return described(model.graph.input), described(model.graph.output), opset, external
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def test_immich_gets_its_folder_names_numbers_and_shapes(folders):
+    folder = folders["immich"]
+    assert files(folder) == [
+        "config.json", "fmdistill.json", "textual/model.onnx", "textual/tokenizer.json",
+        "textual/tokenizer_config.json", "visual/model.onnx", "visual/preprocess_cfg.json",
+    ]  # fmt: skip
+    image = ({"image": ("FLOAT", [1, 3, 32, 32])}, {"embedding": ("FLOAT", [1, 24])}, 19, set())
+    text = ({"text": ("INT32", [1, 16])}, {"embedding": ("FLOAT", [1, 24])}, 19, set())
+    assert signature(folder / "visual/model.onnx") == image
+    assert signature(folder / "textual/model.onnx") == text
+    config = json.loads((folder / "config.json").read_text())
+    assert config["embed_dim"] == 24 and config["text_cfg"]["context_length"] == 16
+    assert config["vision_cfg"]["timm_model_name"] == "tiny_vit_5m_224"
+    cfg = json.loads((folder / "visual/preprocess_cfg.json").read_text())
+    assert (cfg["size"], cfg["interpolation"], cfg["resize_mode"]) == ([32, 32], "bicubic", "shortest")
+    assert (cfg["mean"], cfg["std"]) == ([0.48, 0.45, 0.4], [0.26, 0.26, 0.27])
+    assert json.loads((folder / "textual/tokenizer_config.json").read_text())["pad_token"] == "!"
+
+
+def test_transformers_gets_its_folder_names_numbers_and_shapes(folders):
+    folder = folders["transformers"]
+    assert files(folder) == [
+        "config.json", "fmdistill.json", "onnx/text_model.onnx", "onnx/vision_model.onnx", "preprocessor_config.json",
+        "tokenizer.json", "tokenizer_config.json",
+    ]  # fmt: skip
+    image, text = (signature(folder / f"onnx/{tower}_model.onnx") for tower in ("vision", "text"))
+    assert image[:2] == (
+        {"pixel_values": ("FLOAT", ["batch", 3, 32, 32])}, {"image_embeds": ("FLOAT", ["batch", 24])}
+    )  # fmt: skip
+    assert text[:2] == ({"input_ids": ("INT64", ["batch", 16])}, {"text_embeds": ("FLOAT", ["batch", 24])})
+    assert image[2:] == text[2:] == (18, set())
+    cfg = json.loads((folder / "preprocessor_config.json").read_text())
+    assert (cfg["size"], cfg["crop_size"], cfg["resample"]) == ({"shortest_edge": 32}, {"height": 32, "width": 32}, 3)
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "clip"
+
+
+def test_plain_files_take_any_batch(folders):
+    assert files(folders["onnx"]) == [
+        "fmdistill.json", "image.onnx", "text.onnx", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json",
+    ]  # fmt: skip
+    assert signature(folders["onnx"] / "image.onnx")[0] == {"image": ("FLOAT", ["batch", 3, 32, 32])}
+    assert signature(folders["onnx"] / "text.onnx")[0] == {"text": ("INT64", ["batch", 16])}
+
+
+@pytest.mark.parametrize("format", WRITERS)
+def test_embeddings_are_those_of_pytorch(ran, folders, format):
+    folder = folders[format]
+    model = artefact.read(folder).model
+    pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    right_image, right_text = torch_embeddings(ran, pixels, TEXTS)
+    if format == "immich":
+        right_image, right_text = unit(right_image), unit(right_text)
+    tokens = clip_tokenizer.tokenize(folder / model["tokenizer_files"], TEXTS, 16)
+    for path, given, right in ((model["image"], pixels.numpy(), right_image), (model["text"], tokens, right_text)):
+        session = Session(folder / path)
+        ((name, (kind, _)),) = session.inputs.items()
+        given = given.astype({"tensor(int32)": np.int32}.get(kind, given.dtype))
+        size = 1 if format == "immich" else len(given)
+        got = [session({name: given[i : i + size]})[session.outputs[0]] for i in range(0, len(given), size)]
+        assert difference(np.concatenate(got), right) < 1e-3
+    assert right_image.std(0).min() > 1e-4 and difference(right_text[:1], right_text[1:2]) > 1e-2
+
+
+@pytest.mark.parametrize("format", WRITERS)
+def test_a_predictor_opens_the_folder_and_embeds_pictures_and_texts(ran, folders, format):
+    pictures = [clip_check.photographs()[i] for i in (0, 2)]
+    preprocess = cache.open_cache(clip_run.load(ran, *STUDENT)).preprocess
+    pixels, sizes = zip(*map(preprocess.prepare, pictures), strict=True)
+    right_image, right_text = torch_embeddings(ran, preprocess.normalize(torch.stack(pixels), torch.tensor(sizes)), TEXTS)
+    predictor = open_artefact(artefact.read(folders[format]), "cpu")
+    assert difference(predictor.encode_image(pictures), unit(right_image)) < 1e-3
+    assert difference(predictor.encode_text(TEXTS), unit(right_text)) < 1e-3
+    odds = predictor.classify(pictures, ["fox", "owl", "tram"])
+    assert odds.shape == (2, 3) and np.allclose(odds.sum(1), 1, atol=1e-5)
+
+
+def test_the_check_is_recorded(folders):
+    check = artefact.read(folders["immich"]).check
+    assert check["image_cosine"]["min"] > 0.99999 and check["text_cosine"]["min"] > 0.99999
+    assert check["tokens_equal"] and check["photographs"] >= 6 and check["texts"] == len(clip_check.TEXTS)
+
+
+TOKENS = [
+    "a photo of a cat", "Hello, World!!! it's THE dog's", "", "  spaces \t\n  two", "naïve café Straße", "e\u0301cole",
+    "“curly” ‘quotes’ it’s", "ﬁsh ＡＢＣ　１２", "&amp;lt; &lt;b&gt; A&amp;B &quot;x&quot;", "日本語 한국어 العربية हिन्दी",
+    "emoji 😀👍🏽 ok", "12345 1.5kg", "<start_of_text> x <END_OF_TEXT> y", "word " * 200, "don't we'll they've I'd I'm",
+    "a\u00a0b\u200bc", "x_y__z #tag @me http://a.b/c?d=e&f", "İstanbul", "¿qué? ¡sí!", "½ ² Ⅷ ①", "--- ... !!!", "! !!",
+    "'s 's'S", "\ufeffbom", "A‑B–C—D", "ABC'S", "ﾊﾝｶｸ ｶﾞ", "a|b\\c",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("clean", ["lower", "canonicalize", "whitespace"])
+def test_tokens_are_open_clips(tmp_path, clean):
+    own = SimpleTokenizer(context_length=20, clean=clean)
+    clip_tokenizer.write(own, {"text_cfg": {"tokenizer_kwargs": {"clean": clean}}}, tmp_path)
+    texts = [text for text in TOKENS if clean == "lower" or "of_text" not in text]  # these are matched in any case
+    assert np.array_equal(clip_tokenizer.tokenize(tmp_path, texts, 20), own(texts).numpy())
+    plain = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))  # which pads and cuts by itself
+    assert np.array_equal([plain.encode(text).ids for text in texts], own(texts).numpy())
+
+
+@pytest.mark.parametrize("text", ["schÃ¶n", "&eacute;", "ΟΔΥΣΣΕΥΣ", "\x1b[31mred"])
+def test_what_a_tokenizer_file_cannot_do_differs_as_the_documentation_says(tmp_path, text):
+    own = SimpleTokenizer()
+    clip_tokenizer.write(own, {"text_cfg": {}}, tmp_path)
+    assert not np.array_equal(clip_tokenizer.tokenize(tmp_path, [text], 77), own([text]).numpy())
+
+
+def test_a_tokenizer_that_drops_tokens_at_random_is_refused(tmp_path):
+    with pytest.raises(UserError, match="reduction_mask=random: .* export with the format openclip"):
+        clip_tokenizer.write(SimpleTokenizer(), {"text_cfg": {"tokenizer_kwargs": {"reduction_mask": "random"}}}, tmp_path)
+
+
+def test_padding_follows_open_clip_unless_transformers_would_misread_it(folders):
+    expected = {"immich": "!", "onnx": "!", "transformers": "<end_of_text>"}
+    for format, pad in expected.items():
+        folder = folders[format] / artefact.read(folders[format]).model["tokenizer_files"]
+        assert json.loads((folder / "tokenizer_config.json").read_text())["pad_token"] == pad
+
+
+@pytest.mark.parametrize("student", [clip_mini_student, lambda: tinyvit_clip_mini(24, 32)])
+def test_mini_students_are_exported(ran, tmp_path, student):
+    source = Source.of(ran / "run")
+    network = randomize(student(), 3)
+    out = clip_onnx.immich(Source(source.run, source.recipe, network), tmp_path / "out")
+    predictor, picture = open_artefact(artefact.read(out)), clip_check.photographs()[1]
+    pixels, size = predictor.preprocess.prepare(picture)
+    with torch.no_grad():
+        right = network(predictor.preprocess.normalize(pixels[None], torch.tensor([size])))["embedding"].numpy()
+    assert difference(predictor.encode_image([picture]), unit(right)) < 1e-3
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+@pytest.mark.parametrize("planted", [0.0, float("nan")])
+def test_a_tower_that_differs_is_not_published(ran, tmp_path, monkeypatch, tower, planted):
+    write = clip_onnx.onnx_file.write
+
+    def damaged(network, inputs, outputs, path, **settings):
+        if path.name == f"{tower}.onnx":
+            network = nn.Sequential(network, Planted(planted))
+        write(network, inputs, outputs, path, **settings)
+
+    monkeypatch.setattr(clip_onnx.onnx_file, "write", damaged)
+    with pytest.raises(UserError, match=f"the {tower} tower's embeddings differ .* nothing was written") as error:
+        clip_onnx.onnx(Source.of(ran / "run"), tmp_path / "out")
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+    assert ("min_cosine=" in str(error.value)) == (planted == 0)
+    if planted == 0:
+        assert clip_onnx.onnx(Source.of(ran / "run"), tmp_path / "out", min_cosine=-1.0).is_dir()
+
+
+class Planted(nn.Module):
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.factor = torch.cat([torch.full((12,), value), torch.ones(12)])
+
+    def forward(self, embedding: torch.Tensor) -> torch.Tensor:
+        return embedding * self.factor
+
+
+def test_an_export_replaces_an_earlier_one_and_nothing_else(ran, folders, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/notes.txt").write_text("")
+    with pytest.raises(UserError, match="already exists and is not an fmdistill export"):
+        export.run(ran / "run", "immich", tmp_path / "other")
+    out = export.run(ran / "run", "immich", tmp_path / "again")
+    (out / "stale").write_text("")
+    assert files(export.run(ran / "run", "immich", out)) == files(folders["immich"])
+
+
+@pytest.mark.parametrize(
+    ("student", "says"),
+    [
+        (lambda: tinyvit_clip(embed_dim=16, image_size=32), "embedding has 16, its teacher's 24"),
+        (lambda: tinyvit_clip(embed_dim=24, image_size=64), "image side is 64, its teacher's 32"),
+        (lambda: nn.Linear(2, 2), "embedding has None, its teacher's 24"),
+    ],
+)
+def test_a_student_that_does_not_fit_raises_one_clear_line(ran, tmp_path, student, says):
+    source = Source.of(ran / "run")
+    with pytest.raises(UserError, match=says) as error:
+        clip_onnx.immich(Source(source.run, source.recipe, student()), tmp_path / "out")
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_a_run_without_a_text_tower_is_one_clear_line(tmp_path):
+    sam = tiny.load(tmp_path, "train.steps=1")
+    clip_run.finish(sam, tiny.Student())
+    cache.run(sam)
+    with pytest.raises(UserError, match="of the family 'sam' and has no text tower; immich exports runs"):
+        export.run(sam.out, "immich", tmp_path / "out", trust=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_export_is_one_clear_line(ran, tmp_path):
+    out = clip_onnx.onnx(Source.of(ran / "run"), tmp_path / "out")
+    opened = artefact.read(out)
+    for name in ("image.onnx", "text.onnx", "tokenizer/tokenizer.json"):
+        before = (out / name).read_bytes()
+        (out / name).write_bytes(before[:-9] + b"x" * 9)
+        with pytest.raises(UserError, match=f"{name}: is not the file that was exported"):
+            open_artefact(opened)
+        (out / name).write_bytes(before)
+    assert open_artefact(opened).encode_text("a fox").shape == (1, 24)
+
+
+def test_a_picture_file_is_embedded_too(ran, folders, tmp_path):
+    PIL.Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
+    predictor = open_artefact(artefact.read(folders["immich"]))
+    assert predictor.encode_image(tmp_path / "red.png").shape == (1, 24)
