@@ -1,4 +1,4 @@
-"""The exported page in headless Chromium: real files, clicks, keys and touches; its masks are compared with PyTorch's."""
+"""The exported page in headless Chromium: real files, clicks, keys, touches; its masks are compared with PyTorch's."""
 
 import functools
 import http.server

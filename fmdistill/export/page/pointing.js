@@ -42,6 +42,7 @@ export class Pointing {
   setLabel(label) { this.set({ label, mode: "point" }); }
 
   listenTo(canvas) {
+    this.surface ??= canvas;
     let down = null;
     const place = (event) => {
       const area = canvas.getBoundingClientRect();
@@ -94,6 +95,7 @@ export class Pointing {
       if (!moves && !action) return;
       event.preventDefault();
       if (action) return action();
+      if (event.target.closest("button, summary")) this.surface.focus({ preventScroll: true }); // for Enter
       this.move(moves, event.shiftKey ? LEAP : STEP);
     });
   }
