@@ -108,7 +108,7 @@ def test_another_host_setting_allows_other_names(folder):
 
 def test_the_page_loads_nothing_from_elsewhere(folder):
     page = client([folder])
-    texts = {path: page.get(path) for path in ("/", "/page.js", "/page.css")}
+    texts = {path: page.get(path) for path in ("/", "/page.js", "/page.css", "/pointing.js")}
     assert all(response.status_code == 200 for response in texts.values())
     policy = texts["/"].headers["content-security-policy"]
     assert policy.startswith("default-src 'self'") and "unsafe" not in policy

@@ -24,6 +24,7 @@ FORMATS: dict[str, Callable[..., Path] | str] = {
     "labelme": "fmdistill.export.sam_onnx:labelme",
     "openvino": "fmdistill.export.sam_onnx:openvino",
     "transformers": "fmdistill.export.transformers:run",
+    "web": "fmdistill.export.web:run",
 }
 FILES = {  # example file names of the one-file formats
     "mobilesam": "mobile_sam.pt",

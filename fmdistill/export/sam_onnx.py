@@ -37,6 +37,9 @@ class SamExport:
     layout: SamLayout
     pictures: Callable[[str, int], list[np.ndarray]]  # of a split, so many
     described: Mapping[str, Any]  # of the run, for the JSON
+    further: Callable[[Path], Mapping[str, Any]] = (
+        lambda folder: {}
+    )  # puts files into it; entries of the JSON's `model`
 
 
 def onnx(source: Source, out: Path, precision: Precision = "fp32", single: bool = False, min_miou: float = 0.9) -> Path:
@@ -65,22 +68,27 @@ def transformers(source: Source, out: Path, precision: Precision = "fp32", min_m
 
 
 def _run(source: Source, out: Path, name: str, precision: Precision, min_miou: float, single: bool = False) -> Path:
+    layout = LAYOUTS[name]
+    export = export_of(source, out, name, layout.with_single(single or layout.single))
+    return write(export, out, precision, min_miou)
+
+
+def export_of(source: Source, out: Path, name: str, layout: SamLayout) -> SamExport:
+    """Return the export `name` of a run. Raises UserError if its teacher is no SAM, or `out` is no place for it."""
     if source.family != "sam":
         raise UserError(
             f"export {name}: {source.recipe.out} was distilled from the family '{source.family}'; {name} exports SAM "
             f"students, whose masks come from prompts"
         )
     folder.check_place(out, artefact.NAME, f"an {name}")
-    layout = LAYOUTS[name]
-    export = SamExport(
+    return SamExport(
         source.student,
         source.head(),
         name,
-        layout.with_single(single or layout.single),
+        layout,
         lambda split, count: checks.pictures(source.recipe, split, count),
         source.to_json(),
     )
-    return write(export, out, precision, min_miou)
 
 
 def write(export: SamExport, out: Path, precision: Precision = "fp32", min_miou: float = 0.9) -> Path:
@@ -106,7 +114,7 @@ def write(export: SamExport, out: Path, precision: Precision = "fp32", min_miou:
             kind="sam",
             format=export.name,
             precision=precision,
-            model={**model, **converted},
+            model={**model, **converted, **export.further(temporary)},
             check=check,
             source=export.described,
         )

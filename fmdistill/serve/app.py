@@ -17,6 +17,7 @@ from starlette.routing import Route
 
 from fmdistill.backbones.clip import TextHead
 from fmdistill.evaluate.results import TEACHER
+from fmdistill.export.web import POINTING
 from fmdistill.registry import UserError
 from fmdistill.serve import masks, samples, scores, weights
 from fmdistill.serve.guard import Guard
@@ -25,15 +26,20 @@ from fmdistill.serve.subjects import OpenedRuns, Subject
 
 UPLOAD = 20_000_000  # bytes of an image
 REQUEST = 200_000  # bytes of a prompt
-FILES = {"": "index.html", "page.js": "page.js", "page.css": "page.css"}
 FOLDER = Path(__file__).parent / "page"
+FILES = {
+    "": FOLDER / "index.html",
+    "page.js": FOLDER / "page.js",
+    "page.css": FOLDER / "page.css",
+    "pointing.js": POINTING,  # what this page has in common with the exported one
+}
 IN_MEMORY = "this image is no longer in memory; open it again"
 
 
 def build(opened: OpenedRuns, host: str = "127.0.0.1") -> Starlette:
     """Return the application that serves the page and answers its requests, to be reached at the address `host`."""
     site = Site(opened, Pictures(opened), samples.gather(opened))
-    routes = [Route(f"/{path}", functools.partial(_file, name)) for path, name in FILES.items()]
+    routes = [Route(f"/{path}", functools.partial(_file, file)) for path, file in FILES.items()]
     routes += [
         Route("/api/session", site.session),
         Route("/api/samples/{number:int}", site.thumbnail),
@@ -156,8 +162,8 @@ class Site:
         return self.offered[number]
 
 
-def _file(name: str, request: Request) -> Response:
-    return FileResponse(FOLDER / name, headers={"Cache-Control": "no-cache"})
+def _file(file: Path, request: Request) -> Response:
+    return FileResponse(file, headers={"Cache-Control": "no-cache"})
 
 
 def _subject(subject: Subject) -> dict[str, Any]:

@@ -1,20 +1,21 @@
-"use strict";
 // The page of `fmdistill serve`: one picture, the prompts on it, and what each network answers.
+import { maskLayer, Pointing } from "./pointing.js";
 
 const $ = (id) => document.getElementById(id);
 const LIGHT = [[5, 48, 97], [33, 102, 172], [67, 147, 195], [146, 197, 222], [209, 229, 240], [247, 247, 247],
   [253, 219, 199], [244, 165, 130], [214, 96, 77], [178, 24, 43], [103, 0, 31]]; // ColorBrewer's RdBu, reversed
 const AGREED = [0, 114, 178], MISSED = [255, 215, 0], ADDED = [213, 40, 120];
 const COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"]; // of the bars, by network
-const STEP = 0.01, LEAP = 0.05; // the crosshair's steps, as shares of the picture
-const DRAG = 6; // pixels that a pointer moves before a click is a drag
 
 const state = {
   session: null, source: null, image: null, bitmap: null, opening: 0,
-  history: [], draft: null, hover: { x: 0.5, y: 0.5 }, crosshair: false,
-  mode: "point", label: 1, choice: "auto", differences: true, showWeights: false,
+  differences: true, showWeights: false,
   embedded: {}, answers: {}, weights: null,
 };
+const pointing = new Pointing({
+  changed: () => { showTools(); masks.refresh(); }, redraw: () => draw(),
+  aspect: () => state.image ? state.image.shown[1] / state.image.shown[0] : 0,
+});
 
 // ---- requests
 
@@ -61,7 +62,7 @@ async function open(source) {
     if (!current()) return;
     const same = state.image && state.image.image === made.image;
     Object.assign(state, { source, image: made, bitmap, embedded: {}, answers: {}, weights: null });
-    if (!same) Object.assign(state, { history: [], draft: null, hover: { x: 0.5, y: 0.5 }, crosshair: false });
+    if (!same) pointing.reset();
     tell(null);
     document.documentElement.style.setProperty("--aspect", made.shown[1] / made.shown[0]);
     markSample();
@@ -131,7 +132,7 @@ const masks = {
     $("panels").setAttribute("aria-busy", true);
     while (this.wanted) {
       this.wanted = false;
-      const prompt = currentPrompt(), image = state.image;
+      const prompt = pointing.prompt(), image = state.image;
       if (!image || !prompt) {
         state.answers = {};
         $("answer").textContent = "";
@@ -156,18 +157,6 @@ const masks = {
   },
 };
 
-function currentPrompt() {
-  const kept = [...state.history];
-  if (state.draft) kept.push(state.draft);
-  const points = kept.filter((item) => item.x !== undefined).map((item) => [item.x, item.y, item.label]);
-  const box = kept.filter((item) => item.box).map((item) => item.box).at(-1) || null;
-  if (!points.length && !box) {
-    if (!state.hover || state.mode === "box" && !state.hover.shown) return null;
-    points.push([state.hover.x, state.hover.y, state.label]);
-  }
-  return { points, box, mask: state.choice };
-}
-
 function painted(answer, [height, width]) {
   const bits = new Uint8Array(height * width);
   let at = 0, inside = 0;
@@ -180,26 +169,9 @@ function painted(answer, [height, width]) {
 }
 
 function layer(answer, teacher, kind) { // the mask as a canvas, made once for each view
-  if (answer.layers[kind]) return answer.layers[kind];
-  const { bits, height, width } = answer, image = new ImageData(width, height), rgba = new Uint32Array(image.data.buffer);
-  const word = ([r, g, b], alpha) => (alpha << 24 | b << 16 | g << 8 | r) >>> 0; // little-endian, as browsers are
-  const agreed = word(AGREED, 150), missed = word(MISSED, 150), added = word(ADDED, 150), edge = word([255, 255, 255], 240);
-  const other = kind === "differences" ? teacher.bits : bits;
-  for (let i = 0; i < bits.length; i++) {
-    if (kind !== "outline" && (bits[i] || other[i])) rgba[i] = bits[i] ? (other[i] ? agreed : added) : missed;
-  }
-  const reach = Math.max(1, Math.round(width / 500));
-  for (let y = 0, i = 0; y < height; y++) {
-    for (let x = 0; x < width; x++, i++) {
-      if (!bits[i]) continue;
-      const left = x >= reach && !bits[i - reach], right = x + reach < width && !bits[i + reach];
-      const above = y >= reach && !bits[i - reach * width], below = y + reach < height && !bits[i + reach * width];
-      if (left || right || above || below) rgba[i] = edge;
-    }
-  }
-  const canvas = new OffscreenCanvas(width, height);
-  canvas.getContext("2d").putImageData(image, 0, 0);
-  return answer.layers[kind] = canvas;
+  const { bits, height, width, layers } = answer, other = kind === "differences" ? teacher.bits : bits;
+  const fill = (i) => bits[i] ? (other[i] ? AGREED : ADDED) : other[i] ? MISSED : null;
+  return layers[kind] ??= maskLayer(bits, width, height, kind === "outline" ? null : fill);
 }
 
 // ---- the panels
@@ -249,7 +221,7 @@ function drawPanel(panel) {
     const differs = state.differences && teacher && answer !== teacher;
     context.drawImage(layer(answer, teacher, heat ? "outline" : differs ? "differences" : "plain"), 0, 0);
   }
-  drawPrompt(context, width, height, width / (canvas.clientWidth || width));
+  pointing.draw(context, width, height, width / (canvas.clientWidth || width));
   const embedded = state.embedded[name], numbers = [];
   if (embedded && !embedded.problem) {
     numbers.push(embedded.milliseconds === null ? "embedding from the cache" : `embedding ${time(embedded.milliseconds)}`);
@@ -268,53 +240,6 @@ function drawPanel(panel) {
 const teacherAnswer = () => Object.values(state.answers).find((each) => isTeacher(each.subject));
 const isTeacher = (name) => state.session.subjects.some((subject) => subject.teacher && subject.name === name);
 const time = (ms) => ms >= 1000 ? `${(ms / 1000).toFixed(1)} s` : ms >= 10 ? `${ms.toFixed(0)} ms` : `${ms.toFixed(1)} ms`;
-
-function drawPrompt(context, width, height, unit) { // unit: canvas pixels in a pixel of the page
-  const items = [...state.history, ...(state.draft ? [state.draft] : [])];
-  const box = items.filter((item) => item.box).at(-1);
-  if (box) {
-    const [left, top, right, bottom] = box.box;
-    const frame = [left * width, top * height, (right - left) * width, (bottom - top) * height];
-    stroke(context, unit, () => context.rect(...frame));
-  }
-  for (const item of items) if (item.x !== undefined) drawPoint(context, item, width, height, unit);
-  const { hover } = state;
-  if (hover && state.crosshair) {
-    stroke(context, unit, () => {
-      context.moveTo(hover.x * width, 0); context.lineTo(hover.x * width, height);
-      context.moveTo(0, hover.y * height); context.lineTo(width, hover.y * height);
-    }, 1);
-  }
-  if (hover && !items.length && (state.mode === "point" || hover.shown)) {
-    drawPoint(context, { ...hover, label: state.label, loose: true }, width, height, unit);
-  }
-}
-
-function stroke(context, unit, path, line = 2) {
-  for (const [colour, wide] of [["rgb(0 0 0 / .55)", line + 2], ["#fff", line]]) {
-    context.beginPath();
-    path();
-    context.lineWidth = wide * unit;
-    context.strokeStyle = colour;
-    context.stroke();
-  }
-}
-
-function drawPoint(context, { x, y, label, loose }, width, height, unit) {
-  const radius = (loose ? 5 : 7) * unit, [cx, cy] = [x * width, y * height];
-  context.beginPath();
-  context.arc(cx, cy, radius, 0, 2 * Math.PI);
-  context.fillStyle = loose ? "rgb(255 255 255 / .35)" : label ? "#12813f" : "#c22a2a";
-  context.fill();
-  stroke(context, unit, () => context.arc(cx, cy, radius, 0, 2 * Math.PI), 1.5);
-  if (loose) return;
-  context.beginPath();
-  context.moveTo(cx - 3 * unit, cy); context.lineTo(cx + 3 * unit, cy);
-  if (label) { context.moveTo(cx, cy - 3 * unit); context.lineTo(cx, cy + 3 * unit); }
-  context.lineWidth = 1.8 * unit;
-  context.strokeStyle = "#fff";
-  context.stroke();
-}
 
 // ---- SRW's weights
 
@@ -366,36 +291,19 @@ function showScale() {
   $("weighting").textContent = `SRW's weight of a patch in the loss, mean 1; ${weights.about}`;
 }
 
-// ---- pointer and keys
+// ---- tools
 
 function showTools() {
   const press = (element, on) => element.setAttribute("aria-pressed", on);
-  for (const button of document.querySelectorAll("[data-mode]")) press(button, button.dataset.mode === state.mode);
-  for (const button of document.querySelectorAll("[data-label]")) press(button, +button.dataset.label === state.label);
+  for (const button of document.querySelectorAll("[data-mode]")) press(button, button.dataset.mode === pointing.mode);
+  for (const button of document.querySelectorAll("[data-label]")) press(button, +button.dataset.label === pointing.label);
   press($("differences"), state.differences);
   press($("weights"), state.showWeights);
-  $("masks").classList.toggle("boxing", state.mode === "box");
-  $("choice").value = state.choice;
-  $("undo").disabled = $("clear").disabled = !state.history.length && !state.draft;
+  $("masks").classList.toggle("boxing", pointing.mode === "box");
+  $("choice").value = pointing.choice;
+  $("undo").disabled = $("clear").disabled = pointing.empty;
   $("colours").hidden = !state.differences || Boolean(state.showWeights && state.weights);
   showScale();
-}
-
-function keep(item) {
-  state.history.push(item);
-  state.draft = null;
-  masks.refresh();
-}
-
-function undo() {
-  if (state.draft) state.draft = null; else state.history.pop();
-  masks.refresh();
-}
-
-function clear() {
-  state.history = [];
-  state.draft = null;
-  masks.refresh();
 }
 
 function set(changes) {
@@ -404,100 +312,22 @@ function set(changes) {
   masks.refresh();
 }
 
-const setMode = (mode) => { state.draft = null; set({ mode }); };
-const setLabel = (label) => set({ label, mode: "point" });
-
 function toggleWeights() {
   set({ showWeights: !state.showWeights });
   if (state.showWeights && !state.weights && state.image) loadWeights();
 }
 
 function listen() {
-  for (const canvas of document.querySelectorAll(".stage canvas")) listenTo(canvas);
-  for (const button of document.querySelectorAll("[data-mode]")) button.onclick = () => setMode(button.dataset.mode);
-  for (const button of document.querySelectorAll("[data-label]")) button.onclick = () => setLabel(+button.dataset.label);
-  $("choice").onchange = () => set({ choice: $("choice").value });
-  $("undo").onclick = undo;
-  $("clear").onclick = clear;
-  $("differences").onclick = () => set({ differences: !state.differences });
+  const switchDifferences = () => set({ differences: !state.differences });
+  for (const canvas of document.querySelectorAll(".stage canvas")) pointing.listenTo(canvas);
+  for (const button of document.querySelectorAll("[data-mode]")) button.onclick = () => pointing.setMode(button.dataset.mode);
+  for (const button of document.querySelectorAll("[data-label]")) button.onclick = () => pointing.setLabel(+button.dataset.label);
+  $("choice").onchange = () => pointing.set({ choice: $("choice").value });
+  $("undo").onclick = () => pointing.undo();
+  $("clear").onclick = () => pointing.clear();
+  $("differences").onclick = switchDifferences;
   $("weights").onclick = toggleWeights;
-  document.addEventListener("keydown", press);
-}
-
-function listenTo(canvas) {
-  let down = null;
-  const place = (event) => {
-    const area = canvas.getBoundingClientRect(), share = (value) => Math.min(1, Math.max(0, value));
-    return { x: share((event.clientX - area.left) / area.width), y: share((event.clientY - area.top) / area.height) };
-  };
-  canvas.addEventListener("pointerdown", (event) => {
-    if (!state.image || event.button > 0) return;
-    down = { ...place(event), at: [event.clientX, event.clientY], dragged: false };
-    if (state.mode === "box" || event.pointerType === "mouse") canvas.setPointerCapture(event.pointerId);
-  });
-  canvas.addEventListener("pointermove", (event) => {
-    if (!state.image) return;
-    const at = place(event);
-    const far = down && Math.hypot(event.clientX - down.at[0], event.clientY - down.at[1]) > DRAG;
-    if (far && (state.mode === "box" || event.pointerType === "mouse")) {
-      down.dragged = true;
-      state.draft = { box: boxOf(down, at) };
-      masks.refresh();
-      return;
-    }
-    state.crosshair = false;
-    state.hover = at;
-    if (!state.history.length && !state.draft) masks.refresh(); else draw();
-  });
-  canvas.addEventListener("pointerup", (event) => {
-    const started = down;
-    down = null;
-    if (!started) return;
-    if (started.dragged) keep(state.draft);
-    else if (state.mode === "point") keep({ ...place(event), label: event.shiftKey || event.ctrlKey ? 0 : state.label });
-  });
-  canvas.addEventListener("pointercancel", () => { down = null; state.draft = null; masks.refresh(); });
-  canvas.addEventListener("contextmenu", (event) => {
-    event.preventDefault();
-    if (state.image && event.pointerType !== "touch" && !event.ctrlKey) keep({ ...place(event), label: 0 });
-  });
-}
-
-const boxOf = (a, b) => [Math.min(a.x, b.x), Math.min(a.y, b.y), Math.max(a.x, b.x), Math.max(a.y, b.y)];
-
-function press(event) {
-  if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest("textarea, input, select")) return;
-  const moves = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
-  const onButton = event.target.closest("button, summary");
-  const action = {
-    Enter: onButton ? null : enter, Backspace: undo, Escape: clear, n: () => setLabel(1 - state.label), b: () => setMode(state.mode === "box" ? "point" : "box"),
-    m: () => set({ choice: { auto: "1", 1: "2", 2: "3", 3: "0", 0: "auto" }[state.choice] }),
-    d: () => set({ differences: !state.differences }), w: toggleWeights, o: () => $("file").click(),
-  }[event.key.length === 1 ? event.key.toLowerCase() : event.key];
-  if (!moves && !action) return;
-  event.preventDefault();
-  if (action) return action();
-  move(moves, event.shiftKey ? LEAP : STEP);
-}
-
-function move([right, down], step) {
-  const { hover, image } = state;
-  if (!image) return;
-  const share = (value) => Math.min(1, Math.max(0, value)), aspect = image.shown[1] / image.shown[0];
-  state.crosshair = true;
-  state.hover = { x: share(hover.x + right * step / Math.max(1, aspect)), y: share(hover.y + down * step * Math.min(1, aspect)), shown: true };
-  if (state.corner) state.draft = { box: boxOf(state.corner, state.hover) };
-  masks.refresh();
-}
-
-function enter() {
-  if (!state.image) return;
-  const { x, y } = state.hover;
-  state.crosshair = true;
-  if (state.mode === "point") return keep({ x, y, label: state.label });
-  if (!state.draft) return set({ corner: { x, y }, draft: { box: [x, y, x, y] } });
-  state.corner = null;
-  keep(state.draft);
+  pointing.listenToKeys({ d: switchDifferences, w: toggleWeights, o: () => $("file").click() });
 }
 
 // ---- scores of labels
