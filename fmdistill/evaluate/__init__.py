@@ -17,6 +17,8 @@ from fmdistill.evaluate.results import Judged, Result, Row
 from fmdistill.evaluate.stored_results import Partial
 from fmdistill.files import check_folder, write_whole
 from fmdistill.logs import log
+from fmdistill.predict import artefact
+from fmdistill.predict.onnx_student import open_student
 from fmdistill.recipe import Overrides, Recipe
 from fmdistill.registry import UserError, bind
 
@@ -93,23 +95,28 @@ def check_images(protocol: Protocol, recipe: Recipe) -> None:
 
 
 def run(protocol: str | Path, subject: str | Path, overrides: Overrides = ()) -> list[Row]:
-    """Evaluate a run's student, or a checkpoint file; store the result and return its rows, reusing a stored result.
+    """Evaluate a student: a run's, an exported ONNX folder's or a checkpoint file's; store the result, return its rows.
 
-    The result of a run is RUN/evaluation/PROTOCOL.json. A checkpoint file needs `recipe=RECIPE` among the overrides for
-    its images and its cache, and its result is stored beside it. All other overrides but `trust` are the protocol's.
+    A stored result is reused. That of a run is RUN/evaluation/PROTOCOL.json. A folder or a file needs `recipe=RECIPE`
+    among the overrides for its images and its cache, and its result is stored beside it. All other overrides but
+    `trust` are the protocol's.
     """
     settings = recipes.parse_overrides(overrides)
     trust = str(settings.pop("trust", "")).lower() == "true"
     trusted = ["trust=true"] if trust else []
     recipe_path = settings.pop("recipe", None)
     loaded, subject = load(protocol, settings), Path(subject).expanduser()
-    if subject.is_file():
+    exported = (subject / artefact.NAME).is_file()
+    if subject.is_file() or exported:
         if recipe_path is None:
+            kind = "an exported folder" if exported else "a checkpoint file"
             raise UserError(
-                f"{subject}: is a checkpoint file; add recipe=RECIPE, whose images and cache it is to be evaluated with"
+                f"{subject}: is {kind}; add recipe=RECIPE, whose images and cache it is to be evaluated with, such as "
+                f"recipe=RUN/recipe.yaml"
             )
-        recipe, out = recipes.load(recipe_path, trusted), subject.parent / f"{subject.stem}.evaluation"
-        weights = subject
+        name = subject.name if exported else subject.stem
+        recipe, out = recipes.load(recipe_path, trusted), subject.parent / f"{name}.evaluation"
+        weights = subject / artefact.NAME if exported else subject
     else:
         recipe = recipes.load(recipe_path, trusted) if recipe_path else recipes.load_saved(subject, trusted)
         weights, out = students.weights_path(subject), subject / "evaluation"
@@ -120,7 +127,9 @@ def run(protocol: str | Path, subject: str | Path, overrides: Overrides = ()) ->
         log.info("%s: judged already", path)
         return rows
     check_folder(out, "the result")
-    if weights == subject:
+    if exported:
+        student: nn.Module = open_student(artefact.read(subject))
+    elif weights == subject:
         student = students.load_checkpoint(recipe.student, subject)
     else:
         student = students.load_student(subject, trust)
