@@ -8,6 +8,7 @@ import clip_run
 import clips
 import numpy as np
 import pytest
+import sam_exports
 import served
 import timm_toys
 import tiny
@@ -22,7 +23,7 @@ from fmdistill import recipe as recipes
 from fmdistill.backbones.promptable import PromptHead
 from fmdistill.backbones.tinyvit import TinyViTSAM
 from fmdistill.backbones.tinyvit_clip import TinyViTCLIP
-from fmdistill.export import mobilesam, openclip
+from fmdistill.export import mobilesam, openclip, sam_onnx
 from fmdistill.export.folder import describe
 from fmdistill.mini.clip import build_clip_mini, clip_mini_student
 from fmdistill.mini.photos import photograph
@@ -247,3 +248,22 @@ def test_a_student_of_a_teacher_without_a_head_is_refused(tmp_path):
     run = clip_run.finish(recipe, torch.nn.Linear(1, 1))
     with pytest.raises(UserError, match="its teacher is of the family 'timm', without a mask decoder or a text tower"):
         fmdistill.load(run, trust=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", ["auto", "cpu"])
+def test_an_exported_onnx_folder_of_a_sam_opens_with_the_same_calls(onnx_export, device):
+    student, head, folder = onnx_export
+    opened = fmdistill.load(folder, device=device)
+    expected, actual = masks(torch_predictor(student, head, CPU)), masks(opened)
+    assert actual.shape == expected.shape and np.allclose(actual, expected, atol=1e-2 * np.ptp(expected))
+    with pytest.raises(UserError, match="encoder.onnx: is a part of .*, whose fmdistill.json describes it"):
+        fmdistill.load(folder / "encoder.onnx")
+
+
+@pytest.fixture(scope="module")
+def onnx_export(tmp_path_factory):
+    """The quarter-scale student, its teacher's head, and the folder of their ONNX export."""
+    student, head = sam_exports.mini()
+    out = tmp_path_factory.mktemp("onnx") / "out"
+    return student, head, sam_onnx.write(sam_exports.export(student, head, "onnx", False), out, "fp32", 0.999)
