@@ -123,19 +123,20 @@ def _write_networks(towers: ClipTowers, layout: _Layout, folder: Path) -> None:
 
 def _convert(towers: ClipTowers, layout: _Layout, folder: Path, precision: str, source: Source) -> dict[str, Any]:
     """Convert both files in place; return what the JSON says of it."""
-    if precision == "fp32":
+    paths = {"image": folder / layout.image, "text": folder / layout.text}
+    if precision == "fp16":
+        for path in paths.values():
+            onnx_precision.store_half(path)
+    if precision != "int8":
         return {}
     photos = clip_check.pixels(towers, checks.pictures(source.recipe, "train", CALIBRATION))
     examples = {"image": photos, "text": towers.tokenizer(list(clip_check.CALIBRATION_TEXTS)).to(layout.token_type)}
     names = {"image": layout.image_names[0], "text": layout.text_names[0]}
     converted = {}
-    for tower, path in (("image", folder / layout.image), ("text", folder / layout.text)):
+    for tower, path in paths.items():
         feeds = [{names[tower]: example[None].numpy()} for example in examples[tower]]
-        if precision == "fp16":
-            converted[tower] = onnx_precision.to_half(path, feeds[:4])
-        else:
-            converted[tower] = onnx_precision.to_int8(path, feeds, _error(path, names[tower], feeds), INT8_ERROR)
-    return {"float_layers" if precision == "fp16" else "int8": converted}
+        converted[tower] = onnx_precision.to_int8(path, feeds, _error(path, names[tower], feeds), INT8_ERROR)
+    return {"int8": converted}
 
 
 def _error(path: Path, name: str, feeds: Sequence[Mapping[str, np.ndarray]]) -> Callable[[Path], float]:
