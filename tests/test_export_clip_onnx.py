@@ -16,7 +16,7 @@ from torch import nn
 from fmdistill import cache, export
 from fmdistill.backbones.tinyvit_clip import tinyvit_clip
 from fmdistill.distill.student import load_student
-from fmdistill.export import clip_check, clip_onnx, clip_tokenizer
+from fmdistill.export import checks, clip_check, clip_onnx, clip_tokenizer
 from fmdistill.export.source import Source
 from fmdistill.mini.clip import clip_mini_student
 from fmdistill.mini.tinyvit import tinyvit_clip_mini
@@ -44,6 +44,13 @@ def ran(tmp_path_factory) -> Path:
     cache.run(recipe)
     clip_run.finish(recipe, randomize(tinyvit_clip("5m", embed_dim=24, image_size=32), 5))
     return folder
+
+
+@pytest.fixture(scope="module")
+def light(ran) -> Source:
+    """A source with a student that is exported in a moment."""
+    source = Source.of(ran / "run")
+    return Source(source.run, source.recipe, randomize(clip_run.Student(), 1))
 
 
 STUDENT = ["student.name=tinyvit_clip", "student.embed_dim=24", "student.image_size=32"]
@@ -157,10 +164,12 @@ def test_embeddings_are_those_of_pytorch(ran, folders, format):
 
 @pytest.mark.parametrize("format", WRITERS)
 def test_a_predictor_opens_the_folder_and_embeds_pictures_and_texts(ran, folders, format):
-    pictures = [clip_check.photographs()[i] for i in (0, 2)]
+    pictures = [checks.photographs()[i] for i in (0, 2)]
     preprocess = cache.open_cache(clip_run.load(ran, *STUDENT)).preprocess
     pixels, sizes = zip(*map(preprocess.prepare, pictures), strict=True)
-    right_image, right_text = torch_embeddings(ran, preprocess.normalize(torch.stack(pixels), torch.tensor(sizes)), TEXTS)
+    right_image, right_text = torch_embeddings(
+        ran, preprocess.normalize(torch.stack(pixels), torch.tensor(sizes)), TEXTS
+    )
     predictor = open_artefact(artefact.read(folders[format]), "cpu")
     assert difference(predictor.encode_image(pictures), unit(right_image)) < 1e-3
     assert difference(predictor.encode_text(TEXTS), unit(right_text)) < 1e-3
@@ -171,14 +180,17 @@ def test_a_predictor_opens_the_folder_and_embeds_pictures_and_texts(ran, folders
 def test_the_check_is_recorded(folders):
     check = artefact.read(folders["immich"]).check
     assert check["image_cosine"]["min"] > 0.99999 and check["text_cosine"]["min"] > 0.99999
-    assert check["tokens_equal"] and check["photographs"] >= 6 and check["texts"] == len(clip_check.TEXTS)
+    assert check["tokens_equal"] and check["pictures"] == 6 + 6 and check["texts"] == len(clip_check.TEXTS)
 
 
 TOKENS = [
     "a photo of a cat", "Hello, World!!! it's THE dog's", "", "  spaces \t\n  two", "naïve café Straße", "e\u0301cole",
-    "“curly” ‘quotes’ it’s", "ﬁsh ＡＢＣ　１２", "&amp;lt; &lt;b&gt; A&amp;B &quot;x&quot;", "日本語 한국어 العربية हिन्दी",
-    "emoji 😀👍🏽 ok", "12345 1.5kg", "<start_of_text> x <END_OF_TEXT> y", "word " * 200, "don't we'll they've I'd I'm",
-    "a\u00a0b\u200bc", "x_y__z #tag @me http://a.b/c?d=e&f", "İstanbul", "¿qué? ¡sí!", "½ ² Ⅷ ①", "--- ... !!!", "! !!",
+    "“curly” ‘quotes’ it’s", "ﬁsh ＡＢＣ　１２", "&amp;lt; &lt;b&gt; A&amp;B &quot;x&quot;",
+    "日本語 한국어", "العربية हिन्दी",
+    "emoji 😀👍🏽 ok", "12345 1.5kg", "<start_of_text> x <END_OF_TEXT> y",
+    "word " * 200, "don't we'll they've I'd I'm",
+    "a\u00a0b\u200bc", "x_y__z #tag @me http://a.b/c?d=e&f", "İstanbul",
+    "¿qué? ¡sí!", "½ ² Ⅷ ①", "--- ... !!!", "! !!",
     "'s 's'S", "\ufeffbom", "A‑B–C—D", "ABC'S", "ﾊﾝｶｸ ｶﾞ", "a|b\\c",
 ]  # fmt: skip
 
@@ -202,7 +214,9 @@ def test_what_a_tokenizer_file_cannot_do_differs_as_the_documentation_says(tmp_p
 
 def test_a_tokenizer_that_drops_tokens_at_random_is_refused(tmp_path):
     with pytest.raises(UserError, match="reduction_mask=random: .* export with the format openclip"):
-        clip_tokenizer.write(SimpleTokenizer(), {"text_cfg": {"tokenizer_kwargs": {"reduction_mask": "random"}}}, tmp_path)
+        clip_tokenizer.write(
+            SimpleTokenizer(), {"text_cfg": {"tokenizer_kwargs": {"reduction_mask": "random"}}}, tmp_path
+        )
 
 
 def test_padding_follows_open_clip_unless_transformers_would_misread_it(folders):
@@ -217,16 +231,34 @@ def test_mini_students_are_exported(ran, tmp_path, student):
     source = Source.of(ran / "run")
     network = randomize(student(), 3)
     out = clip_onnx.immich(Source(source.run, source.recipe, network), tmp_path / "out")
-    predictor, picture = open_artefact(artefact.read(out)), clip_check.photographs()[1]
+    predictor, picture = open_artefact(artefact.read(out)), checks.photographs()[1]
     pixels, size = predictor.preprocess.prepare(picture)
     with torch.no_grad():
         right = network(predictor.preprocess.normalize(pixels[None], torch.tensor([size])))["embedding"].numpy()
     assert difference(predictor.encode_image([picture]), unit(right)) < 1e-3
 
 
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_smaller_precisions_are_checked_and_open(ran, light, folders, tmp_path, precision):
+    limit = {"fp16": None, "int8": 0.9}[precision]  # six images of coarse colours are a poor calibration
+    out = clip_onnx.transformers(light, tmp_path / precision, precision=precision, min_cosine=limit)
+    opened, suffix = artefact.read(out), {"fp16": "_fp16", "int8": "_int8"}[precision]
+    assert opened.precision == precision and opened.model["image"] == f"onnx/vision_model{suffix}.onnx"
+    for tower in ("image", "text"):
+        least = opened.check[f"{tower}_cosine"]["min"]
+        assert opened.check["min_cosine"] <= least < 1 - 1e-9
+    assert (out / opened.model["text"]).stat().st_size < 0.6 * (folders["onnx"] / "text.onnx").stat().st_size
+    assert open_artefact(opened).encode_text(TEXTS).shape == (5, 24)
+
+
+def test_the_families_of_onnx_and_transformers_lead_here(ran, tmp_path):
+    out = export.run(ran / "run", "onnx", tmp_path / "out", settings={"min_cosine": 0.999})
+    assert artefact.read(out).kind == "clip" and artefact.read(out).check["min_cosine"] == 0.999
+
+
 @pytest.mark.parametrize("tower", ["image", "text"])
 @pytest.mark.parametrize("planted", [0.0, float("nan")])
-def test_a_tower_that_differs_is_not_published(ran, tmp_path, monkeypatch, tower, planted):
+def test_a_tower_that_differs_is_not_published(light, tmp_path, monkeypatch, tower, planted):
     write = clip_onnx.onnx_file.write
 
     def damaged(network, inputs, outputs, path, **settings):
@@ -236,11 +268,11 @@ def test_a_tower_that_differs_is_not_published(ran, tmp_path, monkeypatch, tower
 
     monkeypatch.setattr(clip_onnx.onnx_file, "write", damaged)
     with pytest.raises(UserError, match=f"the {tower} tower's embeddings differ .* nothing was written") as error:
-        clip_onnx.onnx(Source.of(ran / "run"), tmp_path / "out")
+        clip_onnx.onnx(light, tmp_path / "out")
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
     assert ("min_cosine=" in str(error.value)) == (planted == 0)
     if planted == 0:
-        assert clip_onnx.onnx(Source.of(ran / "run"), tmp_path / "out", min_cosine=-1.0).is_dir()
+        assert clip_onnx.onnx(light, tmp_path / "out", min_cosine=-1.0).is_dir()
 
 
 class Planted(nn.Module):
@@ -252,14 +284,14 @@ class Planted(nn.Module):
         return embedding * self.factor
 
 
-def test_an_export_replaces_an_earlier_one_and_nothing_else(ran, folders, tmp_path):
+def test_an_export_replaces_an_earlier_one_and_nothing_else(ran, light, folders, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other/notes.txt").write_text("")
     with pytest.raises(UserError, match="already exists and is not an fmdistill export"):
         export.run(ran / "run", "immich", tmp_path / "other")
-    out = export.run(ran / "run", "immich", tmp_path / "again")
+    out = clip_onnx.immich(light, tmp_path / "again")
     (out / "stale").write_text("")
-    assert files(export.run(ran / "run", "immich", out)) == files(folders["immich"])
+    assert files(clip_onnx.immich(light, out)) == files(folders["immich"])
 
 
 @pytest.mark.parametrize(
@@ -286,8 +318,8 @@ def test_a_run_without_a_text_tower_is_one_clear_line(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_damaged_export_is_one_clear_line(ran, tmp_path):
-    out = clip_onnx.onnx(Source.of(ran / "run"), tmp_path / "out")
+def test_a_damaged_export_is_one_clear_line(light, tmp_path):
+    out = clip_onnx.onnx(light, tmp_path / "out")
     opened = artefact.read(out)
     for name in ("image.onnx", "text.onnx", "tokenizer/tokenizer.json"):
         before = (out / name).read_bytes()

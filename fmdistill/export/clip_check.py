@@ -1,15 +1,11 @@
-"""Compare a CLIP's exported files with its PyTorch student on photographs and texts, before they are published."""
+"""Compare a CLIP's exported files with its PyTorch student on pictures and texts, before they are published."""
 
-# Legend: N photographs or texts, L the context length, D the embedding's width.
+# Legend: N pictures or texts, L the context length, D the embedding's width.
 
-import functools
-from collections.abc import Callable
-from importlib.util import find_spec
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import PIL.Image
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +13,6 @@ from fmdistill.export.clip_towers import ClipTowers
 from fmdistill.registry import UserError
 
 LIMITS = {"fp32": 0.9999, "fp16": 0.999, "int8": 0.95}  # the smallest cosine that is published without being asked for
-PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png", "hubble_deep_field.jpg")
 TEXTS = (
     "a photo of a cat",
     "a diagram",
@@ -29,42 +24,37 @@ TEXTS = (
     "a very long caption that describes every thing in the picture: " + ", ".join(["a tree", "a house", "a dog"] * 12),
     "",
 )
+NAMES = "cat dog bird car tree house street beach mountain person face hand cup book flower star circle square".split()
+CALIBRATION_TEXTS = tuple(f"{start} {name}" for name in NAMES for start in ("a photo of a", "the small red", ""))
 Embed = Callable[[np.ndarray], np.ndarray]  # normalised float32 (N, 3, S, S), or int64 tokens (N, L) -> (N, D)
 
 
-@functools.cache
-def photographs() -> tuple[PIL.Image.Image, ...]:
-    """Return the photographs that scikit-image contains, and portraits cut from two of them. UserError if none."""
-    spec = find_spec("skimage")
-    folders = [Path(root) / "data" for root in (spec.submodule_search_locations or [])] if spec else []
-    paths = [folder / name for folder in folders for name in PHOTOGRAPHS if (folder / name).is_file()]
-    if not paths:
-        raise UserError("an export is checked on photographs of scikit-image, which has none here; install it again")
-    opened = [PIL.Image.open(path).convert("RGB") for path in paths]
-    portraits = [image.crop((0, 0, image.width // 2, image.height)) for image in opened[:2]]
-    return (*opened, *portraits)
-
-
-def pixels(towers: ClipTowers) -> Tensor:
-    """Return the photographs as the student takes them, float32 (N, 3, S, S)."""
-    prepared, sizes = zip(*map(towers.preprocess.prepare, photographs()), strict=True)
+def pixels(towers: ClipTowers, pictures: Sequence[np.ndarray]) -> Tensor:
+    """Return pictures uint8 (H, W, 3) as the student takes them, float32 (N, 3, S, S)."""
+    prepared, sizes = zip(*map(towers.preprocess.prepare, pictures), strict=True)
     return towers.preprocess.normalize(torch.stack(prepared), torch.tensor(sizes))
 
 
 def compare(
-    towers: ClipTowers, image: Embed, text: Embed, tokens_NL: np.ndarray, precision: str, min_cosine: float | None
+    towers: ClipTowers,
+    image: Embed,
+    text: Embed,
+    pictures: Sequence[np.ndarray],
+    tokens_NL: np.ndarray,
+    precision: str,
+    min_cosine: float | None,
 ) -> dict[str, Any]:
     """Return the figures of a comparison: cosines of the exported embeddings with those of PyTorch.
 
     `tokens_NL` are the ids of TEXTS by the exported tokenizer. Raises UserError if the smallest cosine is below
     `min_cosine`, by default the precision's in LIMITS, or is not a number; or if the tokens lead to another embedding.
     """
-    photos, own_tokens = pixels(towers), towers.tokenizer(list(TEXTS))
+    photos, own_tokens = pixels(towers, pictures), towers.tokenizer(list(TEXTS))
     with torch.no_grad():
         own = {"image": towers.student(photos)["embedding"], "text": towers.text_model.encode_text(own_tokens)}
     exported = {"image": image(photos.numpy()), "text": text(tokens_NL)}
     limit = LIMITS[precision] if min_cosine is None else min_cosine
-    figures: dict[str, Any] = {"photographs": len(photos), "texts": len(TEXTS), "min_cosine": limit}
+    figures: dict[str, Any] = {"pictures": len(photos), "texts": len(TEXTS), "min_cosine": limit}
     for tower, expected in own.items():
         cosines = nn.functional.cosine_similarity(torch.from_numpy(exported[tower]).double(), expected.double(), dim=-1)
         least = float(cosines.min())

@@ -1,28 +1,30 @@
 """Write a CLIP student and its text tower as ONNX files, in the layouts of immich and transformers.js, or plainly."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fmdistill.export import clip_check, clip_tokenizer, onnx_file
+from fmdistill.export import checks, clip_check, clip_tokenizer, onnx_file, onnx_precision
 from fmdistill.export.clip_towers import ClipTowers, ImageTower, TextTower
 from fmdistill.export.folder import check_place, describe, whole_folder
+from fmdistill.export.onnx_precision import Precision
 from fmdistill.export.source import Source
 from fmdistill.files import write_whole
 from fmdistill.predict import artefact, onnx_session
 from fmdistill.predict.clip_onnx import embed_batches
-from fmdistill.registry import UserError
 
-Precision = Literal["fp32"]
 SUFFIXES = {"fp32": "", "fp16": "_fp16", "int8": "_int8"}  # transformers.js's, by its setting dtype
 RESAMPLING = {"bilinear": 2, "bicubic": 3}  # PIL's numbers, which transformers states
 IMMICH_OPSET = 19
-ORGANISATION = "an fmdistill"  # what an earlier export at the same place must be
+OWN = "an fmdistill"  # what an earlier export at the same place must be
+PICTURES, CALIBRATION = 8, 32  # of the recipe, for the check and for the ranges of int8
+INT8_ERROR = 0.1  # of an embedding, relative to its length: a cosine of 0.995
 
 
 @dataclass(frozen=True)
@@ -77,17 +79,18 @@ def _write(
     precision: str,
     min_cosine: float | None,
 ) -> Path:
-    check_place(out, artefact.NAME, ORGANISATION)
+    check_place(out, artefact.NAME, OWN)
     onnx_session.onnxruntime()
     towers = ClipTowers.of(source, layout.format)
-    with whole_folder(out, artefact.NAME, ORGANISATION) as folder:
+    with whole_folder(out, artefact.NAME, OWN) as folder:
         write_files(towers, folder)
         tokenizer_pad = clip_tokenizer.end_token(towers.tokenizer) if _pads_with_end(layout, towers) else None
         model_cfg = towers.config["model_cfg"]
         clip_tokenizer.write(towers.tokenizer, model_cfg, folder / layout.tokenizer, tokenizer_pad)
         _write_networks(towers, layout, folder)
-        described = _described(towers, layout)
-        figures = _checked(towers, layout, folder, precision, min_cosine)
+        described = {**_described(towers, layout), **_convert(towers, layout, folder, precision, source)}
+        pictures = [*checks.pictures(source.recipe, "validation", PICTURES), *checks.photographs()]
+        figures = _checked(towers, layout, folder, pictures, precision, min_cosine)
         describe(
             folder, kind="clip", format=layout.format, precision=precision, model=described, check=figures,
             source=source.to_json(),
@@ -115,20 +118,52 @@ def _write_networks(towers: ClipTowers, layout: _Layout, folder: Path) -> None:
     ):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         dynamic = {} if layout.batch else {name: {0: "batch"} for name in names}
-        onnx_file.write(
-            network, {names[0]: example}, [names[1]], folder / path, dynamic=dynamic, opset=layout.opset
-        )
+        onnx_file.write(network, {names[0]: example}, [names[1]], folder / path, dynamic=dynamic, opset=layout.opset)
+
+
+def _convert(towers: ClipTowers, layout: _Layout, folder: Path, precision: str, source: Source) -> dict[str, Any]:
+    """Convert both files in place; return what the JSON says of it."""
+    paths = {"image": folder / layout.image, "text": folder / layout.text}
+    if precision == "fp16":
+        for path in paths.values():
+            onnx_precision.store_half(path)
+    if precision != "int8":
+        return {}
+    photos = clip_check.pixels(towers, checks.pictures(source.recipe, "train", CALIBRATION))
+    examples = {"image": photos, "text": towers.tokenizer(list(clip_check.CALIBRATION_TEXTS)).to(layout.token_type)}
+    names = {"image": layout.image_names[0], "text": layout.text_names[0]}
+    converted = {}
+    for tower, path in paths.items():
+        feeds = [{names[tower]: example[None].numpy()} for example in examples[tower]]
+        converted[tower] = onnx_precision.to_int8(path, feeds, _error(path, names[tower], feeds), INT8_ERROR)
+    return {"int8": converted}
+
+
+def _error(path: Path, name: str, feeds: Sequence[Mapping[str, np.ndarray]]) -> Callable[[Path], float]:
+    """Return a function of another file: the relative error of its embeddings against those of the file at `path`."""
+
+    def embeddings(file: Path) -> np.ndarray:
+        embed = embed_batches(onnx_session.Session(file))
+        return np.concatenate([embed(feed[name]) for feed in feeds[:8]])
+
+    expected = embeddings(path)
+    return lambda candidate: checks.relative_error(embeddings(candidate), expected)
 
 
 def _checked(
-    towers: ClipTowers, layout: _Layout, folder: Path, precision: str, min_cosine: float | None
+    towers: ClipTowers,
+    layout: _Layout,
+    folder: Path,
+    pictures: Sequence[np.ndarray],
+    precision: str,
+    min_cosine: float | None,
 ) -> dict[str, Any]:
     kwargs = towers.config["model_cfg"]["text_cfg"].get("tokenizer_kwargs", {})
     tokens = clip_tokenizer.tokenize(
         folder / layout.tokenizer, clip_check.TEXTS, towers.context_length, kwargs.get("clean") == "canonicalize"
     )
     image, text = (embed_batches(onnx_session.Session(folder / path)) for path in (layout.image, layout.text))
-    return clip_check.compare(towers, image, text, tokens, precision, min_cosine)
+    return clip_check.compare(towers, image, text, pictures, tokens, precision, min_cosine)
 
 
 def _described(towers: ClipTowers, layout: _Layout) -> dict[str, Any]:

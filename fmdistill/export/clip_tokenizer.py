@@ -81,7 +81,9 @@ def tokenize(folder: Path, texts: Sequence[str], context_length: int, canonicali
 
 def _check_saved(folder: Path) -> None:
     if not (folder / FILE).is_file():
-        raise UserError(f"the teacher's tokenizer has no fast form, so no {FILE} can be written; use the format openclip")
+        raise UserError(
+            f"the teacher's tokenizer has no fast form, so no {FILE} can be written; use the format openclip"
+        )
     if not json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("pad_token"):
         raise UserError("the teacher's tokenizer has no padding token (pad_token); use the format openclip")
 

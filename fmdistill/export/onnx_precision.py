@@ -13,6 +13,7 @@ Precision = Literal["fp32", "fp16", "int8"]
 Feeds = Sequence[Mapping[str, np.ndarray]]
 LARGEST = 65504 / 4  # of float16, with room for images that were not measured
 SHARES = (0.0, 0.05, 0.1, 0.2, 0.4)  # of the quantised layers that stay in float32, tried in this order
+SMALL = 256  # numbers of a tensor that is not worth storing in float16
 LAYERS = ("Conv", "MatMul", "Gemm")
 
 
@@ -33,6 +34,30 @@ def to_half(path: Path, feeds: Feeds, parts: Sequence[str] = ("",)) -> list[str]
     half = convert_float_to_float16(model, keep_io_types=True, node_block_list=sorted({*overflow, *outside}))
     onnx.save(half, str(path))
     return overflow
+
+
+def store_half(path: Path) -> None:
+    """Store the weights in float16, each with a conversion to float32 after it; the network computes in float32.
+
+    ONNX Runtime 1.32 crashes on the CPU while it opens a text tower of CLIP that computes in float16.
+    """
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    model = onnx.load(str(path))
+    graph, casts = model.graph, []
+    for tensor in list(graph.initializer):
+        values = numpy_helper.to_array(tensor)
+        if tensor.data_type != TensorProto.FLOAT or values.size < SMALL or np.abs(values).max() > LARGEST:
+            continue
+        half = numpy_helper.from_array(values.astype(np.float16), f"{tensor.name}/half")
+        graph.initializer.remove(tensor)
+        graph.initializer.append(half)
+        casts.append(helper.make_node("Cast", [half.name], [tensor.name], f"{tensor.name}/Cast", to=TensorProto.FLOAT))
+    nodes = list(graph.node)
+    del graph.node[:]
+    graph.node.extend([*casts, *nodes])
+    onnx.save(model, str(path))
 
 
 def to_int8(
