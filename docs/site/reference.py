@@ -178,9 +178,12 @@ def _formats() -> list[str]:
     from fmdistill.export import FORMATS
 
     lines = ["", "| format | what is written |", "|---|---|"]
-    for name in FORMATS:
-        (file,) = (ROOT / "fmdistill/export").glob(f"{name}*.py")
-        lines.append(f"| `{name}` | {cell(prose(str(ast.get_docstring(ast.parse(file.read_text())))))} |")
+    for name, entry in FORMATS.items():
+        module, function = str(entry).split(":")
+        tree = ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text())
+        (writer,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function)
+        summary = str(ast.get_docstring(writer)).split("\n\n")[0]
+        lines.append(f"| `{name}` | {cell(prose(summary))} |")
     return lines
 
 
