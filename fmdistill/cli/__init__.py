@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     verb("distill", "train the student from the cache, or continue its training", recipe, overrides)
     verb("evaluate", "evaluate a run or checkpoint by a protocol, or a recipe's run by its own protocols",
          ("protocol", "a protocol's path, or a recipe's", None),
-         ("subject", "a run's or an exported folder, or a checkpoint file, and settings as key=value", "*"))  # fmt: skip
+         ("subject", "a run's or exported folder, or a checkpoint file, and settings as key=value", "*"))  # fmt: skip
     verb("weigh", "write {image key: weight} for the weighting by_key, from a trained PAD or from IPWD's two stages",
          ("kind", "pad (of a RUN), or ipwd (of a distilled RUN and a LABEL_RUN trained only from labels)", None),
          ("arguments", "RUN [LABEL_RUN] OUT, the file to write, and trust=true if a run names code outside fmdistill",

@@ -12,13 +12,12 @@ import torch
 from torch.nn import functional as F
 
 from fmdistill.backbones.sam import SamPreprocess
-from fmdistill.images.picture import DecodeError, decode
 from fmdistill.predict.artefact import Artefact
 from fmdistill.predict.onnx_session import Session
+from fmdistill.predict.pixels import ImageLike, rgb
 from fmdistill.predict.sam_layouts import SamLayout
 from fmdistill.registry import UserError
 
-Image = np.ndarray | PIL.Image.Image | str | Path
 PAD = ((0.0, 0.0), -1.0)  # the point that SAM adds to prompts without a box
 
 
@@ -50,11 +49,11 @@ class OnnxSamPredictor:
         """Forget the image."""
         self.is_image_set, self.features, self.original_size = False, {}, (0, 0)
 
-    def set_image(self, image: Image, image_format: str = "RGB") -> None:
+    def set_image(self, image: ImageLike, image_format: str = "RGB") -> None:
         """Embed an image: uint8 (H, W, 3), a PIL image, or the path of one. Raises UserError if it is none."""
         if image_format not in ("RGB", "BGR"):
             raise UserError(f"image_format={image_format}: expected RGB or BGR")
-        pixels = _pixels(image)
+        pixels = rgb(image)
         pixels = pixels if image_format == "RGB" else np.ascontiguousarray(pixels[..., ::-1])
         self.reset_image()
         self.features = self.encode(self.encoder_input(pixels))
@@ -217,16 +216,3 @@ def _mask(mask: np.ndarray, side: int) -> np.ndarray:
             f"mask_input: has the shape {np.shape(mask)}, expected (1, {side}, {side}) from an earlier call"
         )
     return np.asarray(mask, np.float32).reshape(1, 1, side, side)
-
-
-def _pixels(image: Image) -> np.ndarray:
-    if isinstance(image, str | Path):
-        try:
-            return decode(Path(image).read_bytes())
-        except (OSError, DecodeError) as error:
-            raise UserError(f"image {image}: cannot be read as an image ({error})") from None
-    array = np.asarray(image.convert("RGB")) if isinstance(image, PIL.Image.Image) else image
-    if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
-        described = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
-        raise UserError(f"image: expected uint8 pixels (H, W, 3), a PIL image or a path, not {described}")
-    return np.ascontiguousarray(array)
