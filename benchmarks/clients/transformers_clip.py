@@ -2,7 +2,7 @@
 
     python benchmarks/clients/transformers_clip.py FOLDER MODULES
 
-MODULES is a node_modules folder, which `npm install --ignore-scripts @huggingface/transformers` makes; its scripts would
+MODULES is a node_modules folder, made by `npm install --ignore-scripts @huggingface/transformers`; its scripts would
 download CUDA. Prints the version and the cosine of each embedding: of a picture that each program resizes, of a picture
 that has the network's size already, and of each text.
 """

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fmdistill.export import checks, clip_check, clip_tokenizer, onnx_file, onnx_precision
-from fmdistill.export.clip_towers import ClipTowers, ImageTower, TextTower
+from fmdistill.export.clip_towers import ClipTowers, ImageNetwork, TextNetwork
 from fmdistill.export.folder import check_place, describe, whole_folder
 from fmdistill.export.onnx_precision import Precision
 from fmdistill.export.source import Source
@@ -110,7 +110,7 @@ def _write_networks(towers: ClipTowers, layout: _Layout, folder: Path) -> None:
     side, tokens = towers.preprocess.image_size, towers.tokenizer(["a photo of a cat", "a dog"])
     examples = layout.batch or 2  # a batch of one would become a constant
     any_length = _pads_with_end(layout, towers)
-    text_tower = TextTower(
+    text_tower = TextNetwork(
         towers.text_model,
         layout.unit,
         towers.context_length,
@@ -120,7 +120,7 @@ def _write_networks(towers: ClipTowers, layout: _Layout, folder: Path) -> None:
     image: Tensor = torch.randn(examples, 3, side, side, generator=generator)
     text: Tensor = tokens[:examples].to(layout.token_type)
     for network, path, names, example in (
-        (ImageTower(towers.student, layout.unit), layout.image, layout.image_names, image),
+        (ImageNetwork(towers.student, layout.unit), layout.image, layout.image_names, image),
         (text_tower, layout.text, layout.text_names, text),
     ):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from fmdistill.export.source import Source
 from fmdistill.registry import UserError
 
 
-class ImageTower(nn.Module):
+class ImageNetwork(nn.Module):
     """A student whose output is its embedding alone, of length one if `unit`."""
 
     def __init__(self, student: nn.Module, unit: bool) -> None:
@@ -30,7 +30,7 @@ class ImageTower(nn.Module):
         return F.normalize(embedding_BD, dim=-1) if self.unit else embedding_BD
 
 
-class TextTower(nn.Module):
+class TextNetwork(nn.Module):
     """open_clip's text side, whose output is of length one if `unit`.
 
     With `length` and `end` it takes any number of tokens: fewer than `length` are padded, more are cut, and the last
