@@ -15,7 +15,8 @@ DISTRIBUTIONS = {
 }
 # the photographs are read as files, without an import
 NOT_IMPORTED = {"scikit-image", "scikit-learn"}
-EXTRAS = {"ray": "ray", "starlette": "serve", "uvicorn": "serve"}  # each named in the error that misses it
+EXTRAS = {"ray": "ray", "starlette": "serve", "uvicorn": "serve"}
+EXTRAS |= {"onnx": "onnx", "onnxruntime": "onnx", "tokenizers": "onnx"}  # each named in the error that misses it
 
 
 def imported(package: Path) -> set[str]:

@@ -128,11 +128,48 @@ def test_transformers_gets_its_folder_names_numbers_and_shapes(folders):
     assert image[:2] == (
         {"pixel_values": ("FLOAT", ["batch", 3, 32, 32])}, {"image_embeds": ("FLOAT", ["batch", 24])}
     )  # fmt: skip
-    assert text[:2] == ({"input_ids": ("INT64", ["batch", 16])}, {"text_embeds": ("FLOAT", ["batch", 24])})
+    assert text[:2] == ({"input_ids": ("INT64", ["batch", "tokens"])}, {"text_embeds": ("FLOAT", ["batch", 24])})
     assert image[2:] == text[2:] == (18, set())
     cfg = json.loads((folder / "preprocessor_config.json").read_text())
     assert (cfg["size"], cfg["crop_size"], cfg["resample"]) == ({"shortest_edge": 32}, {"height": 32, "width": 32}, 3)
     assert json.loads((folder / "config.json").read_text())["model_type"] == "clip"
+
+
+def test_the_text_model_of_transformers_takes_any_number_of_tokens(ran, folders):
+    """transformers.js pads to the longest text of a batch, and cuts a long text with its end token."""
+    session, own = Session(folders["transformers"] / "onnx/text_model.onnx"), SimpleTokenizer(context_length=16)
+    long = [own.sot_token_id, *own.encode("a word " * 40)]
+    for text, ids in (("a word " * 40, long[:16]), ("a word " * 40, long), ("a fox", own(["a fox"])[0, :4].tolist())):
+        right = torch_embeddings(ran, torch.zeros(1, 3, 32, 32), [text])[1]
+        assert difference(session({"input_ids": np.array([ids])})["text_embeds"], right) < 1e-3
+
+
+def test_immich_s_steps_give_the_student_s_embeddings(ran, folders):
+    """A test of immich's documented contract, step by step as its service computes; its own code is not installed."""
+    folder, picture = folders["immich"], PIL.Image.fromarray(checks.photographs()[1])  # 3:2
+    cfg = json.loads((folder / "visual/preprocess_cfg.json").read_text())
+    side = cfg["size"][0]
+    resample = PIL.Image.Resampling[cfg["interpolation"].upper()]
+    resized = picture.resize((int(picture.width / picture.height * side), side), resample)
+    left = int(resized.width / 2 - side / 2)
+    pixels = np.asarray(resized.crop((left, 0, left + side, side)), np.float32) / 255
+    pixels = ((pixels - np.array(cfg["mean"])) / np.array(cfg["std"])).astype(np.float32).transpose(2, 0, 1)[None]
+    got = Session(folder / "visual/model.onnx")({"image": pixels})["embedding"]
+
+    text_cfg = json.loads((folder / "config.json").read_text())["text_cfg"]
+    pad = json.loads((folder / "textual/tokenizer_config.json").read_text())["pad_token"]
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "textual/tokenizer.json"))
+    tokenizer.enable_padding(
+        length=text_cfg.get("context_length", 77), pad_token=pad, pad_id=tokenizer.token_to_id(pad)
+    )
+    tokenizer.enable_truncation(max_length=text_cfg.get("context_length", 77))
+    ids = np.array([tokenizer.encode(TEXTS[1]).ids], np.int32)
+    text = Session(folder / "textual/model.onnx")({"text": ids})["embedding"]
+
+    predictor = open_artefact(artefact.read(folders["onnx"]))
+    assert difference(got, predictor.encode_image(np.asarray(picture))) < 0.02  # int() cuts a pixel of the long side
+    assert difference(text, predictor.encode_text(TEXTS[1])) < 1e-3
+    assert np.allclose([np.linalg.norm(got), np.linalg.norm(text)], 1, atol=1e-5)
 
 
 def test_plain_files_take_any_batch(folders):

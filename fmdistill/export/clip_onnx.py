@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fmdistill.export import checks, clip_check, clip_tokenizer, onnx_file, onnx_precision
-from fmdistill.export.clip_towers import ClipTowers, ImageTower, TextTower
+from fmdistill.export.clip_towers import ClipTowers, ImageNetwork, TextNetwork
 from fmdistill.export.folder import check_place, describe, whole_folder
 from fmdistill.export.onnx_precision import Precision
 from fmdistill.export.source import Source
@@ -84,9 +84,9 @@ def _write(
     towers = ClipTowers.of(source, layout.format)
     with whole_folder(out, artefact.NAME, OWN) as folder:
         write_files(towers, folder)
-        tokenizer_pad = clip_tokenizer.end_token(towers.tokenizer) if _pads_with_end(layout, towers) else None
+        pad = clip_tokenizer.end_token(towers.tokenizer) if _pads_with_end(layout, towers) else None
         model_cfg = towers.config["model_cfg"]
-        clip_tokenizer.write(towers.tokenizer, model_cfg, folder / layout.tokenizer, tokenizer_pad)
+        clip_tokenizer.write(towers.tokenizer, model_cfg, folder / layout.tokenizer, pad)
         _write_networks(towers, layout, folder)
         described = {**_described(towers, layout), **_convert(towers, layout, folder, precision, source)}
         pictures = [*checks.pictures(source.recipe, "validation", PICTURES), *checks.photographs()]
@@ -103,21 +103,30 @@ def _pads_with_end(layout: _Layout, towers: ClipTowers) -> bool:
 
     transformers cuts a padding token out of every text, so "!", which is open_clip's, would be misread.
     """
-    return layout.format == "transformers" and towers.causal
+    return layout.format == "transformers" and towers.causal and clip_tokenizer.end_token(towers.tokenizer) is not None
 
 
 def _write_networks(towers: ClipTowers, layout: _Layout, folder: Path) -> None:
     side, tokens = towers.preprocess.image_size, towers.tokenizer(["a photo of a cat", "a dog"])
     examples = layout.batch or 2  # a batch of one would become a constant
+    any_length = _pads_with_end(layout, towers)
+    text_tower = TextNetwork(
+        towers.text_model,
+        layout.unit,
+        towers.context_length,
+        towers.tokenizer.eot_token_id if any_length else None,
+    )
     generator = torch.Generator().manual_seed(0)
     image: Tensor = torch.randn(examples, 3, side, side, generator=generator)
     text: Tensor = tokens[:examples].to(layout.token_type)
     for network, path, names, example in (
-        (ImageTower(towers.student, layout.unit), layout.image, layout.image_names, image),
-        (TextTower(towers.text_model, layout.unit), layout.text, layout.text_names, text),
+        (ImageNetwork(towers.student, layout.unit), layout.image, layout.image_names, image),
+        (text_tower, layout.text, layout.text_names, text),
     ):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         dynamic = {} if layout.batch else {name: {0: "batch"} for name in names}
+        if any_length and network is text_tower:
+            dynamic[names[0]] = {0: "batch", 1: "tokens"}
         onnx_file.write(network, {names[0]: example}, [names[1]], folder / path, dynamic=dynamic, opset=layout.opset)
 
 

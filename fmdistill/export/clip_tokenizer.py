@@ -37,9 +37,9 @@ def write(tokenizer: Any, model_cfg: Mapping[str, Any], folder: Path, pad: str |
             f"tokenizer_kwargs.reduction_mask={kwargs['reduction_mask']}: the teacher's tokenizer drops tokens of long "
             f"texts, which a {FILE} cannot state; export with the format openclip"
         )
-    pad = pad or tokenizer.decoder[0]
+    padding = tokenizer.decoder[0] if pad is None else pad
     write_whole(
-        folder / FILE, json.dumps(_simple(tokenizer, kwargs.get("clean", "lower"), pad), ensure_ascii=False) + "\n"
+        folder / FILE, json.dumps(_simple(tokenizer, kwargs.get("clean", "lower"), padding), ensure_ascii=False) + "\n"
     )
     start, end = (tokenizer.decoder[i] for i in (tokenizer.sot_token_id, tokenizer.eot_token_id))
     config = {
@@ -48,7 +48,7 @@ def write(tokenizer: Any, model_cfg: Mapping[str, Any], folder: Path, pad: str |
         "bos_token": start,
         "eos_token": end,
         "unk_token": end,
-        "pad_token": pad,
+        "pad_token": padding,
         "clean_up_tokenization_spaces": False,
     }
     write_whole(folder / CONFIG, json.dumps(config, indent=1) + "\n")

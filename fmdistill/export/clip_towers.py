@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,7 +17,7 @@ from fmdistill.export.source import Source
 from fmdistill.registry import UserError
 
 
-class ImageTower(nn.Module):
+class ImageNetwork(nn.Module):
     """A student whose output is its embedding alone, of length one if `unit`."""
 
     def __init__(self, student: nn.Module, unit: bool) -> None:
@@ -29,15 +30,23 @@ class ImageTower(nn.Module):
         return F.normalize(embedding_BD, dim=-1) if self.unit else embedding_BD
 
 
-class TextTower(nn.Module):
-    """open_clip's text side, whose output is of length one if `unit`."""
+class TextNetwork(nn.Module):
+    """open_clip's text side, whose output is of length one if `unit`.
 
-    def __init__(self, model: Any, unit: bool) -> None:
+    With `length` and `end` it takes any number of tokens: fewer than `length` are padded, more are cut, and the last
+    token is `end`. transformers.js cuts a long text's end token off, and pads only to the longest text of a batch.
+    """
+
+    def __init__(self, model: Any, unit: bool, length: int = 0, end: int | None = None) -> None:
         super().__init__()
-        self.model, self.unit = model, unit
+        self.model, self.unit, self.length, self.end = model, unit, length, end
 
     def forward(self, tokens_BL: Tensor) -> Tensor:
         """Return (B, D) of token ids (B, L)."""
+        if self.end is not None:
+            padding_BL = torch.full_like(tokens_BL[:, :1], self.end).expand(-1, self.length)
+            tokens_BL = torch.cat([tokens_BL, padding_BL], 1)[:, : self.length - 1]
+            tokens_BL = torch.cat([tokens_BL, padding_BL[:, :1]], 1)
         return self.model.encode_text(tokens_BL, normalize=self.unit)
 
 
