@@ -146,22 +146,36 @@ def test_the_predictor_agrees_with_segment_anything_s(exported, networks, pictur
         assert relative_error(logits, right[2]) < 1e-3 and relative_error(scores, right[1]) < 1e-3
 
 
-@pytest.mark.parametrize("name", ["anylabeling", "labelme", "openvino", "transformers"])
+@pytest.mark.parametrize("name", ["labelme", "openvino", "transformers"])
 def test_the_predictor_opens_every_layout(exported, networks, name):
     predictor, reference = open_artefact(exported(name)), SamPredictor(sam_exports.whole_sam(*networks))
     picture = SHAPES[0]
     predictor.set_image(picture)
     reference.set_image(picture)
     point = {"point_coords": np.array([[150.0, 120.0]]), "point_labels": np.array([1])}
-    masks, scores, _ = predictor.predict(**point)
-    right, right_scores, _ = reference.predict(**point)
+    masks = predictor.predict(**point)[0]
+    right, scores, _ = reference.predict(**point)
     if predictor.layout.single:
-        right = right[[right_scores.argmax()]]
-    assert masks.shape == right.shape
-    floor = 0.9 if predictor.layout.canvas else 0.999  # a canvas resizes the picture twice and has a black border
-    assert sam_exports.iou(masks, right) >= floor
-    box = predictor.predict(box=np.array([50.0, 40.0, 300.0, 200.0]))[0]
-    assert box.shape[1:] == picture.shape[:2]
+        right = right[[scores.argmax()]]
+    assert masks.shape == right.shape and sam_exports.iou(masks, right) >= 0.999
+    assert predictor.predict(box=np.array([50.0, 40.0, 300.0, 200.0]))[0].shape[1:] == picture.shape[:2]
+
+
+@pytest.mark.parametrize("picture", SHAPES, ids=["3:2", "square", "portrait"])
+def test_the_predictor_draws_on_anylabeling_s_canvas_and_returns_masks_of_the_picture(exported, networks, picture):
+    predictor, reference = open_artefact(exported("anylabeling")), SamPredictor(sam_exports.whole_sam(*networks))
+    predictor.set_image(picture)
+    reference.set_image(np.zeros((684, 1024, 3), np.uint8))
+    reference.features = torch.from_numpy(predictor.get_image_embedding())
+    height, width = picture.shape[:2]
+    scale = min(684 / height, 1024 / width)
+    points, labels = np.array([[0.4, 0.3], [0.7, 0.6]]) * [width, height], np.array([1, 0])
+    masks = predictor.predict(points, labels)[0]
+    logits, _, _ = reference.predict(points * scale, labels, multimask_output=False, return_logits=True)
+    own = torch.from_numpy(logits[None, :, : round(height * scale), : round(width * scale)])
+    right = torch.nn.functional.interpolate(own, (height, width), mode="bilinear")[0].numpy() > 0
+    assert masks.shape == (1, height, width) and 0 < right.mean() < 1
+    assert sam_exports.iou(masks, right) >= 0.999
 
 
 def test_transformers_files_take_several_images_and_prompts(exported, networks):
@@ -201,7 +215,7 @@ def test_the_yaml_of_anylabeling_names_its_files(exported):
 
 def test_the_json_states_what_was_measured(exported):
     check = exported("onnx").check
-    assert check["pictures"] == 6 and check["prompts"] == 48 and check["masks"] == 192
+    assert check["pictures"] == 2 and check["prompts"] == 16 and check["masks"] == 64
     assert check["miou"] >= 0.999 and check["embedding_error"] < 1e-3
     assert exported("onnx").model["opset"] == 18
 
@@ -216,8 +230,6 @@ def test_masks_below_the_limit_publish_nothing(networks, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"its miou is 0\.\d+, below min_miou=0.9; nothing was written") as error:
         sam_onnx.write(sam_exports.export(*networks, "onnx"), tmp_path / "out")
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
-    made = artefact.read(sam_onnx.write(sam_exports.export(*networks, "onnx"), tmp_path / "out", "fp32", 0.0))
-    assert made.check["miou"] < 0.9
 
 
 def test_a_student_that_does_not_fit_its_head_is_one_line(tmp_path, networks):
