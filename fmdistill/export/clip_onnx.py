@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fmdistill.export import clip_check, clip_tokenizer, onnx_file
+from fmdistill.export.card import write_card
 from fmdistill.export.clip_towers import ClipTowers, ImageTower, TextTower
 from fmdistill.export.folder import check_place, describe, whole_folder
 from fmdistill.export.source import Source
@@ -88,6 +89,7 @@ def _write(
         _write_networks(towers, layout, folder)
         described = _described(towers, layout)
         figures = _checked(towers, layout, folder, precision, min_cosine)
+        write_card(folder, source, figures)
         describe(
             folder, kind="clip", format=layout.format, precision=precision, model=described, check=figures,
             source=source.to_json(),
