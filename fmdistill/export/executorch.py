@@ -32,9 +32,12 @@ def run(
         write_whole(path, bytes(lower(exported, partitioner=[partitioner()]).to_executorch().buffer))
 
     def opened(path: Path) -> Call:
-        method = runtime.get().load_program(path.read_bytes()).load_method("forward")
+        program = runtime.get().load_program(str(path))
+        method = program.load_method("forward")
 
-        def call(inputs: Sequence[Tensor]) -> list[Tensor]:
+        def call(
+            inputs: Sequence[Tensor], _kept: object = program
+        ) -> list[Tensor]:  # a method does not keep its program
             outputs = method.execute([value.contiguous() for value in inputs])
             return [output.clone() for output in outputs]  # the next call may write into the same memory
 
