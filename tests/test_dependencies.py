@@ -15,8 +15,18 @@ DISTRIBUTIONS = {
 }
 # the photographs are read as files, without an import
 NOT_IMPORTED = {"scikit-image", "scikit-learn"}
-EXTRAS = {"ray": "ray", "starlette": "serve", "uvicorn": "serve"}
-EXTRAS |= {"onnx": "onnx", "onnxruntime": "onnx", "tokenizers": "onnx"}  # each named in the error that misses it
+EXTRAS = {  # each named in the error that misses it
+    "ray": "ray",
+    "starlette": "serve",
+    "uvicorn": "serve",
+    "onnx": "onnx",
+    "onnxruntime": "onnx",
+    "tokenizers": "onnx",
+    "coremltools": "coreml",
+    "litert-torch": "tflite",
+    "ai-edge-litert": "tflite",
+    "executorch": "executorch",
+}
 
 
 def imported(package: Path) -> set[str]:

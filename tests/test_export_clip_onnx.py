@@ -102,7 +102,7 @@ def files(folder: Path) -> list[str]:
 def test_immich_gets_its_folder_names_numbers_and_shapes(folders):
     folder = folders["immich"]
     assert files(folder) == [
-        "config.json", "fmdistill.json", "textual/model.onnx", "textual/tokenizer.json",
+        "README.md", "config.json", "fmdistill.json", "textual/model.onnx", "textual/tokenizer.json",
         "textual/tokenizer_config.json", "visual/model.onnx", "visual/preprocess_cfg.json",
     ]  # fmt: skip
     image = ({"image": ("FLOAT", [1, 3, 32, 32])}, {"embedding": ("FLOAT", [1, 24])}, 19, set())
@@ -121,8 +121,8 @@ def test_immich_gets_its_folder_names_numbers_and_shapes(folders):
 def test_transformers_gets_its_folder_names_numbers_and_shapes(folders):
     folder = folders["transformers"]
     assert files(folder) == [
-        "config.json", "fmdistill.json", "onnx/text_model.onnx", "onnx/vision_model.onnx", "preprocessor_config.json",
-        "tokenizer.json", "tokenizer_config.json",
+        "README.md", "config.json", "fmdistill.json", "onnx/text_model.onnx", "onnx/vision_model.onnx",
+        "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json",
     ]  # fmt: skip
     image, text = (signature(folder / f"onnx/{tower}_model.onnx") for tower in ("vision", "text"))
     assert image[:2] == (
@@ -174,7 +174,8 @@ def test_immich_s_steps_give_the_student_s_embeddings(ran, folders):
 
 def test_plain_files_take_any_batch(folders):
     assert files(folders["onnx"]) == [
-        "fmdistill.json", "image.onnx", "text.onnx", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json",
+        "README.md", "fmdistill.json", "image.onnx", "text.onnx", "tokenizer/tokenizer.json",
+        "tokenizer/tokenizer_config.json",
     ]  # fmt: skip
     assert signature(folders["onnx"] / "image.onnx")[0] == {"image": ("FLOAT", ["batch", 3, 32, 32])}
     assert signature(folders["onnx"] / "text.onnx")[0] == {"text": ("INT64", ["batch", 16])}

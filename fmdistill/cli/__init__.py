@@ -60,12 +60,9 @@ def parser() -> argparse.ArgumentParser:
     verb("export", "write a finished run for other software", ("run", "a run's folder", None),
          ("format", "such as mobilesam, openclip, timm or half; `fmdistill list exports` has all", None),
          ("out", "the file or folder to write", None),
-         ("settings", "the format's settings as key=value, and trust=true if the run names code outside fmdistill",
-          "*"))  # fmt: skip
+         ("settings", "key=value of the format; trust=true if the run names code outside", "*"))  # fmt: skip
     verb("push", "upload an exported folder to the Hugging Face hub", ("folder", "an exported folder", None),
-         ("repo", "OWNER/NAME on the hub, created if needed", None),
-         ("settings", "dry_run=true to list what would go, without a network; private=true for a new repository", "*")
-         )  # fmt: skip
+         ("repo", "OWNER/NAME on the hub", None), ("settings", "dry_run=true, private=true", "*"))  # fmt: skip
     verb("report", "write one HTML page about runs", ("out", "the page's folder", None),
          ("runs", "runs' folders, and trust=true if one names code outside fmdistill", "+"))  # fmt: skip
     verb("serve", "open a local page on which to click on images and see the masks or scores of teacher and students",

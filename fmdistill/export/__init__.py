@@ -25,6 +25,9 @@ FORMATS: dict[str, Callable[..., Path] | str] = {
     "openvino": "fmdistill.export.sam_onnx:openvino",
     "transformers": "fmdistill.export.transformers:run",
     "web": "fmdistill.export.web:run",
+    "coreml": "fmdistill.export.coreml:run",
+    "tflite": "fmdistill.export.tflite:run",
+    "executorch": "fmdistill.export.executorch:run",
 }
 FILES = {  # example file names of the one-file formats
     "mobilesam": "mobile_sam.pt",

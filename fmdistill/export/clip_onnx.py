@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fmdistill.export import checks, clip_check, clip_tokenizer, onnx_file, onnx_precision
+from fmdistill.export.card import write_card
 from fmdistill.export.clip_towers import ClipTowers, ImageNetwork, TextNetwork
 from fmdistill.export.folder import check_place, describe, whole_folder
 from fmdistill.export.onnx_precision import Precision
@@ -91,6 +92,7 @@ def _write(
         described = {**_described(towers, layout), **_convert(towers, layout, folder, precision, source)}
         pictures = [*checks.pictures(source.recipe, "validation", PICTURES), *checks.photographs()]
         figures = _checked(towers, layout, folder, pictures, precision, min_cosine)
+        write_card(folder, source, figures)
         describe(
             folder, kind="clip", format=layout.format, precision=precision, model=described, check=figures,
             source=source.to_json(),

@@ -14,6 +14,7 @@ from fmdistill.backbones.promptable import PromptHead
 from fmdistill.backbones.sam import PIXEL_MEAN, PIXEL_STD
 from fmdistill.export import checks, folder, onnx_file, onnx_precision, sam_check
 from fmdistill.export import sam_networks as networks
+from fmdistill.export.card import write_card
 from fmdistill.export.onnx_precision import Precision
 from fmdistill.export.source import Source
 from fmdistill.files import write_whole
@@ -40,6 +41,7 @@ class SamExport:
     further: Callable[[Path], Mapping[str, Any]] = (
         lambda folder: {}
     )  # puts files into it; entries of the JSON's `model`
+    card: Callable[[Path, Mapping[str, Any]], object] = lambda folder, check: None  # writes the model card
 
 
 def onnx(source: Source, out: Path, precision: Precision = "fp32", single: bool = False, min_miou: float = 0.9) -> Path:
@@ -88,6 +90,7 @@ def export_of(source: Source, out: Path, name: str, layout: SamLayout) -> SamExp
         layout,
         lambda split, count: checks.pictures(source.recipe, split, count),
         source.to_json(),
+        card=lambda folder, check: write_card(folder, source, check),
     )
 
 
@@ -109,12 +112,14 @@ def write(export: SamExport, out: Path, precision: Precision = "fp32", min_miou:
         checks.require(check, "miou", min_miou, "min_miou", f"export {export.name} precision={precision}")
         for name, text in _companions(export, model, out.name).items():
             write_whole(temporary / name, text)
+        model = {**model, **converted, **export.further(temporary)}
+        export.card(temporary, check)
         folder.describe(
             temporary,
             kind="sam",
             format=export.name,
             precision=precision,
-            model={**model, **converted, **export.further(temporary)},
+            model=model,
             check=check,
             source=export.described,
         )
