@@ -14,7 +14,7 @@ from fmdistill.backbones.tinyvit_clip import tinyvit_clip
 from fmdistill.cli import main
 from fmdistill.distill.student import WEIGHTS
 from fmdistill.export.card import NAME, write_card
-from fmdistill.export.source import Source, without_folders
+from fmdistill.export.source import FinishedRun, without_folders
 from fmdistill.registry import UserError
 
 
@@ -34,7 +34,7 @@ def written(run: Path, folder: Path, check: dict | None = None, **stated: str) -
     """Return the front matter and the text of a card beside one network file."""
     folder.mkdir(exist_ok=True)
     (folder / "encoder.onnx").write_bytes(b"12345")
-    text = write_card(folder, Source.of(run, trust=True, **stated), check or {}).read_text()
+    text = write_card(folder, FinishedRun.of(run, trust=True, **stated), check or {}).read_text()
     _, front, body = text.split("---\n", 2)
     return yaml.safe_load(front), body
 

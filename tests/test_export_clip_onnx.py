@@ -17,7 +17,7 @@ from fmdistill import cache, export
 from fmdistill.backbones.tinyvit_clip import tinyvit_clip
 from fmdistill.distill.student import load_student
 from fmdistill.export import checks, clip_check, clip_onnx, clip_tokenizer
-from fmdistill.export.source import Source
+from fmdistill.export.source import FinishedRun
 from fmdistill.mini.clip import clip_mini_student
 from fmdistill.mini.tinyvit import tinyvit_clip_mini
 from fmdistill.predict import artefact
@@ -47,10 +47,10 @@ def ran(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def light(ran) -> Source:
+def light(ran) -> FinishedRun:
     """A source with a student that is exported in a moment."""
-    source = Source.of(ran / "run")
-    return Source(source.run, source.recipe, randomize(clip_run.Student(), 1))
+    source = FinishedRun.of(ran / "run")
+    return FinishedRun(source.run, source.recipe, randomize(clip_run.Student(), 1))
 
 
 STUDENT = ["student.name=tinyvit_clip", "student.embed_dim=24", "student.image_size=32"]
@@ -58,7 +58,7 @@ STUDENT = ["student.name=tinyvit_clip", "student.embed_dim=24", "student.image_s
 
 @pytest.fixture(scope="module")
 def folders(ran) -> dict[str, Path]:
-    source = Source.of(ran / "run")
+    source = FinishedRun.of(ran / "run")
     return {name: write(source, ran / "exports" / name) for name, write in WRITERS.items()}
 
 
@@ -266,9 +266,9 @@ def test_padding_follows_open_clip_unless_transformers_would_misread_it(folders)
 
 @pytest.mark.parametrize("student", [clip_mini_student, lambda: tinyvit_clip_mini(24, 32)])
 def test_mini_students_are_exported(ran, tmp_path, student):
-    source = Source.of(ran / "run")
+    source = FinishedRun.of(ran / "run")
     network = randomize(student(), 3)
-    out = clip_onnx.immich(Source(source.run, source.recipe, network), tmp_path / "out")
+    out = clip_onnx.immich(FinishedRun(source.run, source.recipe, network), tmp_path / "out")
     predictor, picture = open_artefact(artefact.read(out)), checks.photographs()[1]
     pixels, size = predictor.preprocess.prepare(picture)
     with torch.no_grad():
@@ -341,9 +341,9 @@ def test_an_export_replaces_an_earlier_one_and_nothing_else(ran, light, folders,
     ],
 )
 def test_a_student_that_does_not_fit_raises_one_clear_line(ran, tmp_path, student, says):
-    source = Source.of(ran / "run")
+    source = FinishedRun.of(ran / "run")
     with pytest.raises(UserError, match=says) as error:
-        clip_onnx.immich(Source(source.run, source.recipe, student()), tmp_path / "out")
+        clip_onnx.immich(FinishedRun(source.run, source.recipe, student()), tmp_path / "out")
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 

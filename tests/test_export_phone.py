@@ -20,7 +20,7 @@ from fmdistill.backbones.sam import PIXEL_MEAN, PIXEL_STD, SamPreprocess
 from fmdistill.backbones.tinyvit_clip import tinyvit_clip
 from fmdistill.export import card, checks, phone
 from fmdistill.export.phone import PhoneFormat, PhonePart
-from fmdistill.export.source import Source
+from fmdistill.export.source import FinishedRun
 from fmdistill.predict import artefact
 from fmdistill.registry import UserError
 
@@ -32,7 +32,7 @@ def needs(name: str) -> None:
         pytest.skip(f"{PACKAGES[name]} is not installed: pip install 'fmdistill[{name}]'")
 
 
-class SamSource(Source):
+class SamSource(FinishedRun):
     """A run of a quarter-scale student without its cache: head and preprocessing are given."""
 
     @property
@@ -51,7 +51,7 @@ STUDENT, HEAD = sam_exports.mini()
 
 
 @pytest.fixture
-def sam(tmp_path, monkeypatch) -> Source:
+def sam(tmp_path, monkeypatch) -> FinishedRun:
     from fmdistill import recipe
 
     monkeypatch.setattr(checks, "pictures", lambda recipe, split, count: checks.photographs()[-2:])
@@ -61,7 +61,7 @@ def sam(tmp_path, monkeypatch) -> Source:
 
 
 @pytest.fixture(scope="module")
-def clip(tmp_path_factory) -> Source:
+def clip(tmp_path_factory) -> FinishedRun:
     folder = tmp_path_factory.mktemp("clip")
     clip_run.write_teacher(folder / "teacher")
     clip_run.write_classes(folder / "train", 1)
@@ -69,7 +69,7 @@ def clip(tmp_path_factory) -> Source:
     recipe = clip_run.load(folder, "student.name=tinyvit_clip", "student.embed_dim=24", "student.image_size=32")
     cache.run(recipe)
     student = randomize(tinyvit_clip("5m", embed_dim=24, image_size=32), 5)
-    return Source.of(clip_run.finish(recipe, student))
+    return FinishedRun.of(clip_run.finish(recipe, student))
 
 
 def in_torch(changed: str = "", factor: float = 1.0) -> PhoneFormat:
@@ -160,7 +160,7 @@ def test_a_missing_extra_is_one_clear_line(name, clip, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def run_format(name: str, source: Source, out: Path, **settings) -> Path:
+def run_format(name: str, source: FinishedRun, out: Path, **settings) -> Path:
     from fmdistill.registry import resolve
 
     return resolve(name, export.FORMATS, "export")(source, out, **settings)

@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from fmdistill import __version__, stop
 from fmdistill.cli import describe, failures
@@ -57,16 +57,7 @@ def parser() -> argparse.ArgumentParser:
          ("kind", "pad (of a RUN), or ipwd (of a distilled RUN and a LABEL_RUN trained only from labels)", None),
          ("arguments", "RUN [LABEL_RUN] OUT, the file to write, and trust=true if a run names code outside fmdistill",
           "+"))  # fmt: skip
-    verb("export", "write a finished run for other software", ("run", "a run's folder", None),
-         ("format", "such as mobilesam, openclip, timm or half; `fmdistill list exports` has all", None),
-         ("out", "the file or folder to write", None),
-         ("settings", "key=value of the format; trust=true if the run names code outside", "*"))  # fmt: skip
-    verb("push", "upload an exported folder to the Hugging Face hub", ("folder", "an exported folder", None),
-         ("repo", "OWNER/NAME on the hub", None), ("settings", "dry_run=true, private=true", "*"))  # fmt: skip
-    verb("report", "write one HTML page about runs", ("out", "the page's folder", None),
-         ("runs", "runs' folders, and trust=true if one names code outside fmdistill", "+"))  # fmt: skip
-    verb("serve", "open a local page on which to click on images and see the masks or scores of teacher and students",
-         ("runs", "runs' folders, and settings: port=, host=, device=, trust=true", "+"))  # fmt: skip
+    _add_sharing(verb)
     verb("check", "check every setting without touching data; without names, of all recipes in the package",
          ("paths", "recipes, studies and protocols, and settings of each recipe as key=value", "*"))  # fmt: skip
     verb("show", "print a recipe with all that it extends and every default", recipe, overrides)
@@ -77,6 +68,20 @@ def parser() -> argparse.ArgumentParser:
     verb("demo", "run a small distillation of an embedded teacher",
          ("overrides", "sam or clip; settings as key=value", "*"))  # fmt: skip
     return top
+
+
+def _add_sharing(verb: Callable[..., None]) -> None:
+    """Add the verbs that show or give a finished run to others."""
+    verb("export", "write a finished run for other software", ("run", "a run's folder", None),
+         ("format", "such as mobilesam, openclip, timm or half; `fmdistill list exports` has all", None),
+         ("out", "the file or folder to write", None),
+         ("settings", "key=value of the format; trust=true if the run names code outside", "*"))  # fmt: skip
+    verb("push", "upload an exported folder to the Hugging Face hub", ("folder", "an exported folder", None),
+         ("repo", "OWNER/NAME on the hub", None), ("settings", "dry_run=true, private=true", "*"))  # fmt: skip
+    verb("report", "write one HTML page about runs", ("out", "the page's folder", None),
+         ("runs", "runs' folders, and trust=true if one names code outside fmdistill", "+"))  # fmt: skip
+    verb("serve", "open a local page on which to click on images and see the masks or scores of teacher and students",
+         ("runs", "runs' folders, and settings: port=, host=, device=, trust=true", "+"))  # fmt: skip
 
 
 def _parsed(argv: Sequence[str] | None) -> dict:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fmdistill.export.source import Source
+from fmdistill.export.source import FinishedRun
 from fmdistill.files import check_folder
 from fmdistill.registry import UserError, bind
 
@@ -52,7 +52,7 @@ def run(
     check_folder(out.parent, "the export")
     if format in FILES and out.is_dir():
         raise UserError(f"{out}: is a folder, but {format} is one file; name the file, such as {out / FILES[format]}")
-    return write(source=Source.of(run_dir, trust, **licences), out=out)
+    return write(source=FinishedRun.of(run_dir, trust, **licences), out=out)
 
 
 def _licence(name: str, value: Any, format: str) -> str:

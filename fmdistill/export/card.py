@@ -12,7 +12,7 @@ from fmdistill.backbones.clip import WholeClip
 from fmdistill.distill.student import weights_path
 from fmdistill.evaluate import results
 from fmdistill.evaluate.results import Result
-from fmdistill.export.source import Source, without_folders
+from fmdistill.export.source import FinishedRun, without_folders
 from fmdistill.files import file_hash, write_whole
 from fmdistill.logs import log
 
@@ -47,7 +47,7 @@ LIMITS = {
 }
 
 
-def write_card(folder: Path, source: Source, check: Mapping[str, Any]) -> Path:
+def write_card(folder: Path, source: FinishedRun, check: Mapping[str, Any]) -> Path:
     """Write `folder`/README.md and return its path; call it when the other files exist, before `describe`.
 
     `check` holds the figures measured on the exported files, possibly nested; it may be empty. What nobody stated, such
@@ -71,7 +71,7 @@ def write_card(folder: Path, source: Source, check: Mapping[str, Any]) -> Path:
     return path
 
 
-def _front_matter(folder: Path, source: Source) -> dict[str, Any]:
+def _front_matter(folder: Path, source: FinishedRun) -> dict[str, Any]:
     library = next((name for pattern, name in LIBRARIES.items() if any(folder.glob(pattern))), "fmdistill")
     tags = ["knowledge-distillation", "fmdistill"]
     family = _family(source)
@@ -85,11 +85,11 @@ def _front_matter(folder: Path, source: Source) -> dict[str, Any]:
     }
 
 
-def _family(source: Source) -> str:
+def _family(source: FinishedRun) -> str:
     return "clip" if isinstance(source.student, WholeClip) else source.family  # a whole CLIP may have no teacher
 
 
-def _networks(source: Source) -> str:
+def _networks(source: FinishedRun) -> str:
     parameters = sum(parameter.numel() for parameter in source.student.parameters())
     preprocess = source.student.preprocess if isinstance(source.student, WholeClip) else source.preprocess
     rows = [
@@ -101,7 +101,7 @@ def _networks(source: Source) -> str:
     return _table(("", ""), rows)
 
 
-def _training(source: Source) -> str:
+def _training(source: FinishedRun) -> str:
     recipe = source.recipe
     rows = [("Images", _component(recipe.images)), ("Task", _component(recipe.task))]
     rows += [(f"Objective `{name}`", _component(term)) for name, term in recipe.objective.items()]
@@ -122,12 +122,12 @@ def _check(check: Mapping[str, Any]) -> str:
     return f"Measured before the export was published, against the PyTorch student.\n\n{_table(('', ''), rows)}"
 
 
-def _evaluation(source: Source) -> str:
+def _evaluation(source: FinishedRun) -> str:
     tables = [_result(path.stem, result) for path, result in _results(source)]
     return "\n\n".join(tables) or "The run has no evaluation of these weights, so its quality is not stated."
 
 
-def _results(source: Source) -> Iterator[tuple[Path, Result]]:
+def _results(source: FinishedRun) -> Iterator[tuple[Path, Result]]:
     """Yield each stored result of the run that is of its present weights."""
     digest = file_hash(weights_path(source.run))
     for path in sorted((source.run / "evaluation").glob("*.json")):
@@ -153,7 +153,7 @@ def _result(name: str, result: Result) -> str:
     return f"Protocol `{name}`: {settings}\n\n{_table(('Metric', *subjects), table)}"
 
 
-def _limits(source: Source) -> str:
+def _limits(source: FinishedRun) -> str:
     whole = isinstance(source.student, WholeClip)
     lines = [
         "The figures hold for the protocols and images named above; of images unlike those that it was trained on, "
@@ -164,7 +164,7 @@ def _limits(source: Source) -> str:
     return "\n".join(f"- {line}" for line in lines if line)
 
 
-def _licences(source: Source) -> str:
+def _licences(source: FinishedRun) -> str:
     pretrained = source.recipe.student.get("pretrained", "none")
     start = "" if pretrained in ("none", "", None) else without_folders(pretrained)
     drawn = "drawn by fmdistill's own code, Apache-2.0" if source.recipe.images.get("name") in DRAWN else NOT_STATED

@@ -15,7 +15,7 @@ from fmdistill.export.card import write_card
 from fmdistill.export.clip_towers import ClipTowers, ImageNetwork, TextNetwork
 from fmdistill.export.folder import check_place, describe, whole_folder
 from fmdistill.export.onnx_precision import Precision
-from fmdistill.export.source import Source
+from fmdistill.export.source import FinishedRun
 from fmdistill.files import write_whole
 from fmdistill.predict import artefact, onnx_session
 from fmdistill.predict.clip_onnx import embed_batches
@@ -44,7 +44,7 @@ class _Layout:
     opset: int
 
 
-def immich(source: Source, out: Path, precision: Precision = "fp32", min_cosine: float | None = None) -> Path:
+def immich(source: FinishedRun, out: Path, precision: Precision = "fp32", min_cosine: float | None = None) -> Path:
     """Write a CLIP's ONNX files in the folder layout of immich's machine-learning service."""
     layout = _Layout(
         "immich", "visual/model.onnx", "textual/model.onnx", "textual",
@@ -53,7 +53,9 @@ def immich(source: Source, out: Path, precision: Precision = "fp32", min_cosine:
     return _write(source, out, layout, _immich_files, precision, min_cosine)
 
 
-def transformers(source: Source, out: Path, precision: Precision = "fp32", min_cosine: float | None = None) -> Path:
+def transformers(
+    source: FinishedRun, out: Path, precision: Precision = "fp32", min_cosine: float | None = None
+) -> Path:
     """Write a CLIP's ONNX files in the folder layout of transformers.js and Hugging Face's CLIP."""
     image, text = (f"onnx/{tower}_model{SUFFIXES[precision]}.onnx" for tower in ("vision", "text"))
     layout = _Layout(
@@ -63,7 +65,7 @@ def transformers(source: Source, out: Path, precision: Precision = "fp32", min_c
     return _write(source, out, layout, _transformers_files, precision, min_cosine)
 
 
-def onnx(source: Source, out: Path, precision: Precision = "fp32", min_cosine: float | None = None) -> Path:
+def onnx(source: FinishedRun, out: Path, precision: Precision = "fp32", min_cosine: float | None = None) -> Path:
     """Write a CLIP's image tower and text tower as plain ONNX files of any batch, and its tokenizer."""
     layout = _Layout(
         "onnx", "image.onnx", "text.onnx", "tokenizer", ("image", "embedding"), ("text", "embedding"),
@@ -73,7 +75,7 @@ def onnx(source: Source, out: Path, precision: Precision = "fp32", min_cosine: f
 
 
 def _write(
-    source: Source,
+    source: FinishedRun,
     out: Path,
     layout: _Layout,
     write_files: Callable[[ClipTowers, Path], None],
@@ -132,7 +134,7 @@ def _write_networks(towers: ClipTowers, layout: _Layout, folder: Path) -> None:
         onnx_file.write(network, {names[0]: example}, [names[1]], folder / path, dynamic=dynamic, opset=layout.opset)
 
 
-def _convert(towers: ClipTowers, layout: _Layout, folder: Path, precision: str, source: Source) -> dict[str, Any]:
+def _convert(towers: ClipTowers, layout: _Layout, folder: Path, precision: str, source: FinishedRun) -> dict[str, Any]:
     """Convert both files in place; return what the JSON says of it."""
     paths = {"image": folder / layout.image, "text": folder / layout.text}
     if precision == "fp16":

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from fmdistill.backbones.clip import ClipPreprocess, TextHead, WholeClip
 from fmdistill.backbones.tinyvit_clip import TinyViTCLIP
 from fmdistill.export import openclip
-from fmdistill.export.source import Source
+from fmdistill.export.source import FinishedRun
 from fmdistill.registry import UserError
 
 
@@ -63,7 +63,7 @@ class ClipTowers:
     dim: int
 
     @classmethod
-    def of(cls, source: Source, format: str) -> "ClipTowers":
+    def of(cls, source: FinishedRun, format: str) -> "ClipTowers":
         """Return the towers of a run. Raises UserError if it has no text tower or its student does not fit it."""
         student = source.student
         if isinstance(student, WholeClip):

@@ -7,13 +7,13 @@ import numpy as np
 import torch
 
 from fmdistill.export.phone import PhoneFormat, PhonePart, write
-from fmdistill.export.source import Source
+from fmdistill.export.source import FinishedRun
 from fmdistill.registry import UserError
 
 REASON = "CoreML runs on Apple's systems only"
 
 
-def run(source: Source, out: Path, precision: Literal["fp32", "fp16"] = "fp32", points: int | None = None) -> Path:
+def run(source: FinishedRun, out: Path, precision: Literal["fp32", "fp16"] = "fp32", points: int | None = None) -> Path:
     """Write CoreML packages for iOS 16 and macOS 13: SAM's image encoder, prompt encoder and decoder, or CLIP's towers.
 
     `points` are the rows of a prompt of SAM, 2 by default: clicks and a padding row, or a box and clicks. Raises

@@ -5,11 +5,11 @@ from pathlib import Path
 from safetensors.torch import save
 from torch import nn
 
-from fmdistill.export.source import Source
+from fmdistill.export.source import FinishedRun
 from fmdistill.files import write_whole
 
 
-def run(source: Source, out: Path) -> Path:
+def run(source: FinishedRun, out: Path) -> Path:
     """Write the student's weights in float16, as a safetensors file."""
     return export(source.student, out)
 

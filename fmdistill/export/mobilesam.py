@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fmdistill.backbones.mobilesam_names import mobilesam_names
 from fmdistill.backbones.promptable import PromptHead
 from fmdistill.backbones.tinyvit import TinyViTSAM
-from fmdistill.export.source import Source
+from fmdistill.export.source import FinishedRun
 from fmdistill.files import write_whole
 from fmdistill.logs import log
 from fmdistill.registry import UserError
@@ -23,7 +23,7 @@ SHAPES = Path(__file__).with_name("mobilesam_5m.json")  # of every tensor in its
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "positional_encoding_gaussian_matrix")
 
 
-def run(source: Source, out: Path) -> Path:
+def run(source: FinishedRun, out: Path) -> Path:
     """Write a SAM of the student and the teacher's decoder, in the format of MobileSAM's checkpoint."""
     return export(source.student, source.head(), out)
 

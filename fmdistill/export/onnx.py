@@ -3,14 +3,14 @@
 from pathlib import Path
 
 from fmdistill.export.onnx_precision import Precision
-from fmdistill.export.source import Source
+from fmdistill.export.source import FinishedRun
 from fmdistill.registry import Entry, UserError, resolve
 
 WRITERS: dict[str, Entry] = {"sam": "fmdistill.export.sam_onnx:onnx", "clip": "fmdistill.export.clip_onnx:onnx"}
 
 
 def run(
-    source: Source,
+    source: FinishedRun,
     out: Path,
     precision: Precision = "fp32",
     single: bool | None = None,
@@ -32,7 +32,7 @@ OWN = {"single": "sam", "min_miou": "sam", "min_cosine": "clip"}
 def dispatch(
     name: str,
     writers: dict[str, Entry],
-    source: Source,
+    source: FinishedRun,
     out: Path,
     precision: Precision,
     settings: dict[str, bool | float | None],

@@ -14,7 +14,7 @@ from fmdistill.backbones.clip import ClipPreprocess, TextHead, WholeClip
 from fmdistill.backbones.tinyvit_clip import TinyViTCLIP
 from fmdistill.export.card import write_card
 from fmdistill.export.folder import check_place, whole_folder
-from fmdistill.export.source import Source
+from fmdistill.export.source import FinishedRun
 from fmdistill.files import write_whole
 from fmdistill.registry import UserError
 
@@ -22,7 +22,7 @@ CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 WHAT = "an openclip"
 
 
-def run(source: Source, out: Path) -> Path:
+def run(source: FinishedRun, out: Path) -> Path:
     """Write a folder of the student and the teacher's text tower, which open_clip loads by local-dir:FOLDER."""
     check_place(out, CONFIG, WHAT)
     if isinstance(source.student, WholeClip):
@@ -37,7 +37,7 @@ def run(source: Source, out: Path) -> Path:
 
 
 def export(
-    student: nn.Module, head: TextHead, preprocess: ClipPreprocess, out: Path, source: Source | None = None
+    student: nn.Module, head: TextHead, preprocess: ClipPreprocess, out: Path, source: FinishedRun | None = None
 ) -> Path:
     """Write `out`/open_clip_config.json and open_clip_model.safetensors, float32, and a card of `source`; return `out`.
 
@@ -49,14 +49,14 @@ def export(
     return _write({**state, **head.state_dict()}, config(tinyvit, head, preprocess), head.tokenizer, out, source)
 
 
-def export_whole(student: WholeClip, out: Path, source: Source | None = None) -> Path:
+def export_whole(student: WholeClip, out: Path, source: FinishedRun | None = None) -> Path:
     """Write both towers of a student that is a whole CLIP, as `export` does."""
     described = {"model_cfg": student.config["model_cfg"], "preprocess_cfg": _preprocess_cfg(student.preprocess)}
     return _write(student.whole().state_dict(), described, None, out, source)
 
 
 def _write(
-    state: Mapping[str, Tensor], described: dict[str, Any], tokenizer: Any, out: Path, source: Source | None
+    state: Mapping[str, Tensor], described: dict[str, Any], tokenizer: Any, out: Path, source: FinishedRun | None
 ) -> Path:
     with whole_folder(out, CONFIG, WHAT) as temporary:
         write_whole(temporary / WEIGHTS, to_bytes({name: _plain(value) for name, value in state.items()}))

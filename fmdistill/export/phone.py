@@ -21,7 +21,7 @@ from fmdistill.export.card import write_card
 from fmdistill.export.clip_towers import ClipTowers, ImageTower, TextTower
 from fmdistill.export.folder import check_place, describe, whole_folder
 from fmdistill.export.sam_networks import PromptTokens, SquareEncoder
-from fmdistill.export.source import Source
+from fmdistill.export.source import FinishedRun
 from fmdistill.predict import artefact
 from fmdistill.predict.sam_layouts import LAYOUTS
 from fmdistill.registry import UserError
@@ -113,7 +113,7 @@ class FixedDecoder(nn.Module):
 
 
 def write(
-    source: Source,
+    source: FinishedRun,
     out: Path,
     format: PhoneFormat,
     precision: str = "fp32",
@@ -150,7 +150,7 @@ def write(
     return out
 
 
-def _kind(source: Source, name: str, settings: Mapping[str, float | None]) -> str:
+def _kind(source: FinishedRun, name: str, settings: Mapping[str, float | None]) -> str:
     kind = "clip" if isinstance(source.student, WholeClip) else source.family
     if kind not in OWN.values():
         raise UserError(
@@ -169,7 +169,7 @@ def _kind(source: Source, name: str, settings: Mapping[str, float | None]) -> st
     return kind
 
 
-def sam_parts(source: Source, points: int, format: PhoneFormat) -> list[PhonePart]:
+def sam_parts(source: FinishedRun, points: int, format: PhoneFormat) -> list[PhonePart]:
     """Return SAM's three networks, by the names of Apple's packages. UserError if the student does not fit the head."""
     student, head = source.student.eval(), source.head()
     side, channels, grid = (head.config[name] for name in ("image_size", "embed_dim", "image_embedding_size"))
@@ -215,7 +215,7 @@ def clip_parts(towers: ClipTowers, format: PhoneFormat) -> list[PhonePart]:
 
 
 def _check(
-    source: Source,
+    source: FinishedRun,
     towers: ClipTowers | None,
     calls: Mapping[str, Call] | None,
     format: PhoneFormat,
@@ -252,7 +252,7 @@ def _compare_towers(towers: ClipTowers, calls: Mapping[str, Call], min_cosine: f
     )
 
 
-def measure_sam(source: Source, calls: Mapping[str, Call], points: int) -> dict[str, Any]:
+def measure_sam(source: FinishedRun, calls: Mapping[str, Call], points: int) -> dict[str, Any]:
     """Return the IoU of the runtime's masks with those of the PyTorch student and segment_anything's own head."""
     head, errors, logit_errors, ious = source.head(), [], [], []
     for picture in checks.pictures(source.recipe, "validation", PICTURES):

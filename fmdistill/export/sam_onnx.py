@@ -16,7 +16,7 @@ from fmdistill.export import checks, folder, onnx_file, onnx_precision, sam_chec
 from fmdistill.export import sam_networks as networks
 from fmdistill.export.card import write_card
 from fmdistill.export.onnx_precision import Precision
-from fmdistill.export.source import Source
+from fmdistill.export.source import FinishedRun
 from fmdistill.files import write_whole
 from fmdistill.predict import artefact
 from fmdistill.predict.onnx_session import Session, onnxruntime
@@ -44,38 +44,42 @@ class SamExport:
     card: Callable[[Path, Mapping[str, Any]], object] = lambda folder, check: None  # writes the model card
 
 
-def onnx(source: Source, out: Path, precision: Precision = "fp32", single: bool = False, min_miou: float = 0.9) -> Path:
+def onnx(
+    source: FinishedRun, out: Path, precision: Precision = "fp32", single: bool = False, min_miou: float = 0.9
+) -> Path:
     """Write encoder.onnx and decoder.onnx in segment_anything's own layout, with four masks or one."""
     return _run(source, out, "onnx", precision, min_miou, single=single)
 
 
-def anylabeling(source: Source, out: Path, precision: Precision = "fp32", min_miou: float = 0.9) -> Path:
+def anylabeling(source: FinishedRun, out: Path, precision: Precision = "fp32", min_miou: float = 0.9) -> Path:
     """Write ONNX files and their YAML, for X-AnyLabeling, anylabeling and samexporter."""
     return _run(source, out, "anylabeling", precision, min_miou)
 
 
-def labelme(source: Source, out: Path, precision: Precision = "fp32", min_miou: float = 0.9) -> Path:
+def labelme(source: FinishedRun, out: Path, precision: Precision = "fp32", min_miou: float = 0.9) -> Path:
     """Write ONNX files in the layout of osam, labelme's engine."""
     return _run(source, out, "labelme", precision, min_miou)
 
 
-def openvino(source: Source, out: Path, precision: Precision = "fp32", min_miou: float = 0.9) -> Path:
+def openvino(source: FinishedRun, out: Path, precision: Precision = "fp32", min_miou: float = 0.9) -> Path:
     """Write ONNX files with the names and shapes of OpenVINO's model_api."""
     return _run(source, out, "openvino", precision, min_miou)
 
 
-def transformers(source: Source, out: Path, precision: Precision = "fp32", min_miou: float = 0.9) -> Path:
+def transformers(source: FinishedRun, out: Path, precision: Precision = "fp32", min_miou: float = 0.9) -> Path:
     """Write the folder of transformers.js and optimum: onnx/, config.json and preprocessor_config.json."""
     return _run(source, out, "transformers", precision, min_miou)
 
 
-def _run(source: Source, out: Path, name: str, precision: Precision, min_miou: float, single: bool = False) -> Path:
+def _run(
+    source: FinishedRun, out: Path, name: str, precision: Precision, min_miou: float, single: bool = False
+) -> Path:
     layout = LAYOUTS[name]
     export = export_of(source, out, name, layout.with_single(single or layout.single))
     return write(export, out, precision, min_miou)
 
 
-def export_of(source: Source, out: Path, name: str, layout: SamLayout) -> SamExport:
+def export_of(source: FinishedRun, out: Path, name: str, layout: SamLayout) -> SamExport:
     """Return the export `name` of a run. Raises UserError if its teacher is no SAM, or `out` is no place for it."""
     if source.family != "sam":
         raise UserError(

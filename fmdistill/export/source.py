@@ -21,7 +21,7 @@ from fmdistill.teachers.family import Preprocess
 
 
 @dataclass(frozen=True)
-class Source:
+class FinishedRun:
     """A finished run to export; `student` is in eval mode on the CPU."""
 
     run: Path
@@ -31,7 +31,7 @@ class Source:
     images_license: str = ""  # of the training images
 
     @classmethod
-    def of(cls, run: str | Path, trust: bool = False, license: str = "", images_license: str = "") -> "Source":
+    def of(cls, run: str | Path, trust: bool = False, license: str = "", images_license: str = "") -> "FinishedRun":
         """Open a finished run. `trust` allows its recipe to name code outside fmdistill."""
         recipe = recipes.load_saved(run, ["trust=true"] if trust else [])
         return cls(Path(run), recipe, load_student(run, trust), license, images_license)

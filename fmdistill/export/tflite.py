@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from fmdistill.export.phone import Call, PhoneFormat, PhonePart, write
-from fmdistill.export.source import Source
+from fmdistill.export.source import FinishedRun
 from fmdistill.registry import UserError
 
 
 def run(
-    source: Source,
+    source: FinishedRun,
     out: Path,
     points: int | None = None,
     min_miou: float | None = None,

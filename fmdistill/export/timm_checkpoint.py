@@ -11,13 +11,13 @@ from torch import nn
 
 from fmdistill.backbones.clip import ClipPreprocess
 from fmdistill.backbones.tinyvit_clip import TinyViTCLIP
-from fmdistill.export.source import Source
+from fmdistill.export.source import FinishedRun
 from fmdistill.files import write_whole
 from fmdistill.registry import UserError
 from fmdistill.teachers.timm import TimmPreprocess
 
 
-def run(source: Source, out: Path) -> Path:
+def run(source: FinishedRun, out: Path) -> Path:
     """Write the student with its preprocessing, which its cache's manifest states."""
     preprocess = source.preprocess
     if not isinstance(preprocess, TimmPreprocess | ClipPreprocess):

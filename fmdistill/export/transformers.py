@@ -4,7 +4,7 @@ from pathlib import Path
 
 from fmdistill.export.onnx import dispatch
 from fmdistill.export.onnx_precision import Precision
-from fmdistill.export.source import Source
+from fmdistill.export.source import FinishedRun
 from fmdistill.registry import Entry
 
 WRITERS: dict[str, Entry] = {
@@ -14,7 +14,7 @@ WRITERS: dict[str, Entry] = {
 
 
 def run(
-    source: Source,
+    source: FinishedRun,
     out: Path,
     precision: Precision = "fp32",
     min_miou: float | None = None,

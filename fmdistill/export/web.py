@@ -11,7 +11,7 @@ import PIL.Image
 from fmdistill.backbones.sam import PIXEL_MEAN, PIXEL_STD
 from fmdistill.export import sam_onnx
 from fmdistill.export.onnx_precision import Precision
-from fmdistill.export.source import Source
+from fmdistill.export.source import FinishedRun
 from fmdistill.images.picture import DecodeError, decode
 from fmdistill.predict.sam_layouts import LAYOUTS
 from fmdistill.registry import UserError, resolve
@@ -28,7 +28,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # what every browser decodes
 
 
 def run(
-    source: Source,
+    source: FinishedRun,
     out: Path,
     precision: Precision = "fp32",
     runtime: str = "cdn",

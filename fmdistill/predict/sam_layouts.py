@@ -36,7 +36,7 @@ class SamLayout:
         """Return the layout that an exported folder's JSON states. Raises UserError if it is another version's."""
         try:
             plain = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
-            return cls(**plain)
+            return cls(**plain)  # type: ignore[arg-type]
         except (TypeError, AttributeError):
             raise UserError(f"layout {stored!r}: not one of this version's; export the run again") from None
 
