@@ -18,7 +18,7 @@ from fmdistill.backbones.sam import PIXEL_MEAN, PIXEL_STD
 from fmdistill.evaluate.masks import iou, pack
 from fmdistill.export import checks, clip_check
 from fmdistill.export.card import write_card
-from fmdistill.export.clip_towers import ClipTowers, ImageTower, TextTower
+from fmdistill.export.clip_towers import ClipTowers, ImageNetwork, TextNetwork
 from fmdistill.export.folder import check_place, describe, whole_folder
 from fmdistill.export.sam_networks import PromptTokens, SquareEncoder
 from fmdistill.export.source import FinishedRun
@@ -66,6 +66,9 @@ class PhoneFormat:
 
 class RawPixels(nn.Module):
     """An encoder on pixels of 0..255; `mean` and `std` are in the same units."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, encoder: nn.Module, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
@@ -204,13 +207,13 @@ def sam_parts(source: FinishedRun, points: int, format: PhoneFormat) -> list[Pho
 
 def clip_parts(towers: ClipTowers, format: PhoneFormat) -> list[PhonePart]:
     """Return CLIP's two towers, by the names of MobileCLIP's packages; the embeddings are not normalised."""
-    preprocess, encoder = towers.preprocess, ImageTower(towers.student, unit=False)
+    preprocess, encoder = towers.preprocess, ImageNetwork(towers.student, unit=False)
     mean, std = ([255 * value for value in values] for values in (preprocess.mean, preprocess.std))
     image = {"image": torch.zeros(1, 3, preprocess.image_size, preprocess.image_size)}
     text = {"text": towers.tokenizer(["a photo"]).to(torch.int32)}
     return [
         PhonePart("image", RawPixels(encoder, mean, std) if format.raw else encoder, image, ("final_emb_1",)),
-        PhonePart("text", TextTower(towers.text_model, unit=False), text, ("final_emb_1",)),
+        PhonePart("text", TextNetwork(towers.text_model, unit=False), text, ("final_emb_1",)),
     ]
 
 
@@ -226,7 +229,7 @@ def _check(
     if calls is None:
         return {"compared": False, "reason": format.reason}
     if towers is not None:
-        return _compare_towers(towers, calls, min_cosine)
+        return _compare_towers(source, towers, calls, min_cosine)
     figures = measure_sam(source, calls, points)
     limit = MIN_MIOU if min_miou is None else min_miou
     if not figures["miou"] >= limit:  # a NaN too
@@ -237,7 +240,9 @@ def _check(
     return figures
 
 
-def _compare_towers(towers: ClipTowers, calls: Mapping[str, Call], min_cosine: float | None) -> dict[str, Any]:
+def _compare_towers(
+    source: FinishedRun, towers: ClipTowers, calls: Mapping[str, Call], min_cosine: float | None
+) -> dict[str, Any]:
     def one_by_one(name: str, rows: Tensor) -> np.ndarray:
         return np.concatenate([calls[name]([row[None]])[0].numpy() for row in rows])
 
@@ -246,6 +251,7 @@ def _compare_towers(towers: ClipTowers, calls: Mapping[str, Call], min_cosine: f
         towers,
         lambda pixels: one_by_one("image", torch.from_numpy(pixels)),
         lambda tokens_NL: one_by_one("text", torch.from_numpy(tokens_NL).to(torch.int32)),
+        checks.pictures(source.recipe, "validation", PICTURES),
         tokens,
         "fp32",
         min_cosine,
