@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from fmdistill import images
-from fmdistill.distill.data import SplitImages, every
+from fmdistill.distill.data import SplitImages
 from fmdistill.logs import log
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError, resolve
@@ -23,9 +23,9 @@ def pictures(recipe: Recipe, split: str, count: int) -> list[np.ndarray]:
     try:
         built = images.build(recipe.images)
         data = SplitImages(built, split)
-        places = [place for batch in every(data, 1) for place in batch]
+        places = [(shard, index) for shard, length in enumerate(data.counts) for index in range(length)]
         chosen = [places[i * len(places) // count] for i in range(min(count, len(places)))]
-        decoded = [built.decode(data.encoded(shard, index), data.shards[shard].name) for _, shard, index in chosen]
+        decoded = [built.decode(data.encoded(shard, index), data.shards[shard].name) for shard, index in chosen]
     except (UserError, OSError) as error:
         log.info("the recipe's images are not at hand (%s); photographs of scikit-image are used", error)
         decoded = []

@@ -31,6 +31,9 @@ class SquareEncoder(nn.Module):
 class PixelEncoder(nn.Module):
     """The student on raw pixels (H, W, 3) of 0..255 in RGB, of an image whose longest side is at most `frame`."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, student: nn.Module, side: int, frame: int):
         super().__init__()
         self.student, self.side, self.frame = student, side, frame
