@@ -30,7 +30,7 @@ def run(source: FinishedRun, out: Path, precision: Literal["fp32", "fp16"] = "fp
 def coremltools() -> Any:
     """Return the module coremltools. Raises UserError if it is not installed."""
     try:
-        import coremltools
+        import coremltools  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise UserError("export coreml: needs the package coremltools; pip install 'fmdistill[coreml]'") from None
     return coremltools

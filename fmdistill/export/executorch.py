@@ -49,9 +49,9 @@ def run(
 
 def _packages() -> tuple[Any, Any, Any]:
     try:
-        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-        from executorch.exir import to_edge_transform_and_lower
-        from executorch.runtime import Runtime
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner  # pyright: ignore[reportMissingImports]
+        from executorch.exir import to_edge_transform_and_lower  # pyright: ignore[reportMissingImports]
+        from executorch.runtime import Runtime  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise UserError(
             "export executorch: needs the package executorch; pip install 'fmdistill[executorch]'"

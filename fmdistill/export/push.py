@@ -76,7 +76,7 @@ def _upload(folder: Path, repo: str, private: bool, paths: list[Path], api: Any)
     except OfflineModeIsEnabled as error:
         raise UserError(f"{repo}: HF_HUB_OFFLINE is set, so nothing is sent; unset it, or add dry_run=true") from error
     except HfHubHTTPError as error:
-        status = getattr(getattr(error, "response", None), "status_code", None)
+        status = getattr(getattr(error, "response", None), "status_code", 0)
         way = {
             401: "the token is not valid; run `hf auth login` again",
             403: "the token may not write there; use one with write access, and a repository of your own",

@@ -34,6 +34,9 @@ class PixelEncoder(nn.Module):
     mean: Tensor
     std: Tensor
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, student: nn.Module, side: int, frame: int):
         super().__init__()
         self.student, self.side, self.frame = student, side, frame
@@ -109,7 +112,7 @@ class Upscale(nn.Module):
 
 
 class OfficialDecoder(nn.Module):
-    """segment_anything's `SamOnnxModel` in a form that traces for every image size, with a layout's differences."""
+    """segment_anything's SamOnnxModel in a form that traces for every image size, with a layout's differences."""
 
     def __init__(self, head: PromptHead, layout: SamLayout):
         super().__init__()

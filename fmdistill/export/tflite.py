@@ -44,8 +44,8 @@ def run(
 
 def _packages() -> tuple[Any, Any]:
     try:
-        import litert_torch
-        from ai_edge_litert.interpreter import Interpreter
+        import litert_torch  # pyright: ignore[reportMissingImports]
+        from ai_edge_litert.interpreter import Interpreter  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise UserError("export tflite: needs the package litert-torch; pip install 'fmdistill[tflite]'") from None
     return litert_torch, Interpreter
