@@ -109,7 +109,7 @@ class Upscale(nn.Module):
 
 
 class OfficialDecoder(nn.Module):
-    """segment_anything's `SamOnnxModel` in a form that traces for every image size, with a layout's differences."""
+    """segment_anything's SamOnnxModel in a form that traces for every image size, with a layout's differences."""
 
     def __init__(self, head: PromptHead, layout: SamLayout):
         super().__init__()

@@ -12,7 +12,7 @@ class SamLayout:
     """Names, types and frames of an encoder and a decoder.
 
     The encoder's input `image` is float32: normalised and zero-padded (1, 3, S, S), or with `raw` (H, W, 3) of 0..255.
-    The decoder is segment_anything's (`SamOnnxModel`) with the stated differences, or with `batched` that of
+    The decoder is segment_anything's (SamOnnxModel) with the stated differences, or with `batched` that of
     transformers: (B, P, N, 2) points, no mask input, three masks at low resolution.
     """
 
