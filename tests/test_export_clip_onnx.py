@@ -285,7 +285,10 @@ def test_smaller_precisions_are_checked_and_open(ran, light, folders, tmp_path, 
     for tower in ("image", "text"):
         least = opened.check[f"{tower}_cosine"]["min"]
         assert opened.check["min_cosine"] <= least < 1 - 1e-9
-    assert (out / opened.model["text"]).stat().st_size < 0.6 * (folders["onnx"] / "text.onnx").stat().st_size
+    saved = {"fp16": 0.6, "int8": 1.0}[
+        precision
+    ]  # int8 leaves the token embeddings, nearly all of this toy, in float32
+    assert (out / opened.model["text"]).stat().st_size < saved * (folders["onnx"] / "text.onnx").stat().st_size
     assert open_artefact(opened).encode_text(TEXTS).shape == (5, 24)
 
 
