@@ -9,6 +9,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -41,12 +43,17 @@ def main(which: str = "mini", repeats: str = "20") -> None:
     """Print one row for each precision."""
     student, head = networks(which)
     photographs = checks.photographs()
+    recipe: Any = SimpleNamespace(images={"name": "photos", "train": 16})  # for calibration, of other photographs
+
+    def pictures(split: str, count: int) -> list:
+        return photographs[:count] if split == "validation" else checks.pictures(recipe, split, count)
+
     side = head.config["image_size"]
     pixels, size = SamPreprocess(side).prepare(photographs[0])
     image = SamPreprocess(side).normalize(pixels[None], torch.tensor([size]))
     with tempfile.TemporaryDirectory() as folder:
         for precision in PRECISIONS:
-            export = sam_onnx.SamExport(student, head, "onnx", LAYOUTS["onnx"], lambda _, n: photographs[:n], {})
+            export = sam_onnx.SamExport(student, head, "onnx", LAYOUTS["onnx"], pictures, {})
             out = sam_onnx.write(export, Path(folder) / precision, precision, 0.0)
             check = artefact.read(out).check
             sizes = [(out / f"{name}.onnx").stat().st_size / 1e6 for name in ("encoder", "decoder")]
