@@ -119,6 +119,19 @@ def test_wrong_masks_are_not_published(sam, tmp_path):
         phone.write(sam, tmp_path / "nan", in_torch("MaskDecoder", float("nan")))
 
 
+@pytest.mark.slow
+def test_torch_export_keeps_every_input_of_the_decoder():
+    source = SimpleNamespace(student=STUDENT, head=lambda: HEAD)
+    part = phone.sam_parts(source, 2, PhoneFormat("x", "", False, lambda *_: None))[2]
+    part.network.requires_grad_(False)
+    with torch.no_grad():
+        assert phone.exported(part)
+        dense = part.inputs["image_embedding"]
+        twice = PhonePart(part.name, part.network, {**part.inputs, "dense_embedding": dense}, part.outputs)
+        with pytest.raises(AssertionError, match="not close"):  # one tensor for two inputs is exported as one input
+            phone.exported(twice)
+
+
 def test_raw_pixels_are_normalised_in_the_network():
     encoder = phone.sam_parts(
         SimpleNamespace(student=STUDENT, head=lambda: HEAD), 2, PhoneFormat("x", "", True, lambda *_: None)

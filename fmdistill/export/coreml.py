@@ -6,7 +6,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from fmdistill.export.phone import PhoneFormat, PhonePart, write
+from fmdistill.export.phone import PhoneFormat, PhonePart, exported, write
 from fmdistill.export.source import FinishedRun
 from fmdistill.registry import UserError
 
@@ -39,9 +39,9 @@ def coremltools() -> Any:
 def converted(tools: Any, part: PhonePart, precision: str) -> Any:
     """Return the part as a model of coremltools, `tools`."""
     # by torch.export, since coremltools 9.0 fails on a traced TinyViT with NumPy 2.4
-    exported = torch.export.export(part.network, tuple(part.inputs.values())).run_decompositions({})
+    program = exported(part).run_decompositions({})
     return tools.convert(
-        exported,
+        program,
         inputs=[_input(tools, name, value) for name, value in part.inputs.items()],
         outputs=[tools.TensorType(name=name) for name in part.outputs],
         convert_to="mlprogram",

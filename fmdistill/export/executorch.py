@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from fmdistill.export.phone import Call, PhoneFormat, PhonePart, write
+from fmdistill.export.phone import Call, PhoneFormat, PhonePart, exported, write
 from fmdistill.export.source import FinishedRun
 from fmdistill.files import write_whole
 from fmdistill.registry import UserError
@@ -28,8 +27,7 @@ def run(
     lower, partitioner, runtime = _packages()
 
     def convert(part: PhonePart, path: Path) -> None:
-        exported = torch.export.export(part.network, tuple(part.inputs.values()))
-        write_whole(path, bytes(lower(exported, partitioner=[partitioner()]).to_executorch().buffer))
+        write_whole(path, bytes(lower(exported(part), partitioner=[partitioner()]).to_executorch().buffer))
 
     def opened(path: Path) -> Call:
         program = runtime.get().load_program(str(path))

@@ -172,6 +172,18 @@ def write(
     return out
 
 
+def exported(part: PhonePart) -> Any:
+    """Return the part as torch.export's program, after a comparison on other inputs than its examples."""
+    program = torch.export.export(part.network, tuple(part.inputs.values()))
+    drawn = torch.Generator().manual_seed(0)
+    inputs = [
+        torch.randn(value.shape, generator=drawn) if value.is_floating_point() else value.flip(-1)
+        for value in part.inputs.values()
+    ]
+    torch.testing.assert_close(program.module()(*inputs), part.network(*inputs), rtol=1e-3, atol=1e-3)
+    return program
+
+
 def _kind(source: FinishedRun, name: str, settings: Mapping[str, float | None]) -> str:
     kind = "clip" if isinstance(source.student, WholeClip) else source.family
     if kind not in OWN.values():
@@ -209,7 +221,11 @@ def sam_parts(source: FinishedRun, points: int, format: PhoneFormat) -> list[Pho
         )
     encoder = SquareEncoder(student)
     rows = {"points": torch.full((1, points, 2), side / 2), "labels": torch.ones(1, points, dtype=torch.int32)}
-    embeddings = {"image_embedding": dense, "sparse_embedding": torch.zeros(1, points, channels)}
+    embeddings = {
+        "image_embedding": dense,
+        "sparse_embedding": torch.zeros(1, points, channels),
+        "dense_embedding": dense.clone(),  # torch.export takes one tensor given twice for one input
+    }
     return [
         PhonePart(
             "ImageEncoder",
@@ -218,9 +234,7 @@ def sam_parts(source: FinishedRun, points: int, format: PhoneFormat) -> list[Pho
             ("image_embedding",),
         ),
         PhonePart("PromptEncoder", FixedPrompts(head), rows, ("sparse_embeddings", "dense_embeddings")),
-        PhonePart(
-            "MaskDecoder", FixedDecoder(head), {**embeddings, "dense_embedding": dense}, ("low_res_masks", "scores")
-        ),
+        PhonePart("MaskDecoder", FixedDecoder(head), embeddings, ("low_res_masks", "scores")),
     ]
 
 
