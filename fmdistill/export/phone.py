@@ -114,7 +114,8 @@ class FixedDecoder(nn.Module):
         """Return logits (1, 3, n, n) and predicted IoU (1, 3) of the masks 1 to 3."""
         tokens: Any = torch.cat([self.own, sparse], dim=1)  # type: ignore[list-item]
         out, attended = self.decoder.transformer(embedding + dense, self.grid, tokens)
-        first, norm, activation, second, last = self.decoder.output_upscaling
+        layers: Any = self.decoder.output_upscaling
+        first, norm, activation, second, last = layers
         grown = _doubled(attended.reshape(self.side, self.side, -1), first)
         grown = activation(F.layer_norm(grown, grown.shape[-1:], norm.weight, norm.bias, norm.eps))
         upscaled = last(_doubled(grown, second))
@@ -128,9 +129,8 @@ def _doubled(x_HWC: Tensor, convolution: nn.ConvTranspose2d) -> Tensor:
     """Return (2 H, 2 W, D): the transposed convolution of kernel and stride 2, whose weight is (C, D, 2, 2)."""
     height, width, channels = x_HWC.shape
     bias: Any = convolution.bias
-    products = (x_HWC @ convolution.weight.reshape(channels, -1)).reshape(
-        height, width, -1, 2, 2
-    )  # 5 axes are CoreML's most
+    products = x_HWC @ convolution.weight.reshape(channels, -1)
+    products = products.reshape(height, width, -1, 2, 2)  # 5 axes are CoreML's most
     return products.permute(0, 3, 1, 4, 2).reshape(2 * height, 2 * width, -1) + bias
 
 
