@@ -119,6 +119,14 @@ def test_wrong_masks_are_not_published(sam, tmp_path):
         phone.write(sam, tmp_path / "nan", in_torch("MaskDecoder", float("nan")))
 
 
+def test_constants_and_examples_are_contiguous_tensors_of_their_own():
+    source = SimpleNamespace(student=STUDENT, head=lambda: HEAD)
+    for part in phone.sam_parts(source, 2, PhoneFormat("x", "", True, lambda *_: None)):
+        tensors = [*part.inputs.values(), *part.network.state_dict().values(), *part.network.buffers()]
+        assert all(tensor.is_contiguous() for tensor in tensors)
+        assert len({value.data_ptr() for value in part.inputs.values()}) == len(part.inputs)
+
+
 @pytest.mark.slow
 def test_torch_export_keeps_every_input_of_the_decoder():
     source = SimpleNamespace(student=STUDENT, head=lambda: HEAD)
