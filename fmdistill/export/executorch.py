@@ -6,23 +6,24 @@ from typing import Any
 
 from torch import Tensor
 
-from fmdistill.backbones.clip import WholeClip
 from fmdistill.export.phone import Call, PhoneFormat, PhonePart, exported, write
 from fmdistill.export.source import FinishedRun
 from fmdistill.files import write_whole
 from fmdistill.registry import UserError
 
 
-def run(source: FinishedRun, out: Path, min_cosine: float | None = None) -> Path:
-    """Write ExecuTorch programs in float32 of CLIP's two towers.
+def run(
+    source: FinishedRun,
+    out: Path,
+    points: int | None = None,
+    min_miou: float | None = None,
+    min_cosine: float | None = None,
+) -> Path:
+    """Write ExecuTorch programs in float32: SAM's image encoder, prompt encoder and decoder, or CLIP's two towers.
 
-    Raises UserError if executorch is missing, the run is none of CLIP, or the files differ from the PyTorch student.
+    `points` are the rows of a prompt of SAM, 2 by default: clicks and a padding row, or a box and clicks. Raises
+    UserError if executorch is missing, the run does not fit, or the files differ from the PyTorch student.
     """
-    if not isinstance(source.student, WholeClip) and source.family == "sam":
-        raise UserError(
-            "export executorch: SAM's mask decoder gives other masks by ExecuTorch's XNNPACK than by PyTorch "
-            "(docs/phones.md); use the format tflite or onnx"
-        )
     lower, partitioner, runtime = _packages()
 
     def convert(part: PhonePart, path: Path) -> None:
@@ -32,15 +33,16 @@ def run(source: FinishedRun, out: Path, min_cosine: float | None = None) -> Path
         program = runtime.get().load_program(str(path))
         method = program.load_method("forward")
 
-        # a method does not keep its program alive
-        def call(inputs: Sequence[Tensor], _program: object = program) -> list[Tensor]:
+        def call(
+            inputs: Sequence[Tensor], _kept: object = program
+        ) -> list[Tensor]:  # a method does not keep its program
             outputs = method.execute([value.contiguous() for value in inputs])
             return [output.clone() for output in outputs]  # the next call may write into the same memory
 
         return call
 
     format = PhoneFormat("executorch", ".pte", False, convert, opened)
-    return write(source, out, format, min_cosine=min_cosine)
+    return write(source, out, format, points=points, min_miou=min_miou, min_cosine=min_cosine)
 
 
 def _packages() -> tuple[Any, Any, Any]:

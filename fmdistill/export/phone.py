@@ -107,7 +107,8 @@ class FixedDecoder(nn.Module):
         super().__init__()
         self.decoder, self.side = head.mask_decoder, head.config["image_embedding_size"]
         own = torch.cat([self.decoder.iou_token.weight, self.decoder.mask_tokens.weight])[None]
-        self.register_buffer("grid", head.prompt_encoder.get_dense_pe().detach().clone(), persistent=False)
+        grid = head.prompt_encoder.get_dense_pe().detach().contiguous()  # ExecuTorch reads a permuted constant wrongly
+        self.register_buffer("grid", grid, persistent=False)
         self.register_buffer("own", own.detach().clone(), persistent=False)
 
     def forward(self, embedding: Tensor, sparse: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
