@@ -33,9 +33,8 @@ def run(
         program = runtime.get().load_program(str(path))
         method = program.load_method("forward")
 
-        def call(
-            inputs: Sequence[Tensor], _kept: object = program
-        ) -> list[Tensor]:  # a method does not keep its program
+        # a method does not keep its program alive
+        def call(inputs: Sequence[Tensor], _program: object = program) -> list[Tensor]:
             outputs = method.execute([value.contiguous() for value in inputs])
             return [output.clone() for output in outputs]  # the next call may write into the same memory
 

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fmdistill.backbones.clip import WholeClip
 from fmdistill.backbones.promptable import PromptHead
@@ -97,15 +96,14 @@ class FixedPrompts(nn.Module):
 
 
 class FixedDecoder(nn.Module):
-    """SAM's mask decoder for one prompt, with the grid's positional encoding as a constant.
+    """SAM's mask decoder for one prompt, with the grid's positional encoding as a constant."""
 
-    Its transposed convolutions, of kernel and stride 2, are products of matrices on channels-last tokens: beside them
-    litert-torch 0.10 converts the transformer wrongly.
-    """
+    own: Tensor
+    grid: Tensor
 
     def __init__(self, head: PromptHead):
         super().__init__()
-        self.decoder, self.side = head.mask_decoder, head.config["image_embedding_size"]
+        self.decoder = head.mask_decoder
         own = torch.cat([self.decoder.iou_token.weight, self.decoder.mask_tokens.weight])[None]
         grid = head.prompt_encoder.get_dense_pe().detach().contiguous()  # ExecuTorch reads a permuted constant wrongly
         self.register_buffer("grid", grid, persistent=False)
@@ -113,26 +111,12 @@ class FixedDecoder(nn.Module):
 
     def forward(self, embedding: Tensor, sparse: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits (1, 3, n, n) and predicted IoU (1, 3) of the masks 1 to 3."""
-        tokens: Any = torch.cat([self.own, sparse], dim=1)  # type: ignore[list-item]
-        out, attended = self.decoder.transformer(embedding + dense, self.grid, tokens)
-        layers: Any = self.decoder.output_upscaling
-        first, norm, activation, second, last = layers
-        grown = _doubled(attended.reshape(self.side, self.side, -1), first)
-        grown = activation(F.layer_norm(grown, grown.shape[-1:], norm.weight, norm.bias, norm.eps))
-        upscaled = last(_doubled(grown, second))
+        source = embedding + dense
+        out, attended = self.decoder.transformer(source, self.grid, torch.cat([self.own, sparse], dim=1))
+        upscaled = self.decoder.output_upscaling(attended.transpose(1, 2).reshape(source.shape))
         hyper = torch.stack([mlp(out[:, 1 + i]) for i, mlp in enumerate(self.decoder.output_hypernetworks_mlps)], dim=1)
-        logits = hyper @ upscaled.reshape(1, -1, upscaled.shape[-1]).transpose(1, 2)
-        logits = logits.reshape(1, -1, 4 * self.side, 4 * self.side)
+        logits = (hyper @ upscaled.flatten(2)).reshape(1, -1, *upscaled.shape[-2:])
         return logits[:, 1:], self.decoder.iou_prediction_head(out[:, 0])[:, 1:]
-
-
-def _doubled(x_HWC: Tensor, convolution: nn.ConvTranspose2d) -> Tensor:
-    """Return (2 H, 2 W, D): the transposed convolution of kernel and stride 2, whose weight is (C, D, 2, 2)."""
-    height, width, channels = x_HWC.shape
-    bias: Any = convolution.bias
-    products = x_HWC @ convolution.weight.reshape(channels, -1)
-    products = products.reshape(height, width, -1, 2, 2)  # 5 axes are CoreML's most
-    return products.permute(0, 3, 1, 4, 2).reshape(2 * height, 2 * width, -1) + bias
 
 
 def write(
