@@ -13,7 +13,9 @@ from nondegenerate import randomize
 from safetensors.torch import save_file
 from torch import nn
 
+from fmdistill import cache
 from fmdistill import recipe as recipes
+from fmdistill.backbones.tinyvit_clip import tinyvit_clip
 from fmdistill.distill import checkpoint
 from fmdistill.distill.student import WEIGHTS
 from fmdistill.recipe import Recipe
@@ -130,3 +132,17 @@ def finish(recipe: Recipe, student: nn.Module) -> Path:
     recipes.save(recipe, recipe.out)
     checkpoint.save_state(student.state_dict(), Path(recipe.out) / WEIGHTS)
     return Path(recipe.out)
+
+
+TINYVIT = ["student.name=tinyvit_clip", f"student.embed_dim={DIM}", f"student.image_size={SIZE}"]
+
+
+def finished_tinyvit(folder: Path) -> Recipe:
+    """Make the teacher, class folders, cache and run, in `folder`, of a TinyViT with random weights and statistics."""
+    write_teacher(folder / "teacher")
+    write_classes(folder / "train", 1)
+    write_classes(folder / "val", 1, seed=50)
+    recipe = load(folder, *TINYVIT)
+    cache.run(recipe)
+    finish(recipe, randomize(tinyvit_clip("5m", embed_dim=DIM, image_size=SIZE), 5))
+    return recipe

@@ -10,7 +10,6 @@ import yaml
 from nondegenerate import randomize
 
 from fmdistill import cache, evaluate, export
-from fmdistill.backbones.tinyvit_clip import tinyvit_clip
 from fmdistill.cli import main
 from fmdistill.distill.student import WEIGHTS
 from fmdistill.export.card import NAME, write_card
@@ -31,7 +30,7 @@ def run(tmp_path_factory) -> Path:
 
 
 def written(run: Path, folder: Path, check: dict | None = None, **stated: str) -> tuple[dict, str]:
-    """Return the front matter and the text of a card beside one network file."""
+    """Write the card of a folder with one network file; return its front matter and its text."""
     folder.mkdir(exist_ok=True)
     (folder / "encoder.onnx").write_bytes(b"12345")
     text = write_card(folder, FinishedRun.of(run, trust=True, **stated), check or {}).read_text()
@@ -123,12 +122,7 @@ def test_no_folder_or_password_of_the_author_is_published():
 
 
 def test_an_openclip_folder_has_a_card_that_names_its_library(tmp_path):
-    clip_run.write_teacher(tmp_path / "teacher")
-    clip_run.write_classes(tmp_path / "train", 1)
-    clip_run.write_classes(tmp_path / "val", 1, seed=50)
-    recipe = clip_run.load(tmp_path, "student.name=tinyvit_clip", "student.embed_dim=24", "student.image_size=32")
-    cache.run(recipe)
-    clip_run.finish(recipe, randomize(tinyvit_clip("5m", embed_dim=24, image_size=32), 5))
+    recipe = clip_run.finished_tinyvit(tmp_path)
     assert main(["export", recipe.out, "openclip", str(tmp_path / "out"), "license=mit"]) == 0
     _, front, body = (tmp_path / "out" / NAME).read_text().split("---\n", 2)
     assert yaml.safe_load(front) == {

@@ -37,12 +37,7 @@ WRITERS = {"immich": clip_onnx.immich, "transformers": clip_onnx.transformers, "
 def ran(tmp_path_factory) -> Path:
     """Make a folder with the cache of a toy CLIP and the run of a TinyViT with random weights and statistics."""
     folder = tmp_path_factory.mktemp("clip_onnx")
-    clip_run.write_teacher(folder / "teacher")
-    clip_run.write_classes(folder / "train", 1)
-    clip_run.write_classes(folder / "val", 1, seed=50)
-    recipe = clip_run.load(folder, *STUDENT)
-    cache.run(recipe)
-    clip_run.finish(recipe, randomize(tinyvit_clip("5m", embed_dim=24, image_size=32), 5))
+    clip_run.finished_tinyvit(folder)
     return folder
 
 
@@ -53,9 +48,6 @@ def light(ran) -> FinishedRun:
     return FinishedRun(source.run, source.recipe, randomize(clip_run.Student(), 1))
 
 
-STUDENT = ["student.name=tinyvit_clip", "student.embed_dim=24", "student.image_size=32"]
-
-
 @pytest.fixture(scope="module")
 def folders(ran) -> dict[str, Path]:
     source = FinishedRun.of(ran / "run")
@@ -63,13 +55,13 @@ def folders(ran) -> dict[str, Path]:
 
 
 def torch_embeddings(ran: Path, pixels: torch.Tensor, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    head = cache.open_cache(clip_run.load(ran, *STUDENT)).head()
+    head = cache.open_cache(clip_run.load(ran, *clip_run.TINYVIT)).head()
     with torch.no_grad():
         return load_student(ran / "run").eval()(pixels)["embedding"].numpy(), head.encode_text(texts).numpy()
 
 
 def difference(got: np.ndarray, right: np.ndarray) -> float:
-    """The largest difference of an embedding from the right one, relative to its length."""
+    """Return the largest relative error of an embedding."""
     return float((np.linalg.norm(got - right, axis=1) / np.linalg.norm(right, axis=1)).max())
 
 
@@ -203,7 +195,7 @@ def test_embeddings_are_those_of_pytorch(ran, folders, format):
 @pytest.mark.parametrize("format", WRITERS)
 def test_a_predictor_opens_the_folder_and_embeds_pictures_and_texts(ran, folders, format):
     pictures = [checks.photographs()[i] for i in (0, 2)]
-    preprocess = cache.open_cache(clip_run.load(ran, *STUDENT)).preprocess
+    preprocess = cache.open_cache(clip_run.load(ran, *clip_run.TINYVIT)).preprocess
     pixels, sizes = zip(*map(preprocess.prepare, pictures), strict=True)
     right_image, right_text = torch_embeddings(
         ran, preprocess.normalize(torch.stack(pixels), torch.tensor(sizes)), TEXTS

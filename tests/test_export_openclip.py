@@ -19,11 +19,13 @@ from torch import nn
 from fmdistill import cache, export
 from fmdistill.backbones.tinyvit_clip import tinyvit_clip
 from fmdistill.distill.student import load_student
-from fmdistill.export import card, openclip
+from fmdistill.export import card, openclip, push
 from fmdistill.mini.clip import clip_mini_student
 from fmdistill.mini.tinyvit import tinyvit_clip_mini
+from fmdistill.predict import artefact
 from fmdistill.registry import UserError
 
+FILES = [card.NAME, artefact.NAME, openclip.CONFIG, openclip.WEIGHTS]
 TEXTS = ["a photo of a red fox", "the sky, at night"]
 ELSEWHERE = """
 import sys, torch, open_clip, PIL.Image
@@ -45,18 +47,9 @@ assert not any(name.partition(".")[0] == "fmdistill" for name in sys.modules), "
 def ran(tmp_path_factory) -> Path:
     """Make a folder with the cache of a toy CLIP and the run of a TinyViT with random weights and statistics."""
     folder = tmp_path_factory.mktemp("openclip")
-    clip_run.write_teacher(folder / "teacher")
-    clip_run.write_classes(folder / "train", 1)
-    clip_run.write_classes(folder / "val", 1, seed=50)
+    clip_run.finished_tinyvit(folder)
     (folder / "picture.png").write_bytes(clip_run.picture(4))
-    recipe = clip_run.load(folder, *tinyvit())
-    cache.run(recipe)
-    clip_run.finish(recipe, randomize(tinyvit_clip("5m", embed_dim=24, image_size=32), 5))
     return folder
-
-
-def tinyvit() -> list[str]:
-    return ["student.name=tinyvit_clip", "student.embed_dim=24", "student.image_size=32"]
 
 
 def elsewhere(folder: Path, exported: Path) -> dict[str, torch.Tensor]:
@@ -75,10 +68,10 @@ def elsewhere(folder: Path, exported: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.slow
 def test_another_process_gets_bit_equal_embeddings_without_our_code(ran):
     out = export.run(ran / "run", "openclip", ran / "deep" / "openclip")
-    assert sorted(path.name for path in out.iterdir()) == [card.NAME, openclip.CONFIG, openclip.WEIGHTS]
+    assert sorted(path.name for path in out.iterdir()) == FILES
     assert [path.name for path in out.parent.iterdir()] == ["openclip"]
     outputs = elsewhere(ran, out)
-    opened = cache.open_cache(clip_run.load(ran, *tinyvit()))
+    opened = cache.open_cache(clip_run.load(ran, *clip_run.TINYVIT))
     student, head = load_student(ran / "run").eval(), opened.head()
     with torch.no_grad():
         assert torch.equal(student(outputs["pixels"])["embedding"], outputs["image"])
@@ -119,7 +112,7 @@ def test_a_folder_appears_whole_replaces_an_export_and_nothing_else(ran, tmp_pat
         export.run(ran / "run", "openclip", tmp_path / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and (out / "stale").is_file()
     assert export.run(ran / "run", "openclip", out) == out
-    assert sorted(path.name for path in out.iterdir()) == [card.NAME, openclip.CONFIG, openclip.WEIGHTS]
+    assert sorted(path.name for path in out.iterdir()) == FILES
     assert (out / openclip.WEIGHTS).read_bytes() == before
 
     (tmp_path / "other").mkdir()
@@ -129,6 +122,25 @@ def test_a_folder_appears_whole_replaces_an_export_and_nothing_else(ran, tmp_pat
         with pytest.raises(UserError, match=f"{name}: already exists and is not an openclip export"):
             export.run(ran / "run", "openclip", tmp_path / name)
     assert (tmp_path / "other/notes.txt").is_file()
+
+
+def test_the_folder_describes_itself_and_states_what_open_clip_computes(ran, tmp_path, monkeypatch):
+    described = artefact.read(export.run(ran / "run", "openclip", tmp_path / "out"))
+    assert (described.kind, described.format, described.model) == ("clip", "openclip", {"runtime": "torch"})
+    assert described.check["image_cosine"]["min"] > 0.999999 and described.check["text_cosine"]["min"] > 0.999999
+    assert push.run(tmp_path / "out", "me/clip", dry_run=True)[-1].endswith(
+        "would go to https://huggingface.co/me/clip"
+    )
+
+    created = open_clip.create_model
+
+    def other(*arguments, **settings):
+        return randomize(created(*arguments, **settings), 9)
+
+    monkeypatch.setattr(open_clip, "create_model", other)
+    with pytest.raises(UserError, match="the image tower's embeddings differ from the student's"):
+        export.run(ran / "run", "openclip", tmp_path / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize(

@@ -6,25 +6,16 @@ import clip_run
 import pytest
 import sam_exports
 import torch
-from nondegenerate import randomize
 
-from fmdistill import cache, evaluate, export
-from fmdistill.backbones.tinyvit_clip import tinyvit_clip
+from fmdistill import evaluate, export
 from fmdistill.export import sam_onnx
 from fmdistill.predict import artefact
 from fmdistill.predict.onnx_student import open_student
 from fmdistill.registry import UserError
 
-STUDENT = ["student.name=tinyvit_clip", "student.embed_dim=24", "student.image_size=32"]
-
 
 def test_a_protocol_gives_an_exported_clip_the_rows_of_its_run(tmp_path):
-    clip_run.write_teacher(tmp_path / "teacher")
-    clip_run.write_classes(tmp_path / "train", 1)
-    clip_run.write_classes(tmp_path / "val", 1, seed=50)
-    recipe = clip_run.load(tmp_path, *STUDENT)
-    cache.run(recipe)
-    clip_run.finish(recipe, randomize(tinyvit_clip("5m", embed_dim=24, image_size=32), 5))
+    recipe = clip_run.finished_tinyvit(tmp_path)
     out = export.run(recipe.out, "onnx", tmp_path / "exported")
     with pytest.raises(UserError, match="is an exported folder; add recipe=RECIPE"):
         evaluate.run("eval/cosine.yaml", out)

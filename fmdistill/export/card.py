@@ -8,7 +8,6 @@ from typing import Any
 import yaml
 
 from fmdistill import __version__
-from fmdistill.backbones.clip import WholeClip
 from fmdistill.distill.student import weights_path
 from fmdistill.evaluate import results
 from fmdistill.evaluate.results import Result
@@ -74,7 +73,7 @@ def write_card(folder: Path, source: FinishedRun, check: Mapping[str, Any]) -> P
 def _front_matter(folder: Path, source: FinishedRun) -> dict[str, Any]:
     library = next((name for pattern, name in LIBRARIES.items() if any(folder.glob(pattern))), "fmdistill")
     tags = ["knowledge-distillation", "fmdistill"]
-    family = _family(source)
+    family = source.family
     tags += [family] if family in PIPELINES else []
     tags += ["onnx"] if library != "onnx" and any(folder.glob("**/*.onnx")) else []
     return {
@@ -85,18 +84,13 @@ def _front_matter(folder: Path, source: FinishedRun) -> dict[str, Any]:
     }
 
 
-def _family(source: FinishedRun) -> str:
-    return "clip" if isinstance(source.student, WholeClip) else source.family  # a whole CLIP may have no teacher
-
-
 def _networks(source: FinishedRun) -> str:
     parameters = sum(parameter.numel() for parameter in source.student.parameters())
-    preprocess = source.student.preprocess if isinstance(source.student, WholeClip) else source.preprocess
     rows = [
         ("Student", _component(source.recipe.student)),
         ("Student's parameters", f"{parameters:,}"),
         ("Teacher", _component(source.recipe.teacher) if source.recipe.teacher else "none"),
-        ("Image side", f"{preprocess.image_size} px"),
+        ("Image side", f"{source.preprocess.image_size} px"),
     ]
     return _table(("", ""), rows)
 
@@ -154,11 +148,11 @@ def _result(name: str, result: Result) -> str:
 
 
 def _limits(source: FinishedRun) -> str:
-    whole = isinstance(source.student, WholeClip)
+    whole = source.has_own_head
     lines = [
         "The figures hold for the protocols and images named above; of images unlike those that it was trained on, "
         "nothing is known.",
-        "" if whole else LIMITS.get(_family(source), ""),
+        "" if whole else LIMITS.get(source.family, ""),
         "" if whole else "The student imitates its teacher, with the teacher's errors and biases.",
     ]
     return "\n".join(f"- {line}" for line in lines if line)

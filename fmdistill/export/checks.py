@@ -51,11 +51,14 @@ def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(difference) / max(np.linalg.norm(expected.astype(np.float64)), 1e-12))
 
 
-def require(figures: Mapping[str, Any], name: str, limit: float, setting: str, what: str) -> None:
-    """Raise a UserError unless figures[name] is at least `limit`, the value of `setting`; `what` names the export."""
+def require(figures: Mapping[str, Any], name: str, limit: float, setting: str, what: str, way_out: str = "") -> None:
+    """Raise a UserError unless figures[name] is at least `limit`, the value of `setting`; `what` names the export.
+
+    `way_out` says what else can be done, such as "choose precision=fp32, or ".
+    """
     value = figures[name]
     if not value >= limit:  # also if it is not a number
         raise UserError(
             f"{what}: against the PyTorch student its {name} is {value:.4f}, below {setting}={limit:g}; nothing was "
-            f"written; choose precision=fp32, or accept it with {setting}={max(0.0, value):.2g}"
+            f"written; {way_out}accept it with {setting}={max(0.0, value):.2g}"
         )

@@ -153,7 +153,7 @@ def _convert(towers: ClipTowers, layout: _Layout, folder: Path, precision: str, 
 
 
 def _error(path: Path, name: str, feeds: Sequence[Mapping[str, np.ndarray]]) -> Callable[[Path], float]:
-    """Return a function of another file: the relative error of its embeddings against those of the file at `path`."""
+    """Return a function that compares another file with `path`: the relative error of its embeddings."""
 
     def embeddings(file: Path) -> np.ndarray:
         embed = embed_batches(onnx_session.Session(file))

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from fmdistill.backbones.clip import ClipPreprocess, TextHead, WholeClip
 from fmdistill.backbones.tinyvit_clip import TinyViTCLIP
-from fmdistill.export import openclip
 from fmdistill.export.source import FinishedRun
 from fmdistill.registry import UserError
 
@@ -65,17 +64,15 @@ class ClipTowers:
     @classmethod
     def of(cls, source: FinishedRun, format: str) -> "ClipTowers":
         """Return the towers of a run. Raises UserError if it has no text tower or its student does not fit it."""
-        student = source.student
-        if isinstance(student, WholeClip):
-            head = TextHead.from_clip(student.whole(), student.config)
-            return cls._with(student, head, student.preprocess, dict(student.config["model_cfg"]))
         if source.family != "clip":
             raise UserError(
                 f"{source.recipe.out}: its teacher is of the family '{source.family}' and has no text tower; {format} "
                 f"exports runs that were distilled from CLIP"
             )
-        preprocess, head = source.preprocess, source.head()
+        student, preprocess, head = source.student, source.preprocess, source.head()
         assert isinstance(preprocess, ClipPreprocess) and isinstance(head, TextHead)
+        if isinstance(student, WholeClip):
+            return cls._with(student, head, preprocess, dict(student.config["model_cfg"]))
         _check(student, head, preprocess, format)
         return cls._with(student, head, preprocess, _model_cfg(student, head, preprocess))
 
@@ -107,8 +104,36 @@ class ClipTowers:
 
 def _model_cfg(student: nn.Module, head: TextHead, preprocess: ClipPreprocess) -> dict[str, Any]:
     if isinstance(student, TinyViTCLIP) and student.timm_name is not None:
-        return openclip.config(student, head, preprocess)["model_cfg"]
+        return open_clip_config(student, head, preprocess)["model_cfg"]
     return {**head.config["model_cfg"], "vision_cfg": {"image_size": preprocess.image_size}}
+
+
+def open_clip_config(student: TinyViTCLIP, head: TextHead, preprocess: ClipPreprocess) -> dict[str, Any]:
+    """Return the content of open_clip_config.json: the teacher's, with the student as its image tower.
+
+    `quick_gelu` is the text tower's; a TinyViT always uses its own GELU.
+    """
+    image_tower = {
+        "timm_model_name": student.timm_name,
+        "timm_model_pretrained": False,
+        "timm_pool": "avg",
+        "timm_proj": "linear",
+        "image_size": student.image_size,
+    }
+    described = {**head.config["model_cfg"], "vision_cfg": image_tower}
+    return {"model_cfg": described, "preprocess_cfg": open_clip_preprocess(preprocess)}
+
+
+def open_clip_preprocess(preprocess: ClipPreprocess) -> dict[str, Any]:
+    """Return the preprocessing as open_clip's preprocess_cfg."""
+    return {
+        "size": preprocess.image_size,
+        "mode": "RGB",
+        "mean": list(preprocess.mean),
+        "std": list(preprocess.std),
+        "interpolation": preprocess.interpolation,
+        "resize_mode": preprocess.resize_mode,
+    }
 
 
 def _check(student: nn.Module, head: TextHead, preprocess: ClipPreprocess, format: str) -> None:

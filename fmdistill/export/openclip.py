@@ -1,25 +1,31 @@
 """Write a student and its teacher's text side as a folder that open_clip itself loads, as "local-dir:FOLDER"."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
+import torch
 from open_clip.tokenizer import HFTokenizer
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from fmdistill.backbones.clip import ClipPreprocess, TextHead, WholeClip
 from fmdistill.backbones.tinyvit_clip import TinyViTCLIP
+from fmdistill.export import checks, clip_check
 from fmdistill.export.card import write_card
-from fmdistill.export.folder import check_place, whole_folder
+from fmdistill.export.clip_towers import ClipTowers, open_clip_config, open_clip_preprocess
+from fmdistill.export.folder import check_place, describe, whole_folder
 from fmdistill.export.source import FinishedRun
 from fmdistill.files import write_whole
 from fmdistill.registry import UserError
 
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 WHAT = "an openclip"
+PICTURES = 8
 
 
 def run(source: FinishedRun, out: Path) -> Path:
@@ -46,12 +52,14 @@ def export(
     """
     tinyvit = _checked(student, head, preprocess)
     state = {f"visual.{name}": value for name, value in tinyvit.state_dict().items()}
-    return _write({**state, **head.state_dict()}, config(tinyvit, head, preprocess), head.tokenizer, out, source)
+    return _write(
+        {**state, **head.state_dict()}, open_clip_config(tinyvit, head, preprocess), head.tokenizer, out, source
+    )
 
 
 def export_whole(student: WholeClip, out: Path, source: FinishedRun | None = None) -> Path:
     """Write both towers of a student that is a whole CLIP, as `export` does."""
-    described = {"model_cfg": student.config["model_cfg"], "preprocess_cfg": _preprocess_cfg(student.preprocess)}
+    described = {"model_cfg": student.config["model_cfg"], "preprocess_cfg": open_clip_preprocess(student.preprocess)}
     return _write(student.whole().state_dict(), described, None, out, source)
 
 
@@ -63,37 +71,29 @@ def _write(
         write_whole(temporary / CONFIG, json.dumps(described, indent=2) + "\n")
         if isinstance(tokenizer, HFTokenizer):  # open_clip looks for its files in the folder
             tokenizer.save_pretrained(temporary)
-        open_clip.create_model(f"local-dir:{temporary}", require_pretrained=True, pretrained_text=False)
+        model = open_clip.create_model(f"local-dir:{temporary}", require_pretrained=True, pretrained_text=False)
         if source is not None:
-            write_card(temporary, source, check={})
+            check = _compare(source, model.eval())
+            write_card(temporary, source, check)
+            describe(
+                temporary, kind="clip", format="openclip", precision="fp32", model={"runtime": "torch"}, check=check,
+                source=source.to_json(),
+            )  # fmt: skip
     return out
 
 
-def config(student: TinyViTCLIP, head: TextHead, preprocess: ClipPreprocess) -> dict[str, Any]:
-    """Return the content of open_clip_config.json: the teacher's, with the student as its image tower.
+def _compare(source: FinishedRun, model: Any) -> dict[str, Any]:
+    """Return the figures of open_clip's own network beside the student. Raises UserError if the embeddings differ."""
+    towers = ClipTowers.of(source, "openclip")
+    pictures = checks.pictures(source.recipe, "validation", PICTURES)
 
-    `quick_gelu` is the text tower's; a TinyViT always uses its own GELU.
-    """
-    image_tower = {
-        "timm_model_name": student.timm_name,
-        "timm_model_pretrained": False,
-        "timm_pool": "avg",
-        "timm_proj": "linear",
-        "image_size": student.image_size,
-    }
-    described = {**head.config["model_cfg"], "vision_cfg": image_tower}
-    return {"model_cfg": described, "preprocess_cfg": _preprocess_cfg(preprocess)}
+    @torch.no_grad()
+    def embed(encode: Callable[[Tensor], Tensor], values: np.ndarray) -> np.ndarray:
+        return encode(torch.from_numpy(values)).numpy()
 
-
-def _preprocess_cfg(preprocess: ClipPreprocess) -> dict[str, Any]:
-    return {
-        "size": preprocess.image_size,
-        "mode": "RGB",
-        "mean": list(preprocess.mean),
-        "std": list(preprocess.std),
-        "interpolation": preprocess.interpolation,
-        "resize_mode": preprocess.resize_mode,
-    }
+    tokens_NL = towers.tokenizer(list(clip_check.TEXTS)).numpy()
+    image, text = partial(embed, model.encode_image), partial(embed, model.encode_text)
+    return clip_check.compare(towers, image, text, pictures, tokens_NL, "fp32", None)
 
 
 def _checked(student: nn.Module, head: TextHead, preprocess: ClipPreprocess) -> TinyViTCLIP:

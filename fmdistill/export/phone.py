@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fmdistill.backbones.clip import WholeClip
 from fmdistill.backbones.promptable import PromptHead
 from fmdistill.backbones.sam import PIXEL_MEAN, PIXEL_STD
 from fmdistill.evaluate.masks import iou, pack
@@ -26,7 +25,7 @@ from fmdistill.predict import artefact
 from fmdistill.predict.sam_layouts import LAYOUTS
 from fmdistill.registry import UserError
 
-PICTURES, ROWS, MIN_MIOU = 6, 2, 0.9
+PICTURES, ROWS, MIN_MIOU = 6, 2, 0.99
 OWN = {"points": "sam", "min_miou": "sam", "min_cosine": "clip"}
 Call = Callable[[Sequence[Tensor]], list[Tensor]]  # an exported network in its runtime
 
@@ -131,7 +130,7 @@ def write(
     """Write the folder whole, if what its runtime computes agrees with PyTorch; return `out`.
 
     Raises UserError if a setting is the other family's, the head does not fit the student, or masks or embeddings
-    differ by more than the limits, by default a mean IoU of 0.9 and a cosine of 0.9999.
+    differ by more than the limits, by default a mean IoU of 0.99 and a cosine of 0.9999.
     """
     kind = _kind(source, format.name, {"points": points, "min_miou": min_miou, "min_cosine": min_cosine})
     what = f"a {format.name}"
@@ -147,9 +146,8 @@ def write(
         calls = None if format.open is None else {name: format.open(path) for name, path in paths.items()}
         check = _check(source, towers, calls, format, points or ROWS, min_miou, min_cosine)
         write_card(folder, source, check)
-        preprocess = towers.preprocess if towers is not None else source.preprocess
         described = {part.name: part.to_json(paths[part.name].name) for part in parts}
-        model = {"runtime": format.name, "parts": described, "preprocess": preprocess.to_json()}
+        model = {"runtime": format.name, "parts": described, "preprocess": source.preprocess.to_json()}
         describe(
             folder, kind=kind, format=format.name, precision=precision, model=model, check=check,
             source=source.to_json(),
@@ -170,7 +168,7 @@ def exported(part: PhonePart) -> Any:
 
 
 def _kind(source: FinishedRun, name: str, settings: Mapping[str, float | None]) -> str:
-    kind = "clip" if isinstance(source.student, WholeClip) else source.family
+    kind = source.family
     if kind not in OWN.values():
         raise UserError(
             f"export {name}: {source.recipe.out} was distilled from the family '{kind}'; {name} exports students of "

@@ -28,7 +28,7 @@ class CheckPrompt:
 
 
 def prompts(seed: int, masks: bool = True) -> list[CheckPrompt]:
-    """Return 1 to 5 points, a box, a box with two points, and, if the layout takes it, a point with a mask."""
+    """Return the check's prompts: 1 to 5 points, a box, a box with two points, and with `masks` a point and a mask."""
     drawn = np.random.default_rng(seed)
     made = []
     for count in range(1, 6):

@@ -34,9 +34,6 @@ class PixelEncoder(nn.Module):
     mean: Tensor
     std: Tensor
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, student: nn.Module, side: int, frame: int):
         super().__init__()
         self.student, self.side, self.frame = student, side, frame

@@ -1,4 +1,4 @@
-"""Write a student of SAM and its teacher's head as ONNX files, in the layouts that other programs load."""
+"""Write a SAM student, with its prompt encoder and mask decoder, as ONNX files in the layouts of other programs."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -25,6 +25,7 @@ from fmdistill.predict.sam_onnx import OnnxSamPredictor
 from fmdistill.registry import UserError
 
 PICTURES, CALIBRATION = 6, 16
+MIN_MIOU = {"fp32": 0.99, "fp16": 0.95, "int8": 0.9}  # below which nothing is written, unless a setting accepts it
 INT8_ERROR = 0.05  # relative error of the embedding, at which no more layers are kept in float32
 
 
@@ -38,41 +39,40 @@ class SamExport:
     layout: SamLayout
     pictures: Callable[[str, int], list[np.ndarray]]  # of a split, so many
     described: Mapping[str, Any]  # of the run, for the JSON
-    further: Callable[[Path], Mapping[str, Any]] = (
-        lambda folder: {}
-    )  # puts files into it; entries of the JSON's `model`
+    # writes further files into the folder and returns what the JSON's `model` says of them
+    further: Callable[[Path], Mapping[str, Any]] = lambda folder: {}
     card: Callable[[Path, Mapping[str, Any]], object] = lambda folder, check: None  # writes the model card
 
 
 def onnx(
-    source: FinishedRun, out: Path, precision: Precision = "fp32", single: bool = False, min_miou: float = 0.9
+    source: FinishedRun, out: Path, precision: Precision = "fp32", single: bool = False, min_miou: float | None = None
 ) -> Path:
     """Write encoder.onnx and decoder.onnx in segment_anything's own layout, with four masks or one."""
     return _run(source, out, "onnx", precision, min_miou, single=single)
 
 
-def anylabeling(source: FinishedRun, out: Path, precision: Precision = "fp32", min_miou: float = 0.9) -> Path:
+def anylabeling(source: FinishedRun, out: Path, precision: Precision = "fp32", min_miou: float | None = None) -> Path:
     """Write ONNX files and their YAML, for X-AnyLabeling, anylabeling and samexporter."""
     return _run(source, out, "anylabeling", precision, min_miou)
 
 
-def labelme(source: FinishedRun, out: Path, precision: Precision = "fp32", min_miou: float = 0.9) -> Path:
-    """Write ONNX files in the layout of osam, labelme's engine."""
+def labelme(source: FinishedRun, out: Path, precision: Precision = "fp32", min_miou: float | None = None) -> Path:
+    """Write ONNX files in the layout of osam, the library by which labelme runs models."""
     return _run(source, out, "labelme", precision, min_miou)
 
 
-def openvino(source: FinishedRun, out: Path, precision: Precision = "fp32", min_miou: float = 0.9) -> Path:
+def openvino(source: FinishedRun, out: Path, precision: Precision = "fp32", min_miou: float | None = None) -> Path:
     """Write ONNX files with the names and shapes of OpenVINO's model_api."""
     return _run(source, out, "openvino", precision, min_miou)
 
 
-def transformers(source: FinishedRun, out: Path, precision: Precision = "fp32", min_miou: float = 0.9) -> Path:
+def transformers(source: FinishedRun, out: Path, precision: Precision = "fp32", min_miou: float | None = None) -> Path:
     """Write the folder of transformers.js and optimum: onnx/, config.json and preprocessor_config.json."""
     return _run(source, out, "transformers", precision, min_miou)
 
 
 def _run(
-    source: FinishedRun, out: Path, name: str, precision: Precision, min_miou: float, single: bool = False
+    source: FinishedRun, out: Path, name: str, precision: Precision, min_miou: float | None, single: bool = False
 ) -> Path:
     layout = LAYOUTS[name]
     export = export_of(source, out, name, layout.with_single(single or layout.single))
@@ -98,10 +98,10 @@ def export_of(source: FinishedRun, out: Path, name: str, layout: SamLayout) -> S
     )
 
 
-def write(export: SamExport, out: Path, precision: Precision = "fp32", min_miou: float = 0.9) -> Path:
+def write(export: SamExport, out: Path, precision: Precision = "fp32", min_miou: float | None = None) -> Path:
     """Write the folder whole, if the masks of its files agree with PyTorch's; return `out`.
 
-    Raises UserError if the head does not fit the student, or the mean IoU is below `min_miou`.
+    Raises UserError if the head does not fit the student, or the mean IoU is below `min_miou`, by default MIN_MIOU.
     """
     onnxruntime()
     student, head, layout = export.student.eval(), export.head.eval(), export.layout
@@ -113,7 +113,9 @@ def write(export: SamExport, out: Path, precision: Precision = "fp32", min_miou:
         converted = _convert(export, model, encoder, decoder, precision)
         predictor = OnnxSamPredictor(encoder, decoder, model, layout)
         check = sam_check.measure(predictor, student, head, export.pictures("validation", PICTURES))
-        checks.require(check, "miou", min_miou, "min_miou", f"export {export.name} precision={precision}")
+        limit = MIN_MIOU[precision] if min_miou is None else min_miou
+        way_out = "" if precision == "fp32" else "choose precision=fp32, or "
+        checks.require(check, "miou", limit, "min_miou", f"export {export.name} precision={precision}", way_out)
         for name, text in _companions(export, model, out.name).items():
             write_whole(temporary / name, text)
         model = {**model, **converted, **export.further(temporary)}

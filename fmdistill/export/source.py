@@ -11,6 +11,8 @@ from torch import nn
 
 from fmdistill import __version__
 from fmdistill import recipe as recipes
+from fmdistill.backbones.clip import TextHead, WholeClip
+from fmdistill.backbones.promptable import PromptHead
 from fmdistill.cache import manifest
 from fmdistill.cache.store import opened
 from fmdistill.distill.student import load_student
@@ -37,18 +39,36 @@ class FinishedRun:
         return cls(Path(run), recipe, load_student(run, trust), license, images_license)
 
     @property
+    def has_own_head(self) -> bool:
+        """Whether the student is a whole CLIP, or a whole SAM that was trained without a teacher, as sam_mini is."""
+        sam = isinstance(getattr(self.student, "head", None), PromptHead) and self.recipe.cache is None
+        return sam or isinstance(self.student, WholeClip)
+
+    @property
     def family(self) -> str:
-        """The name of the teacher's family, from the cache's manifest, which needs no images."""
+        """The student's family: its own, or the teacher's from the cache's manifest, which needs no images."""
+        if self.has_own_head:
+            return "clip" if isinstance(self.student, WholeClip) else "sam"
         return self._manifest["family"]
 
     @property
     def preprocess(self) -> Preprocess:
-        """The teacher's preprocessing, which the student shares."""
+        """The student's preprocessing: its own, or the teacher's."""
+        if self.has_own_head:
+            return self.student.preprocess  # type: ignore[return-value]
         family = family_of_cache(self.family, self.recipe.teacher)
         return family.preprocess.from_json(self._manifest["teacher"]["preprocess"])
 
     def head(self) -> Any:
-        """Return the teacher's head that the cache stores: a PromptHead or a TextHead. UserError if it has none."""
+        """Return a PromptHead or a TextHead: the student's own, or the teacher's, which the cache stores.
+
+        Raises UserError if the teacher has none.
+        """
+        if self.has_own_head:
+            student: Any = self.student
+            if isinstance(student, WholeClip):
+                return TextHead.from_clip(student.whole(), student.config)
+            return student.head
         record = family_of_cache(self.family, self.recipe.teacher)
         if record.head is None:
             raise UserError(f"{self.recipe.out}: its teacher is of the family '{self.family}', which has no head")

@@ -33,7 +33,7 @@ def run(
     precision: Precision = "fp32",
     runtime: str = "cdn",
     samples: str = "packaged",
-    min_miou: float = 0.9,
+    min_miou: float | None = None,
 ) -> Path:
     """Write a page for any static web server: drop a picture, point at it, see the mask.
 

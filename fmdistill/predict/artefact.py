@@ -64,5 +64,5 @@ def read(folder: str | Path) -> Artefact:
 
 
 def seal(description: Mapping[str, Any]) -> str:
-    """Return the checksum of a description without its seal, by which an edit is noticed."""
+    """Return the sha256 of a description without its seal; `read` compares it to notice edits."""
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()

@@ -38,7 +38,7 @@ def open_file(path: Path, device: torch.device) -> MaskPredictor | ClipPredictor
             f"with its fmdistill.json"
         )
     where = str(path)
-    # Meta's files are compared with their checksum; only those, since it takes seconds
+    # only the checksums of Meta's files are known, and computing one takes seconds
     state = read_checkpoint(path, where) if path.name in SHA256 else read_state(path, where)
     if mobilesam.MARK in state:
         return MaskPredictor(mobilesam.sam_of_state(state, where).to(device))

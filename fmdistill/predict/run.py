@@ -1,4 +1,4 @@
-"""Open a finished run: its student, with the head of its teacher or its own."""
+"""Open a finished run for prediction: its student, with the teacher's head, or with its own if it has one."""
 
 from pathlib import Path
 from typing import Any
