@@ -108,13 +108,13 @@ def test_another_host_setting_allows_other_names(folder):
 
 def test_the_page_loads_nothing_from_elsewhere(folder):
     page = client([folder])
-    texts = {path: page.get(path) for path in ("/", "/page.js", "/page.css", "/pointing.js")}
+    texts = {path: page.get(path) for path in ("/", "/page.js", "/base.css", "/page.css", "/pointing.js")}
     assert all(response.status_code == 200 for response in texts.values())
     policy = texts["/"].headers["content-security-policy"]
     assert policy.startswith("default-src 'self'") and "unsafe" not in policy
     for response in texts.values():
         assert not re.search(r"https?://|@import|@font-face", response.text)
-    assert re.findall(r'(?:src|href)="([^"]+)"', texts["/"].text) == ["data:,", "page.css", "page.js"]
+    assert re.findall(r'(?:src|href)="([^"]+)"', texts["/"].text) == ["data:,", "base.css", "page.css", "page.js"]
     assert "onclick" not in texts["/"].text and "style=" not in texts["/"].text  # the policy would block them
 
 

@@ -17,7 +17,6 @@ from fmdistill.predict.sam_layouts import LAYOUTS
 from fmdistill.registry import UserError, resolve
 
 PAGE = Path(__file__).parent / "page"
-POINTING = PAGE / "pointing.js"
 RUNTIME_VERSION = "1.30.0"  # of onnxruntime-web, with which the page is tested
 CDN = f"https://cdn.jsdelivr.net/npm/onnxruntime-web@{RUNTIME_VERSION}/dist/"
 MODULE = "ort.wasm.min.mjs"

@@ -17,7 +17,7 @@ from starlette.routing import Route
 
 from fmdistill.backbones.clip import TextHead
 from fmdistill.evaluate.results import TEACHER
-from fmdistill.export.web import POINTING
+from fmdistill.export.web import PAGE
 from fmdistill.registry import UserError
 from fmdistill.serve import masks, samples, scores, weights
 from fmdistill.serve.guard import Guard
@@ -31,7 +31,9 @@ FILES = {
     "": FOLDER / "index.html",
     "page.js": FOLDER / "page.js",
     "page.css": FOLDER / "page.css",
-    "pointing.js": POINTING,  # what this page has in common with the exported one
+    # what this page has in common with the exported one
+    "base.css": PAGE / "base.css",
+    "pointing.js": PAGE / "pointing.js",
 }
 IN_MEMORY = "this image is no longer in memory; open it again"
 
