@@ -4,7 +4,6 @@ import functools
 import http.server
 import io
 import os
-import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from browsing import MARKS, chromium, sync_api, visits
 
 from fmdistill.backbones.promptable import PromptHead
 from fmdistill.backbones.sam import SamPreprocess
@@ -21,14 +21,9 @@ from fmdistill.mini.photos import photograph
 from fmdistill.mini.sam import sam_mini_student
 from fmdistill.predict.sam_layouts import LAYOUTS
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e '.[dev]'")
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install -e '.[dev]'")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 RUNTIME = Path(os.environ.get("ONNXRUNTIME_WEB", "build/onnxruntime-web/package"))
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH: apt-get install -y chromium"),
-]
+pytestmark = MARKS
 needs_runtime = pytest.mark.skipif(
     not RUNTIME.is_dir(), reason="no onnxruntime-web: sh benchmarks/clients/onnxruntime_web.sh downloads it"
 )
@@ -69,32 +64,14 @@ def url(folder):
 
 @pytest.fixture(scope="module")
 def browser():
-    with sync_api.sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with chromium() as launched:
         yield launched
-        launched.close()
 
 
 @pytest.fixture
 def opened(browser, url):
-    """Return a function that opens the page, and fail at the end if it had an error or a foreign request."""
-    faults, contexts = [], []
-
-    def visit(**settings):
-        context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **settings})
-        contexts.append(context)
-        page = context.new_page()
-        page.on("pageerror", lambda error: faults.append(str(error)))
-        page.on(
-            "request", lambda request: request.url.startswith((url, "blob:", "data:")) or faults.append(request.url)
-        )
-        page.goto(url)
-        return page
-
-    yield visit
-    for context in contexts:
-        context.close()
-    assert faults == []
+    with visits(browser) as visit:
+        yield functools.partial(visit, url)
 
 
 def drop(page, name, data):

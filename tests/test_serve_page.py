@@ -1,24 +1,19 @@
 """The page in headless Chromium, with real clicks, keys, touches and files; skipped where there is no Chromium."""
 
 import re
-import shutil
 import threading
 import time
 
 import clip_run
 import pytest
 import uvicorn
+from browsing import MARKS, chromium, sync_api, visits
 from served import clip_folder, sam_runs
 
 from fmdistill.serve import app, bind_address, subjects
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e '.[dev]'")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FRAMES = "() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH: apt-get install -y chromium"),
-]
+pytestmark = MARKS
 
 
 class Running:
@@ -58,34 +53,14 @@ def clip(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
-    with sync_api.sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with chromium() as launched:
         yield launched
-        launched.close()
 
 
 @pytest.fixture
 def opened(browser):
-    """Return a function that opens an address, and fail at the end if the page had an error or a foreign request."""
-    faults, contexts = [], []
-
-    def visit(url, **settings):
-        context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **settings})
-        contexts.append(context)
-        page = context.new_page()
-        page.prompts = []
-        page.on("pageerror", lambda error: faults.append(str(error)))
-        page.on(
-            "request", lambda request: request.url.startswith((url, "blob:", "data:")) or faults.append(request.url)
-        )
-        page.on("request", lambda r: page.prompts.append(r.post_data_json) if r.url.endswith("/masks") else None)
-        page.goto(url)
-        return page
-
-    yield visit
-    for context in contexts:
-        context.close()
-    assert faults == []
+    with visits(browser) as visit:
+        yield visit
 
 
 sync_api.expect.set_options(timeout=60_000)  # a busy machine takes longer than the usual five seconds

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from fmdistill.export.onnx_precision import Precision
-from fmdistill.export.source import FinishedRun
-from fmdistill.registry import Entry, UserError, resolve
+from fmdistill.export.source import FinishedRun, check_family
+from fmdistill.registry import Entry, resolve
 
 WRITERS: dict[str, Entry] = {"sam": "fmdistill.export.sam_onnx:onnx", "clip": "fmdistill.export.clip_onnx:onnx"}
 
@@ -26,9 +26,6 @@ def run(
     return dispatch("onnx", WRITERS, source, out, precision, settings)
 
 
-OWN = {"single": "sam", "min_miou": "sam", "min_cosine": "clip"}
-
-
 def dispatch(
     name: str,
     writers: dict[str, Entry],
@@ -37,17 +34,7 @@ def dispatch(
     precision: Precision,
     settings: dict[str, bool | float | None],
 ) -> Path:
-    """Call the family's writer with the settings that are not None. Raises UserError if it has none of them."""
-    if source.family not in writers:
-        raise UserError(
-            f"export {name}: {source.recipe.out} was distilled from the family '{source.family}'; {name} exports "
-            f"students of {' and '.join(writers)}"
-        )
+    """Call the family's writer with the settings that are not None. Raises UserError as `check_family`."""
+    family = check_family(source, name, settings)
     chosen = {setting: value for setting, value in settings.items() if value is not None}
-    for setting, value in chosen.items():
-        if OWN[setting] != source.family:
-            raise UserError(
-                f"export.{setting}={value}: is a setting of {OWN[setting]} students, and {source.recipe.out} is one "
-                f"of {source.family}; leave it out"
-            )
-    return resolve(source.family, writers, "family")(source, out, precision=precision, **chosen)
+    return resolve(family, writers, "family")(source, out, precision=precision, **chosen)

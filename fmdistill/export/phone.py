@@ -20,13 +20,12 @@ from fmdistill.export.card import write_card
 from fmdistill.export.clip_towers import ClipTowers, ImageNetwork, TextNetwork
 from fmdistill.export.folder import check_place, describe, whole_folder
 from fmdistill.export.sam_networks import PromptTokens, SquareEncoder
-from fmdistill.export.source import FinishedRun
+from fmdistill.export.source import FinishedRun, check_family
 from fmdistill.predict import artefact
 from fmdistill.predict.sam_layouts import LAYOUTS
 from fmdistill.registry import UserError
 
 PICTURES, ROWS, MIN_MIOU = 6, 2, 0.99
-OWN = {"points": "sam", "min_miou": "sam", "min_cosine": "clip"}
 Call = Callable[[Sequence[Tensor]], list[Tensor]]  # an exported network in its runtime
 
 
@@ -132,7 +131,9 @@ def write(
     Raises UserError if a setting is the other family's, the head does not fit the student, or masks or embeddings
     differ by more than the limits, by default a mean IoU of 0.99 and a cosine of 0.9999.
     """
-    kind = _kind(source, format.name, {"points": points, "min_miou": min_miou, "min_cosine": min_cosine})
+    kind = check_family(source, format.name, {"points": points, "min_miou": min_miou, "min_cosine": min_cosine})
+    if points is not None and points < 2:
+        raise UserError(f"export.points={points}: expected at least 2 rows, for a click and its padding, or for a box")
     what = f"a {format.name}"
     check_place(out, artefact.NAME, what)
     towers = ClipTowers.of(source, format.name) if kind == "clip" else None
@@ -165,25 +166,6 @@ def exported(part: PhonePart) -> Any:
     ]
     torch.testing.assert_close(program.module()(*inputs), part.network(*inputs), rtol=1e-3, atol=1e-3)
     return program
-
-
-def _kind(source: FinishedRun, name: str, settings: Mapping[str, float | None]) -> str:
-    kind = source.family
-    if kind not in OWN.values():
-        raise UserError(
-            f"export {name}: {source.recipe.out} was distilled from the family '{kind}'; {name} exports students of "
-            f"sam and clip"
-        )
-    for setting, value in settings.items():
-        if value is not None and OWN[setting] != kind:
-            raise UserError(
-                f"export.{setting}={value}: is a setting of {OWN[setting]} students, and {source.recipe.out} is one of "
-                f"{kind}; leave it out"
-            )
-    points = settings["points"]
-    if points is not None and points < 2:
-        raise UserError(f"export.points={points}: expected at least 2 rows, for a click and its padding, or for a box")
-    return kind
 
 
 def sam_parts(source: FinishedRun, points: int, format: PhoneFormat) -> list[PhonePart]:

@@ -21,6 +21,8 @@ from fmdistill.registry import UserError
 from fmdistill.teachers import family_of_cache
 from fmdistill.teachers.family import Preprocess
 
+OWN = {"single": "sam", "points": "sam", "min_miou": "sam", "min_cosine": "clip"}  # settings of one family alone
+
 
 @dataclass(frozen=True)
 class FinishedRun:
@@ -97,6 +99,27 @@ class FinishedRun:
     @cached_property
     def _manifest(self) -> dict[str, Any]:
         return manifest.read(self._folder)
+
+
+def check_family(source: FinishedRun, format: str, settings: Mapping[str, Any]) -> str:
+    """Return the family, "sam" or "clip", of a run for a format of both.
+
+    `settings` are the format's by name, None if not set. Raises UserError for another family, and for a setting of the
+    other one.
+    """
+    family = source.family
+    if family not in OWN.values():
+        raise UserError(
+            f"export {format}: {source.recipe.out} was distilled from the family '{family}'; {format} exports students "
+            f"of sam and clip"
+        )
+    for setting, value in settings.items():
+        if value is not None and OWN[setting] != family:
+            raise UserError(
+                f"export.{setting}={value}: is a setting of {OWN[setting]} students, and {source.recipe.out} is one of "
+                f"{family}; leave it out"
+            )
+    return family
 
 
 def without_folders(value: Any) -> Any:
