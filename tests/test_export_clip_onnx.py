@@ -1,6 +1,7 @@
 """A CLIP's ONNX folders: names, numbers and tokens as other programs read them, and embeddings equal to PyTorch's."""
 
 import json
+import re
 from pathlib import Path
 
 import clip_run
@@ -205,6 +206,18 @@ def test_a_predictor_opens_the_folder_and_embeds_pictures_and_texts(ran, folders
     assert difference(predictor.encode_text(TEXTS), unit(right_text)) < 1e-3
     odds = predictor.classify(pictures, ["fox", "owl", "tram"])
     assert odds.shape == (2, 3) and np.allclose(odds.sum(1), 1, atol=1e-5)
+
+
+def test_the_code_of_the_page_classifies_a_picture(folders, tmp_path, monkeypatch):
+    page = (Path(__file__).parent.parent / "docs" / "exports_clip.md").read_text()
+    (code,) = [b for b in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "classify(" in b]
+    monkeypatch.chdir(tmp_path)
+    PIL.Image.fromarray(checks.photographs()[0]).save("photo.jpg")
+    for format, named in [("immich", "out/immich"), ("transformers", "out/js"), ("onnx", "out/plain")]:
+        assert named in code
+        shown = {}
+        exec(code.replace("out/immich", str(folders[format])), shown)
+        assert shown["probabilities"].shape == (1, 2) and shown["probabilities"].sum() == pytest.approx(1)
 
 
 def test_the_check_is_recorded(folders):

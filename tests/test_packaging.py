@@ -116,10 +116,11 @@ def test_the_installed_wheel_runs_a_small_demo_and_the_code_of_the_docs(elsewher
     (page,) = folder.rglob("*.html")
     assert str(page.relative_to(folder)) in shown and "<table" in page.read_text()
     pages = "\n".join(path.read_text() for path in [README, *sorted((ROOT / "docs").glob("*.md"))])
-    codes = [b for b in re.findall(r"```python\n(.*?)```", pages, re.DOTALL) if "photo.jpg" in b]
-    assert len(codes) == 2 and all(len(code.split("\n\n")[-1].strip().splitlines()) == 3 for code in codes)
+    codes = [b for b in re.findall(r"```python\n(.*?)```", pages, re.DOTALL) if 'sam.set_image("photo.jpg")' in b]
+    assert len(codes) == 3 and all(len(code.split("\n\n")[-1].strip().splitlines()) == 3 for code in codes)
     Image.fromarray(photograph("coffee")).save(folder / "photo.jpg")
-    for code in codes:  # of the README, and of the page about SAM
+    run(sys.executable, "-m", "fmdistill", "export", "runs/demo/sam_srw", "onnx", "out/mine", cwd=folder, env=env)
+    for code in codes:  # of the README, and of the pages about SAM and about exports
         code = code.replace("runs/mine", "runs/demo/sam_srw") + "\nprint(masks.shape, masks.dtype)"
         shown = run(sys.executable, "-c", code, cwd=folder, env=env)
         assert shown.strip().endswith(f"{(3, *photograph('coffee').shape[:2])} bool")
