@@ -17,8 +17,9 @@ from fmdistill import images as image_sources
 from fmdistill.backbones.clip import TextHead
 from fmdistill.backbones.device import pick_device
 from fmdistill.cache import Cache
-from fmdistill.evaluate import annotated, results, text_side
-from fmdistill.evaluate.results import TEACHER, Judged, Metric, Row
+from fmdistill.evaluate import annotated, text_side
+from fmdistill.evaluate.intervals import Means
+from fmdistill.evaluate.results import TEACHER, Judged, Metric
 from fmdistill.logs import log
 from fmdistill.recipe import Component, Recipe
 from fmdistill.registry import UserError
@@ -115,7 +116,12 @@ def score(embedded: annotated.Embedded, head: TextHead) -> Judged:
     )
     with full_precision():
         text_UD = F.normalize(head.encode_text(captions), dim=-1).cpu()
-    rows: list[Row] = []
+    # A caption counts for the first image that has it, so that the captions of an image are resampled together.
+    owner = {
+        caption: embedded.keys[i] for i, own in reversed([*zip(captioned, by_image, strict=True)]) for caption in own
+    }
+    keys, owners = [embedded.keys[i] for i in captioned], [owner[caption] for caption in captions]
+    means = Means()
     images: list[dict[str, Any]] = []
     for name, embedding_ND in embedded.embeddings.items():
         if embedding_ND.shape[1] != text_UD.shape[1]:
@@ -125,12 +131,13 @@ def score(embedded: annotated.Embedded, head: TextHead) -> Judged:
             )
         image_ND = F.normalize(embedding_ND[torch.tensor(captioned)], dim=-1)
         image_ranks, text_ranks = ranks(image_ND, text_UD, pairs_P2)
-        for metric, rank, targets in (
-            ("image_retrieval", image_ranks, len(captioned)),
-            ("text_retrieval", text_ranks, len(captions)),
+        for metric, rank, of, targets in (
+            ("image_retrieval", image_ranks, owners, len(captioned)),
+            ("text_retrieval", text_ranks, keys, len(captions)),
         ):
-            recalls = {k: float((rank <= k).mean()) for k in RECALLS if k <= targets}
-            rows += [results.row(name, metric, recall, len(rank), k=k) for k, recall in recalls.items()]
+            for k in RECALLS:
+                if k <= targets:
+                    means.add_each(of, name, metric, rank <= k, k=k)
         images += [
             {
                 "key": embedded.keys[i],
@@ -141,7 +148,7 @@ def score(embedded: annotated.Embedded, head: TextHead) -> Judged:
             }
             for n, i in enumerate(captioned)
         ]
-    return rows, {"images": images, "empty": empty, "captions": len(captions)}
+    return means.rows(), {"images": images, "empty": empty, "captions": len(captions), **means.details(keys=False)}
 
 
 def ranks(image_ND: Tensor, text_UD: Tensor, pairs_P2: Tensor) -> tuple[np.ndarray, np.ndarray]:
