@@ -51,17 +51,21 @@ def add_top(
 
 
 def class_rows(
-    best: Mapping[str, np.ndarray], labels_N: np.ndarray, classes: int, metrics: Collection[str] = (RECALL,)
+    best: Mapping[str, np.ndarray],
+    labels_N: np.ndarray,
+    classes: int,
+    metrics: Collection[str] = (RECALL,),
+    **part: Any,
 ) -> list[Row]:
     """Return a row with its interval for each subject and metric over the classes.
 
-    `best` are the classes, best first, int (N, T), by subject.
+    `best` are the classes, best first, int (N, T), by subject, and `part` dimensions.
     """
     rows = []
     for subject, best_NT in best.items():
         for metric in metrics:
             value = class_mean(metric, best_NT[:, 0], labels_N, classes)
-            row = results.row(subject, metric, value, len(labels_N))
+            row = results.row(subject, metric, value, len(labels_N), **part)
             rows.append(row if len(labels_N) < 2 else with_class_interval(row, best_NT[:, 0], labels_N, classes))
     return rows
 

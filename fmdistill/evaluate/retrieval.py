@@ -17,9 +17,9 @@ from fmdistill import images as image_sources
 from fmdistill.backbones.clip import TextHead
 from fmdistill.backbones.device import pick_device
 from fmdistill.cache import Cache
-from fmdistill.evaluate import annotated, text_side
+from fmdistill.evaluate import annotated, intervals, results, text_side
 from fmdistill.evaluate.intervals import Means
-from fmdistill.evaluate.results import TEACHER, Judged, Metric
+from fmdistill.evaluate.results import TEACHER, Judged, Metric, Row
 from fmdistill.logs import log
 from fmdistill.recipe import Component, Recipe
 from fmdistill.registry import UserError
@@ -94,7 +94,13 @@ def score_teacher(protocol: Retrieval, cache: Cache) -> Judged:
 
 
 def score(embedded: annotated.Embedded, head: TextHead) -> Judged:
-    """Score embeddings: return rows of recall at each k that is at most the number of targets, and details.
+    """Score embeddings: return rows of recall at each k that is at most the number of targets, and details."""
+    means, details = collect(embedded, head)
+    return means.rows(), {**details, **means.details(keys=False)}
+
+
+def collect(embedded: annotated.Embedded, head: TextHead) -> tuple[Means, dict[str, Any]]:
+    """Score embeddings: return the recall at each k that is at most the number of targets, and details.
 
     `image_retrieval` has captions as queries, `text_retrieval` images. Details are {"images": one per image and
     subject, "empty": the number of images without a caption, "captions": the number of distinct captions}.
@@ -148,7 +154,25 @@ def score(embedded: annotated.Embedded, head: TextHead) -> Judged:
             }
             for n, i in enumerate(captioned)
         ]
-    return means.rows(), {"images": images, "empty": empty, "captions": len(captions), **means.details(keys=False)}
+    return means, {"images": images, "empty": empty, "captions": len(captions)}
+
+
+def mean_recall(means: Means, subject: str, k: int) -> Row | None:
+    """Return the row of the mean of image and text retrieval's recall at k; None if one of them has no such k.
+
+    Its interval resamples the images of both at once.
+    """
+    parts = [means.parts.get((subject, (metric, (("k", k),)))) for metric in ("text_retrieval", "image_retrieval")]
+    if parts[0] is None or parts[1] is None:
+        return None
+    values_N22 = np.array([[part.get(image, (0.0, 0)) for part in parts if part] for image in parts[0]])
+    sums_N2, counts_N2 = values_N22[..., 0], values_N22[..., 1]
+    value = float((sums_N2.sum(0) / counts_N2.sum(0)).mean())
+    row = results.row(subject, "mean_recall", value, len(sums_N2), k=k)
+    if len(sums_N2) < 2:
+        return row
+    (low,), (high,) = intervals.ends(intervals.resampled(sums_N2, counts_N2).mean(1, keepdims=True))
+    return intervals.with_interval(row, low, high)
 
 
 def ranks(image_ND: Tensor, text_UD: Tensor, pairs_P2: Tensor) -> tuple[np.ndarray, np.ndarray]:
