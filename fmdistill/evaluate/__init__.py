@@ -31,6 +31,7 @@ EVALUATORS: dict[str, Any] = {
     "zeroshot": "fmdistill.evaluate.zeroshot:Zeroshot",
     "retrieval": "fmdistill.evaluate.retrieval:Retrieval",
     "clip_suite": "fmdistill.evaluate.clip_suite:ClipSuite",
+    "latency": "fmdistill.evaluate.latency:Latency",
     "captioned_zeroshot": "fmdistill.mini.colour_baseline:CaptionedZeroshot",
     "top1": "fmdistill.evaluate.top1:Top1",
 }

@@ -21,6 +21,7 @@ from fmdistill.evaluate.intervals import PER_IMAGE, Means
 from fmdistill.evaluate.results import TEACHER, Judged, Metric, Row
 from fmdistill.evaluate.retrieval import Retrieval
 from fmdistill.evaluate.stored_results import Partial, images_state
+from fmdistill.evaluate.teacher_score import check_weights
 from fmdistill.evaluate.text_classifier import classifier
 from fmdistill.evaluate.text_side import TextSide
 from fmdistill.logs import log
@@ -73,7 +74,7 @@ class ClipSuite:
         """Raise a UserError for a run without a text tower, a missing teacher, and missing or unfit data sets."""
         text_side.check("clip_suite", recipe)
         if self.teacher:
-            _check_teacher(recipe)
+            check_weights(recipe)
         _ = self._opened
 
     def check_images(self, recipe: Recipe) -> None:
@@ -202,11 +203,3 @@ def averages(rows: Sequence[Row], over: str) -> list[Row]:
             average |= {"low": mean - below, "high": mean + above, "interval": INTERVAL}
         averaged.append(average)
     return averaged
-
-
-def _check_teacher(recipe: Recipe) -> None:
-    if recipe.teacher is None:
-        raise UserError("teacher=true: this recipe has no teacher; remove the setting")
-    weights = teachers.weights_file(recipe.teacher)
-    if weights is not None and not weights.exists():
-        raise UserError(f"teacher=true: its weights {weights} do not exist; remove the setting")
