@@ -21,8 +21,8 @@ from fmdistill.mini.photos import photograph
 from fmdistill.registry import UserError
 from fmdistill.teachers.timm import TimmPreprocess
 
-TEN = ["repvit_m0_9", "efficientvit_b0", "fastvit_t8", "mobilenetv4_conv_small", "convnext_atto", "efficientformerv2_s0",
-       "vit_tiny_patch16_224", "edgenext_xx_small", "starnet_s1", "resnet10t"]  # fmt: skip
+TEN = ["repvit_m0_9", "efficientvit_b0", "fastvit_t8", "mobilenetv4_conv_small", "convnext_atto",
+       "efficientformerv2_s0", "vit_tiny_patch16_224", "edgenext_xx_small", "starnet_s1", "resnet10t"]  # fmt: skip
 SMALL = {"image_size": 64, "out_channels": 32}
 
 
@@ -145,7 +145,7 @@ def test_the_timm_format_is_written_only_if_timm_s_own_model_gives_the_embedding
         (lambda: timm_sam("repvit_m11"), "student.model=repvit_m11: timm has no such model"),
         (
             lambda: timm_sam("repvit_m1_1.dist_300e_in1k"),
-            "set student.model=repvit_m1_1 student.pretrained=dist_300e_in1k",
+            "repvit_m1_1 student.pretrained=dist_300e_in1k",
         ),
         (lambda: timm_sam("repvit_m1_1", pretrained="in1k"), "neither a file .* nor a timm tag of repvit_m1_1"),
         (lambda: timm_sam("repvit_m1_1", pretrained="a/b.pth"), "student.pretrained=a/b.pth: no such file"),

@@ -41,7 +41,7 @@ class TimmSAM(nn.Module):
         self.input_size, self.grid = input_size or image_size, image_size // SAM_STRIDE
         _check_sizes(self.image_size, self.input_size)
         self.trunk: Any = feature_network(model, self.input_size, strides, timm_settings)
-        self.channels_last = self.trunk.output_fmt == "NHWC"
+        self.channels_last = getattr(self.trunk, "output_fmt", "NCHW") == "NHWC"
         channels = self.trunk.feature_info.channels()
         self.lateral = nn.ModuleList(nn.Conv2d(c, out_channels, 1, bias=False) for c in channels)
         self.neck = nn.Sequential(

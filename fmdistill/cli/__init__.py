@@ -63,6 +63,8 @@ def parser() -> argparse.ArgumentParser:
     verb("show", "print a recipe with all that it extends and every default", recipe, overrides)
     verb("list", "list recipes, studies, protocols and components, one a line",
          ("what", "recipes, studies, protocols, components, or one kind of them, such as teachers", "*"))  # fmt: skip
+    verb("students", "list students with their parameters and multiply-adds (MACs)",
+         ("patterns", "names of timm's models, * stands for any characters, such as 'repvit*'", "*"))  # fmt: skip
     verb("explain", "say what a component, a setting or a recipe is, with its settings, types and defaults",
          ("name", "such as teacher.sam_vit_h, teacher, weighting.srw, train, or a recipe", None))  # fmt: skip
     verb("demo", "run a small distillation of an embedded teacher",
@@ -301,6 +303,7 @@ VERBS = {
     "check": _check,
     "show": describe.show,
     "list": describe.list_names,
+    "students": describe.students,
     "explain": describe.explain,
     "demo": _demo,
 }
