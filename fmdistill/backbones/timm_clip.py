@@ -47,7 +47,7 @@ class TimmCLIP(nn.Module):
 def timm_clip(model: str, embed_dim: int = 512, image_size: int = 224, pretrained: str = "none") -> TimmCLIP:
     """Return a student of CLIP on a timm backbone, such as `repvit_m1_1`, `fastvit_sa12` or `vit_tiny_patch16_224`.
 
-    `embed_dim` and `image_size` are the teacher's. `pretrained` is "none", a timm tag such as `dist_300e_in1k`
+    `embed_dim` and `image_size` are the teacher's. `pretrained` is "none", a timm tag such as "dist_300e_in1k"
     (downloaded once by timm), or a file of the backbone's weights under timm's names. Raises UserError if timm has no
     such model, if open_clip could not build a tower of it, or if the weights do not fit.
     """

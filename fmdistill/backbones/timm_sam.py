@@ -77,7 +77,7 @@ def timm_sam(
     """Return a student of SAM on a timm backbone, such as `repvit_m1_1`, `efficientvit_b1` or `vit_tiny_patch16_224`.
 
     `image_size` and `out_channels` are the teacher's; `input_size` is the side at which the backbone sees the image,
-    such as 512, and null that of the teacher. `pretrained` is "none", a timm tag such as `dist_300e_in1k` (downloaded
+    such as 512, and null that of the teacher. `pretrained` is "none", a timm tag such as "dist_300e_in1k" (downloaded
     once by timm), or a file of the backbone's weights under timm's names. Raises UserError if timm has no such model,
     if it makes no feature maps, or if the weights do not fit.
     """
