@@ -70,3 +70,33 @@ def test_a_paired_difference_is_surer_than_two_intervals():
 def test_subjects_of_different_images_are_not_paired():
     assert intervals.paired(*entries({"x": 1.0, "y": 0.0}, {"x": 1.0, "z": 0.0})) is None
     assert intervals.paired(*entries({"x": 1.0}, {"x": 0.5})) is None
+
+
+def test_entries_without_keys_are_paired_by_the_hash_of_their_images():
+    first = {"x": 1.0, "y": 0.0, "z": 1.0}
+    means = Means()
+    for subject, values in (("a", first), ("b", {**first, "y": 1.0}), ("c", dict(reversed(first.items())))):
+        means.add_each(list(values), subject, "top1", values.values())
+    whole, short = (means.details(keys)[intervals.PER_IMAGE] for keys in (True, False))
+    assert isinstance(short[0]["images"], str) and short[0]["counts"] == 1 and short[0]["sums"] == [1.0, 0.0, 1.0]
+    assert intervals.paired(short[1], short[0]) == intervals.paired(whole[1], whole[0])
+    assert intervals.paired(short[1], whole[0]) == intervals.paired(whole[1], whole[0])
+    assert intervals.paired(short[0], short[2]) is None  # another order, which a hash cannot undo
+    means.add("x", "a", "top1", [0.0])
+    assert means.details(keys=False)[intervals.PER_IMAGE][0]["counts"] == [2, 1, 1]
+
+
+def test_means_of_the_same_images_are_resampled_together_and_each_as_if_alone(monkeypatch):
+    calls = []
+    resampled = intervals.resampled
+    monkeypatch.setattr(intervals, "resampled", lambda *arrays: calls.append(arrays) or resampled(*arrays))
+    values = np.random.default_rng(0).random((2, 30))
+    together, alone = Means(), [Means(), Means()]
+    for metric, values_N in zip(("a", "b"), values, strict=True):
+        together.add_each([str(i) for i in range(30)], "student", metric, values_N)
+        alone["ab".index(metric)].add_each([str(i) for i in range(30)], "student", metric, values_N)
+    rows = together.rows()
+    assert len(calls) == 1
+    for row, single in zip(rows, alone, strict=True):
+        assert row["low"] == pytest.approx(single.rows()[0]["low"], rel=1e-12)
+        assert row["high"] == pytest.approx(single.rows()[0]["high"], rel=1e-12)
