@@ -74,7 +74,7 @@ def random_error(
     wrong_nn = (mask_nn != target_nn) & ((target_nn == 0) | (target_nn == 1))
     if int(wrong_nn.sum()) < LEAST_WRONG:
         return None
-    # The largest of one number a cell, so that a cell whose logit rounds to the other side of 0 rarely changes the draw.
+    # The largest of one number a cell: a cell whose logit rounds to the other side of 0 then rarely changes the draw.
     y, x = divmod(int(np.where(wrong_nn.numpy(), rng.random(wrong_nn.shape), -1).argmax()), side)
     pixel, (height, width) = size / side, segmenter.original
     scale_y, scale_x = height / resized[0], width / resized[1]

@@ -76,6 +76,7 @@ def scores(
     for count in stop.between(range(first, last + 1)):
         if count > first:
             for state, target, truth in zip(states, targets, truths, strict=True):
+                state.open = state.open and state.iou < 1
                 if state.open:
                     _add_click(answering, segmenter, state, target, truth, image)
         active = [number for number, state in enumerate(states) if state.open]
