@@ -3,20 +3,22 @@
 Letters: N images, R resamples, K means.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from fmdistill.evaluate import results
-from fmdistill.evaluate.results import Key, Row
+from fmdistill.evaluate.results import PER_IMAGE, Key, Row
 
 LEVEL = 0.95
 RESAMPLES = 2000
 CHUNK = 2**22  # image weights in memory at once
 INTERVAL = "95 % bootstrap over images"
-PER_IMAGE = "per_image"  # the name of the stored sums among a result's details
+
+Entry = Mapping[str, Any]  # one of `Means.details`: the sums and counts of the images of one mean
+Difference = tuple[float, float, float]  # of two means, and the two ends of its interval
 
 
 @dataclass
@@ -29,24 +31,40 @@ class Means:
     parts: dict[tuple[str, Key], dict[str, tuple[float, int]]] = field(default_factory=dict)  # image: (sum, count)
 
     def add(self, image: str, subject: str, metric: str, values: Iterable[float], **dimensions: Any) -> None:
-        """Add values of one image; dimensions that are None are left out."""
+        """Add values of one image, or none, which only sets the place of the row; dimensions of None are left out."""
         array = np.asarray(list(values), dtype=np.float64)
-        if not len(array):
-            return
         named = {name: entry for name, entry in dimensions.items() if entry is not None}
         images = self.parts.setdefault((subject, results.key({"metric": metric, **named})), {})
-        total, count = images.get(image, (0.0, 0))
-        images[image] = (total + float(array.sum()), count + len(array))
+        if len(array):
+            total, count = images.get(image, (0.0, 0))
+            images[image] = (total + float(array.sum()), count + len(array))
 
     def rows(self) -> list[Row]:
-        """Return a row for each mean, in the order of the first values; without an interval if it has one image."""
-        return [
-            mean_row(subject, key, np.array([s for s, _ in images.values()]), np.array([n for _, n in images.values()]))
-            for (subject, key), images in self.parts.items()
-        ]
+        """Return a row for each mean that has values, in the order of the first `add`, with its interval."""
+        rows = []
+        for (subject, key), images in self.parts.items():
+            if images:
+                sums_N, counts_N = _arrays(images)
+                count = int(counts_N.sum())
+                rows.append(results.row(subject, key[0], sums_N.sum() / count, count, **dict(key[1])))
+        return self.with_intervals(rows)
+
+    def with_intervals(self, rows: Sequence[Row]) -> list[Row]:
+        """Return rows with the intervals of the means of their subject, metric and dimensions.
+
+        A mean of fewer than two images has none.
+        """
+        parts = [_arrays(self.parts.get((row["subject"], results.key(row)), {})) for row in rows]
+        completed = []
+        for row, means_R in zip(rows, resampled_together(parts), strict=True):
+            if means_R is not None:
+                low, high = ends(means_R)
+                row = {**row, "low": low, "high": high, "interval": INTERVAL}
+            completed.append(row)
+        return completed
 
     def details(self) -> dict[str, list[dict[str, Any]]]:
-        """Return the sums and counts of every image as JSON, for `paired` comparisons of stored results."""
+        """Return the sums and counts of every image as JSON, for `differences` of stored results."""
         return {
             PER_IMAGE: [
                 {
@@ -58,45 +76,52 @@ class Means:
                     "counts": [count for _, count in images.values()],
                 }
                 for (subject, key), images in self.parts.items()
+                if images
             ]
         }
 
 
-def mean_row(subject: str, key: Key, sums_N: np.ndarray, counts_N: np.ndarray) -> Row:
-    """Return the row of the mean of all values, with its interval if there is more than one image."""
-    row = results.row(subject, key[0], sums_N.sum() / counts_N.sum(), int(counts_N.sum()), **dict(key[1]))
-    if len(sums_N) < 2:
-        return row
-    (low,), (high,) = ends(resampled(sums_N[:, None], counts_N[:, None]))
-    return {**row, "low": float(low), "high": float(high), "interval": INTERVAL}
-
-
-def paired(of: Mapping[str, Any], base: Mapping[str, Any]) -> tuple[float, float, float] | None:
+def paired(of: Entry, base: Entry, level: float = LEVEL) -> Difference | None:
     """Return the difference of two means and its interval's ends; None unless they have two or more of the same images.
 
     Each is an entry of `Means.details`. Both means are resampled by the same images.
     """
-    places = [{image: i for i, image in enumerate(entry["images"])} for entry in (of, base)]
-    if places[0].keys() != places[1].keys() or len(places[0]) < 2:
-        return None
-    order = [[place[image] for image in of["images"]] for place in places]
-    sums_N2, counts_N2 = (
-        np.stack([np.asarray(entry[name], float)[o] for entry, o in zip((of, base), order, strict=True)], 1)
-        for name in ("sums", "counts")
-    )
-    whole = sums_N2.sum(0) / counts_N2.sum(0)
-    means_R2 = resampled(sums_N2, counts_N2)
-    (low,), (high,) = ends(means_R2[:, :1] - means_R2[:, 1:])
-    return float(whole[0] - whole[1]), float(low), float(high)
+    return differences([(of, base)], level)[0]
+
+
+def differences(pairs: Sequence[tuple[Entry, Entry]], level: float = LEVEL) -> list[Difference | None]:
+    """Return `paired` of each pair; those of equally many images are resampled together, which saves time."""
+    parts = [part for of, base in pairs for part in _aligned(of, base)]
+    means = resampled_together(parts)
+    compared: list[Difference | None] = []
+    for number in range(0, len(parts), 2):
+        of_R, base_R = means[number : number + 2]
+        if of_R is None or base_R is None:
+            compared.append(None)
+            continue
+        (of_sums, of_counts), (base_sums, base_counts) = parts[number : number + 2]
+        whole = of_sums.sum() / of_counts.sum() - base_sums.sum() / base_counts.sum()
+        compared.append((float(whole), *ends(of_R - base_R, level)))
+    return compared
+
+
+def resampled_together(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[np.ndarray | None]:
+    """Return the resampled means (R,) of each part, the sums (N,) and counts (N,) of its images; None for N below 2."""
+    by_length: dict[int, list[int]] = {}
+    for place, (sums_N, _) in enumerate(parts):
+        if len(sums_N) > 1:
+            by_length.setdefault(len(sums_N), []).append(place)
+    means: list[np.ndarray | None] = [None] * len(parts)
+    for places in by_length.values():
+        sums_NK, counts_NK = (np.stack([parts[place][i] for place in places], axis=1) for i in (0, 1))
+        for place, means_R in zip(places, resampled(sums_NK, counts_NK).T, strict=True):
+            means[place] = means_R
+    return means
 
 
 def resampled(sums_NK: np.ndarray, counts_NK: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Return the K means of R resamples of the images, float64 (R, K); NaN if a resample has no value of a mean."""
-    parts = []
-    for weights_rN in resamples(len(sums_NK), seed):
-        with np.errstate(invalid="ignore"):
-            parts.append((weights_rN @ sums_NK) / (weights_rN @ counts_NK))
-    return np.concatenate(parts)
+    """Return the K means of R resamples of the images, float64 (R, K)."""
+    return np.concatenate([(w_rN @ sums_NK) / (w_rN @ counts_NK) for w_rN in resamples(len(sums_NK), seed)])
 
 
 def resamples(images: int, seed: int = 0) -> Iterator[np.ndarray]:
@@ -104,14 +129,33 @@ def resamples(images: int, seed: int = 0) -> Iterator[np.ndarray]:
 
     They depend on the number of images and the seed alone.
     """
-    generator, share = np.random.default_rng(seed), np.full(images, 1 / images)
+    generator = np.random.default_rng(seed)
     step = max(1, CHUNK // images)
     for start in range(0, RESAMPLES, step):
-        yield generator.multinomial(images, share, size=min(step, RESAMPLES - start)).astype(np.float64)
+        count = min(step, RESAMPLES - start)
+        chosen_rN = generator.integers(images, size=(count, images)) + images * np.arange(count)[:, None]
+        yield np.bincount(chosen_rN.ravel(), minlength=count * images).reshape(count, images).astype(np.float64)
 
 
-def ends(values_RK: np.ndarray, level: float = LEVEL) -> tuple[np.ndarray, np.ndarray]:
-    """Return the percentile interval's two ends (K,) of R resampled values, without NaN."""
-    outside = 100 * (1 - level) / 2
-    low_K, high_K = np.nanpercentile(values_RK, [outside, 100 - outside], axis=0)
-    return low_K, high_K
+def ends(values_R: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
+    """Return the two ends of the percentile interval of R resampled values."""
+    low, high = np.quantile(values_R, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _arrays(images: Mapping[str, tuple[float, int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the images' sums (N,) and counts (N,)."""
+    array_N2 = np.array(list(images.values()), dtype=np.float64).reshape(-1, 2)
+    return array_N2[:, 0], array_N2[:, 1]
+
+
+def _aligned(of: Entry, base: Entry) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return the sums and counts of both entries in the order of the first; empty ones if the images differ."""
+    order = {image: i for i, image in enumerate(base["images"])}
+    if order.keys() != set(of["images"]):
+        return [(np.empty(0), np.empty(0))] * 2
+    places = [order[image] for image in of["images"]]
+    return [
+        (np.asarray(of["sums"], float), np.asarray(of["counts"], float)),
+        (np.asarray(base["sums"], float)[places], np.asarray(base["counts"], float)[places]),
+    ]
