@@ -3,11 +3,13 @@
 Letters: N images, R resamples, K means.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from fmdistill.evaluate import results
 from fmdistill.evaluate.results import PER_IMAGE, Key, Row
@@ -18,6 +20,7 @@ CHUNK = 2**22  # image weights in memory at once
 INTERVAL = "95 % bootstrap over images"
 
 Entry = Mapping[str, Any]  # one of `Means.details`: the sums and counts of the images of one mean
+Ends = tuple[float, float]  # of an interval
 Difference = tuple[float, float, float]  # of two means, and the two ends of its interval
 
 
@@ -55,13 +58,10 @@ class Means:
         A mean of fewer than two images has none.
         """
         parts = [_arrays(self.parts.get((row["subject"], results.key(row)), {})) for row in rows]
-        completed = []
-        for row, means_R in zip(rows, resampled_together(parts), strict=True):
-            if means_R is not None:
-                low, high = ends(means_R)
-                row = {**row, "low": low, "high": high, "interval": INTERVAL}
-            completed.append(row)
-        return completed
+        return [
+            row if pair is None else {**row, "low": pair[0], "high": pair[1], "interval": INTERVAL}
+            for row, pair in zip(rows, _intervals(parts), strict=True)
+        ]
 
     def details(self) -> dict[str, list[dict[str, Any]]]:
         """Return the sums and counts of every image as JSON, for `differences` of stored results."""
@@ -79,6 +79,27 @@ class Means:
                 if images
             ]
         }
+
+
+def entry_key(entry: Entry) -> Key:
+    """Return the metric and dimensions of one of `Means.details`."""
+    return results.key({name: part for name, part in entry.items() if name not in ("images", "sums", "counts")})
+
+
+def pooled(entries: Sequence[Entry]) -> Entry | None:
+    """Return the entry of the mean of several runs' means, such as those of one method's seeds.
+
+    Each is an entry of `Means.details`; None unless all have the same images with the same counts.
+    """
+    parts = [_aligned(entries[0], entry)[1] for entry in entries]
+    if any(len(counts_N) != len(parts[0][1]) or (counts_N != parts[0][1]).any() for _, counts_N in parts):
+        return None
+    return {**entries[0], "sums": np.mean([sums_N for sums_N, _ in parts], axis=0).tolist()}
+
+
+def of_entries(entries: Sequence[Entry]) -> list[Ends | None]:
+    """Return the intervals of means, each one of `Means.details`; None for a mean of fewer than two images."""
+    return _intervals([(np.asarray(entry["sums"], float), np.asarray(entry["counts"], float)) for entry in entries])
 
 
 def paired(of: Entry, base: Entry, level: float = LEVEL) -> Difference | None:
@@ -101,7 +122,7 @@ def differences(pairs: Sequence[tuple[Entry, Entry]], level: float = LEVEL) -> l
             continue
         (of_sums, of_counts), (base_sums, base_counts) = parts[number : number + 2]
         whole = of_sums.sum() / of_counts.sum() - base_sums.sum() / base_counts.sum()
-        compared.append((float(whole), *ends(of_R - base_R, level)))
+        compared.append((float(whole), *ends(of_R - base_R, len(of_sums), level)))
     return compared
 
 
@@ -137,10 +158,21 @@ def resamples(images: int, seed: int = 0) -> Iterator[np.ndarray]:
         yield np.bincount(chosen_rN.ravel(), minlength=count * images).reshape(count, images).astype(np.float64)
 
 
-def ends(values_R: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
-    """Return the two ends of the percentile interval of R resampled values."""
-    low, high = np.quantile(values_R, [(1 - level) / 2, (1 + level) / 2])
+def ends(values_R: np.ndarray, images: int, level: float = LEVEL) -> Ends:
+    """Return the two ends of the interval of a mean over `images` images, given its R resampled values.
+
+    They are percentiles, for few images further out, so that the interval of normal values is as wide as Student's
+    (expanded percentiles: Hesterberg, What Teachers Should Know About the Bootstrap, The American Statistician 2015).
+    """
+    tail = stats.norm.sf(math.sqrt(images / (images - 1)) * stats.t.ppf((1 + level) / 2, images - 1))
+    low, high = np.quantile(values_R, [tail, 1 - tail])
     return float(low), float(high)
+
+
+def _intervals(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[Ends | None]:
+    """Return the intervals of the means of the parts, as for `resampled_together`."""
+    means = zip(parts, resampled_together(parts), strict=True)
+    return [None if means_R is None else ends(means_R, len(sums_N)) for (sums_N, _), means_R in means]
 
 
 def _arrays(images: Mapping[str, tuple[float, int]]) -> tuple[np.ndarray, np.ndarray]:
