@@ -241,6 +241,8 @@ def _iou(a: np.ndarray, b: np.ndarray) -> float:
 
 def _save(figure: Figure, kind: str) -> bytes:
     file = io.BytesIO()
-    metadata = {"Date": None} if kind == "svg" else None
-    figure.savefig(file, format=kind, dpi=130, metadata=metadata, bbox_inches="tight", pad_inches=0.03)
+    if kind == "svg":
+        figure.savefig(file, format=kind, metadata={"Date": None})
+    else:
+        figure.savefig(file, format=kind, dpi=130, bbox_inches="tight", pad_inches=0.03)
     return file.getvalue()
