@@ -408,6 +408,9 @@ def test_whole_images_are_ranked_by_their_weight(tmp_path):
     unit = torch.nn.functional.normalize(torch.stack([item["outputs"]["clip.embedding"] for item in items]), dim=1)
     similarity = (unit @ unit.T).mean(1)
     assert np.array_equal(entry.images[0], items[int(similarity.argmin())]["pixels"].permute(1, 2, 0).numpy())
+    keys = [data.shards[0].keys[index] for index in (4, 0, 2)]
+    [chosen] = ranked.gather(runs, images=keys)
+    assert chosen.weighed == len(chosen.images) == 3 and sum(chosen.weights) == pytest.approx(3)
     shown, _ = examples.gather(runs, per_group=2)
     assert [(dict(example.weights), example.prompts) for example in shown] == [({}, {})] * 2
     page_html = report.run([settings.out], str(tmp_path / "out")).read_text()

@@ -16,7 +16,7 @@ OPEN_BARS = 6  # figures of bars that a page shows; the others are opened by a c
 
 ONE_SEED = (
     "One seed is not a comparison: two seeds of one recipe can differ as much as these rows do, so a difference counts "
-    "only if it holds over several seeds. Intervals are over images: they do not hold what another seed changes."
+    "only if it holds over several seeds. Intervals are over images and do not cover the difference between seeds."
 )
 ABOUT_PUBLISHED = (
     "Shaded rows are a paper's, with another teacher, other images and a larger student: compare differences with "

@@ -48,9 +48,9 @@ td small { display: block; font-size: .74rem; color: #6b7280; font-weight: 400; 
 strong { font-weight: 750 }
 .files { font-size: .86rem; color: #555c68 }
 summary { cursor: pointer; margin: 1rem 0; font-weight: 600 }
-.key i { display: inline-block; width: .85em; height: .85em; border-radius: 2px; margin: 0 .3em 0 .9em;
+.key i { display: inline-block; width: .85em; height: .85em; border-radius: 2px; margin-right: .3em;
   vertical-align: -.05em }
-.key i:first-child { margin-left: 0 }
+.key span { white-space: nowrap; margin-right: .6em }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; font-size: .92rem }
 dt { font-weight: 600 } dd { margin: 0; color: #555c68 }
 @media (max-width: 40rem) {
@@ -136,7 +136,7 @@ def grid(figures: Iterable[str], narrow: bool = False) -> str:
 
 def colour_key(entries: Iterable[tuple[tuple[int, int, int], str]]) -> str:
     """Return a legend of RGB colours and their meanings as HTML."""
-    marks = "".join(f'<i style="background:rgb{colour}"></i>{escape(text)}' for colour, text in entries)
+    marks = " ".join(f'<span><i style="background:rgb{colour}"></i>{escape(text)}</span>' for colour, text in entries)
     return f'<p class="key">{marks}</p>'
 
 

@@ -28,7 +28,7 @@ ABOUT_MASKS = {
 }
 ABOUT_LABELS = {
     True: ("Labels as the teacher's", "Images on which the first run gives the teacher's label"),
-    False: ("Other labels than the teacher's", "Images on which it does not"),
+    False: ("Other labels than the teacher's", "Images on which the first run gives another label than the teacher"),
 }
 
 

@@ -76,6 +76,8 @@ def bars_figure(bars: Bars) -> bytes:
                         [place, place], [scale * interval.low, scale * interval.high], color="0.15", linewidth=1.3
                     )
         axes.axhline(0, color="0.3", linewidth=0.8)
+        if not axes.dataLim.height:  # all are zero
+            axes.set_ylim(0, scale)
         axes.set_xticks(places, bars.labels, rotation=25 if max(map(len, bars.labels)) > 6 else 0, parse_math=False)
         axes.set_title(bars.title, parse_math=False)
         _legend(figure, axes)
@@ -151,7 +153,7 @@ def _point_figure(image: np.ndarray, point: tuple[float, float]) -> bytes:
 def labels_figure(image: np.ndarray, answers: Mapping[str, str]) -> bytes:
     """Draw an image (h, w, 3) uint8 above each network's answer, the teacher's first; return PNG.
 
-    An answer that is not the teacher's is in the colour MISSED.
+    An answer that is not the teacher's is in the colour ADDED.
     """
     first = next(iter(answers.values()))
     with matplotlib.rc_context(STYLE | {"axes.grid": False}):
@@ -162,7 +164,7 @@ def labels_figure(image: np.ndarray, answers: Mapping[str, str]) -> bytes:
         axes.imshow(image)
         _frame(axes, *image.shape[:2])
         for number, (name, answer) in enumerate(answers.items(), start=1):
-            colour = "black" if answer == first else tuple(channel / 255 for channel in MISSED)
+            colour = "black" if answer == first else tuple(channel / 255 for channel in ADDED)
             height = (text - line * (number - 0.25)) / whole
             figure.text(0.01, height, f"{name}: {answer}", fontsize=7.5, color=colour, parse_math=False)
         return _save(figure, "png")
