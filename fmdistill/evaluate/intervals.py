@@ -99,15 +99,15 @@ def resampled(sums_NK: np.ndarray, counts_NK: np.ndarray, seed: int = 0) -> np.n
     return np.concatenate(parts)
 
 
-def resamples(images: int, seed: int = 0) -> Iterator[np.ndarray]:
+def resamples(images: int, seed: int = 0, count: int | None = None) -> Iterator[np.ndarray]:
     """Yield how often each image occurs in each of R resamples with replacement, float64 (r, N), in several parts.
 
-    They depend on the number of images and the seed alone.
+    They depend on the number of images and the seed alone; the first `count` are the same for any count.
     """
     generator, share = np.random.default_rng(seed), np.full(images, 1 / images)
-    step = max(1, CHUNK // images)
-    for start in range(0, RESAMPLES, step):
-        yield generator.multinomial(images, share, size=min(step, RESAMPLES - start)).astype(np.float64)
+    step, count = max(1, CHUNK // images), RESAMPLES if count is None else count
+    for start in range(0, count, step):
+        yield generator.multinomial(images, share, size=min(step, count - start)).astype(np.float64)
 
 
 def ends(values_RK: np.ndarray, level: float = LEVEL) -> tuple[np.ndarray, np.ndarray]:
