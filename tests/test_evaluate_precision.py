@@ -12,16 +12,16 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from fmdistill.evaluate import intervals, precision
-from fmdistill.evaluate.matching import Rules, counted, match
-from fmdistill.evaluate.precision import Collected
+from fmdistill.evaluate.matching import Rules, counted
+from fmdistill.evaluate.precision import Precision
 
 NAMES = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR@1", "AR@10", "AR@100", "ARs@100", "ARm@100", "ARl@100"]
 
 
-def collected(dataset: dict, results: list[dict], rules: Rules = Rules()) -> Collected:
+def collected(dataset: dict, results: list[dict], rules: Rules = Rules()) -> Precision:
     """Match every image of a data set in COCO's layout."""
     groups = {c["id"]: c["frequency"] for c in dataset["categories"]} if rules.federated else {}
-    gathered = Collected(rules, groups)
+    gathered = Precision(rules, groups)
     for image in sorted(dataset["images"], key=lambda one: one["id"]):
         objects = [a for a in dataset["annotations"] if a["image_id"] == image["id"]]
         detections = [r for r in results if r["image_id"] == image["id"]]
@@ -29,7 +29,7 @@ def collected(dataset: dict, results: list[dict], rules: Rules = Rules()) -> Col
         annotated_here = {a["category_id"] for a in objects}
         chosen = counted(*lists, annotated_here, image.get("neg_category_ids", ()), rules)
         unfinished = image.get("not_exhaustive_category_ids", ())
-        gathered.add(match(objects, [detections[i] for i in chosen], rules, unfinished))
+        gathered.add(objects, [detections[i] for i in chosen], unfinished)
     return gathered
 
 

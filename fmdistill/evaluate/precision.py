@@ -9,7 +9,7 @@ L limits on the number of detections, P detections that match.
 
 import contextlib
 import io
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 from pycocotools.cocoeval import COCOeval
 
 from fmdistill.evaluate import intervals
-from fmdistill.evaluate.matching import AREAS, IOUS_T, Matches, Rules
+from fmdistill.evaluate.matching import AREAS, IOUS_T, Annotation, Matches, Rules, match
 
 RESAMPLES = 200
 INTERVAL = f"95 % bootstrap over images, {RESAMPLES} resamples"
@@ -34,17 +34,22 @@ class Table:
 
 
 @dataclass
-class Collected:
-    """The matches of all images, by category; `frequencies` are LVIS's groups of categories, if it is LVIS."""
+class Precision:
+    """AP and AR of images that are added one by one; `frequencies` are LVIS's groups of categories, if it is LVIS.
+
+    Stored are the matches, a few bytes for each detection, and no masks.
+    """
 
     rules: Rules
     frequencies: Mapping[int, str] = field(default_factory=dict)
     images: int = 0
     by_category: dict[int, tuple[list[int], list[Matches]]] = field(default_factory=dict)  # numbers of images, matches
 
-    def add(self, matches: Mapping[int, Matches]) -> None:
-        """Add an image. Add images by ascending id, which decides between equal scores as in pycocotools."""
-        for category, entry in matches.items():
+    def add(
+        self, objects: Iterable[Annotation], detections: Iterable[Annotation], unfinished: Collection[int] = ()
+    ) -> None:
+        """Add an image, as for `matching.match`. Add images by ascending id: it decides between equal scores."""
+        for category, entry in match(objects, detections, self.rules, unfinished).items():
             numbers, entries = self.by_category.setdefault(category, ([], []))
             numbers.append(self.images)
             entries.append(entry)
@@ -69,7 +74,7 @@ class Collected:
             return {}
         table = Table(np.stack([t.precision for t in tables], -3), np.stack([t.recall for t in tables], -4))
         groups = [self.frequencies.get(category, "") for category in sorted(self.by_category)]
-        return dict(_figures(table, groups, self.rules))
+        return dict(named(table, groups, self.rules))
 
 
 def accumulate(matches: Sequence[Matches], rules: Rules) -> Table:
@@ -142,7 +147,7 @@ def _precision(weights_RD: np.ndarray, right_D: np.ndarray, counted_D: np.ndarra
     return np.where(np.isnan(objects_R), np.nan, total_R / len(recalls))
 
 
-def _figures(table: Table, groups: Sequence[str], rules: Rules) -> Iterable[tuple[str, np.ndarray]]:
+def named(table: Table, groups: Sequence[str], rules: Rules) -> Iterable[tuple[str, np.ndarray]]:
     """Yield the name and the value of each figure: a mean over the categories that have objects, then thresholds."""
     areas, at = list(AREAS), {round(float(iou), 2): number for number, iou in enumerate(IOUS_T)}
     precision, recall, most = table.precision, table.recall, rules.limits[-1]
