@@ -18,6 +18,7 @@ from fmdistill.evaluate.stored_results import Partial
 from fmdistill.files import check_folder, write_whole
 from fmdistill.logs import log
 from fmdistill.predict import artefact
+from fmdistill.predict.checkpoint_file import whole_sam
 from fmdistill.predict.onnx_student import open_student
 from fmdistill.recipe import Overrides, Recipe
 from fmdistill.registry import UserError, bind
@@ -40,7 +41,8 @@ class Evaluator(typing.Protocol):
 
     Optional members: `check(recipe)` raises a UserError, before any work, if it cannot judge the recipe's run, and
     `check_images(recipe)` does so after looking at the first image and the class folders; `metrics` and `dimensions`
-    describe its rows; `splits` are the splits of the images that it reads.
+    describe its rows; `splits` are the splits of the images that it reads; with `own_decoder`, a checkpoint file of a
+    whole SAM is judged with its own mask decoder.
     """
 
     def judge(self, recipe: Recipe, students: Mapping[str, nn.Module]) -> Judged:
@@ -130,7 +132,8 @@ def run(protocol: str | Path, subject: str | Path, overrides: Overrides = ()) ->
     if exported:
         student: nn.Module = open_student(artefact.read(subject))
     elif weights == subject:
-        student = students.load_checkpoint(recipe.student, subject)
+        whole = whole_sam(subject) if getattr(loaded.evaluator, "own_decoder", False) else None
+        student = whole or students.load_checkpoint(recipe.student, subject)
     else:
         student = students.load_student(subject, trust)
     rows, details = _call(loaded, recipe, {"student": student}, path, state)
