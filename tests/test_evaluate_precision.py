@@ -7,7 +7,6 @@ import io
 import numpy as np
 import pytest
 from detection_toys import annotated
-from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -15,10 +14,11 @@ from fmdistill.evaluate import intervals, precision
 from fmdistill.evaluate.matching import Rules, counted
 from fmdistill.evaluate.precision import Precision
 
+COCO_RULES = Rules()
 NAMES = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR@1", "AR@10", "AR@100", "ARs@100", "ARm@100", "ARl@100"]
 
 
-def collected(dataset: dict, results: list[dict], rules: Rules = Rules()) -> Precision:
+def collected(dataset: dict, results: list[dict], rules: Rules = COCO_RULES) -> Precision:
     """Match every image of a data set in COCO's layout."""
     groups = {c["id"]: c["frequency"] for c in dataset["categories"]} if rules.federated else {}
     gathered = Precision(rules, groups)

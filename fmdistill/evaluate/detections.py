@@ -34,9 +34,9 @@ class Detections:
 
 
 def read(path: str | Path, images: Collection[Id], categories: Collection[int] | None) -> Detections:
-    """Read the boxes of `images`, the ids of the annotated data set, and of its `categories`; None allows any.
+    """Read the boxes of `images`, the ids of the annotated images, and of their `categories`; None allows any.
 
-    Entries that are malformed, not finite or of unknown images are left out and counted. Raises UserError if the file
+    Entries that are malformed, not finite or of other images are left out and counted. Raises UserError if the file
     is no such list, or is one of another data set: none of its images is known, or a category is not.
     """
     path = Path(path).expanduser()
@@ -59,7 +59,7 @@ def checked(entries: list[Any], images: Collection[Id], categories: Collection[i
         if problem := _problem(entry):
             skipped[problem] += 1
         elif entry["image_id"] not in images:
-            skipped["image id not among the annotations"] += 1
+            skipped["of an image that is missing or not annotated"] += 1
         elif categories is not None and entry["category_id"] not in categories:
             strange[entry["category_id"]] += 1
         else:

@@ -16,7 +16,7 @@ PACKAGE = "faster-coco-eval"
 def check_installed() -> None:
     """Raise a UserError if the package is missing."""
     try:
-        import faster_coco_eval  # noqa: F401
+        import faster_coco_eval  # type: ignore[import-not-found]  # noqa: F401
     except ImportError as error:
         raise UserError(
             f"scorer=faster_coco_eval: {PACKAGE} is missing; pip install 'fmdistill[ap]', or use scorer=pycocotools"
@@ -50,11 +50,9 @@ class FasterPrecision:
 
     def figures(self) -> dict[str, float]:
         """Return AP, AP50, AR and so on by name, from 0 to 1; NaN for those that have no objects."""
-        from faster_coco_eval import COCO, COCOeval_faster
+        from faster_coco_eval import COCO, COCOeval_faster  # type: ignore[import-not-found]
 
         categories = sorted({one["category_id"] for one in [*self.objects, *self.detections]})
-        if not self.detections:
-            return {}
         truth = COCO()
         truth.dataset = {
             "images": self.images,
@@ -64,9 +62,8 @@ class FasterPrecision:
         truth.createIndex()
         kind = "segm" if self.rules.boundary is None else "boundary"
         ratio = {} if self.rules.boundary is None else {"boundary_dilation_ratio": self.rules.boundary}
-        evaluation = COCOeval_faster(
-            truth, truth.loadRes(self.detections), kind, lvis_style=self.rules.federated, **ratio
-        )
+        detected = truth.loadRes(self.detections) if self.detections else COCO()
+        evaluation = COCOeval_faster(truth, detected, kind, lvis_style=self.rules.federated, **ratio)
         evaluation.params.maxDets = list(self.rules.limits)
         evaluation.params.useCats = int(self.rules.classes)
         evaluation.evaluate()

@@ -92,8 +92,7 @@ def match(
     evaluation.params.maxDets = list(rules.limits)
     for number, one in enumerate(objects, start=1):
         crowd = 0 if rules.federated else int(one.get("iscrowd", 0))
-        ignore = one.get("ignore", 0) if rules.federated else crowd
-        fields = {"id": number, "area": one["area"], "iscrowd": crowd, "ignore": ignore}
+        fields = {"id": number, "area": one["area"], "iscrowd": crowd, "ignore": crowd}
         evaluation._gts[IMAGE, _category(one, rules)].append({"segmentation": one["segmentation"], **fields})
     for number, one in enumerate(detections, start=1):
         fields = {"id": number, "area": coco_mask.area(one["segmentation"]), "score": one["score"]}

@@ -63,7 +63,8 @@ class CocoTruth:
                 f"{len(records)}, such as '{_path(next(iter(records.values())))}'"
             )
         of = partial(_of, {name: _truth(record, by_image) for name, record in joined.items()}, joined)
-        return JoinedTruth([name for name in names if name in joined], of, tuple(skipped), categories)
+        ids = {name: record["id"] for name, record in joined.items()}
+        return JoinedTruth([name for name in names if name in joined], of, tuple(skipped), categories, ids)
 
     def _categories(self, stored: Any, where: str) -> dict[int, Category]:
         categories: dict[int, Category] = {}
