@@ -36,7 +36,7 @@ PLACES = 20  # places of what was left out that a result lists
 RESAMPLED = "resampled"  # the name of the stored resamples among a result's details
 HELP = (
     "Average precision × 100 of the masks for a detector's boxes, with its classes and scores: the mean over classes "
-    "and over IoU thresholds of 0.50 to 0.95, or at one (AP50, AP75); APs, APm and APl by the object's area, APr, APc and "
+    "and over IoU thresholds of 0.50 to 0.95, or at one (AP50, AP75); APs, APm, APl by the object's area, APr, APc, "
     "APf by the frequency of LVIS's classes. AR@N: recall of the N best detections."
 )
 BOUNDARY_HELP = "The same with the smaller of mask IoU and the IoU of bands along the outlines."
