@@ -25,7 +25,7 @@ CROWD = [(45, 124, 20, 20), (102, 126, 19, 19), (152, 127, 19, 19)]  # coins
 CLASSES = ["eye", "saucer", "coffee", "spoon", "coin"]
 
 
-def scenes(folder: Path, count: int = 4, classes: int = 2, size: int = 128) -> tuple[str, str]:
+def scenes(folder: Path, count: int = 3, classes: int = 2, size: int = 128) -> tuple[str, str]:
     """Write scenes with their exact masks as RLE; return the paths of annotations and boxes."""
     dataset = _empty([str(number) for number in range(classes)])
     for index in range(count):

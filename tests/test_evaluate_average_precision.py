@@ -56,7 +56,8 @@ def by_hand(folder, annotations: str, boxes: str, select: str, score: str) -> np
 
 def protocol(folder, paths: tuple[str, str], **settings) -> CocoAp:
     images = {"name": "folder", "root": str(folder / "images"), "validation": 0}
-    return CocoAp(*paths, images=images, device="cpu", boxes_per_batch=5, **settings)
+    given = {"truth": {"name": "coco"}, "annotations": paths[0], "boxes": paths[1], **settings}
+    return CocoAp(images=images, device="cpu", boxes_per_batch=5, **given)
 
 
 @pytest.mark.parametrize(
@@ -74,13 +75,13 @@ def test_figures_equal_a_plain_loop_over_the_predictor_and_pycocotools(tmp_path,
     )
     figures = {row["metric"]: row["value"] for row in rows}
     expected = dict(zip(NAMES, by_hand(tmp_path, *paths, select, score), strict=True))
-    assert figures["AP"] > 0.1 and figures["skipped"] == 0
+    assert figures["AP"] > 0.1 and "skipped" not in figures
     assert {n for n in NAMES if n in figures} == {n for n in NAMES if not math.isnan(expected[n])}
     for metric in NAMES:
         if metric in figures:
             assert figures[metric] == pytest.approx(expected[metric], abs=1e-4), metric
     row = next(row for row in rows if row["metric"] == "AP")
-    assert row["low"] <= row["value"] <= row["high"] and row["count"] == (4 if name == "scenes" else 3)
+    assert row["low"] <= row["value"] <= row["high"] and row["count"] == 3
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +109,9 @@ def run(tmp_path_factory):
 def test_teacher_and_students_are_scored_in_one_pass_by_the_boxes_of_the_objects(run):
     recipe, annotations = run
     students = {"student": distill.load_student(recipe.out, trust=True)}
-    rows, details = CocoAp(annotations, device="cpu", boundary=True, write_masks=True).judge(recipe, students)
+    rows, details = CocoAp({"name": "coco"}, annotations, device="cpu", boundary=True, write_masks=True).judge(
+        recipe, students
+    )
     assert {row["subject"] for row in rows} == {"student", "teacher"}
     assert {row["metric"] for row in rows} >= {"AP", "boundary_AP", "boundary_AP50", "AR@100"}
     for subject in ("student", "teacher"):
@@ -134,7 +137,7 @@ def test_a_truth_without_classes_is_matched_without_them(run):
 def test_an_interrupted_evaluation_goes_on_where_it_was(run, tmp_path, monkeypatch):
     recipe, annotations = run
     students = {"student": distill.load_student(recipe.out, trust=True)}
-    evaluator = CocoAp(annotations, device="cpu")
+    evaluator = CocoAp({"name": "coco"}, annotations, device="cpu")
     whole, _ = evaluator.judge(recipe, students)
     seen, path = [], tmp_path / "partial.jsonl"
     from fmdistill.evaluate import average_precision
@@ -191,35 +194,35 @@ def test_what_is_left_out_is_counted_and_a_wrong_setting_refused(tmp_path):
     rows, details = protocol(tmp_path, (annotations, boxes)).judge(
         tiny.load(tmp_path), {"student": whole_sam(PACKAGED)}
     )
-    assert details["skipped"]["counts"] == {
-        "image of another size": 1,
-        "mask damaged": 1,
-        "a score that is not finite": 1,
-    }
-    assert results.value(rows, "skipped") == 3
-    assert {row["count"] for row in rows if row["metric"] == "AP"} == {3}
+    reasons = {"image of another size", "mask malformed", "a score that is not finite"}
+    assert {row["reason"]: row["value"] for row in rows if row["metric"] == "skipped"} == dict.fromkeys(reasons, 1)
+    assert len(details["skipped"]) == 2 and {row["count"] for row in rows if row["metric"] == "AP"} == {2}
+    coco, nothing = {"name": "coco"}, {"student": whole_sam(PACKAGED)}
     for settings, message in [
         ({"max_dets": (10, 1)}, "ascending"),
         ({"max_dets": ()}, "max_dets"),
         ({"dilation": 0.0}, "dilation=0.0"),
         ({"limit": 0}, "limit=0"),
+        ({"detector": "vitdet"}, "detector=vitdet: whose boxes"),
+        ({"dataset": "coco_val2071"}, "Did you mean 'coco_val2017'"),
     ]:
         with pytest.raises(UserError, match=message):
-            CocoAp(**settings)
+            CocoAp(coco, **settings)
     with pytest.raises(UserError, match="boxes=gone.json: no such file"):
-        CocoAp(annotations, "gone.json").check(tiny.load(tmp_path))
+        CocoAp(coco, annotations, boxes="gone.json").check_images(tiny.load(tmp_path))
     with pytest.raises(UserError, match="annotations=none: no such file"):
-        CocoAp().check(tiny.load(tmp_path))
+        CocoAp(coco).check_images(tiny.load(tmp_path))
+    with pytest.raises(UserError, match="has 5000 images and 36781 annotations, these annotations have"):
+        protocol(tmp_path, (annotations, boxes), dataset="coco_val2017").judge(tiny.load(tmp_path), nothing)
+    labels = {"truth": {"name": "labels"}, "annotations": None}
     with pytest.raises(UserError, match="are joined with images by COCO's ids"):
-        protocol(tmp_path, ("", boxes), truth={"name": "labels"}).judge(
-            tiny.load(tmp_path), {"student": whole_sam(PACKAGED)}
-        )
+        protocol(tmp_path, (annotations, boxes), **labels).judge(tiny.load(tmp_path), nothing)
 
 
 def test_a_result_of_the_command_is_stored_with_how_its_figures_read(tmp_path):
     annotations, boxes = coco_sets.scenes(tmp_path, count=2)
     tiny.write(tmp_path)
-    (tmp_path / "ap.yaml").write_text("name: coco_ap\ndevice: cpu\n")
+    (tmp_path / "ap.yaml").write_text("name: coco_ap\ntruth: {name: coco}\ndevice: cpu\n")
     sam = tmp_path / "sam.safetensors"
     sam.write_bytes(PACKAGED.read_bytes())
     images = [f"images.{k}={v}" for k, v in {"name": "folder", "root": tmp_path / "images", "validation": 0}.items()]

@@ -150,6 +150,16 @@ class PromptHead(nn.Module):
         cropped = at_input[..., : int(resized[0]), : int(resized[1])]
         return F.interpolate(cropped, (int(original[0]), int(original[1])), mode="bilinear", align_corners=False)
 
+    def downsample(self, masks: Tensor, resized: tuple[int, int]) -> Tensor:
+        """Return bool masks (P, H, W) on the logits' grid, (P, 1, n, n): the share of each cell they cover, less half.
+
+        What `upsample` makes of it is what this resolution preserves of a mask.
+        """
+        size, side = self.config["image_size"], 4 * self.config["image_embedding_size"]
+        shares = F.interpolate(masks[:, None].float(), resized, mode="bilinear", align_corners=False, antialias=True)
+        padded = F.pad(shares, (0, size - resized[1], 0, size - resized[0]), mode="replicate")
+        return F.avg_pool2d(padded, size // side) - 0.5
+
 
 def _config(prompt_encoder: PromptEncoder, decoder: MaskDecoder) -> dict[str, Any]:
     transformer = decoder.transformer

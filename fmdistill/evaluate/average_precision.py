@@ -4,7 +4,7 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -22,8 +22,8 @@ from fmdistill.evaluate.precision import INTERVAL, Precision
 from fmdistill.evaluate.results import Judged, Metric, Row
 from fmdistill.evaluate.segmenters import Segmenters
 from fmdistill.evaluate.stored_results import Partial
-from fmdistill.evaluate.truth import Truth
 from fmdistill.evaluate.truth import build as build_truth
+from fmdistill.evaluate.truth import datasets
 from fmdistill.evaluate.truth.instances import JoinedTruth, Skip
 from fmdistill.logs import log, progress
 from fmdistill.recipe import Component, Recipe
@@ -32,13 +32,14 @@ from fmdistill.registry import UserError
 Score = Literal["detector", "product"]
 Scorer = Literal["pycocotools", "faster_coco_eval"]
 
-PLACES = 20  # places of what was left out that a result lists
+SHOWN = 50  # skipped places in a result
 RESAMPLED = "resampled"  # the name of the stored resamples among a result's details
 HELP = (
     "Average precision × 100 of the masks for a detector's boxes, with its classes and scores: the mean over classes "
     "and over IoU thresholds of 0.50 to 0.95, or at one (AP50, AP75); APs, APm, APl by the object's area, APr, APc, "
     "APf by the frequency of LVIS's classes. AR@N: recall of the N best detections."
 )
+SKIPPED = "Skipped: annotations, images and boxes that could not be judged, by reason."
 BOUNDARY_HELP = "The same with the smaller of mask IoU and the IoU of bands along the outlines."
 
 
@@ -54,13 +55,14 @@ class CocoAp:
     whose presence on the image nobody stated do not count. Intervals are of 200 resamples of the images.
     """
 
-    annotations: str = ""  # COCO's or LVIS's JSON
-    boxes: str | None = None
-    detector: str = ""  # whose boxes they are; a published table appears only beside results of the same
-    truth: Component = field(default_factory=lambda: {"name": "coco"})
-    images: Component | None = None  # the source of the images; null means those of the recipe
-    limit: int | None = None  # take only the first images
-    teacher: bool = False  # run the teacher too if its embeddings are not in the recipe's cache
+    truth: Component  # where the annotations are from: coco or lvis; without classes also sa1b, labels, teacher
+    annotations: str | None = None  # their file or folder
+    dataset: str | None = None  # the data set that they must be, whole, so that published figures apply
+    images: Component | None = None  # the source of the images; null means the recipe's validation images
+    limit: int | None = None  # judge only the first images
+    teacher: bool = False  # run the teacher too if the images are not those of the recipe's cache
+    boxes: str | None = None  # a detector's JSON
+    detector: str | None = None  # whose boxes they are; published figures stand only beside those of the same
     select: Select = "best_predicted"
     score: Score = "detector"
     max_dets: tuple[int, ...] = (1, 10, 100)
@@ -72,6 +74,7 @@ class CocoAp:
     boxes_per_batch: int = 64
     device: str = "auto"
 
+    splits: ClassVar[tuple[str, ...]] = ("train", "validation")  # a source without validation images is taken whole
     own_decoder: ClassVar[bool] = True
 
     @property
@@ -85,7 +88,7 @@ class CocoAp:
             prefix + name: Metric(kind, name, percent=True, better="higher", end=1.0, help=text)
             for prefix, (kind, text) in kinds.items()
             for name in names
-        } | {"skipped": Metric("skipped", shown=False)}
+        } | {"skipped": Metric("skipped", across="reason", better="lower", help=SKIPPED)}
 
     def __post_init__(self) -> None:
         """Raise a UserError for settings that measure nothing, and for a missing scorer."""
@@ -98,13 +101,20 @@ class CocoAp:
             raise UserError(f"dilation={self.dilation}: is a share of the image's diagonal, above 0 and below 1")
         if self.images is not None:
             image_sources.check(self.images)
+        if self.detector is not None and self.boxes is None:
+            raise UserError(f"detector={self.detector}: whose boxes? Name their file by boxes=FILE")
+        datasets.check_name(self.dataset)
+        build_truth(self.truth, self.annotations)
         if self.scorer == "faster_coco_eval":
             faster_precision.check_installed()
 
     def check(self, recipe: Recipe) -> None:
-        """Raise a UserError for a run that makes no masks, and for missing annotations or boxes."""
+        """Raise a UserError for a recipe whose run makes no masks."""
         segmenters.check("coco_ap", recipe, self.teacher)
-        self._truth().check()
+
+    def check_images(self, recipe: Recipe) -> None:
+        """Raise a UserError if the annotations' file or folder, or the file of boxes, is missing."""
+        build_truth(self.truth, self.annotations).check()
         if self.boxes is not None and not Path(self.boxes).expanduser().is_file():
             raise UserError(f"boxes={self.boxes}: no such file; name a detector's JSON, {detections.LAYOUT}")
 
@@ -113,8 +123,10 @@ class CocoAp:
 
         Images whose masks `partial` already has are skipped.
         """
+        self.check_images(recipe)
         opened = Segmenters.open(recipe, students, self.images, self.teacher, self.device)
-        joined = self._truth().join(opened.names)
+        joined = build_truth(self.truth, self.annotations).join(opened.names)
+        datasets.check_whole(self.dataset, joined)
         rules, found = self._rules(joined), self._boxes(joined)
         names = list(joined.images)[: self.limit]
         done = dict(partial.done) if partial is not None else {}
@@ -133,12 +145,12 @@ class CocoAp:
         rows, details = run(self, rules, judged, joined)
         skipped = [*joined.skipped, *(Skip(*skip) for result in judged.values() for skip in result["skipped"])]
         counts = Counter(skip.reason for skip in skipped) + Counter({} if found is None else found.skipped)
-        rows += [results.row(name, "skipped", sum(counts.values())) for name in opened.subjects]
-        places = [skip._asdict() for skip in skipped[:PLACES]]
-        return rows, {**details, "skipped": {"counts": dict(counts), "places": places}}
-
-    def _truth(self) -> Truth:
-        return build_truth(self.truth, self.annotations or None)
+        if counts:
+            log.warning("coco_ap: skipped %s", ", ".join(f"{n} ({reason})" for reason, n in counts.items()))
+        rows += [
+            results.row(name, "skipped", n, reason=reason) for name in opened.subjects for reason, n in counts.items()
+        ]
+        return rows, {**details, "skipped": [f"{skip.reason}: {skip.place}" for skip in skipped[:SHOWN]]}
 
     def _rules(self, joined: JoinedTruth) -> Rules:
         """Return the rules of the truth; objects without classes match detections of any class."""

@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fmdistill import stop
 from fmdistill.evaluate.detections import Boxes
+from fmdistill.evaluate.mask_choice import binary, choose
 from fmdistill.evaluate.masks import to_rle
 from fmdistill.evaluate.matching import ALL, Rules, counted
 from fmdistill.evaluate.segmenters import ImageSegmenter, SegmentedImage
@@ -41,7 +41,7 @@ def segment(
             counts.append(to_rle(one.mask(image.original))["counts"])
             objects.append(one)
         except MALFORMED as error:
-            skipped.append(Skip("mask damaged", f"{image.name}, annotation {one.id}: {problem(error)}"))
+            skipped.append(Skip("mask malformed", f"{image.name}, annotation {one.id}: {problem(error)}"))
     categories = {_category(one) for one in objects}
     boxes = _of_objects(objects) if boxes is None else boxes
     chosen = counted(boxes.categories, boxes.scores, categories, truth.negative, rules)
@@ -86,11 +86,7 @@ def _answers(segmenter: ImageSegmenter, xyxy_D4: np.ndarray, select: Select, bat
     for start in stop.between(starts):
         boxes_P4 = xyxy_D4[start : start + batch]
         logits_PMnn, predicted_PM = segmenter.decode(boxes=boxes_P4, multimask=select == "best_predicted")
-        best_P1 = predicted_PM.argmax(1, keepdim=True)
-        for logits_Mnn, best, predicted_M in zip(logits_PMnn, best_P1, predicted_PM, strict=True):
-            # one box at a time, to bound the memory
-            yield _counts(segmenter.upsample(logits_Mnn[None, best])[0, 0]), float(predicted_M[best])
-
-
-def _counts(logits_HW: Tensor) -> str:
-    return to_rle((logits_HW > 0).cpu().numpy())["counts"]
+        logits_Pnn = choose(logits_PMnn, predicted_PM, select)[:, 0]
+        pieces = binary(segmenter.head, logits_Pnn, segmenter.original, segmenter.resized, "original")
+        counts = [to_rle(mask_HW)["counts"] for piece in pieces for mask_HW in piece.cpu().numpy()]
+        yield from zip(counts, predicted_PM.amax(1).tolist(), strict=True)

@@ -62,9 +62,10 @@ class CocoTruth:
                 f"{where}: annotates none of the {len(names)} images; '{next(iter(names), '')}' is none of its "
                 f"{len(records)}, such as '{_path(next(iter(records.values())))}'"
             )
+        counts = (len(records), len(stored["annotations"]))
         of = partial(_of, {name: _truth(record, by_image) for name, record in joined.items()}, joined)
         ids = {name: record["id"] for name, record in joined.items()}
-        return JoinedTruth([name for name in names if name in joined], of, tuple(skipped), categories, ids)
+        return JoinedTruth([name for name in names if name in joined], of, tuple(skipped), categories, counts, ids)
 
     def _categories(self, stored: Any, where: str) -> dict[int, Category]:
         categories: dict[int, Category] = {}

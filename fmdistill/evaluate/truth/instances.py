@@ -67,6 +67,7 @@ class JoinedTruth:
     of: Callable[[SegmentedImage], ImageTruth]
     skipped: tuple[Skip, ...] = ()
     categories: Mapping[int, Category] = field(default_factory=dict)
+    stated: tuple[int, int] | None = None  # the numbers of images and annotations in a file for all images
     ids: Mapping[str, int] = field(default_factory=dict)
 
 
