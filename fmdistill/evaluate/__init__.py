@@ -28,6 +28,7 @@ EVALUATORS: dict[str, Any] = {
     "prompted_miou": "fmdistill.evaluate.prompted:PromptedMiou",
     "scene_miou": "fmdistill.mini.scene_miou:SceneMiou",
     "region_agreement": "fmdistill.mini.region_agreement:RegionAgreement",
+    "coco_ap": "fmdistill.evaluate.average_precision:CocoAp",
     "cosine": "fmdistill.evaluate.cosine:TeacherSimilarity",
     "knn": "fmdistill.evaluate.knn:Knn",
     "zeroshot": "fmdistill.evaluate.zeroshot:Zeroshot",
