@@ -55,6 +55,7 @@ def test_every_token_of_a_crop_is_valid_and_other_preprocessing_raises():
         ClipPreprocess.from_json({"name": "dino"})
 
 
+@pytest.mark.slow
 def test_vit_b_32_equals_encode_image_on_open_clip_s_own_images_and_encode_text_bit_for_bit(monkeypatch):
     """At full size: the teacher from a checkpoint file, with QuickGELU by its name; a planted GELU fails."""
     made, _, transform = open_clip.create_model_and_transforms("ViT-B-32-quickgelu", pretrained_text=False)

@@ -83,6 +83,7 @@ def test_every_model_of_open_clip_uses_the_values_its_tags_agree_on_and_requires
     assert values == {**MOBILE, "quick_gelu": False} and "only tag (datacompdr)" in line
 
 
+@pytest.mark.slow
 def test_a_file_makes_the_same_teacher_as_its_tag(file, caplog):
     """By the values all tags agree on; by `as_tag`; by every value alone; and as open_clip itself builds it."""
     picture = Image.open(io.BytesIO(clips.picture(3, (60, 40)))).convert("RGB")

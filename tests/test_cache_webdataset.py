@@ -150,6 +150,7 @@ def test_a_damaged_member_is_an_error_or_left_out_as_the_handler_says(made, tmp_
     assert keys == set(wanted) - set(reader.keys)  # opened anew, what is not finished is not in it
 
 
+@pytest.mark.slow
 def test_a_shard_that_the_limit_cut_is_whole_as_far_as_it_goes(tmp_path):
     recipe = tiny.load(tmp_path, "images.limit=11")
     cache.run(recipe)

@@ -174,6 +174,7 @@ def start(*argv: object) -> subprocess.Popen:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_ctrl_c_and_preemption_stop_with_one_line_that_says_how_to_continue(done, tmp_path, number, code):
     settings = [f"out={tmp_path}/run", "train.steps=100000", "train.checkpoint_every=5", "train.workers=2"]
@@ -194,6 +195,7 @@ def test_a_stop_is_recognized_by_its_signal(monkeypatch):
     assert failures.stopped(peer) == signal.SIGTERM and failures.stopped(RuntimeError("other")) is None
 
 
+@pytest.mark.slow
 def test_a_preempted_bench_leaves_no_file(tmp_path):
     process = start("bench", tiny.write(tmp_path), "bench.rounds=100000")
     until(lambda: list(tmp_path.glob(".fmdistill-bench-*")))
@@ -268,6 +270,7 @@ def test_any_other_runtime_error_has_its_traceback(done, tmp_path, monkeypatch):
         main(["distill", str(done / "tiny.yaml"), "student.name=test_cli:Small", f"out={tmp_path}/run"])
 
 
+@pytest.mark.slow
 def test_the_console_script_imports_code_from_the_working_folder(done, tmp_path):
     """The path of a console script contains its own folder, not the working folder."""
     (tmp_path / "losses.py").write_text("from tiny import Student as Hard\n")
@@ -288,6 +291,7 @@ def test_help_names_the_variable_for_tracebacks():
     assert "FMDISTILL_TRACEBACK=1" in " ".join(parser().format_help().split())
 
 
+@pytest.mark.slow
 def test_an_unknown_verb_or_file_ends_with_2_and_no_traceback():
     for argv, message in (
         (["destill", "x"], "invalid choice: 'destill'"),

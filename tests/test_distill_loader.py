@@ -174,6 +174,7 @@ def stuck():
     gone(threads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("free", [None, 0])
 def test_a_wait_for_images_that_never_come_ends_in_one_line(free, monkeypatch, stuck):
     monkeypatch.setattr(loader, "_free_shared_memory", lambda: free)
@@ -183,6 +184,7 @@ def test_a_wait_for_images_that_never_come_ends_in_one_line(free, monkeypatch, s
         list(loader.batches(stuck, places(), 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("free", [None, 0])
 def test_a_requested_stop_ends_the_wait_for_images(free, monkeypatch, stuck):
     monkeypatch.setattr(loader, "_free_shared_memory", lambda: free)

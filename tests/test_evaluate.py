@@ -216,6 +216,7 @@ def test_every_evaluator_of_the_registry_states_its_metrics(name):
         assert metric.help.endswith((".", "")) and (metric.help or not metric.shown)
 
 
+@pytest.mark.slow
 def test_naming_an_evaluator_imports_none():
     names = {reference.partition(":")[0] for reference in evaluate.EVALUATORS.values()}
     script = f"import sys\nfrom fmdistill import evaluate\nassert not {names} & set(sys.modules)"

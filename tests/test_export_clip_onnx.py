@@ -297,6 +297,7 @@ def test_smaller_precisions_are_checked_and_open(ran, light, folders, tmp_path, 
     assert open_artefact(opened).encode_text(TEXTS).shape == (5, 24)
 
 
+@pytest.mark.slow
 def test_the_families_of_onnx_and_transformers_lead_here(ran, tmp_path):
     out = export.run(ran / "run", "onnx", tmp_path / "out", settings={"min_cosine": 0.999})
     assert artefact.read(out).kind == "clip" and artefact.read(out).check["min_cosine"] == 0.999

@@ -96,6 +96,7 @@ def test_quick_gelu_survives(ran):
     assert (texts(out) - texts(ran / "teacher")).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_a_folder_appears_whole_replaces_an_export_and_nothing_else(ran, tmp_path, monkeypatch):
     out = export.run(ran / "run", "openclip", tmp_path / "out")
     (out / "stale").write_text("")

@@ -70,6 +70,7 @@ def expected(head, layout, single, given):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, single", [("onnx", False), ("onnx", True), ("anylabeling", True), ("labelme", True),
                                           ("openvino", False)])  # fmt: skip
 def test_the_decoder_equals_segment_anything_s_own(exported, networks, name, single):
@@ -146,6 +147,7 @@ def test_the_predictor_agrees_with_segment_anything_s(exported, networks, pictur
         assert relative_error(logits, right[2]) < 1e-3 and relative_error(scores, right[1]) < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["labelme", "openvino", "transformers"])
 def test_the_predictor_opens_every_layout(exported, networks, name):
     predictor, reference = open_artefact(exported(name)), SamPredictor(sam_exports.whole_sam(*networks))

@@ -34,6 +34,7 @@ def test_a_sam_that_had_no_teacher_is_exported_with_its_own_head(tmp_path, monke
     assert "the teacher's" not in (out / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_clip_that_had_no_teacher_is_exported_with_its_own_text_tower(tmp_path, monkeypatch):
     pytest.importorskip("tokenizers")
     monkeypatch.setattr(checks, "pictures", lambda recipe, split, count: checks.photographs()[:1])

@@ -236,6 +236,7 @@ assert "fmdistill.mini.sam" in check("teacher.name=sam_mini", "student.name=tiny
 """
 
 
+@pytest.mark.slow
 def test_a_recipe_without_components_of_mini_imports_none_of_it():
     done = subprocess.run([sys.executable, "-c", NO_MINI], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr

@@ -144,6 +144,7 @@ def item(text, epoch=0, seed=0):
     return data.item(epoch, 0, 0)
 
 
+@pytest.mark.slow
 def test_one_of_several_captions_is_drawn_from_seed_epoch_and_key():
     text = b"a red star\n\n a blue ring \na white cross\n"
     expected = {tuple(tokens) for tokens in tokenizer()(["a red star", "a blue ring", "a white cross"]).tolist()}

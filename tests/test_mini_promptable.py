@@ -96,6 +96,7 @@ def test_the_loss_is_the_sum_of_its_parts_and_a_function_of_the_batch():
     assert "refined" not in make_task(refined=0.0)(batch)
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss():
     task, batch = make_task(), make_batch()
     for module in task.student.modules():

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from fmdistill.backbones.promptable import PromptHead
 from fmdistill.evaluate.results import value
 from fmdistill.mini.scene_miou import MEASURES, SceneCase, SceneMiou, bucket, object_points, run, scene_rows
 from fmdistill.registry import UserError
@@ -15,6 +16,7 @@ class Oracle(torch.nn.Module):
     """A head that answers each point with planted boxes: mask 1 right, mask 2 (picked) half of it, mask 3 nothing."""
 
     config = {"image_size": SIZE, "image_embedding_size": GRID}
+    downsample = PromptHead.downsample
 
     def __init__(self, labels: np.ndarray, resized: tuple[int, int]):
         super().__init__()

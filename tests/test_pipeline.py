@@ -225,6 +225,7 @@ def test_check_takes_settings_for_each_recipe(tmp_path, capsys):
     assert "train.steps=3: a setting of recipes, but only protocols" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_clip_demo_evaluates_both_runs_and_their_teacher(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     small = ["images.train=16", "images.validation=12", "train.steps=2", "train.batch_size=8", "train.workers=0"]

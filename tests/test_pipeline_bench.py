@@ -62,6 +62,7 @@ def bf16_teacher():
     return tiny.teacher(dtype="bf16")
 
 
+@pytest.mark.slow
 def test_the_reported_precision_is_the_teachers(vit_b, tmp_path):
     report = bench.run(tiny.load(tmp_path, "teacher.name=test_pipeline_bench:bf16_teacher"), QUICK)
     assert report["dtype"] == "bf16"

@@ -40,6 +40,7 @@ def test_two_trainings_give_the_students_of_one_by_one(tmp_path):
     side_by_side.train(both)  # nothing is left to do
 
 
+@pytest.mark.slow
 def test_an_error_of_one_training_ends_all_and_names_its_log(tmp_path):
     both = trainings(tmp_path, "train.steps=100000", "train.checkpoint_every=100000")
     broken = Training(both[1].settings, both[1].path, [*both[1].overrides, "train.batch_size=1000"])

@@ -14,6 +14,7 @@ from fmdistill.predict.onnx_student import open_student
 from fmdistill.registry import UserError
 
 
+@pytest.mark.slow
 def test_a_protocol_gives_an_exported_clip_the_rows_of_its_run(tmp_path):
     recipe = clip_run.finished_tinyvit(tmp_path)
     out = export.run(recipe.out, "onnx", tmp_path / "exported")
@@ -30,6 +31,7 @@ def test_a_protocol_gives_an_exported_clip_the_rows_of_its_run(tmp_path):
     artefact.read(out).path("image.onnx")  # nothing was written into the folder
 
 
+@pytest.mark.slow
 def test_a_sam_s_encoder_embeds_a_batch_as_the_student_does(tmp_path):
     student, head = sam_exports.mini()
     out = sam_onnx.write(sam_exports.export(student, head, "onnx"), tmp_path / "onnx")
@@ -39,6 +41,7 @@ def test_a_sam_s_encoder_embeds_a_batch_as_the_student_does(tmp_path):
     torch.testing.assert_close(open_student(artefact.read(out))(images)["embedding"], right, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_an_encoder_that_takes_raw_pixels_is_refused(tmp_path):
     out = sam_onnx.write(sam_exports.export(*sam_exports.mini(), "anylabeling"), tmp_path / "raw")
     with pytest.raises(UserError, match="the encoder of anylabeling prepares the image itself"):

@@ -407,6 +407,7 @@ def test_whole_images_are_ranked_by_their_weight(tmp_path):
     assert "Weights of images" in page_html and "<h2>Labels" not in page_html
 
 
+@pytest.mark.slow
 def test_a_clip_report_shows_labels_on_which_teacher_and_students_agree_and_not(tmp_path):
     settings = untrained_clip(tmp_path)
     keys = [key for shard in cache.open_cache(settings).shards["validation"] for key in shard.keys]

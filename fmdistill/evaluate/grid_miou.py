@@ -22,6 +22,7 @@ from fmdistill.backbones.promptable import PromptHead
 from fmdistill.cache import open_cache
 from fmdistill.evaluate import grid_cases, results, tails
 from fmdistill.evaluate.grid_cases import Case, Size
+from fmdistill.evaluate.mask_choice import Resolution, binary, choose
 from fmdistill.evaluate.masks import Bits, iou, join, pack, to_rle
 from fmdistill.evaluate.results import Judged, Metric, Row
 from fmdistill.evaluate.stored_results import Partial
@@ -30,7 +31,6 @@ from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError
 
 Select = Literal["single", "best_predicted", "paired", "oracle"]
-Resolution = Literal["original", "low"]
 Advance = Callable[[int], object]
 
 MIOU = (
@@ -190,25 +190,7 @@ def masks_at(
     labels = torch.ones(len(points), 1, dtype=torch.int, device=points.device)
     decoded = decode(points[:, None], labels, multimask=protocol.select != "single")
     logits_Xhw = choose(*decoded, protocol.select).flatten(0, 1)
-    if protocol.resolution == "low":
-        # As for tokens, a row is valid if it holds any real pixel.
-        scale = logits_Xhw.shape[-1] / head.config["image_size"]
-        rows, columns = (math.ceil(n * scale) for n in resized)
-        yield (logits_Xhw[:, :rows, :columns] > 0).contiguous()
-        return
-    # Small pieces stay in a CPU's cache.
-    pixels = 2**28 if logits_Xhw.is_cuda else 2**20
-    step = max(1, pixels // max(original[0] * original[1], head.config["image_size"] ** 2))
-    for piece in logits_Xhw.unsqueeze(1).split(step):
-        yield (head.upsample(piece, resized, original) > 0).squeeze(1)
-
-
-def choose(logits_PMhw: Tensor, predicted_PM: Tensor, select: Select) -> Tensor:
-    """Select the mask with the highest predicted IoU if `select` is best_predicted, else return all (P, M, h, w)."""
-    if select != "best_predicted":
-        return logits_PMhw
-    best_P = predicted_PM.argmax(1)
-    return logits_PMhw[torch.arange(len(best_P), device=best_P.device), best_P].unsqueeze(1)
+    yield from binary(head, logits_Xhw, original, resized, protocol.resolution)
 
 
 def run(

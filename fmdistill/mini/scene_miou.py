@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from scipy import ndimage
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fmdistill import stop
 from fmdistill.backbones.device import pick_device
@@ -145,14 +144,6 @@ def summarise(objects: list[dict], subject: str) -> list[Row]:
     return rows
 
 
-def ceiling_logits(head: PromptHead, true_PHW: Tensor, resized: Size) -> Tensor:
-    """Return the true masks on the logits' grid, (P, 1, 4g, 4g): the share of each cell that they cover, less half."""
-    size, side = head.config["image_size"], 4 * head.config["image_embedding_size"]
-    shares = F.interpolate(true_PHW[:, None].float(), resized, mode="bilinear", align_corners=False, antialias=True)
-    padded = F.pad(shares, (0, size - resized[1], 0, size - resized[0]), mode="replicate")
-    return F.avg_pool2d(padded, size // side) - 0.5
-
-
 def _cases(images: Images, student: MiniSam) -> Iterator[SceneCase]:
     """Yield the validation scenes with their exact masks and the student's embeddings."""
     for shard in (s for s in images.shards() if s.split == "validation"):
@@ -172,7 +163,7 @@ def _scores(head: PromptHead, embedding: Tensor, xy: Tensor, true_PHW: Tensor, r
     labels = torch.ones(len(xy), 1, dtype=torch.int, device=xy.device)
     logits, predicted = head.decode(embedding, xy[:, None], labels, multimask=True)
     single, _ = head.decode(embedding, xy[:, None], labels, multimask=False)
-    truth, ceiling = pack(true_PHW), ceiling_logits(head, true_PHW, resized)
+    truth, ceiling = pack(true_PHW), head.downsample(true_PHW, resized)
     ious = []
     for mask in (*logits.split(1, dim=1), single, ceiling):  # mask by mask, to bound the memory
         ious.append(iou(truth, pack((head.upsample(mask, resized, original) > 0).squeeze(1))))

@@ -17,7 +17,7 @@ from fmdistill.cache import Cache, open_cache
 from fmdistill.cache.dataset import CachedImages
 from fmdistill.distill.seen import Seen
 from fmdistill.distill.tasks import Distill, open_task
-from fmdistill.evaluate.grid_miou import choose
+from fmdistill.evaluate.mask_choice import choose
 from fmdistill.report.rows import Run
 
 GRID = 10  # points a side, two of which are shown
