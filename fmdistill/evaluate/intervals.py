@@ -31,12 +31,15 @@ class Means:
     def add(self, image: str, subject: str, metric: str, values: Iterable[float], **dimensions: Any) -> None:
         """Add values of one image; dimensions that are None are left out."""
         array = np.asarray(list(values), dtype=np.float64)
-        if not len(array):
-            return
+        if len(array):
+            self.add_sum(image, subject, metric, float(array.sum()), len(array), **dimensions)
+
+    def add_sum(self, image: str, subject: str, metric: str, total: float, count: int, **dimensions: Any) -> None:
+        """Add a sum and what it is divided by; the sums of all images are divided by what all images have."""
         named = {name: entry for name, entry in dimensions.items() if entry is not None}
         images = self.parts.setdefault((subject, results.key({"metric": metric, **named})), {})
-        total, count = images.get(image, (0.0, 0))
-        images[image] = (total + float(array.sum()), count + len(array))
+        known, counted = images.get(image, (0.0, 0))
+        images[image] = (known + total, counted + count)
 
     def rows(self) -> list[Row]:
         """Return a row for each mean, in the order of the first values; without an interval if it has one image."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from segment_anything import SamAutomaticMaskGenerator, SamPredictor
+from segment_anything import SamAutomaticMaskGenerator
 from segment_anything.modeling import Sam
 from segment_anything.utils.amg import (
     MaskData,
@@ -16,16 +16,17 @@ from segment_anything.utils.amg import (
     is_box_near_crop_edge,
     uncrop_masks,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from fmdistill.backbones.fast_decoder import image_decoder
 from fmdistill.backbones.promptable import PromptHead
+from fmdistill.predict.sam import as_sam
 
 Size = tuple[int, int]
 
 
 class Counts(list):
-    """The counts of an RLE. A deep copy, which MaskData makes of every mask, shares them, since nothing changes them."""
+    """The counts of an RLE, which a deep copy shares: MaskData copies every mask, and nothing changes them."""
 
     def __deepcopy__(self, memo: dict) -> "Counts":
         """Return these counts themselves."""
@@ -45,10 +46,10 @@ class MaskGenerator(SamAutomaticMaskGenerator):
 
     def _process_batch(self, points: np.ndarray, im_size: Size, crop_box: list[int], orig_size: Size) -> MaskData:
         device = self.predictor.device
-        xy = torch.as_tensor(self.predictor.transform.apply_coords(points, im_size), device=device)
-        labels = torch.ones(len(xy), 1, dtype=torch.int, device=device)
+        xy_P2 = torch.as_tensor(self.predictor.transform.apply_coords(points, im_size), device=device)
+        labels = torch.ones(len(xy_P2), 1, dtype=torch.int, device=device)
         decode = image_decoder(self.head, self.predictor.features[0])
-        logits_PMnn, predicted_PM = decode(xy[:, None], labels, multimask=True)
+        logits_PMnn, predicted_PM = decode(xy_P2[:, None], labels, multimask=True)
         data = MaskData(
             logits=logits_PMnn.flatten(0, 1),
             iou_preds=predicted_PM.flatten(0, 1),
@@ -108,3 +109,25 @@ def _rles(masks_XHW: Tensor) -> list[dict[str, Any]]:
         runs = np.diff(np.concatenate([[0], changes, [flat.size]])).tolist()
         rles.append({"size": size, "counts": Counts([0, *runs] if flat[0] else runs)})
     return rles
+
+
+class KnownEmbedding(nn.Module):
+    """A student that gives one embedding (C, g, g) for every image."""
+
+    def __init__(self, embedding: Tensor) -> None:
+        super().__init__()
+        self.embedding = embedding
+
+    def forward(self, image_B3SS: Tensor) -> dict[str, Tensor]:
+        """Return {"embedding": (B, C, g, g)}."""
+        return {"embedding": self.embedding.expand(len(image_B3SS), -1, -1, -1)}
+
+
+def masks_of_embedding(head: PromptHead, embedding: Tensor, original: Size, **settings: Any) -> list[dict[str, Any]]:
+    """Return what `MaskGenerator(...).generate` does for an image (H, W) whose embedding (C, g, g) is known.
+
+    `settings` are the generator's; crops have other embeddings, so that `crop_n_layers` must be 0.
+    """
+    assert not settings.get("crop_n_layers")
+    sam = as_sam(KnownEmbedding(embedding), head).to(embedding.device)
+    return MaskGenerator(sam, **settings).generate(np.zeros((*original, 3), np.uint8))
