@@ -184,8 +184,8 @@ def run(protocol: CocoAp, rules: Rules, judged: Mapping[int, Mapping[str, Any]],
             figures, resampled = _figures(protocol, replace(rules, boundary=ratio), frequencies, used, masks)
             rows += [_row(subject, prefix + name, figures[name], len(used), resampled.get(name)) for name in figures]
             if "AP" in resampled:
-                values = {"metric": f"{prefix}AP", "images": digest, "count": len(used), "values": resampled["AP"].tolist()}
-                details[RESAMPLED].append({"subject": subject, **values})
+                of = {"subject": subject, "metric": f"{prefix}AP", "images": digest, "count": len(used)}
+                details[RESAMPLED].append({**of, "values": resampled["AP"].tolist()})
         if protocol.write_masks:
             written = [{"image_id": image, **one} for image, entries in masks.items() for one in entries]
             details.setdefault("masks", []).extend({"subject": subject, **one} for one in written)
