@@ -55,6 +55,22 @@ def test_equals_the_official_decoder(multimask, points, depth):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kind", ["boxes", "boxes and points", "masks", "boxes, points and masks"])
+def test_boxes_and_masks_are_decoded_as_by_the_official_decoder(kind):
+    head, embedding = random_head(), torch.randn(32, 6, 6)
+    where, labels = prompts(2) if "points" in kind or kind == "masks" else (None, None)
+    boxes = torch.rand(5, 2, 2).sort(1).values.flatten(1) * 96 if "boxes" in kind else None
+    masks = torch.randn(5, 1, 24, 24) if "masks" in kind else None
+    for multimask in (True, False):
+        sparse, dense = head.prompt_encoder(None if where is None else (where, labels), boxes, masks)
+        pe = head.prompt_encoder.get_dense_pe()
+        expected, expected_iou = head.mask_decoder(embedding[None], pe, sparse, dense, multimask)
+        logits, iou = image_decoder(head, embedding)(where, labels, boxes, masks, multimask=multimask)
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(iou, expected_iou, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
 def test_every_parameter_matters_alike():
     """A planted change of any one parameter changes both decoders equally, so that no term is missing."""
     head, embedding, (where, labels) = random_head(), torch.randn(32, 6, 6), prompts(1)

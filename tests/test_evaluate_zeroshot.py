@@ -346,4 +346,4 @@ def test_the_interval_of_a_mean_over_classes_scores_each_resample_of_the_images(
         for weights in np.concatenate(list(intervals.resamples(30))):
             chosen = np.repeat(np.arange(30), weights.astype(int))
             scores.append(measure(labels[chosen], predicted[chosen]))
-        assert (row["low"], row["high"]) == pytest.approx(tuple(np.percentile(scores, [2.5, 97.5])))
+        assert (row["low"], row["high"]) == pytest.approx(intervals.ends(np.array(scores), 30))

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from fmdistill.backbones.promptable import PromptHead
 
-Decode = Callable[..., tuple[Tensor, Tensor]]  # (points, labels, multimask=True), as PromptHead.decode
+Decode = Callable[..., tuple[Tensor, Tensor]]  # (points, labels, boxes, masks, multimask), as PromptHead.decode
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,11 @@ class SharedImage:
 def image_decoder(head: PromptHead, embedding: Tensor) -> Decode:
     """Return a decoder of prompts for one image embedding (C, g, g), with the arguments and results of `head.decode`.
 
-    It is the fast one if the head is SAM's, else `head.decode` itself.
+    It is the fast one if the head is SAM's, else `head.decode` itself. Mask prompts are decoded by `head.decode`, since
+    each adds to the image's tokens before the first layer, which are then not shared.
     """
     if isinstance(head, PromptHead) and supported(head.mask_decoder):
-        return partial(_decode, head, share(head, embedding))
+        return partial(_decode, head, embedding, share(head, embedding))
     return partial(head.decode, embedding)
 
 
@@ -75,15 +76,24 @@ def share(head: PromptHead, embedding: Tensor) -> SharedImage:
 
 
 def _decode(
-    head: PromptHead, shared: SharedImage, points: Tensor, labels: Tensor, multimask: bool = True
+    head: PromptHead,
+    embedding: Tensor,
+    shared: SharedImage,
+    points: Tensor | None,
+    labels: Tensor | None,
+    boxes: Tensor | None = None,
+    masks: Tensor | None = None,
+    multimask: bool = True,
 ) -> tuple[Tensor, Tensor]:
+    if masks is not None:
+        return head.decode(embedding, points, labels, boxes, masks, multimask)
     decoder: Any = head.mask_decoder
-    sparse, _, _ = head.encode_prompts(points, labels)
+    sparse, _, _ = head.encode_prompts(points, labels, boxes)
     own = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
     tokens, image = _transform(decoder.transformer, shared, torch.cat([own.expand(len(sparse), -1, -1), sparse], 1))
-    masks = range(1, decoder.num_mask_tokens) if multimask else range(1)
-    hyper_BMC = torch.stack([decoder.output_hypernetworks_mlps[m](tokens[:, 1 + m]) for m in masks], dim=1)
-    predicted = decoder.iou_prediction_head(tokens[:, 0])[:, masks.start : masks.stop]
+    chosen = range(1, decoder.num_mask_tokens) if multimask else range(1)
+    hyper_BMC = torch.stack([decoder.output_hypernetworks_mlps[m](tokens[:, 1 + m]) for m in chosen], dim=1)
+    predicted = decoder.iou_prediction_head(tokens[:, 0])[:, chosen.start : chosen.stop]
     return _masks(decoder.output_upscaling, image, hyper_BMC), predicted
 
 

@@ -90,22 +90,29 @@ class PromptHead(nn.Module):
         points: Tensor | None,
         labels: Tensor | None,
         boxes: Tensor | None = None,
+        masks: Tensor | None = None,
         multimask: bool = True,
     ) -> tuple[Tensor, Tensor]:
         """Return logits (P, M, n, n) and predicted IoU (P, M) of prompts on ONE image embedding (C, g, g).
 
         `points` (P, K, 2) are xy in resized-image pixels, `labels` (P, K) 1 foreground, 0 background, -1 padding,
-        `boxes` (P, 4) xyxy. M is 3 (masks 1 to 3) if `multimask`, else 1 (mask 0).
+        `boxes` (P, 4) xyxy, `masks` (P, 1, n, n) logits of an earlier answer. M is 3 (masks 1 to 3) if `multimask`,
+        else 1 (mask 0).
         """
-        logits_PMnn, iou_PM = self.decode_all(embedding, points, labels, boxes)
+        logits_PMnn, iou_PM = self.decode_all(embedding, points, labels, boxes, masks)
         chosen = slice(1, None) if multimask else slice(0, 1)
         return logits_PMnn[:, chosen], iou_PM[:, chosen]
 
     def decode_all(
-        self, embedding: Tensor, points: Tensor | None, labels: Tensor | None, boxes: Tensor | None = None
+        self,
+        embedding: Tensor,
+        points: Tensor | None,
+        labels: Tensor | None,
+        boxes: Tensor | None = None,
+        masks: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return logits (P, 4, n, n) and predicted IoU (P, 4) of every mask; arguments as in `decode`."""
-        sparse, dense, pe = self.encode_prompts(points, labels, boxes)
+        sparse, dense, pe = self.encode_prompts(points, labels, boxes, masks)
         return self.mask_decoder.predict_masks(embedding[None], pe, sparse, dense)
 
     def encode_prompts(
@@ -142,6 +149,16 @@ class PromptHead(nn.Module):
         at_input = F.interpolate(logits, (size, size), mode="bilinear", align_corners=False)
         cropped = at_input[..., : int(resized[0]), : int(resized[1])]
         return F.interpolate(cropped, (int(original[0]), int(original[1])), mode="bilinear", align_corners=False)
+
+    def downsample(self, masks: Tensor, resized: tuple[int, int]) -> Tensor:
+        """Return bool masks (P, H, W) on the logits' grid, (P, 1, n, n): the share of each cell they cover, less half.
+
+        What `upsample` makes of it is what this resolution preserves of a mask.
+        """
+        size, side = self.config["image_size"], 4 * self.config["image_embedding_size"]
+        shares = F.interpolate(masks[:, None].float(), resized, mode="bilinear", align_corners=False, antialias=True)
+        padded = F.pad(shares, (0, size - resized[1], 0, size - resized[0]), mode="replicate")
+        return F.avg_pool2d(padded, size // side) - 0.5
 
 
 def _config(prompt_encoder: PromptEncoder, decoder: MaskDecoder) -> dict[str, Any]:

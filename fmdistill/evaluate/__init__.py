@@ -18,14 +18,17 @@ from fmdistill.evaluate.stored_results import Partial
 from fmdistill.files import check_folder, write_whole
 from fmdistill.logs import log
 from fmdistill.predict import artefact
+from fmdistill.predict.checkpoint_file import whole_sam
 from fmdistill.predict.onnx_student import open_student
 from fmdistill.recipe import Overrides, Recipe
-from fmdistill.registry import UserError, bind
+from fmdistill.registry import UserError, bind, resolve
 
 EVALUATORS: dict[str, Any] = {
     "grid_miou": "fmdistill.evaluate.grid_miou:GridMiou",
+    "prompted_miou": "fmdistill.evaluate.prompted:PromptedMiou",
     "scene_miou": "fmdistill.mini.scene_miou:SceneMiou",
     "region_agreement": "fmdistill.mini.region_agreement:RegionAgreement",
+    "coco_ap": "fmdistill.evaluate.average_precision:CocoAp",
     "cosine": "fmdistill.evaluate.cosine:TeacherSimilarity",
     "knn": "fmdistill.evaluate.knn:Knn",
     "zeroshot": "fmdistill.evaluate.zeroshot:Zeroshot",
@@ -43,7 +46,8 @@ class Evaluator(typing.Protocol):
     Optional members: `check(recipe)` raises a UserError, before any work, if it cannot judge the recipe's run, and
     `check_images(recipe)` does so after looking at the first image and the class folders; `metrics` and `dimensions`
     describe its rows; `splits` are the splits of the images that it reads; `inputs()` returns JSON of what it reads
-    instead of the protocol's or the recipe's images, on which a stored result then depends.
+    instead of the protocol's or the recipe's images, on which a stored result then depends; with `own_decoder`, a
+    checkpoint file of a whole SAM is judged with its own mask decoder.
     """
 
     def judge(self, recipe: Recipe, students: Mapping[str, nn.Module]) -> Judged:
@@ -65,13 +69,26 @@ class Protocol:
 
 def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Protocol:
     """Load the protocol file at `path`; `overrides` replace settings of the file. Raises UserError for wrong ones."""
-    settings = recipes.merge(recipes.read_yaml(recipes.locate(path)), overrides or {})
+    stored = recipes.read_yaml(recipes.locate(path))
+    settings = recipes.merge(stored, overrides or {})
     try:
+        settings = _first_look(settings, stored, str(path))
         evaluator = bind(settings, EVALUATORS, str(path))()
         _check_evaluator(evaluator, str(settings["name"]))
     except UserError as error:
         raise UserError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from None
     return Protocol(str(settings["name"]), evaluator)
+
+
+def _first_look(settings: dict[str, Any], stored: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """Return the settings with a number as `images` moved to `limit` if the evaluator's `images` is a source."""
+    count = settings.get("images")
+    if not str(count).isdigit() or not isinstance(settings.get("name"), str):
+        return settings
+    evaluator = resolve(settings["name"], EVALUATORS, f"{path}.name")
+    if "limit" not in inspect.signature(evaluator).parameters:
+        return settings
+    return {**settings, "images": stored.get("images"), "limit": count}
 
 
 def _check_evaluator(evaluator: Any, name: str) -> None:
@@ -133,7 +150,8 @@ def run(protocol: str | Path, subject: str | Path, overrides: Overrides = ()) ->
     if exported:
         student: nn.Module = open_student(artefact.read(subject))
     elif weights == subject:
-        student = students.load_checkpoint(recipe.student, subject)
+        whole = whole_sam(subject) if getattr(loaded.evaluator, "own_decoder", False) else None
+        student = whole or students.load_checkpoint(recipe.student, subject)
     else:
         student = students.load_student(subject, trust)
     rows, details = _call(loaded, recipe, {"student": student}, path, state)

@@ -79,8 +79,7 @@ def with_class_interval(row: Row, predicted_N: np.ndarray, labels_N: np.ndarray,
         weight_Nr = np.ascontiguousarray(weight_rN.T)
         score_Kr = _scores(row["metric"], *(array_KN @ weight_Nr for array_KN in (right_KN, label_KN, predicted_KN)))
         values.append(np.nanmean(score_Kr, axis=0))
-    (low,), (high,) = intervals.ends(np.concatenate(values)[:, None])
-    return intervals.with_interval(row, low, high)
+    return intervals.with_interval(row, np.concatenate(values), len(labels_N))
 
 
 def class_mean(metric: str, predicted_N: np.ndarray, labels_N: np.ndarray, classes: int) -> float:

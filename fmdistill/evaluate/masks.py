@@ -3,6 +3,8 @@
 Letters: P masks, H x W pixels, N words of 64 pixels.
 """
 
+from collections.abc import Collection
+
 import numpy as np
 import torch
 from scipy import ndimage
@@ -39,10 +41,26 @@ def iou(a: Bits, b: Bits) -> np.ndarray:
 
 def innermost(mask_HW: np.ndarray) -> tuple[int, int]:
     """Return (x, y) of the pixel of a non-empty bool mask that is furthest from its edge; the border is an edge."""
-    (box,) = ndimage.find_objects(mask_HW.astype(np.uint8))
-    inside = np.asarray(ndimage.distance_transform_edt(np.pad(mask_HW[box], 1)))
+    x, y, _ = deepest(mask_HW)
+    return x, y
+
+
+def deepest(mask_HW: np.ndarray, without: Collection[tuple[int, int]] = ()) -> tuple[int, int, float]:
+    """Return (x, y) of the pixel of a bool mask that is furthest from its edge, and its distance in pixels.
+
+    The image's border is an edge; of equal pixels the first, row by row. Pixels (x, y) of `without` do not count. The
+    distance is 0 if no pixel is left.
+    """
+    boxes = ndimage.find_objects(mask_HW.astype(np.uint8))
+    if not boxes:
+        return 0, 0, 0.0
+    top, left = boxes[0][0].start, boxes[0][1].start
+    inside = np.asarray(ndimage.distance_transform_edt(np.pad(mask_HW[boxes[0]], 1)))[1:-1, 1:-1]
+    for x, y in without:
+        if 0 <= y - top < inside.shape[0] and 0 <= x - left < inside.shape[1]:
+            inside[y - top, x - left] = 0
     y, x = np.unravel_index(np.argmax(inside), inside.shape)
-    return int(x) - 1 + box[1].start, int(y) - 1 + box[0].start
+    return int(x) + left, int(y) + top, float(inside[y, x])
 
 
 def to_rle(mask_HW: np.ndarray) -> dict:

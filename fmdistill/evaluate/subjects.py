@@ -2,7 +2,9 @@
 
 # Legend: B images of a batch, C channels or a vector's width, g tokens a side.
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import zip_longest
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,8 @@ from fmdistill.cache import Cache
 from fmdistill.cache.dataset import CachedImages
 from fmdistill.registry import UserError, suggest
 from fmdistill.teachers.family import Preprocess
+
+T = TypeVar("T")
 
 MEAN_OF = 512  # training images whose mean embedding is a floor
 
@@ -71,5 +75,11 @@ def in_turn(data: CachedImages) -> list[tuple[int, int]]:
     groups: dict[str, list[tuple[int, int]]] = {}
     for number, shard in enumerate(data.shards):
         groups.setdefault(shard.group, []).extend((number, index) for index in range(len(shard.samples)))
-    longest = max(map(len, groups.values()), default=0)
-    return [places[i] for i in range(longest) for places in groups.values() if i < len(places)]
+    return list(alternating(groups.values()))
+
+
+def alternating(groups: Iterable[Sequence[T]]) -> Iterator[T]:
+    """Yield the first member of each group, then the second of each, and so on."""
+    unfilled = object()
+    for members in zip_longest(*groups, fillvalue=unfilled):
+        yield from (member for member in members if member is not unfilled)  # type: ignore[misc]

@@ -13,15 +13,14 @@ import numpy as np
 import torch
 from scipy import ndimage
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fmdistill import stop
 from fmdistill.backbones.device import pick_device
 from fmdistill.backbones.promptable import PromptHead
 from fmdistill.cache.prepare import must_prepare
-from fmdistill.evaluate import results
+from fmdistill.evaluate.intervals import Means
 from fmdistill.evaluate.masks import innermost, iou, pack
-from fmdistill.evaluate.results import STUDENT, Judged, Metric, Row
+from fmdistill.evaluate.results import STUDENT, Judged, Metric
 from fmdistill.evaluate.subjects import embed
 from fmdistill.evaluate.tails import SHARES
 from fmdistill.images import Images
@@ -131,26 +130,19 @@ def run(protocol: SceneMiou, head: PromptHead, cases: Iterable[SceneCase], subje
         objects += [{"key": case.key, "subject": subject} | row for row in scores]
     if not objects:
         raise UserError("scene_miou: no objects to evaluate; the source has no validation scenes")
-    return summarise(objects, subject), {"objects": objects}
+    means = summarise(objects, subject)
+    return means.rows(), {"objects": objects, **means.details()}
 
 
-def summarise(objects: list[dict], subject: str) -> list[Row]:
-    """Return rows of the mean of each measure over all objects, and over those of each area bucket that has any."""
-    rows = []
+def summarise(objects: list[dict], subject: str) -> Means:
+    """Return the means of each measure over all objects, and over those of each area bucket that has any."""
+    means = Means()
     for name in (None, *(name for _, name in SHARES)):
-        members = [row for row in objects if name in (None, row["bucket"])]
-        for measure in MEASURES if members else ():
-            mean = float(np.mean([row[measure] for row in members]))
-            rows.append(results.row(subject, "miou", mean, len(members), mask=measure, bucket=name))
-    return rows
-
-
-def ceiling_logits(head: PromptHead, true_PHW: Tensor, resized: Size) -> Tensor:
-    """Return the true masks on the logits' grid, (P, 1, 4g, 4g): the share of each cell that they cover, less half."""
-    size, side = head.config["image_size"], 4 * head.config["image_embedding_size"]
-    shares = F.interpolate(true_PHW[:, None].float(), resized, mode="bilinear", align_corners=False, antialias=True)
-    padded = F.pad(shares, (0, size - resized[1], 0, size - resized[0]), mode="replicate")
-    return F.avg_pool2d(padded, size // side) - 0.5
+        for measure in MEASURES:
+            for row in objects:
+                if name in (None, row["bucket"]):
+                    means.add(row["key"], subject, "miou", [row[measure]], mask=measure, bucket=name)
+    return means
 
 
 def _cases(images: Images, student: MiniSam) -> Iterator[SceneCase]:
@@ -172,7 +164,7 @@ def _scores(head: PromptHead, embedding: Tensor, xy: Tensor, true_PHW: Tensor, r
     labels = torch.ones(len(xy), 1, dtype=torch.int, device=xy.device)
     logits, predicted = head.decode(embedding, xy[:, None], labels, multimask=True)
     single, _ = head.decode(embedding, xy[:, None], labels, multimask=False)
-    truth, ceiling = pack(true_PHW), ceiling_logits(head, true_PHW, resized)
+    truth, ceiling = pack(true_PHW), head.downsample(true_PHW, resized)
     ious = []
     for mask in (*logits.split(1, dim=1), single, ceiling):  # mask by mask, to bound the memory
         ious.append(iou(truth, pack((head.upsample(mask, resized, original) > 0).squeeze(1))))

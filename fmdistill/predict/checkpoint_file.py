@@ -1,8 +1,12 @@
 """Open a checkpoint file by the names of its tensors: MobileSAM's, Meta's SAMs, and those of sam_mini and clip_mini."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from segment_anything.modeling import Sam
+from torch import Tensor
 
 from fmdistill.backbones.checkpoints import read_state
 from fmdistill.backbones.clip import TextHead, WholeClip
@@ -11,7 +15,7 @@ from fmdistill.backbones.sam import SHA256, kind_of_state, read_checkpoint, sam_
 from fmdistill.distill import student as students
 from fmdistill.predict import clip, mobilesam, sam
 from fmdistill.predict.clip import ClipPredictor
-from fmdistill.predict.sam import MaskPredictor
+from fmdistill.predict.sam import MaskPredictor, WholeSam
 from fmdistill.registry import UserError
 
 WHOLE = {"head.prompt_encoder.": "sam_mini", "clip.": "clip_mini"}  # students that need no teacher, by their names
@@ -37,15 +41,11 @@ def open_file(path: Path, device: torch.device) -> MaskPredictor | ClipPredictor
             f"{path}: an ONNX file alone does not say how to use it; load the folder that `fmdistill export` wrote, "
             f"with its fmdistill.json"
         )
-    where = str(path)
-    # only the checksums of Meta's files are known, and computing one takes seconds
-    state = read_checkpoint(path, where) if path.name in SHA256 else read_state(path, where)
-    if mobilesam.MARK in state:
-        return MaskPredictor(mobilesam.sam_of_state(state, where).to(device))
-    kind = kind_of_state(state)
-    if kind is not None:
-        return MaskPredictor(sam_of_state(kind, state, where).requires_grad_(False).to(device))
-    whole = next((name for start, name in WHOLE.items() if any(key.startswith(start) for key in state)), None)
+    where, state = str(path), _read(path)
+    sam = _published_sam(state, where)
+    if sam is not None:
+        return MaskPredictor(sam.to(device))
+    whole = _own_kind(state)
     if whole is not None:
         return own_predictor(students.load_checkpoint({"name": whole}, path), where, device)
     starts = [start for start in PARTS if any(name.startswith(start) for name in state)]
@@ -57,6 +57,36 @@ def open_file(path: Path, device: torch.device) -> MaskPredictor | ClipPredictor
         f"{where}: neither a SAM nor a CLIP, its first tensor is '{first}'; load opens a run, an exported folder, or a "
         f"checkpoint of MobileSAM or SAM"
     )
+
+
+def whole_sam(path: Path) -> WholeSam | None:
+    """Return the network of a checkpoint file that has a mask decoder of its own; None if it has none."""
+    state = _read(path)
+    sam = _published_sam(state, str(path))
+    if sam is not None:
+        return WholeSam(sam.image_encoder, PromptHead.from_sam(sam)).eval()
+    if _own_kind(state) == "sam_mini":
+        student: Any = students.load_checkpoint({"name": "sam_mini"}, path)
+        return WholeSam(student.encoder, student.head).eval()
+    return None
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    # only the checksums of Meta's files are known, and computing one takes seconds
+    return read_checkpoint(path, str(path)) if path.name in SHA256 else read_state(path, str(path))
+
+
+def _published_sam(state: Mapping[str, Tensor], where: str) -> Sam | None:
+    """Return the network of a MobileSAM's or of Meta's checkpoint; None for any other."""
+    if mobilesam.MARK in state:
+        return mobilesam.sam_of_state(state, where)
+    kind = kind_of_state(state)
+    return None if kind is None else sam_of_state(kind, state, where).requires_grad_(False)
+
+
+def _own_kind(state: Mapping[str, Tensor]) -> str | None:
+    """Return the name of the student that needs no teacher and has these tensors; None if it is none."""
+    return next((name for start, name in WHOLE.items() if any(key.startswith(start) for key in state)), None)
 
 
 def own_predictor(student: torch.nn.Module, where: str, device: torch.device) -> MaskPredictor | ClipPredictor:

@@ -39,6 +39,19 @@ class StudentEncoder(nn.Module):
         return embedding
 
 
+class WholeSam(nn.Module):
+    """A SAM with an image encoder and a prompt head of its own, called as a student is."""
+
+    def __init__(self, encoder: nn.Module, head: PromptHead) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, head
+        self.image_size: int = head.config["image_size"]
+
+    def forward(self, image_B3SS: Tensor) -> dict[str, Tensor]:
+        """Return {"embedding": (B, C, g, g)} of normalised images."""
+        return {"embedding": self.encoder(image_B3SS)}
+
+
 def as_sam(student: nn.Module, head: PromptHead) -> Sam:
     """Return segment_anything's Sam, in eval mode, with the student as its image encoder; all weights are shared.
 
