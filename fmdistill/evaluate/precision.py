@@ -49,7 +49,11 @@ class Precision:
         self, objects: Iterable[Annotation], detections: Iterable[Annotation], unfinished: Collection[int] = ()
     ) -> None:
         """Add an image, as for `matching.match`. Add images by ascending id: it decides between equal scores."""
-        for category, entry in match(objects, detections, self.rules, unfinished).items():
+        self.add_matches(match(objects, detections, self.rules, unfinished))
+
+    def add_matches(self, matches: Mapping[int, Matches]) -> None:
+        """Add an image that is matched already."""
+        for category, entry in matches.items():
             numbers, entries = self.by_category.setdefault(category, ([], []))
             numbers.append(self.images)
             entries.append(entry)
@@ -75,6 +79,17 @@ class Precision:
         table = Table(np.stack([t.precision for t in tables], -3), np.stack([t.recall for t in tables], -4))
         groups = [self.frequencies.get(category, "") for category in sorted(self.by_category)]
         return dict(named(table, groups, self.rules))
+
+
+def interval(value: float, resampled_R: np.ndarray) -> tuple[float, float]:
+    """Return the ends of a figure's interval: its resamples', moved so that their mean is the figure.
+
+    AP grows as a set shrinks, since it takes the best precision at a recall or above, and a resample has fewer
+    different images than the set. The interval is of sets of the same number of images; on more images AP is lower.
+    """
+    (low,), (high,) = intervals.ends(resampled_R[:, None])
+    bias = float(np.nanmean(resampled_R)) - value
+    return max(0.0, float(low) - bias), min(1.0, float(high) - bias)
 
 
 def accumulate(matches: Sequence[Matches], rules: Rules) -> Table:
@@ -156,7 +171,7 @@ def named(table: Table, groups: Sequence[str], rules: Rules) -> Iterable[tuple[s
         yield name, _mean(precision[..., at[iou], 0][..., None])
     for number, area in enumerate(areas[1:], start=1):
         yield f"AP{area[0]}", _mean(precision[..., number])
-    if any(groups):
+    if rules.classes and any(groups):
         for frequency in FREQUENCIES:
             yield f"AP{frequency}", _mean(precision[..., [group == frequency for group in groups], :, 0])
     for number, limit in enumerate(rules.limits):
