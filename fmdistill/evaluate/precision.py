@@ -49,7 +49,11 @@ class Precision:
         self, objects: Iterable[Annotation], detections: Iterable[Annotation], unfinished: Collection[int] = ()
     ) -> None:
         """Add an image, as for `matching.match`. Add images by ascending id: it decides between equal scores."""
-        for category, entry in match(objects, detections, self.rules, unfinished).items():
+        self.add_matches(match(objects, detections, self.rules, unfinished))
+
+    def add_matches(self, matches: Mapping[int, Matches]) -> None:
+        """Add an image that is matched already."""
+        for category, entry in matches.items():
             numbers, entries = self.by_category.setdefault(category, ([], []))
             numbers.append(self.images)
             entries.append(entry)
@@ -75,6 +79,18 @@ class Precision:
         table = Table(np.stack([t.precision for t in tables], -3), np.stack([t.recall for t in tables], -4))
         groups = [self.frequencies.get(category, "") for category in sorted(self.by_category)]
         return dict(named(table, groups, self.rules))
+
+
+def interval(value: float, resampled_R: np.ndarray, images: int) -> tuple[float, float]:
+    """Return the ends of the interval of a figure of `images` images: its resamples', moved to have it as their mean.
+
+    AP grows as a set shrinks, since it takes the best precision at a recall or above, and a resample has fewer
+    different images than the set. The interval is of sets of the same number of images; on more images AP is lower.
+    """
+    finite_R = resampled_R[np.isfinite(resampled_R)]
+    low, high = intervals.ends(finite_R, images)
+    bias = float(finite_R.mean()) - value
+    return max(0.0, low - bias), min(1.0, high - bias)
 
 
 def accumulate(matches: Sequence[Matches], rules: Rules) -> Table:
@@ -156,7 +172,7 @@ def named(table: Table, groups: Sequence[str], rules: Rules) -> Iterable[tuple[s
         yield name, _mean(precision[..., at[iou], 0][..., None])
     for number, area in enumerate(areas[1:], start=1):
         yield f"AP{area[0]}", _mean(precision[..., number])
-    if any(groups):
+    if rules.classes and any(groups):
         for frequency in FREQUENCIES:
             yield f"AP{frequency}", _mean(precision[..., [group == frequency for group in groups], :, 0])
     for number, limit in enumerate(rules.limits):
