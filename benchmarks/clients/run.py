@@ -39,7 +39,8 @@ class Client:
     `fmdistill.load` does for this format. `boxes` tells whether a prompt may be a box, and `most` is the number of
     points that it may have. `side` is the longest side of a picture that the program does not resize, None if it is the
     student's; `mean` and `fitting` are the least mean IoU of all prompts, and of those on pictures that it does not
-    resize. A script that ends in .mjs is for Node.
+    resize. Without a format the program opens the run itself, and without packages the script runs in this environment.
+    A script that ends in .mjs is for Node.
     """
 
     packages: tuple[tuple[str, ...], ...]
@@ -54,6 +55,7 @@ class Client:
 
 
 CLIENTS = {
+    "segment_anything": Client((), "", "segment_anything_sam.py", reference="onnx"),
     "osam": Client((("osam",),), "labelme", "osam_sam.py"),
     "samexporter": Client(  # without its torch, which only its exporter needs
         (
@@ -83,14 +85,15 @@ def main(names: list[str], folder: Path, run: Path | None) -> bool:
     print("|---|---|---|---|---|---|---|")
     for name in names or CLIENTS:
         client = CLIENTS[name]
-        exported = made(folder, run, client.format)
-        prompts = asked(folder / name, client, json.loads((exported / "fmdistill.json").read_text())["model"])
+        exported = made(folder, run, client.format) if client.format else run
+        reference = made(folder, run, client.reference or client.format)
+        prompts = asked(folder / name, client, json.loads((reference / "fmdistill.json").read_text())["model"])
         version, masks = answers(name, client, folder, exported, prompts)
-        right = expected(made(folder, run, client.reference or client.format), prompts)
+        right = expected(reference, prompts)
         overlaps = np.array([iou(*pair) for pair in zip(masks, right, strict=True)])
         fitting = overlaps[[prompt["fits"] for prompt in prompts]].mean()
         figures = f"{overlaps.mean():.4f} | {overlaps.min():.4f} | {fitting:.4f}"
-        print(f"| {name} | {version} | `{client.format}` | {len(masks)} | {figures} |", flush=True)
+        print(f"| {name} | {version} | {client.format or 'as_sam()'} | {len(masks)} | {figures} |", flush=True)
         passed = passed and overlaps.mean() >= client.mean and fitting >= client.fitting
     return passed
 
@@ -150,7 +153,10 @@ def answers(
         read = json.loads(out.read_text())
         return read["version"], [drawn(mask) for mask in read["masks"]]
     out = (folder / name / "masks.npz").absolute()
-    call([python(environment, client.packages), script, *arguments, out])
+    if client.packages:
+        call([python(environment, client.packages), script, *arguments, out])
+    else:
+        call([sys.executable, script, *arguments, out], dict(os.environ))
     with np.load(out) as read:
         return str(read["version"]), [read[f"mask{number}"] for number in range(len(prompts))]
 
@@ -175,9 +181,9 @@ def npm(environment: Path, packages: tuple[str, ...]) -> Path:
     return modules
 
 
-def call(command: list[Any]) -> None:
-    """Run a command without this interpreter's PYTHONPATH, and stop with its output if it fails."""
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+def call(command: list[Any], env: dict[str, str] | None = None) -> None:
+    """Run a command, by default without this interpreter's PYTHONPATH, and stop with its output if it fails."""
+    env = env or {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=env)
     if done.returncode:
         sys.exit(f"{command[0]} {command[1]}: exit {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
