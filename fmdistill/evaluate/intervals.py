@@ -42,10 +42,11 @@ class Means:
         images[image] = (known + total, counted + count)
 
     def rows(self) -> list[Row]:
-        """Return a row for each mean, in the order of the first values; without an interval if it has one image."""
+        """Return a row for each mean of any values, in the order of the first ones; of one image without an interval."""
         return [
             mean_row(subject, key, np.array([s for s, _ in images.values()]), np.array([n for _, n in images.values()]))
             for (subject, key), images in self.parts.items()
+            if any(count for _, count in images.values())
         ]
 
     def details(self) -> dict[str, list[dict[str, Any]]]:
