@@ -19,6 +19,7 @@ EXTRAS = {  # each named in the error that misses it
     "ray": "ray",
     "starlette": "serve",
     "uvicorn": "serve",
+    "faster-coco-eval": "ap",
     "onnx": "onnx",
     "onnxruntime": "onnx",
     "tokenizers": "onnx",

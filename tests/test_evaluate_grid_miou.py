@@ -11,8 +11,9 @@ from segment_anything import SamPredictor
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 
 from fmdistill.backbones.promptable import PromptHead
-from fmdistill.evaluate import tails
+from fmdistill.evaluate import intervals, results, tails
 from fmdistill.evaluate.grid_miou import Case, GridMiou, compare, grid_points, image_iou, run
+from fmdistill.evaluate.intervals import entry_key
 from fmdistill.evaluate.masks import iou, pack, to_rle
 from fmdistill.evaluate.results import value
 from fmdistill.registry import UserError
@@ -201,6 +202,29 @@ def test_run_averages_points_images_and_groups():
         counts["miou", "3x3", None] == 27 and counts["miou", "2x2", "photos"] == 8 and counts["cosine", None, None] == 3
     )
     assert run(GridMiou(grids=(2,), images=1, device="cpu"), head, cases)[1]["images"][0]["key"] == "0"
+
+
+def test_means_have_the_intervals_of_the_images_sums_and_the_values_of_all_points():
+    head, cases, points = PromptHead.from_sam(tiny_sam()), [], {None: [], "photos": [], "scenes": []}
+    for seed, (group, shape) in enumerate([("photos", "3:2"), ("photos", "square"), ("scenes", "2:3")]):
+        teacher, student = embeddings(seed)
+        cases.append(Case("same", group, teacher, {"student": student}, *SHAPES[shape], shard=str(seed)))
+        iou_P = image_iou(head, teacher, student, *SHAPES[shape], 4, GridMiou(device="cpu"))
+        points[None].append(iou_P)
+        points[group].append(iou_P)
+    rows, details = run(GridMiou(grids=(4,), by_size=True, device="cpu"), head, cases)
+    for group, parts in points.items():
+        dimensions = {"grid": "4x4"} if group is None else {"grid": "4x4", "group": group}
+        (row,) = (r for r in rows if results.key(r) == results.key({"metric": "miou", **dimensions}))
+        assert row["value"] == np.concatenate(parts).mean()  # to the last digit
+        (entry,) = (e for e in details["per_image"] if entry_key(e) == results.key(row))
+        assert entry["sums"] == [part.sum() for part in parts] and entry["counts"] == [16] * len(parts)
+        assert ("low" in row) == (len(parts) > 1)
+    assert details["per_image"][0]["images"] == ["0/same", "1/same", "2/same"]
+    both = intervals.of_entries([e for e in details["per_image"] if e["metric"] == "mse"])
+    assert [(r["low"], r["high"]) for r in rows if r["metric"] == "mse"] == both
+    buckets = {r["bucket"] for r in rows if "bucket" in r}
+    assert buckets == {e["bucket"] for e in details["per_image"] if "bucket" in e} and buckets
 
 
 @pytest.mark.parametrize(("mode", "counts"), [("best_predicted", (1, 1)), ("paired", (3, 3)), ("oracle", (1, 3))])

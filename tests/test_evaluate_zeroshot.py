@@ -14,7 +14,7 @@ import torch
 from nondegenerate import randomize
 
 from fmdistill import cache, distill, evaluate
-from fmdistill.evaluate import clip_teacher, rarity, teacher_score, text_classifier, zeroshot
+from fmdistill.evaluate import accuracy, clip_teacher, rarity, teacher_score, text_classifier
 from fmdistill.evaluate.results import Row, value
 from fmdistill.evaluate.zeroshot import Zeroshot
 from fmdistill.registry import UserError
@@ -142,7 +142,7 @@ def test_the_text_classifier_is_stored_under_everything_it_depends_on(ran, monke
 
 def test_top5_needs_five_classes_and_recall_counts_classes_with_images():
     best = np.array([[0, 1, 2], [0, 1, 2], [1, 0, 2], [0, 2, 1]])
-    metrics = zeroshot.measure(best, np.array([0, 0, 0, 2]), 3)
+    metrics = accuracy.measure(best, np.array([0, 0, 0, 2]), 3)
     assert metrics == {"top1": 0.5, "mean_per_class_recall": pytest.approx((2 / 3 + 0) / 2)}
 
 

@@ -128,5 +128,8 @@ def test_the_protocol_judges_the_validation_photographs_and_a_folder(tmp_path):
     ]  # fmt: skip
     agreement = [row for row in rows if row["metric"] == "agreement"]
     assert agreement[0]["value"] == pytest.approx(np.mean([point["agreement"] for point in details["points"]]))
+    assert agreement[0]["low"] < agreement[0]["value"] < agreement[0]["high"]
+    assert [("low" in row, row.get("average")) for row in rows] == [(True, None), (True, "mean"), (False, "median")]
+    assert {len(entry["images"]) for entry in details["per_image"]} == {5}
     with pytest.raises(UserError, match="region_agreement judges a promptable model"):
         evaluator.judge(settings, {"student": torch.nn.Linear(2, 2)})

@@ -6,6 +6,7 @@ import torch
 
 from fmdistill.backbones.promptable import PromptHead
 from fmdistill.evaluate.results import value
+from fmdistill.evaluate.tails import SHARES
 from fmdistill.mini.scene_miou import MEASURES, SceneCase, SceneMiou, bucket, object_points, run, scene_rows
 from fmdistill.registry import UserError
 
@@ -118,6 +119,10 @@ def test_run_counts_every_object_once():
         assert value(rows, "miou", mask=measure) == pytest.approx(np.mean([one[measure] for one in objects]))
         members = [one[measure] for one in objects if one["bucket"] == "above_10%"]
         assert value(rows, "miou", mask=measure, bucket="above_10%") == pytest.approx(np.mean(members))
+    assert all(row["low"] <= row["value"] <= row["high"] for row in rows)
+    assert {tuple(entry["images"]) for entry in details["per_image"]} == {("0", "1")}
+    order = list(dict.fromkeys(row.get("bucket") for row in rows))
+    assert order == [name for name in (None, *(name for _, name in SHARES)) if name in order]
 
 
 def test_what_would_measure_nothing_is_refused():

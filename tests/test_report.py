@@ -105,15 +105,22 @@ def an_example(h=128, w=256):
 
 
 def test_page_is_self_contained_and_valid(two, tmp_path, monkeypatch):
-    monkeypatch.setattr(examples, "gather", lambda runs, trust=False: ([an_example(), an_example(256, 128)], 16))
-    images = [np.zeros((8, 8, 3), np.uint8), np.ones((8, 8, 3), np.uint8)]
-    monkeypatch.setattr(ranked, "gather", lambda runs, trust=False: [ranked.Ranked("srw", images, [1.5, 0.5], 9)])
+    monkeypatch.setattr(
+        examples, "gather", lambda runs, trust=False, images=(): ([an_example(), an_example(256, 128)], 16)
+    )
+    weighed = [np.zeros((8, 8, 3), np.uint8), np.ones((8, 8, 3), np.uint8)]
+    monkeypatch.setattr(
+        ranked, "gather", lambda runs, trust=False, images=(): [ranked.Ranked("srw", weighed, [1.5, 0.5], 9)]
+    )
     path = report.run(two, str(tmp_path / "out"))
-    assert path == tmp_path / "out" / "index.html" and [p.name for p in path.parent.iterdir()] == ["index.html"]
+    assert path == tmp_path / "out" / "index.html"
+    names = {p.name for p in path.parent.iterdir()}
+    assert names == {"index.html", "sam_grid_miou.md", "sam_grid_miou.tex", "sam_grid_miou.csv"}
     text = path.read_text()
     parsed = Page(text)
     assert parsed.open == [] and parsed.faults == []
-    assert len(parsed.loaded) == 8 and all(link.startswith("data:image/") for link in parsed.loaded)
+    pictures = 2 * 2 * 4 + 2 + 1 + 2 + 3  # panels of masks, weight maps, images by weight, bars, curves
+    assert len(parsed.loaded) == pictures and all(link.startswith("data:image/") for link in parsed.loaded)
     outside = re.sub(r"data:[^\"]*", "", text)
     assert not re.search(r"https?://|url\(|@import|<script", outside)
     assert "&lt;b&gt;&amp; co" in text and "<b>" not in text
@@ -296,13 +303,10 @@ def test_published_tables_load_and_bad_ones_do_not(tmp_path):
 
 
 def test_curves_draw_each_quantity_once():
-    def panels(log):
-        svg = plots.curves_figure({"one": log}).decode()
-        return len(set(re.findall(r'id="(axes_\d+)"', svg)))
-
-    assert plots.curves_figure({"one": []}) is None
+    assert plots.curve_figures({"one": []}) == {}
     log = [{"step": s, "loss": 1.0, "embedding": 1.0, "validation/loss": 2.0, "images_per_second": 3.0} for s in (1, 2)]
-    assert panels(log) == 2
+    figures = plots.curve_figures({"one": log})
+    assert list(figures) == ["loss", "validation/loss"] and all(b"<svg" in figure for figure in figures.values())
 
 
 def test_paint_colours_by_the_masks_of_a_pixel():
@@ -326,7 +330,10 @@ def test_figures_are_pictures_with_the_weights_where_they_belong():
     red = np.argwhere((rgb[..., 0] - rgb[..., 2])[top:bottom, left:right] > 0.1)
     y, x = red.mean(0) / (bottom - top, right - left)
     assert abs(x - 40 / 256) < 0.02 and abs(y - 24 / 128) < 0.02
-    assert plots.mask_figure(example.image, (3, 4), example.prompts["worst"].masks).startswith(b"\x89PNG")
+    assert all(
+        png.startswith(b"\x89PNG")
+        for png in plots.mask_figures(example.image, (3, 4), example.prompts["worst"].masks).values()
+    )
     assert base64.b64encode(picture).decode() in page.figure(picture, "c", "a")
 
 
@@ -346,8 +353,8 @@ def test_points_are_those_of_median_and_of_least_agreement_within_the_area():
 
 
 def test_the_page_opens_with_masks_typical_ones_first_and_ends_with_weights(two, tmp_path, monkeypatch):
-    monkeypatch.setattr(examples, "gather", lambda runs, trust: ([an_example()], 16))
-    monkeypatch.setattr(ranked, "gather", lambda runs, trust: [])
+    monkeypatch.setattr(examples, "gather", lambda runs, trust, images: ([an_example()], 16))
+    monkeypatch.setattr(ranked, "gather", lambda runs, trust, images: [])
     monkeypatch.setattr(labels, "gather", lambda runs: [])
     html = report.run(two, str(tmp_path / "out")).read_text()
     headings = ("Typical masks", "Worst masks", "Results", "Training", "Weights of patches")
@@ -401,6 +408,9 @@ def test_whole_images_are_ranked_by_their_weight(tmp_path):
     unit = torch.nn.functional.normalize(torch.stack([item["outputs"]["clip.embedding"] for item in items]), dim=1)
     similarity = (unit @ unit.T).mean(1)
     assert np.array_equal(entry.images[0], items[int(similarity.argmin())]["pixels"].permute(1, 2, 0).numpy())
+    keys = [data.shards[0].keys[index] for index in (4, 0, 2)]
+    [chosen] = ranked.gather(runs, images=keys)
+    assert chosen.weighed == len(chosen.images) == 3 and sum(chosen.weights) == pytest.approx(3)
     shown, _ = examples.gather(runs, per_group=2)
     assert [(dict(example.weights), example.prompts) for example in shown] == [({}, {})] * 2
     page_html = report.run([settings.out], str(tmp_path / "out")).read_text()
@@ -426,7 +436,10 @@ def test_a_clip_report_shows_labels_on_which_teacher_and_students_agree_and_not(
     assert shown[0].answers == {"teacher": names[0], "run": names[0]}
     assert shown[-1].answers == {"teacher": names[9], "run": names[0]}
     assert shown[0].image.shape == (64, 64, 3)
-    assert "<h2>Labels</h2>" in report.run([settings.out], str(tmp_path / "out")).read_text()
+    assert [(entry.agrees, entry.share) for entry in shown] == [(True, 0.7)] * 3 + [(False, 0.3)] * 3
+    html = report.run([settings.out], str(tmp_path / "out")).read_text()
+    assert html.index("<h2>Labels as the teacher&#x27;s") < html.index("<h2>Other labels than the teacher&#x27;s")
+    assert "30 % of those judged; 3 of them" in html
 
 
 def test_weights_by_key_are_shown_of_an_embedding_run(tmp_path):

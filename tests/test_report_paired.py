@@ -8,6 +8,8 @@ import pytest
 from scipy import stats
 
 from fmdistill import recipe
+from fmdistill.evaluate import intervals
+from fmdistill.evaluate.intervals import Means
 from fmdistill.evaluate.results import Metric, Result, row
 from fmdistill.report import paired
 from fmdistill.report.rows import Run
@@ -26,6 +28,17 @@ def run(value: float, seconds: float = 10.0, ess: float = 0.5) -> Run:
     rows = [row("student", "top1", value), row("student", "mse", 1.0), row("teacher", "top1", 1)]
     metrics = {"top1": Metric("top-1", percent=True, better="higher"), "mse": Metric("feature", better="lower")}
     return Run("x", Path("x"), settings, log, {"p": Result({"name": "p"}, rows, metrics)})
+
+
+def with_images(value: float, images: int = 12, seed: int = 0) -> Run:
+    """Return a run whose result has the sums of its images; those of one seed have the same noise for every method."""
+    means, noise = Means(), np.random.default_rng(seed).normal(size=(images, 2))
+    for image in range(images):
+        means.add(str(image), "student", "top1", value + 0.1 * noise[image])
+        means.add(str(image), "teacher", "top1", [1.0])
+    made = run(value)
+    result = Result({"name": "p"}, means.rows(), made.evaluations["p"].metrics, {}, means.details()["per_image"])
+    return Run("x", Path("x"), made.recipe, made.log, {"p": result})
 
 
 def lines(*values: list[float], seconds: float = 10.0) -> dict[str, paired.Line]:
@@ -100,3 +113,37 @@ def test_of_a_metric_that_is_better_lower_less_is_better():
     assert lines["mse", "srw"].verdict == "better" and lines["mse", "srw"].difference == -0.5
     swapped = {line.method: line for line in paired.compare(dict(reversed(runs.items())), "p") if line.metric == "mse"}
     assert swapped["kd"].verdict == "worse"
+
+
+def test_intervals_over_images_are_beside_those_over_seeds_and_decide_nothing():
+    runs = {name: [with_images(shift, seed=s) for s in range(8)] for name, shift in (("kd", 0.5), ("srw", 0.6))}
+    kd, srw = paired.compare(runs, "p")
+    entries = [run.evaluations["p"].per_image[0] for run in runs["srw"]]
+    mean = {**entries[0], "sums": list(np.mean([entry["sums"] for entry in entries], axis=0))}
+    assert srw.over_images == pytest.approx(intervals.of_entries([mean])[0])
+    assert srw.over_images[0] < srw.mean < srw.over_images[1]
+    assert srw.difference_over_images == pytest.approx((0.1, 0.1)) and kd.difference_over_images is None
+    text = paired.text([kd, srw])
+    assert "| method | mean | over images | sd | difference | over seeds | over images | | ESS |" in text.replace(
+        "|  |", "| |"
+    )
+    low, high = (f"{100 * end:.2f}" for end in srw.over_images)
+    assert f"| srw | {100 * srw.mean:.2f} | {low} to {high} |" in text
+    assert "| +10.00 | +10.00 to +10.00 | +10.00 to +10.00 | better |" in text
+    assert "over seeds: Student's t interval of the paired differences, by which the verdict is; over images:" in text
+
+
+def test_with_more_than_three_methods_the_intervals_over_images_are_corrected_too():
+    shifts = (0.5, 0.6, 0.7, 0.8)
+    runs = {f"m{i}": [with_images(shift, seed=i)] for i, shift in enumerate(shifts)}
+    compared = paired.compare(runs, "p")
+    entries = [members[0].evaluations["p"].per_image[0] for members in runs.values()]
+    expected = intervals.paired(entries[3], entries[0], 1 - 0.05 / 3)
+    assert compared[3].difference_over_images == pytest.approx(expected[1:])
+    assert "Intervals at 95 %, of differences 98.33 %; over seeds" in paired.text(compared)
+
+
+def test_seeds_judged_on_other_images_have_no_interval_over_images():
+    runs = {"kd": [with_images(0.5), with_images(0.5, images=11)], "srw": [with_images(0.6), with_images(0.6)]}
+    kd, srw = paired.compare(runs, "p")
+    assert kd.over_images is None and srw.over_images is not None and srw.difference_over_images is None

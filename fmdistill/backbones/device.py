@@ -1,6 +1,7 @@
 """Find the device that a recipe or protocol names, whether it multiplies bf16, and the CPU's cores."""
 
 import os
+import platform
 from pathlib import Path
 
 import torch
@@ -41,6 +42,16 @@ def has_bf16(device: torch.device) -> bool:
         return False
     flags = next((line for line in info.read_text().splitlines() if line.startswith("flags")), "")
     return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags.split())
+
+
+def product_name(device: torch.device) -> str:
+    """Return the name of a GPU's or the processor's model, as far as the system tells."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return next(iter(models), "") or platform.processor() or platform.machine() or device.type
 
 
 def cores() -> int:

@@ -1,17 +1,19 @@
 """Measure a device's matrix multiplication speed, a network's FLOPs, and the times of several functions fairly."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from segment_anything import SamPredictor
 from segment_anything.modeling import ImageEncoderViT, Sam
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fmdistill import stop
 
+K = TypeVar("K", bound=Hashable)
 # Sides of square matrices: large enough for the device's highest speed, and still quick.
 SIDE = {"cuda": 8192, "cpu": 1536}
 
@@ -32,8 +34,14 @@ def flops(module: Callable[..., Any], *inputs: Any) -> int:
 
     It counts PyTorch's products, convolutions and attention, whoever calls them, but no custom kernels.
     """
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        module(*inputs)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    # The counter does not know the CPU's fused attention, nor the kernel of a whole nn.MultiheadAttention.
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            module(*inputs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
     return counter.get_total_flops()
 
 
@@ -64,15 +72,25 @@ def take_turns(
     """
     alone = device.type == "cpu" and torch.get_num_threads() == 1 and not waits
     clock = time.process_time if alone else time.perf_counter
-    least = dict.fromkeys(works, float("inf"))
+    return {name: max(min(seconds), 1e-9) for name, seconds in durations(works, device, rounds, clock).items()}
+
+
+def durations(
+    works: Mapping[K, Callable[[], Any]],
+    device: torch.device,
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[K, list[float]]:
+    """Return the seconds of each round of each of `works`, which are called in turn."""
+    seconds: dict[K, list[float]] = {name: [] for name in works}
     for _ in range(rounds):
         for name, work in stop.between(works.items()):
             _wait(device)
             start = clock()
             work()
             _wait(device)
-            least[name] = min(least[name], clock() - start)
-    return {name: max(seconds, 1e-9) for name, seconds in least.items()}
+            seconds[name].append(clock() - start)
+    return seconds
 
 
 def _wait(device: torch.device) -> None:

@@ -63,6 +63,8 @@ def parser() -> argparse.ArgumentParser:
     verb("show", "print a recipe with all that it extends and every default", recipe, overrides)
     verb("list", "list recipes, studies, protocols and components, one a line",
          ("what", "recipes, studies, protocols, components, or one kind of them, such as teachers", "*"))  # fmt: skip
+    verb("students", "list students with their parameters and multiply-adds (MACs)",
+         ("patterns", "names of timm's models, * stands for any characters, such as 'repvit*'", "*"))  # fmt: skip
     verb("explain", "say what a component, a setting or a recipe is, with its settings, types and defaults",
          ("name", "such as teacher.sam_vit_h, teacher, weighting.srw, train, or a recipe", None))  # fmt: skip
     verb("demo", "run a small distillation of an embedded teacher",
@@ -78,8 +80,9 @@ def _add_sharing(verb: Callable[..., None]) -> None:
          ("settings", "key=value of the format; trust=true if the run names code outside", "*"))  # fmt: skip
     verb("push", "upload an exported folder to the Hugging Face hub", ("folder", "an exported folder", None),
          ("repo", "OWNER/NAME on the hub", None), ("settings", "dry_run=true, private=true", "*"))  # fmt: skip
-    verb("report", "write one HTML page about runs", ("out", "the page's folder", None),
-         ("runs", "runs' folders, and trust=true if one names code outside fmdistill", "+"))  # fmt: skip
+    verb("report", "write one HTML page about runs, and their tables as Markdown, LaTeX and CSV",
+         ("out", "the page's folder", None),
+         ("runs", "runs' folders, and settings: images=[FILE,FOLDER,KEY] to show, trust=true", "+"))  # fmt: skip
     verb("serve", "open a local page on which to click on images and see the masks or scores of teacher and students",
          ("runs", "runs' folders, and settings: port=, host=, device=, trust=true", "+"))  # fmt: skip
 
@@ -246,9 +249,15 @@ def _push(folder: str, repo: str, settings: list[str]) -> None:
 
 def _report(out: str, runs: list[str]) -> None:
     from fmdistill import report
+    from fmdistill.recipe import parse_overrides
+    from fmdistill.registry import typed
+    from fmdistill.settings import is_override
 
-    settings = [argument for argument in runs if argument.startswith("trust=")]
-    print(report.run([argument for argument in runs if argument not in settings], out, _trust(settings)))
+    settings = parse_overrides(argument for argument in runs if is_override(argument))
+    if not str(settings.get("images", "[")).startswith("["):  # a single one
+        settings["images"] = [settings["images"]]
+    own = typed(report.run, settings, "report", ("runs", "out"))
+    print(report.run([argument for argument in runs if not is_override(argument)], out, **own))
 
 
 def _serve(runs: list[str]) -> None:
@@ -301,6 +310,7 @@ VERBS = {
     "check": _check,
     "show": describe.show,
     "list": describe.list_names,
+    "students": describe.students,
     "explain": describe.explain,
     "demo": _demo,
 }

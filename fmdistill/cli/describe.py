@@ -1,4 +1,4 @@
-"""The verbs that only describe: list, explain, show; and init, which writes a recipe."""
+"""The verbs that only describe: list, students, explain, show; and init, which writes a recipe."""
 
 import inspect
 import os
@@ -44,6 +44,16 @@ def list_names(what: list[str]) -> None:
         width = max(map(len, entries), default=0)
         _print("\n".join([title, *(f"  {entry:{width}}  {about}" for entry, about in entries.items()), ""]))
     _print("`fmdistill explain NAME` says more of one of them.")
+
+
+def students(patterns: list[str]) -> None:
+    """Print the parameters and the multiply-adds of students at their real sizes."""
+    from fmdistill.distill import sizes
+    from fmdistill.logs import progress
+
+    title = "counting the multiply-adds of students"
+    _print(sizes.text(list(progress(sizes.sizes(patterns), title, unit="student"))))
+    _print("`fmdistill explain student.timm_sam` has the settings of students on timm's backbones.")
 
 
 def show(recipe: str, overrides: list[str]) -> None:

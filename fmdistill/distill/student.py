@@ -18,6 +18,8 @@ STUDENTS: dict[str, Callable[..., nn.Module] | str] = {
     "tinyvit_sam": tinyvit_sam,
     "tinyvit_sam_mini": "fmdistill.mini.tinyvit:tinyvit_sam_mini",
     "tinyvit_clip": tinyvit_clip,
+    "timm_sam": "fmdistill.backbones.timm_sam:timm_sam",
+    "timm_clip": "fmdistill.backbones.timm_clip:timm_clip",
     "tinyvit_clip_mini": "fmdistill.mini.tinyvit:tinyvit_clip_mini",
     "sam_mini": "fmdistill.mini.sam:sam_mini_student",
     "clip_mini": "fmdistill.mini.clip:clip_mini_student",

@@ -30,10 +30,13 @@ EVALUATORS: dict[str, Any] = {
     "calibration": "fmdistill.evaluate.calibration:Calibration",
     "scene_miou": "fmdistill.mini.scene_miou:SceneMiou",
     "region_agreement": "fmdistill.mini.region_agreement:RegionAgreement",
+    "coco_ap": "fmdistill.evaluate.average_precision:CocoAp",
     "cosine": "fmdistill.evaluate.cosine:TeacherSimilarity",
     "knn": "fmdistill.evaluate.knn:Knn",
     "zeroshot": "fmdistill.evaluate.zeroshot:Zeroshot",
     "retrieval": "fmdistill.evaluate.retrieval:Retrieval",
+    "clip_suite": "fmdistill.evaluate.clip_suite:ClipSuite",
+    "latency": "fmdistill.evaluate.latency:Latency",
     "captioned_zeroshot": "fmdistill.mini.colour_baseline:CaptionedZeroshot",
     "top1": "fmdistill.evaluate.top1:Top1",
 }
@@ -44,8 +47,9 @@ class Evaluator(typing.Protocol):
 
     Optional members: `check(recipe)` raises a UserError, before any work, if it cannot judge the recipe's run, and
     `check_images(recipe)` does so after looking at the first image and the class folders; `metrics` and `dimensions`
-    describe its rows; `splits` are the splits of the images that it reads; with `own_decoder`, a checkpoint file of a
-    whole SAM is judged with its own mask decoder.
+    describe its rows; `splits` are the splits of the images that it reads; `inputs()` returns JSON of what it reads
+    instead of the protocol's or the recipe's images, on which a stored result then depends; with `own_decoder`, a
+    checkpoint file of a whole SAM is judged with its own mask decoder.
     """
 
     def judge(self, recipe: Recipe, students: Mapping[str, nn.Module]) -> Judged:
@@ -184,7 +188,8 @@ def run_together(protocol: str | Path, runs: Sequence[str | Path], trust: bool =
 
 def _state(protocol: Protocol, recipe: Recipe, weights: Mapping[str, Path]) -> dict[str, Any]:
     splits = getattr(protocol.evaluator, "splits", ("validation",))
-    return stored_results.state(protocol.to_json(), recipe, weights, splits)
+    inputs = protocol.evaluator.inputs() if hasattr(protocol.evaluator, "inputs") else None
+    return stored_results.state(protocol.to_json(), recipe, weights, splits, inputs)
 
 
 def _call(

@@ -24,7 +24,7 @@ from fmdistill.images import Encoded, Images, captions
 from fmdistill.logs import progress
 from fmdistill.registry import UserError
 from fmdistill.teachers.compute import computing
-from fmdistill.teachers.family import Preprocess
+from fmdistill.teachers.family import Preprocess, Teacher
 
 DType = Literal["fp32", "bf16"]
 
@@ -97,14 +97,15 @@ def embed(
     workers: int = 0,
     limit: int | None = None,
     dtype: DType = "fp32",
+    teacher: Teacher | None = None,
 ) -> Embedded:
-    """Embed the first `limit` images by every model and, from a cache, by its teacher."""
+    """Embed the first `limit` images by every model and by the teacher: from a cache, or by `teacher`, if given."""
     total = min(sum(data.counts), limit or sum(data.counts))
     if total == 0:
         raise _no_images(title, data.split)
     models = {name: model.to(device).eval() for name, model in models.items()}
     embedded = Embedded([], [], [], {})
-    parts: dict[str, list[Tensor]] = {name: [] for name in [*models, *([TEACHER] if data.cached else [])]}
+    parts: dict[str, list[Tensor]] = {name: [] for name in [*models, *([TEACHER] if data.cached or teacher else [])]}
     places = list(islice((place for (place,) in every(data, 1)), total))
     groups = [places[start : start + batch] for start in range(0, total, batch)]
     with progress(total=total, description=title, unit="image") as bar:
@@ -117,6 +118,8 @@ def embed(
                 output_BX = data.cached.decode(images)["outputs"][f"{data.cached.cache.family}.{data.output}"]
                 vectors_BD = pooled(output_BX, data.preprocess, images["sizes"]) if data.pooled else output_BX
                 parts[TEACHER].append(vectors_BD.cpu())
+            elif teacher is not None:
+                parts[TEACHER].append(teacher(images["pixels"], images["sizes"])[data.output])
             if models:
                 image_B3SS = data.preprocess.normalize(images["pixels"], images["sizes"])
                 for name, model in models.items():

@@ -17,9 +17,10 @@ from fmdistill.cache import Cache, open_cache
 from fmdistill.cache.batch import Batch, to_device
 from fmdistill.cache.dataset import CachedImages
 from fmdistill.distill.loader import batches
-from fmdistill.evaluate import results, text_side
+from fmdistill.evaluate import text_side
 from fmdistill.evaluate.annotated import DType
-from fmdistill.evaluate.results import Judged, Metric, Row
+from fmdistill.evaluate.intervals import Means
+from fmdistill.evaluate.results import Judged, Metric
 from fmdistill.evaluate.subjects import MEAN_OF, forward, in_turn, valid_tokens
 from fmdistill.logs import progress
 from fmdistill.recipe import Recipe
@@ -94,7 +95,8 @@ class TeacherSimilarity:
                         batch["keys"], groups, cosine_B.tolist(), mse_B.tolist(), strict=True
                     )
                 ]
-        return _rows(images, (*students, *floors)), {"images": images}
+        means = _means(images, (*students, *floors))
+        return means.rows(), {"images": images, **means.details(keys=False)}
 
     def _batches(self, cache: Cache, device: torch.device) -> Iterator[tuple[Batch, list[str]]]:
         """Yield batches of validation images with the teacher's outputs, on the device, and each image's group."""
@@ -142,13 +144,13 @@ def mean_output(cache: Cache, output: str) -> Tensor:
     return torch.where(count > 0, total / count.clamp_min(1), (total.sum((1, 2)) / count.sum())[:, None, None])
 
 
-def _rows(images: list[dict[str, Any]], subjects: tuple[str, ...]) -> list[Row]:
+def _means(images: list[dict[str, Any]], subjects: tuple[str, ...]) -> Means:
     groups = list(dict.fromkeys(image["group"] for image in images))
-    rows = []
+    means = Means()
     for name in subjects:
         for group in (None, *(groups if len(groups) > 1 else ())):
             members = [image for image in images if image["subject"] == name and group in (None, image["group"])]
             for metric in ("cosine", "mse"):
-                mean = sum(image[metric] for image in members) / len(members)
-                rows.append(results.row(name, metric, mean, len(members), group=group))
-    return rows
+                values = [image[metric] for image in members]
+                means.add_each([image["key"] for image in members], name, metric, values, group=group)
+    return means

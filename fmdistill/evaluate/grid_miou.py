@@ -22,6 +22,7 @@ from fmdistill.backbones.promptable import PromptHead
 from fmdistill.cache import open_cache
 from fmdistill.evaluate import grid_cases, results, tails
 from fmdistill.evaluate.grid_cases import Case, Size
+from fmdistill.evaluate.intervals import Means
 from fmdistill.evaluate.mask_choice import Resolution, binary, choose
 from fmdistill.evaluate.masks import Bits, iou, join, pack, to_rle
 from fmdistill.evaluate.results import Judged, Metric, Row
@@ -209,19 +210,20 @@ def run(
     """
     device = pick_device(protocol.device, "device")
     head = head.to(device).eval()
-    judged = list(partial.done.values()) if partial is not None else []
+    judged = dict(partial.done) if partial is not None else {}
     remaining = None if protocol.images is None else max(0, protocol.images - len(judged))
     for case in stop.between(itertools.islice(cases, remaining)):
         result = _judge(protocol, head, case, device, advance)
         if partial is not None:
             partial.add(case.image, result)
-        judged.append(result)
+        judged[case.image] = result
     if not judged:
         raise UserError("grid_miou: no images to evaluate; the cache's validation split is empty, or images=0")
-    images = [image for result in judged for image in result["images"]]
-    masks = [entry for result in judged for entry in result["masks"]]
-    rows = [*_miou_rows(judged), *_feature_rows(images)]
-    return rows, {"images": images, "masks": masks} if protocol.write_masks else {"images": images}
+    images = [image for result in judged.values() for image in result["images"]]
+    masks = {"masks": [entry for result in judged.values() for entry in result["masks"]]}
+    means = _means(judged)
+    rows = means.with_intervals([*_miou_rows(list(judged.values())), *_feature_rows(images)])
+    return rows, {"images": images, **means.details(), **(masks if protocol.write_masks else {})}
 
 
 def _judge(protocol: GridMiou, head: PromptHead, case: Case, device: torch.device, advance: Advance) -> dict[str, Any]:
@@ -241,6 +243,24 @@ def _judge(protocol: GridMiou, head: PromptHead, case: Case, device: torch.devic
     if protocol.write_masks:
         result["masks"] = _rles(protocol, head, case, {"teacher": teacher, **students})
     return {"images": list(image.values()), **result}
+
+
+def _means(judged: Mapping[str, dict[str, Any]]) -> Means:
+    """Return the means of the rows below, by image, for their intervals."""
+    means = Means()
+    for image, result in judged.items():
+        for grid, scores in result["iou"].items():
+            for name, values in scores.items():
+                iou_P = np.array(values)
+                for group in (None, result["group"]):
+                    means.add(image, name, "miou", iou_P, grid=grid, group=group)
+                    means.add(image, name, "miou_per_image", [iou_P.mean()], grid=grid, group=group)
+                for bucket, members in result["buckets"][grid].items():
+                    means.add(image, name, "miou", iou_P[np.array(members, dtype=bool)], grid=grid, bucket=bucket)
+        for entry in result["images"]:
+            for metric in ("cosine", "mse"):
+                means.add(image, entry["subject"], metric, [entry[metric]])
+    return means
 
 
 def _miou_rows(judged: list[dict[str, Any]]) -> list[Row]:

@@ -18,9 +18,10 @@ from fmdistill.backbones.device import pick_device
 from fmdistill.cache import Cache, open_cache
 from fmdistill.cache.batch import NO_LABEL
 from fmdistill.cache.dataset import CachedImages
-from fmdistill.evaluate import annotated, results, text_side
+from fmdistill.evaluate import annotated, text_side
 from fmdistill.evaluate.annotated import Annotated, Embedded
-from fmdistill.evaluate.results import TEACHER, Judged, Metric, Row
+from fmdistill.evaluate.intervals import Means
+from fmdistill.evaluate.results import TEACHER, Judged, Metric
 from fmdistill.images import Encoded, Images
 from fmdistill.recipe import Component, Recipe
 from fmdistill.registry import UserError, suggest
@@ -98,19 +99,19 @@ class Knn:
         if not ks:
             raise UserError(f"ks={list(self.ks)}: the bank has {len(bank.keys)} images; give a smaller number")
         bank_N, label_Q = _labels(bank), _labels(queries)
-        rows: list[Row] = []
+        means = Means()
         images: list[dict[str, Any]] = []
         for name, feature_ND in bank.embeddings.items():
             feature_QD = queries.embeddings[name].to(pick_device(self.device, "device"))
             predicted_Qk = predict(feature_ND, bank_N, feature_QD, ks, self.temperature)
-            rows += _rows(name, predicted_Qk, label_Q, ks)
+            _add(means, name, queries.keys, predicted_Qk, label_Q, ks)
             for key, label, predicted in zip(queries.keys, label_Q.tolist(), predicted_Qk.tolist(), strict=True):
                 by_k = {str(k): predicted_label for k, predicted_label in zip(ks, predicted, strict=True)}
                 images.append({"key": key, "subject": name, "label": label, "predictions": by_k})
         class_K, count_K = np.unique(bank_N, return_counts=True)
         majority_Qk = np.full((len(label_Q), len(ks)), class_K[count_K.argmax()])
-        rows += _rows(MAJORITY, majority_Qk, label_Q, ks)
-        return rows, {"images": images, "bank": len(bank.keys)}
+        _add(means, MAJORITY, queries.keys, majority_Qk, label_Q, ks)
+        return means.rows(), {"images": images, "bank": len(bank.keys), **means.details(keys=False)}
 
     def _embed(self, cache: Cache, source: Images, students: Mapping[str, nn.Module], split: str) -> Embedded:
         """Return the features of one split from every student and, if cached, from the teacher."""
@@ -166,9 +167,11 @@ def nearest(cosine_QN: Tensor, k: int) -> Tensor:
     return index_Qk
 
 
-def _rows(name: str, predicted_Qk: np.ndarray, label_Q: np.ndarray, ks: Sequence[int]) -> list[Row]:
-    top1_k = (predicted_Qk == label_Q[:, None]).mean(0)
-    return [results.row(name, "top1", top1, len(label_Q), k=k) for k, top1 in zip(ks, top1_k, strict=True)]
+def _add(
+    means: Means, name: str, keys: Sequence[str], predicted_Qk: np.ndarray, label_Q: np.ndarray, ks: Sequence[int]
+) -> None:
+    for k, predicted_Q in zip(ks, predicted_Qk.T, strict=True):
+        means.add_each(keys, name, "top1", predicted_Q == label_Q, k=k)
 
 
 def _labels(embedded: Embedded) -> np.ndarray:

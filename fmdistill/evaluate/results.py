@@ -15,6 +15,7 @@ Judged = tuple[list[Row], dict[str, Any]]  # what an evaluator's `judge` returns
 FORMAT = 2  # version of a stored result
 STUDENT, TEACHER = "student", "teacher"  # every other subject is a floor
 NOT_DIMENSIONS = ("subject", "metric", "value", "low", "high", "interval", "count")
+PER_IMAGE = "per_image"  # the detail with the sums and counts of every image, see `intervals.Means.details`
 RESERVED = ("format", "protocol", "metrics", "dimensions", "rows", "of")  # a stored result's keys besides the details
 
 
@@ -46,6 +47,7 @@ class Result:
     rows: list[Row]
     metrics: dict[str, Metric] = field(default_factory=dict)
     dimensions: dict[str, str] = field(default_factory=dict)
+    per_image: list[dict[str, Any]] = field(default_factory=list)  # `intervals.Means.details`, stored with the details
 
     def metric(self, name: str) -> Metric:
         """Return the description of a metric; a plain one with the metric's name if the evaluator has none."""
@@ -97,13 +99,15 @@ def line(row: Mapping[str, Any]) -> str:
 
 
 def text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return rows as text for a terminal, one row a line, with subjects and metrics aligned."""
+    """Return rows as text for a terminal, one row a line, with subjects and metrics aligned, and what intervals are."""
     names = [(str(row["subject"]), shown(key(row))) for row in rows]
     widths = [max((len(name[column]) for name in names), default=0) for column in (0, 1)]
-    return "\n".join(
+    lines = [
         f"{subject:{widths[0]}}  {metric:{widths[1]}}  {row['value']:.4f}{_interval_and_count(row)}"
         for row, (subject, metric) in zip(rows, names, strict=True)
-    )
+    ]
+    kinds = dict.fromkeys(row["interval"] for row in rows if "interval" in row)
+    return "\n".join([*lines, *(f"[low, high]: {kind}" for kind in kinds)])
 
 
 def check(judged: Any, name: str) -> Judged:
@@ -141,7 +145,7 @@ def read(path: Path) -> Result | None:
         raise UserError(f"{path}: a result of another version of fmdistill; run `fmdistill evaluate` again")
     try:
         metrics = {name: Metric(**fields) for name, fields in stored["metrics"].items()}
-        return Result(stored["protocol"], stored["rows"], metrics, stored["dimensions"])
+        return Result(stored["protocol"], stored["rows"], metrics, stored["dimensions"], stored.get(PER_IMAGE, []))
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a result of fmdistill ({error}); run `fmdistill evaluate` again") from error
 

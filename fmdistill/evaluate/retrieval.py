@@ -17,7 +17,8 @@ from fmdistill import images as image_sources
 from fmdistill.backbones.clip import TextHead
 from fmdistill.backbones.device import pick_device
 from fmdistill.cache import Cache
-from fmdistill.evaluate import annotated, results, text_side
+from fmdistill.evaluate import annotated, intervals, results, text_side
+from fmdistill.evaluate.intervals import Means
 from fmdistill.evaluate.results import TEACHER, Judged, Metric, Row
 from fmdistill.logs import log
 from fmdistill.recipe import Component, Recipe
@@ -93,7 +94,13 @@ def score_teacher(protocol: Retrieval, cache: Cache) -> Judged:
 
 
 def score(embedded: annotated.Embedded, head: TextHead) -> Judged:
-    """Score embeddings: return rows of recall at each k that is at most the number of targets, and details.
+    """Score embeddings: return rows of recall at each k that is at most the number of targets, and details."""
+    means, details = collect(embedded, head)
+    return means.rows(), {**details, **means.details(keys=False)}
+
+
+def collect(embedded: annotated.Embedded, head: TextHead) -> tuple[Means, dict[str, Any]]:
+    """Score embeddings: return the recall at each k that is at most the number of targets, and details.
 
     `image_retrieval` has captions as queries, `text_retrieval` images. Details are {"images": one per image and
     subject, "empty": the number of images without a caption, "captions": the number of distinct captions}.
@@ -115,7 +122,12 @@ def score(embedded: annotated.Embedded, head: TextHead) -> Judged:
     )
     with full_precision():
         text_UD = F.normalize(head.encode_text(captions), dim=-1).cpu()
-    rows: list[Row] = []
+    # A caption counts for the first image that has it, so that the captions of an image are resampled together.
+    owner = {
+        caption: embedded.keys[i] for i, own in reversed([*zip(captioned, by_image, strict=True)]) for caption in own
+    }
+    keys, owners = [embedded.keys[i] for i in captioned], [owner[caption] for caption in captions]
+    means = Means()
     images: list[dict[str, Any]] = []
     for name, embedding_ND in embedded.embeddings.items():
         if embedding_ND.shape[1] != text_UD.shape[1]:
@@ -125,12 +137,13 @@ def score(embedded: annotated.Embedded, head: TextHead) -> Judged:
             )
         image_ND = F.normalize(embedding_ND[torch.tensor(captioned)], dim=-1)
         image_ranks, text_ranks = ranks(image_ND, text_UD, pairs_P2)
-        for metric, rank, targets in (
-            ("image_retrieval", image_ranks, len(captioned)),
-            ("text_retrieval", text_ranks, len(captions)),
+        for metric, rank, of, targets in (
+            ("image_retrieval", image_ranks, owners, len(captioned)),
+            ("text_retrieval", text_ranks, keys, len(captions)),
         ):
-            recalls = {k: float((rank <= k).mean()) for k in RECALLS if k <= targets}
-            rows += [results.row(name, metric, recall, len(rank), k=k) for k, recall in recalls.items()]
+            for k in RECALLS:
+                if k <= targets:
+                    means.add_each(of, name, metric, rank <= k, k=k)
         images += [
             {
                 "key": embedded.keys[i],
@@ -141,7 +154,24 @@ def score(embedded: annotated.Embedded, head: TextHead) -> Judged:
             }
             for n, i in enumerate(captioned)
         ]
-    return rows, {"images": images, "empty": empty, "captions": len(captions)}
+    return means, {"images": images, "empty": empty, "captions": len(captions)}
+
+
+def mean_recall(means: Means, subject: str, k: int) -> Row | None:
+    """Return the row of the mean of image and text retrieval's recall at k; None if one of them has no such k.
+
+    Its interval resamples the images of both at once.
+    """
+    parts = [means.parts.get((subject, (metric, (("k", k),)))) for metric in ("text_retrieval", "image_retrieval")]
+    if parts[0] is None or parts[1] is None:
+        return None
+    values_N22 = np.array([[part.get(image, (0.0, 0)) for part in parts if part] for image in parts[0]])
+    sums_N2, counts_N2 = values_N22[..., 0], values_N22[..., 1]
+    value = float((sums_N2.sum(0) / counts_N2.sum(0)).mean())
+    row = results.row(subject, "mean_recall", value, len(sums_N2), k=k)
+    if len(sums_N2) < 2:
+        return row
+    return intervals.with_interval(row, intervals.resampled(sums_N2, counts_N2).mean(1), len(sums_N2))
 
 
 def ranks(image_ND: Tensor, text_UD: Tensor, pairs_P2: Tensor) -> tuple[np.ndarray, np.ndarray]:

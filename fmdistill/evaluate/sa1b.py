@@ -21,6 +21,7 @@ from fmdistill.backbones.promptable import PromptHead
 from fmdistill.cache import open_cache
 from fmdistill.cache.dataset import CachedImages
 from fmdistill.evaluate import results
+from fmdistill.evaluate.intervals import Means
 from fmdistill.evaluate.masks import innermost, iou, pack
 from fmdistill.evaluate.results import TEACHER, Judged, Row
 from fmdistill.evaluate.segmentation import Size, decode_segmentation
@@ -128,7 +129,7 @@ def run(protocol: Sa1b, head: PromptHead, cases: Iterable[Sa1bCase]) -> Judged:
     """Score the cases; return rows of `miou` for the masks "picked" and "best", and of counts, with details.
 
     The counts are of annotations, images, and skipped images or annotations. Details are {"annotations": the scores of
-    each, "skipped": a line with the place and the problem of each that could not be read}.
+    each, "skipped": a line with the place and the problem of each that could not be read}, and `Means.details`.
     """
     device = pick_device(protocol.device, "device")
     head = head.to(device).eval()
@@ -147,11 +148,14 @@ def run(protocol: Sa1b, head: PromptHead, cases: Iterable[Sa1bCase]) -> Judged:
             truth.append(mask_HW)
         if points:
             scored += _scores(head, case, np.array(points), truth)
-    means = {mask: np.mean([score[mask] for score in scored]) for mask in MASKS if scored}
-    rows = [results.row(TEACHER, "miou", mean, len(scored), mask=mask) for mask, mean in means.items()]
+    means = Means()
+    for score in scored:
+        for mask in MASKS:
+            means.add(score["key"], TEACHER, "miou", [score[mask]], mask=mask)
+    rows = means.rows()
     counts = {"annotations": len(scored), "images": len({score["key"] for score in scored}), "skipped": len(skipped)}
     rows += [results.row(TEACHER, metric, count) for metric, count in counts.items()]
-    return rows, {"annotations": scored, "skipped": skipped}
+    return rows, {"annotations": scored, "skipped": skipped, **means.details()}
 
 
 def _has_annotations(extra: Mapping[str, bytes]) -> bool:

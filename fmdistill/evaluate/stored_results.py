@@ -24,15 +24,15 @@ def state(
     recipe: Recipe,
     weights: Mapping[str, Path],
     splits: Collection[str] = ("validation",),
+    inputs: Any = None,
 ) -> dict[str, Any]:
     """Return everything a result depends on, as JSON: protocol, weights by subject, images of `splits`, and the cache.
 
-    `protocol` is the protocol's JSON. An image with the same key at the same place counts as unchanged.
+    `protocol` is the protocol's JSON, and `inputs` JSON of what is evaluated instead of images of the protocol or the
+    recipe. An image with the same key at the same place counts as unchanged.
     """
     parts = [protocol, *(part for part in protocol.values() if isinstance(part, Mapping))]
     protocol_images = next((part["images"] for part in parts if isinstance(part.get("images"), Mapping)), None)
-    source = images.build(protocol_images or recipe.images)
-    shards = [(s.name, s.take, list(s.keys or [])) for s in source.shards() if s.split in splits]
     root = store.of(recipe.cache).folder if recipe.cache is not None else None
     manifest_file = root / manifest.NAME if root is not None else None
     return {
@@ -41,9 +41,16 @@ def state(
         "protocol": json.loads(json.dumps(protocol)),
         "files": {text: file_hash(path) for part in parts for text, path in _files(part)},
         "weights": {name: file_hash(path) for name, path in weights.items()},
-        "images": _digest([source.identity(), shards]),
+        "images": _digest(images_state(protocol_images or recipe.images, splits) if inputs is None else inputs),
         "cache": file_hash(manifest_file) if manifest_file is not None and manifest_file.is_file() else None,
     }
+
+
+def images_state(settings: Mapping[str, Any], splits: Collection[str] = ("validation",)) -> list[Any]:
+    """Return JSON of a source's identity and its images of `splits`."""
+    source = images.build(settings)
+    shards = [(s.name, s.take, list(s.keys or [])) for s in source.shards() if s.split in splits]
+    return [source.identity(), shards]
 
 
 def read_rows(path: Path, state: Mapping[str, Any]) -> list[Row] | None:

@@ -6,13 +6,14 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from fmdistill import teachers
 from fmdistill.cache import open_cache
 from fmdistill.evaluate import stored_results
 from fmdistill.evaluate.results import Row
 from fmdistill.files import write_whole
 from fmdistill.logs import log
 from fmdistill.recipe import Recipe
-from fmdistill.registry import resolve
+from fmdistill.registry import UserError, resolve
 
 JUDGES: dict[str, Any] = {  # by family: (recipe, its evaluators) -> rows, none if the images offer nothing to compare
     "sam": "fmdistill.evaluate.sa1b:judge_teacher",
@@ -20,6 +21,15 @@ JUDGES: dict[str, Any] = {  # by family: (recipe, its evaluators) -> rows, none 
 }
 
 NAME = "teacher_score.json"  # in a cache
+
+
+def check_weights(recipe: Recipe) -> None:
+    """Raise a UserError for a protocol with `teacher=true` if the recipe has no teacher, or its weights are missing."""
+    if recipe.teacher is None:
+        raise UserError("teacher=true: this recipe has no teacher; remove the setting")
+    weights = teachers.weights_file(recipe.teacher)
+    if weights is not None and not weights.exists():
+        raise UserError(f"teacher=true: its weights {weights} do not exist; remove the setting")
 
 
 def judge_teacher(recipe: Recipe, evaluators: Sequence[Any] = ()) -> list[Row]:

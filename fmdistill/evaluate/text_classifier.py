@@ -23,7 +23,7 @@ from fmdistill.files import write_whole
 from fmdistill.images import Images
 from fmdistill.images.image_classes import ImageClasses
 from fmdistill.logs import log
-from fmdistill.registry import UserError
+from fmdistill.registry import UserError, parse
 from fmdistill.teachers.compute import full_precision, state_hash
 from fmdistill.text import read_text
 
@@ -31,12 +31,16 @@ IMAGENET = "imagenet"  # open_clip's 1000 class names, in the order of the sorte
 TEMPLATES = {"openai": open_clip.OPENAI_IMAGENET_TEMPLATES, "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES}
 
 
-def class_names(setting: str) -> list[str]:
-    """Return the class names in order of label: open_clip's for "imagenet", else the lines of the file `setting`."""
+def class_names(setting: str | Sequence[str]) -> list[str]:
+    """Return the class names in order of label: open_clip's for "imagenet", a file's lines, or a list.
+
+    A text such as "[cat, dog]" is a list too.
+    """
     names = list(open_clip.IMAGENET_CLASSNAMES) if setting == IMAGENET else _lines(setting, "classnames", IMAGENET)
     if not all(names):
         raise UserError(
-            f"classnames={setting}: line {names.index('') + 1} is empty; a name's line is its label, so write a name"
+            f"classnames={shown(setting)}: line {names.index('') + 1} is empty; a name's line is its label, so write a "
+            f"name"
         )
     return names
 
@@ -44,20 +48,25 @@ def class_names(setting: str) -> list[str]:
 def templates(setting: str | Sequence[str]) -> list[str]:
     """Return prompts with {} for the class name: open_clip's 80 ("openai") or 7 ("simple"), a file's lines or a list.
 
-    {c} means the same as {}, as in clip_benchmark's files.
+    {c} means the same as {}, as in clip_benchmark's files. A text such as "['a {}', 'the {}']" is a list too.
     """
     if isinstance(setting, str) and setting in TEMPLATES:
         return [template("{}") for template in TEMPLATES[setting]]
-    lines = _lines(setting, "templates", "openai or simple") if isinstance(setting, str) else list(setting)
-    prompts = [line.replace("{c}", "{}") for line in lines]
+    prompts = [line.replace("{c}", "{}") for line in _lines(setting, "templates", "openai or simple")]
     wrong = [prompt for prompt in prompts if prompt.count("{}") != 1 or set("{}") & set(prompt.replace("{}", ""))]
-    if wrong or not prompts:
-        raise UserError(f"templates={setting}: {wrong[0]!r} needs {{}} once, for the class name" if wrong else
-                        "templates: the list is empty; give prompts such as 'a photo of a {}.'")  # fmt: skip
+    if wrong:
+        raise UserError(f"templates={shown(setting)}: {wrong[0]!r} needs {{}} once, for the class name")
     return prompts
 
 
-def check_classes(images: Images, classnames: str, count: int) -> None:
+def shown(setting: str | Sequence[str]) -> str:
+    """Return the setting as text for a message: a list by its first two entries."""
+    if isinstance(setting, str):
+        return setting
+    return f"[{', '.join(setting[:2])}{', ...' if len(setting) > 2 else ''}]"
+
+
+def check_classes(images: Images, classnames: str | Sequence[str], count: int) -> None:
     """Raise a UserError if class folders do not match the class names; ImageNet's must be its wnids or numbers."""
     if not isinstance(images.source, ImageClasses):
         return
@@ -66,13 +75,13 @@ def check_classes(images: Images, classnames: str, count: int) -> None:
         beyond = next((name for name in folders if images.source.label_of[name] >= count), None)
         if beyond is not None:
             raise UserError(
-                f"images.root={root}: class folder '{beyond}' is a label, but classnames={classnames} has {count} "
-                f"names, for labels 0 to {count - 1}; number the folders from 0, or give a name for each"
+                f"images.root={root}: class folder '{beyond}' is a label, but classnames={shown(classnames)} has "
+                f"{count} names, for labels 0 to {count - 1}; number the folders from 0, or give a name for each"
             )
         return
     if len(folders) != count:
         raise UserError(
-            f"images.root={root}: {len(folders)} class folders, but classnames={classnames} has {count} names; "
+            f"images.root={root}: {len(folders)} class folders, but classnames={shown(classnames)} has {count} names; "
             f"give a file of the folders' names in their sorted order with classnames=FILE"
         )
     wnids = ImageNetInfo("imagenet-1k").label_names()
@@ -128,15 +137,22 @@ def _read(path: Path) -> Tensor:
         raise UserError(f"{path}: not readable ({error}); delete it, and it is rebuilt") from None
 
 
-def _lines(path: str, setting: str, known: str) -> list[str]:
-    """Return the lines of the text file that `setting` names; `known` are the setting's other values, for errors."""
+def _lines(given: str | Sequence[str], setting: str, known: str) -> list[str]:
+    """Return the lines of the text file that `setting` names, or its list; `known` are its other values, for errors."""
+    if isinstance(given, str) and given.startswith("[") and given.endswith("]"):
+        given = parse(given, setting)  # a list on the command line
+    if not isinstance(given, str):
+        if not given or not all(isinstance(line, str) for line in given):
+            raise UserError(f"{setting}: the list is empty, or has an entry that is no text; quote numbers")
+        return [line.strip() for line in given]
     try:
-        file = recipes.locate(path)
+        file = recipes.locate(given)
     except UserError:
         raise UserError(
-            f"{setting}={path}: no such file here or in the package; give {known}, or a text file with one per line"
+            f"{setting}={given}: no such file here or in the package; give {known}, or a text file with one per "
+            f"line, or a list"
         ) from None
     lines = [line.strip() for line in read_text(file, setting).rstrip().split("\n")]
     if lines == [""]:
-        raise UserError(f"{setting}={path}: the file is empty; write one per line")
+        raise UserError(f"{setting}={given}: the file is empty; write one per line")
     return lines

@@ -21,10 +21,12 @@ from fmdistill.distill.data import every
 from fmdistill.distill.loader import batches
 from fmdistill.distill.provider import Provider
 from fmdistill.distill.student import STUDENTS
-from fmdistill.evaluate import rarity
+from fmdistill.evaluate import accuracy, rarity
+from fmdistill.evaluate.accuracy import ACCURACY, TOP
 from fmdistill.evaluate.annotated import first_image
-from fmdistill.evaluate.results import TEACHER, Judged, Metric, Row
-from fmdistill.evaluate.zeroshot import ACCURACY, QUARTILE, TOP, accuracy
+from fmdistill.evaluate.intervals import Means
+from fmdistill.evaluate.results import TEACHER, Judged, Metric
+from fmdistill.evaluate.zeroshot import QUARTILE
 from fmdistill.images import build as build_images
 from fmdistill.logs import progress
 from fmdistill.recipe import Recipe
@@ -114,17 +116,22 @@ def _scored(
     parts: list[tuple[dict[str, str], np.ndarray]],
 ) -> Judged:
     """Return rows for every subject's logits (N, K) and each part of the images; details have an entry per image."""
-    rows: list[Row] = []
+    means = Means()
     images: list[dict[str, Any]] = []
-    for name, logits_NK in logits.items():
-        classes = logits_NK.shape[1]
-        best_NT = logits_NK.topk(min(max(TOP), classes), dim=1).indices.numpy()
+    classes = {name: logits_NK.shape[1] for name, logits_NK in logits.items()}
+    best = {
+        name: logits_NK.topk(min(max(TOP), classes[name]), dim=1).indices.numpy() for name, logits_NK in logits.items()
+    }
+    rows = []
+    for name, best_NT in best.items():
         for part, members_N in parts:
-            if members_N.any():
-                rows += accuracy(name, best_NT[members_N], labels_N[members_N], classes, **part)
-        for key, label, best in zip(keys, labels_N.tolist(), best_NT[:, 0].tolist(), strict=True):
-            images.append({"key": key, "subject": name, "label": label, "prediction": best})
-    return rows, {"images": images}
+            members = np.flatnonzero(members_N)
+            part_keys = [keys[i] for i in members]
+            accuracy.add_top(means, name, part_keys, best_NT[members], labels_N[members], classes[name], **part)
+        rows += accuracy.class_rows({name: best_NT}, labels_N, classes[name])
+        for key, label, predicted in zip(keys, labels_N.tolist(), best_NT[:, 0].tolist(), strict=True):
+            images.append({"key": key, "subject": name, "label": label, "prediction": predicted})
+    return accuracy.by_subject([*means.rows(), *rows]), {"images": images, **means.details(keys=False)}
 
 
 def _read(

@@ -3,11 +3,13 @@
 Letters: N images, K classes, D the shared embedding's width.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,21 +17,23 @@ from fmdistill import images as image_sources
 from fmdistill.backbones.device import pick_device
 from fmdistill.cache import Cache
 from fmdistill.cache.batch import NO_LABEL
-from fmdistill.evaluate import annotated, rarity, results, text_side
-from fmdistill.evaluate.results import TEACHER, Judged, Metric, Row
+from fmdistill.evaluate import accuracy, annotated, rarity, text_side
+from fmdistill.evaluate.accuracy import ACCURACY, TOP
+from fmdistill.evaluate.intervals import Means
+from fmdistill.evaluate.results import TEACHER, Judged, Metric
 from fmdistill.evaluate.text_classifier import check_classes, class_names, classifier, templates
 from fmdistill.recipe import Component, Recipe
 from fmdistill.registry import UserError
 
-TOP = (1, 5)
 CHUNK = 4096  # images whose logits are in memory at once
 
-TOP_K = "Top-k: the share of images, × 100, whose class is among a classifier's k best."
-RECALL = "Class recall: top-1 class by class, their mean."
-ACCURACY = {  # the metrics of the rows of `accuracy`
-    "top1": Metric("top-1", percent=True, better="higher", end=TEACHER, help=TOP_K),
-    "top5": Metric("top-5", percent=True, better="higher", end=TEACHER, help=TOP_K),
-    "mean_per_class_recall": Metric("class recall", percent=True, better="higher", end=TEACHER, help=RECALL),
+PROBABILITIES = {
+    "confidence": Metric(
+        "confidence",
+        percent=True,
+        help="Confidence: the mean probability, × 100, of the best class; above top-1 it promises too much.",
+    ),
+    "log_loss": Metric("log loss", better="lower", help="Log loss: the mean negative log of the label's probability."),
 }
 QUARTILE = (
     "Quarters of the images by the similarity of their teacher embeddings to the others': q1 holds the least similar, "
@@ -42,31 +46,35 @@ class Zeroshot:
     """Zero-shot accuracy: logits = 100 * e @ W, e the image's unit embedding, W open_clip's zero-shot classifier.
 
     `images` is the source of the validation images; null means those of the run's cache, whose teacher is then scored
-    too, from its cached embeddings. `classnames` is "imagenet" or a text file with one name per line, in order of
-    label; `templates` is "openai" (80), "simple" (7), a file, or a list. Images are prepared as for the teacher.
+    too, from its cached embeddings. `classnames` is "imagenet", a text file with one name per line, or a list, in order
+    of label; `templates` is "openai" (80), "simple" (7), a file, or a list. Images are prepared as for the teacher.
 
     `quartiles` adds the SRW paper's Table 4: the accuracy by quarter of the images, ranked by the mean cosine
     similarity of their teacher embedding to the others of a random batch of 64 (drawn once by `seed`; see
-    evaluate/rarity.py); q1 is the rarest quarter.
+    evaluate/rarity.py); q1 is the rarest quarter. `scales` adds for each logit scale the mean probability of the best
+    class and the log loss; top-k does not depend on the scale.
     """
 
     images: Component | None = None
-    classnames: str = "imagenet"
+    classnames: str | list[str] = "imagenet"
     templates: str | list[str] = "openai"
     quartiles: bool = False
     seed: int = 0
+    scales: tuple[float, ...] = ()
     limit: int | None = None  # take only the first images
     batch: int = 64
     workers: int = 2
     device: str = "auto"
     dtype: annotated.DType = "fp32"
 
-    metrics: ClassVar[Mapping[str, Metric]] = ACCURACY
+    metrics: ClassVar[Mapping[str, Metric]] = {**ACCURACY, **PROBABILITIES}
     dimensions: ClassVar[Mapping[str, str]] = {"quartile": QUARTILE}
 
     def __post_init__(self) -> None:
         """Raise a UserError for settings that measure nothing, and for missing files, before hours of training."""
         text_side.check_reading(self.batch, self.workers, self.limit)
+        if wrong := [scale for scale in self.scales if not 0 < scale < math.inf]:
+            raise UserError(f"scales={list(self.scales)}: {wrong[0]} is no factor of a cosine; give numbers above 0")
         if self.images is not None:
             image_sources.check(self.images)
             if self.quartiles:
@@ -112,25 +120,42 @@ def _classifier(protocol: Zeroshot, side: text_side.TextSide) -> Tensor:
 
 
 def score(protocol: Zeroshot, embedded: annotated.Embedded, weight_DK: Tensor) -> Judged:
-    """Score embeddings by a classifier with unit columns; return rows, and details {"images": one per subject}."""
+    """Score embeddings by a classifier with unit columns; return rows, and details with one of "images" per subject."""
     classes = weight_DK.shape[1]
-    labels = _labels(embedded, classes)
+    labels = label_array(embedded, classes)
     quartile = None
     if protocol.quartiles:
         quartile = rarity.quartiles(rarity.similarity(embedded.embeddings[TEACHER], protocol.seed))
-    rows: list[Row] = []
+    best = {name: top(embedding_ND, weight_DK, name) for name, embedding_ND in embedded.embeddings.items()}
+    means = Means()
     images: list[dict[str, Any]] = []
-    for name, embedding_ND in embedded.embeddings.items():
-        best_NT = top(embedding_ND, weight_DK, name)
-        rows += accuracy(name, best_NT, labels, classes)
+    for name, best_NT in best.items():
+        accuracy.add_top(means, name, embedded.keys, best_NT, labels, classes)
         for number in range(1, 5) if quartile is not None else ():
-            members_N = quartile == number
-            if members_N.any():
-                rows += accuracy(name, best_NT[members_N], labels[members_N], classes, quartile=f"q{number}")
+            members = np.flatnonzero(quartile == number)
+            keys = [embedded.keys[i] for i in members]
+            accuracy.add_top(means, name, keys, best_NT[members], labels[members], classes, quartile=f"q{number}")
+        for scale in protocol.scales:
+            _add_probabilities(means, embedded, name, weight_DK, labels, scale)
         for i, (key, label) in enumerate(zip(embedded.keys, labels.tolist(), strict=True)):
             image = {"key": key, "subject": name, "label": label, "prediction": int(best_NT[i, 0])}
             images.append(image if quartile is None else {**image, "quartile": int(quartile[i])})
-    return rows, {"images": images}
+    rows = accuracy.by_subject([*means.rows(), *accuracy.class_rows(best, labels, classes)])
+    return rows, {"images": images, **means.details(keys=False)}
+
+
+def _add_probabilities(
+    means: Means, embedded: annotated.Embedded, name: str, weight_DK: Tensor, labels_N: np.ndarray, scale: float
+) -> None:
+    """Add the probability of each image's best class, and the log loss, if logits are `scale` times the cosine."""
+    parts = embedded.embeddings[name].split(CHUNK)
+    log_N2 = []
+    for part_BD, label_B in zip(parts, torch.from_numpy(labels_N).split(CHUNK), strict=True):
+        log_BK = (scale * F.normalize(part_BD, dim=-1) @ weight_DK).double().log_softmax(1)
+        log_N2.append(torch.stack([log_BK.amax(1), log_BK.gather(1, label_B[:, None])[:, 0]], dim=1))
+    best_N, label_N = torch.cat(log_N2).T
+    means.add_each(embedded.keys, name, "confidence", best_N.exp().tolist(), scale=scale)
+    means.add_each(embedded.keys, name, "log_loss", (-label_N).tolist(), scale=scale)
 
 
 def top(embedding_ND: Tensor, weight_DK: Tensor, name: str) -> np.ndarray:
@@ -148,23 +173,8 @@ def top(embedding_ND: Tensor, weight_DK: Tensor, name: str) -> np.ndarray:
     return np.concatenate([logits_NK.topk(count, dim=1).indices.numpy() for logits_NK in parts])
 
 
-def measure(best_NT: np.ndarray, labels_N: np.ndarray, classes: int) -> dict[str, float]:
-    """Return {"top1", "top5", "mean_per_class_recall"}, as shares; top5 is left out if there are fewer classes."""
-    right_NT = best_NT == labels_N[:, None]
-    metrics = {f"top{k}": float(right_NT[:, :k].any(1).mean()) for k in TOP if k <= classes}
-    counts = np.bincount(labels_N, minlength=classes)
-    recalls = np.bincount(labels_N, weights=right_NT[:, 0], minlength=classes)[counts > 0] / counts[counts > 0]
-    return {**metrics, "mean_per_class_recall": float(recalls.mean())}
-
-
-def accuracy(name: str, best_NT: np.ndarray, labels_N: np.ndarray, classes: int, **part: Any) -> list[Row]:
-    """Return the rows of `measure` for the subject `name`; for a part of the images only the top-k."""
-    metrics = measure(best_NT, labels_N, classes)
-    chosen = {metric: value for metric, value in metrics.items() if not part or metric.startswith("top")}
-    return [results.row(name, metric, value, len(labels_N), **part) for metric, value in chosen.items()]
-
-
-def _labels(embedded: annotated.Embedded, classes: int) -> np.ndarray:
+def label_array(embedded: annotated.Embedded, classes: int) -> np.ndarray:
+    """Return the labels, int (N,). Raises UserError for an image without a label, or with one above the classes."""
     for key, label in zip(embedded.keys, embedded.labels, strict=True):
         _check_label(key, label, classes)
     return np.array(embedded.labels, dtype=np.int64)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fmdistill.backbones.clip import ClipPreprocess, TextHead, WholeClip
-from fmdistill.backbones.tinyvit_clip import TinyViTCLIP
+from fmdistill.backbones.timm_clip import TimmCLIP
 from fmdistill.export.source import FinishedRun
 from fmdistill.registry import UserError
 
@@ -103,15 +103,15 @@ class ClipTowers:
 
 
 def _model_cfg(student: nn.Module, head: TextHead, preprocess: ClipPreprocess) -> dict[str, Any]:
-    if isinstance(student, TinyViTCLIP) and student.timm_name is not None:
+    if isinstance(student, TimmCLIP) and student.timm_name is not None:
         return open_clip_config(student, head, preprocess)["model_cfg"]
     return {**head.config["model_cfg"], "vision_cfg": {"image_size": preprocess.image_size}}
 
 
-def open_clip_config(student: TinyViTCLIP, head: TextHead, preprocess: ClipPreprocess) -> dict[str, Any]:
+def open_clip_config(student: TimmCLIP, head: TextHead, preprocess: ClipPreprocess) -> dict[str, Any]:
     """Return the content of open_clip_config.json: the teacher's, with the student as its image tower.
 
-    `quick_gelu` is the text tower's; a TinyViT always uses its own GELU.
+    `quick_gelu` is the text tower's; timm's models always use their own activation.
     """
     image_tower = {
         "timm_model_name": student.timm_name,

@@ -14,7 +14,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from fmdistill.backbones.clip import ClipPreprocess, TextHead, WholeClip
-from fmdistill.backbones.tinyvit_clip import TinyViTCLIP
+from fmdistill.backbones.timm_clip import TimmCLIP
 from fmdistill.export import checks, clip_check
 from fmdistill.export.card import write_card
 from fmdistill.export.clip_towers import ClipTowers, open_clip_config, open_clip_preprocess
@@ -50,10 +50,10 @@ def export(
     The folder is written whole, and only if open_clip can load it. An earlier export at `out` is replaced. Raises
     UserError if `out` is anything else, or if the student does not fit.
     """
-    tinyvit = _checked(student, head, preprocess)
-    state = {f"visual.{name}": value for name, value in tinyvit.state_dict().items()}
+    tower = _checked(student, head, preprocess)
+    state = {f"visual.{name}": value for name, value in tower.state_dict().items()}
     return _write(
-        {**state, **head.state_dict()}, open_clip_config(tinyvit, head, preprocess), head.tokenizer, out, source
+        {**state, **head.state_dict()}, open_clip_config(tower, head, preprocess), head.tokenizer, out, source
     )
 
 
@@ -96,15 +96,15 @@ def _compare(source: FinishedRun, model: Any) -> dict[str, Any]:
     return clip_check.compare(towers, image, text, pictures, tokens_NL, "fp32", None)
 
 
-def _checked(student: nn.Module, head: TextHead, preprocess: ClipPreprocess) -> TinyViTCLIP:
-    if not isinstance(student, TinyViTCLIP):
+def _checked(student: nn.Module, head: TextHead, preprocess: ClipPreprocess) -> TimmCLIP:
+    if not isinstance(student, TimmCLIP):
         raise UserError(
             f"export openclip: the student is a {type(student).__name__}; open_clip builds image towers from timm by "
-            f"name, so train a `tinyvit_clip` or choose another format"
+            f"name, so train a `tinyvit_clip` or `timm_clip`, or choose another format"
         )
     if student.timm_name is None:
         raise UserError(
-            "export openclip: open_clip builds image towers from timm by name, and timm has none of this small size; "
+            "export openclip: open_clip builds image towers from timm by name, and timm has none of this size; "
             "train a `tinyvit_clip`, or write the student alone with the format half"
         )
     for setting, of_student, of_teacher in (

@@ -1,6 +1,7 @@
 """Write a student as one safetensors file that timm loads by itself."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from safetensors.torch import save as to_bytes
 from torch import nn
 
 from fmdistill.backbones.clip import ClipPreprocess
-from fmdistill.backbones.tinyvit_clip import TinyViTCLIP
+from fmdistill.backbones.timm_clip import TimmCLIP
 from fmdistill.export.source import FinishedRun
 from fmdistill.files import write_whole
 from fmdistill.registry import UserError
@@ -34,28 +35,27 @@ def export(student: nn.Module, preprocess: TimmPreprocess | ClipPreprocess, out:
     The projection is the model's classifier, with a bias of zero: timm's `create_model(NAME, num_classes=D)` loads the
     file strictly and returns the embedding (B, D). The file's metadata holds timm's config under "timm".
     """
-    if not isinstance(student, TinyViTCLIP):
+    if not isinstance(student, TimmCLIP):
         raise UserError(
             f"export timm: the student is a {type(student).__name__}, which is no model of timm's; train a "
             f"`tinyvit_clip`, or write the student alone with the format half"
         )
     projection: Any = student.head.proj
-    state = {**student.trunk.state_dict(), "head.fc.weight": projection.weight}
-    state["head.fc.bias"] = torch.zeros(student.out_channels)
-    plain = {name: _plain(value) for name, value in state.items()}
     described = config(student, preprocess)
-    model = timm.create_model(
-        described["architecture"], num_classes=described["num_classes"], **described["model_args"]
-    )
-    model.load_state_dict(plain)
+    classifier = described["pretrained_cfg"]["classifier"]
+    state = {**student.trunk.state_dict(), f"{classifier}.weight": projection.weight}
+    state[f"{classifier}.bias"] = torch.zeros(student.out_channels)
+    plain = {name: _plain(value) for name, value in state.items()}
+    _check_model(student, described, plain)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(out, to_bytes(plain, {"format": "pt", "timm": json.dumps(described)}))
     return out
 
 
-def config(student: TinyViTCLIP, preprocess: TimmPreprocess | ClipPreprocess) -> dict[str, Any]:
+def config(student: TimmCLIP, preprocess: TimmPreprocess | ClipPreprocess) -> dict[str, Any]:
     """Return the content of timm's config.json: architecture, its arguments, and the preprocessing."""
     crop: dict[str, Any] = {"crop_pct": 1.0}
+    registered: Any = timm.get_pretrained_cfg(student.variant)
     if isinstance(preprocess, TimmPreprocess):
         crop = {"crop_pct": preprocess.crop_pct, "crop_mode": preprocess.crop_mode}
     elif preprocess.resize_mode == "squash":
@@ -71,9 +71,33 @@ def config(student: TinyViTCLIP, preprocess: TimmPreprocess | ClipPreprocess) ->
             "std": list(preprocess.std),
             **crop,
             "num_classes": student.out_channels,
-            "classifier": "head.fc",
+            "classifier": registered.classifier,
         },
     }
+
+
+@torch.no_grad()
+def _check_model(student: TimmCLIP, described: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> None:
+    """Raise a UserError unless timm's own model, with its pooling and classifier, gives the student's embedding."""
+    image_13SS = torch.randn(1, 3, student.image_size, student.image_size, generator=torch.Generator().manual_seed(0))
+    device = next(student.parameters()).device
+    model: nn.Module = timm.create_model(
+        described["architecture"], num_classes=described["num_classes"], **described["model_args"]
+    )
+    model, image_13SS = model.to(device).eval(), image_13SS.to(device)
+    training, reason = student.training, "it pools its features in another way"
+    try:
+        model.load_state_dict(state)
+        expected = student.eval()(image_13SS)["embedding"]
+        equal = torch.allclose(model(image_13SS), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+    except RuntimeError as error:
+        equal, reason = False, " ".join(str(error).split())[:120]
+    student.train(training)
+    if not equal:
+        raise UserError(
+            f"export timm: timm's {student.variant} with one classifier does not give the student's embedding "
+            f"({reason}); export it as openclip or onnx, or write the student alone with the format half"
+        )
 
 
 def _plain(value: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,9 @@ import numpy as np
 from torch import nn
 
 from fmdistill.distill.data import every
-from fmdistill.evaluate import results, text_side, zeroshot
+from fmdistill.evaluate import results, text_side
+from fmdistill.evaluate.accuracy import TOP
+from fmdistill.evaluate.intervals import Means
 from fmdistill.evaluate.results import Judged, Metric
 from fmdistill.evaluate.text_classifier import class_names
 from fmdistill.evaluate.zeroshot import Zeroshot
@@ -60,14 +62,15 @@ class CaptionedZeroshot:
         names = class_names(self.zeroshot.classnames)
         data = text_side.of_run(recipe, students, self.zeroshot.images, "captioned_zeroshot").data
         places = [place for (place,) in every(data, 1)][: self.zeroshot.limit]
-        items = (data.item(*place) for place in places)
+        items = [data.item(*place) for place in places]
         chances = [guess(item["pixels"].permute(1, 2, 0).numpy(), int(item["labels"]), names) for item in items]
-        for k in zeroshot.TOP:
+        means = Means()
+        for k in TOP:
             if k <= len(names):
-                by_colour = float(np.mean([min(1.0, k * chance) for chance in chances]))
                 rows.append(results.row("chance", f"top{k}", k / len(names), len(chances)))
-                rows.append(results.row("nearest colour", f"top{k}", by_colour, len(chances)))
-        return rows, details
+                guesses = [min(1.0, k * chance) for chance in chances]
+                means.add_each([item["keys"] for item in items], "nearest colour", f"top{k}", guesses)
+        return [*rows, *means.rows()], details
 
 
 def guess(pixels_hwC: np.ndarray, label: int, names: Sequence[str]) -> float:

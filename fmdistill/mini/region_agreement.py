@@ -16,6 +16,7 @@ from torch import nn
 from fmdistill import stop
 from fmdistill.backbones.device import pick_device
 from fmdistill.evaluate import results
+from fmdistill.evaluate.intervals import Means
 from fmdistill.evaluate.results import STUDENT, Judged, Metric
 from fmdistill.evaluate.subjects import embed
 from fmdistill.mini.photos import PHOTOGRAPHS, photograph
@@ -83,14 +84,16 @@ class RegionAgreement:
             for name, pixels in stop.between(self._photographs())
             for score in judge_photograph(self, student, pixels)
         ]
-        agreement = np.array([score.agreement for _, score in points])
-        components = np.array([score.components for _, score in points])
-        rows = [
-            results.row(STUDENT, "agreement", agreement.mean(), len(points)),
-            results.row(STUDENT, "components", components.mean(), len(points), average="mean"),
-            results.row(STUDENT, "components", np.median(components), len(points), average="median"),
-        ]
-        return rows, {"points": [{"photograph": name} | score._asdict() for name, score in points]}
+        means = Means()
+        for name, score in points:
+            means.add(name, STUDENT, "agreement", [score.agreement])
+            means.add(name, STUDENT, "components", [score.components], average="mean")
+        median = np.median([score.components for _, score in points])
+        rows = [*means.rows(), results.row(STUDENT, "components", median, len(points), average="median")]
+        return rows, {
+            "points": [{"photograph": name} | score._asdict() for name, score in points],
+            **means.details(),
+        }
 
     def _photographs(self) -> Iterator[tuple[str, np.ndarray]]:
         for name in PHOTOGRAPHS["validation"]:

@@ -18,9 +18,9 @@ from fmdistill import stop
 from fmdistill.backbones.device import pick_device
 from fmdistill.backbones.promptable import PromptHead
 from fmdistill.cache.prepare import must_prepare
-from fmdistill.evaluate import results
+from fmdistill.evaluate.intervals import Means
 from fmdistill.evaluate.masks import innermost, iou, pack
-from fmdistill.evaluate.results import STUDENT, Judged, Metric, Row
+from fmdistill.evaluate.results import STUDENT, Judged, Metric
 from fmdistill.evaluate.subjects import embed
 from fmdistill.evaluate.tails import SHARES
 from fmdistill.images import Images
@@ -130,18 +130,19 @@ def run(protocol: SceneMiou, head: PromptHead, cases: Iterable[SceneCase], subje
         objects += [{"key": case.key, "subject": subject} | row for row in scores]
     if not objects:
         raise UserError("scene_miou: no objects to evaluate; the source has no validation scenes")
-    return summarise(objects, subject), {"objects": objects}
+    means = summarise(objects, subject)
+    return means.rows(), {"objects": objects, **means.details()}
 
 
-def summarise(objects: list[dict], subject: str) -> list[Row]:
-    """Return rows of the mean of each measure over all objects, and over those of each area bucket that has any."""
-    rows = []
+def summarise(objects: list[dict], subject: str) -> Means:
+    """Return the means of each measure over all objects, and over those of each area bucket that has any."""
+    means = Means()
     for name in (None, *(name for _, name in SHARES)):
-        members = [row for row in objects if name in (None, row["bucket"])]
-        for measure in MEASURES if members else ():
-            mean = float(np.mean([row[measure] for row in members]))
-            rows.append(results.row(subject, "miou", mean, len(members), mask=measure, bucket=name))
-    return rows
+        for measure in MEASURES:
+            for row in objects:
+                if name in (None, row["bucket"]):
+                    means.add(row["key"], subject, "miou", [row[measure]], mask=measure, bucket=name)
+    return means
 
 
 def _cases(images: Images, student: MiniSam) -> Iterator[SceneCase]:

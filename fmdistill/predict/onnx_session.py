@@ -1,5 +1,6 @@
 """Run ONNX files by ONNX Runtime, which is an extra of the package."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,20 @@ class Session:
     def __call__(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return each output by its name."""
         return dict(zip(self.outputs, self._session.run(None, dict(feeds)), strict=True))
+
+
+def weights(path: str | Path) -> int:
+    """Return how many numbers the weights of an ONNX file are: its stored tensors but those of shapes and indices.
+
+    A quantised file's scales and zero points are among them. Raises UserError if the package onnx is not installed.
+    """
+    try:
+        import onnx
+    except ImportError:
+        raise UserError("the weights of ONNX files are read by onnx; pip install 'fmdistill[onnx]'") from None
+    integers = (onnx.TensorProto.INT64, onnx.TensorProto.INT32, onnx.TensorProto.BOOL)
+    tensors = onnx.load(str(path), load_external_data=False).graph.initializer
+    return sum(math.prod(tensor.dims) for tensor in tensors if tensor.data_type not in integers)
 
 
 def onnxruntime() -> Any:

@@ -21,8 +21,11 @@ from fmdistill.registry import UserError
 PAD = ((0.0, 0.0), -1.0)  # the point that SAM adds to prompts without a box
 
 
-def open_artefact(artefact: Artefact, device: str = "cpu") -> "OnnxSamPredictor":
-    """Return the predictor of an exported folder. Raises UserError if a file is damaged or `device` is not "cpu"."""
+def open_artefact(artefact: Artefact, device: str = "cpu", threads: int = 0) -> "OnnxSamPredictor":
+    """Return the predictor of an exported folder, which runs on `threads` threads, 0 for one a core.
+
+    Raises UserError if a file is damaged or `device` is not "cpu".
+    """
     if device not in ("cpu", "auto"):
         raise UserError(f"device={device}: exported ONNX files are run on the CPU; load the run itself for a GPU")
     try:
@@ -30,7 +33,7 @@ def open_artefact(artefact: Artefact, device: str = "cpu") -> "OnnxSamPredictor"
         encoder, decoder = artefact.model["encoder"], artefact.model["decoder"]
     except KeyError as error:
         raise UserError(f"{artefact.folder}: its JSON has no {error} of a SAM; export the run again") from None
-    return OnnxSamPredictor(artefact.path(encoder), artefact.path(decoder), artefact.model, layout)
+    return OnnxSamPredictor(artefact.path(encoder), artefact.path(decoder), artefact.model, layout, threads)
 
 
 class OnnxSamPredictor:

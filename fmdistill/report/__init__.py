@@ -1,17 +1,22 @@
 """The report stage: runs -> one self-contained HTML page of tables, curves and pictures, or the tables as text."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from fmdistill.evaluate.results import Result
 from fmdistill.files import check_folder, write_whole
 from fmdistill.logs import log
 from fmdistill.registry import UserError
-from fmdistill.report import examples, labels, page, plots, ranked, rows, tables
-from fmdistill.report.rows import Run
+from fmdistill.report import bars, formats, page, pictures, plots, rows, tables
+from fmdistill.report.rows import Run, TableRow
+from fmdistill.report.tables import Table
+
+OPEN_BARS = 6  # figures of bars that a page shows; the others are opened by a click
 
 ONE_SEED = (
     "One seed is not a comparison: two seeds of one recipe can differ as much as these rows do, so a difference counts "
-    "only if it holds over several seeds."
+    "only if it holds over several seeds. Intervals are over images and do not cover the difference between seeds."
 )
 ABOUT_PUBLISHED = (
     "Shaded rows are a paper's, with another teacher, other images and a larger student: compare differences with "
@@ -20,63 +25,55 @@ ABOUT_PUBLISHED = (
 ABOUT_CURVES = (
     "Each panel is one logged quantity, with a line per run. A weighted and an unweighted loss are different "
     "quantities: compare runs by the table, and a run's curve only with itself. The effective sample size is "
-    "(Σw)²/(N Σw²); it is 1 if all patches or images have the same weight."
-)
-ABOUT_WEIGHTS = (
-    "The weight of every patch in the loss, as in training, over the grey image: red patches count more than the "
-    "average patch, blue ones less, white ones exactly as much; each image has its own scale. SRW gives high weights "
-    "to patches whose teacher embedding is unlike the rest of its image. N·w is a weight relative to the mean."
-)
-ABOUT_IMAGE_WEIGHTS = (
-    "The weight of whole images in the loss, computed with the validation images as one batch. SRW gives high weights "
-    "to images whose teacher embedding is unlike the others'. N·w is a weight relative to the mean."
-)
-ABOUT_MASKS = {
-    "typical": (
-        "Typical masks",
-        "One point per image, the same for every network, and each network's mask with its highest predicted IoU. Of "
-        "the points of a 10×10 grid whose teacher mask covers 3 to 30 % of the image, it is the one of median "
-        "agreement between students and teacher.",
-    ),
-    "worst": (
-        "Worst masks",
-        "Of the same points, the one at which the students agree least with the teacher.",
-    ),
-}
-ABOUT_LABELS = (
-    "Validation images with each network's best label: first images on which student and teacher agree, then images "
-    "on which they do not, each evenly spread over the images judged."
+    "(Σw)²/(N Σw²); it is 1 if all patches or images have the same weight. An axis is logarithmic if its loss or norm "
+    "spans more than a factor of five."
 )
 
 
-def run(runs: list[str], out: str, trust: bool = False) -> Path:
+@dataclass(frozen=True)
+class Judged:
+    """The runs' results by one protocol: its name, one of the results, which describes the metrics, rows and table."""
+
+    protocol: str
+    result: Result
+    rows: list[TableRow]
+    table: Table
+
+
+def run(runs: list[str], out: str, trust: bool = False, images: tuple[str, ...] = ()) -> Path:
     """Write a report on the run folders to `out`/index.html and return that path.
 
-    Pictures need the runs' students; a student whose code is outside fmdistill is imported only with `trust`.
+    Beside it, each protocol's table is written as PROTOCOL.md, .tex and .csv. Pictures need the runs' students; a
+    student whose code is outside fmdistill is imported only with `trust`. `images` are files, folders or keys of
+    validation images whose masks and weights are shown; files need the runs' teacher. UserError if one is missing.
     """
     check_folder(out, "the report")
     loaded = rows.read_runs(runs)
-    first, last = _pictures(loaded, trust)
-    parts = [_titles(loaded), *first, *_tables(loaded), *_curves(loaded), *last]
+    judged = _judged(loaded)
+    first, last = _pictures(loaded, trust, images)
+    parts = [_titles(loaded), *first, *_results(judged), *_curves(loaded), *last]
     path = Path(out).expanduser() / "index.html"
     path.parent.mkdir(parents=True, exist_ok=True)
+    for entry in judged:
+        for ending, format_table in formats.FILES.values():
+            write_whole(path.with_name(f"{entry.protocol}.{ending}"), format_table(entry.table))
     write_whole(path, page.page("Distillation report", parts))
     return path
 
 
 def text(runs: list[str]) -> str:
     """Return the tables of the run folders as text for a terminal, with a warning about single seeds."""
-    texts = [f"{protocol}\n{tables.plain(table)}" for protocol, _, table in _results(rows.read_runs(runs))]
+    texts = [f"{entry.protocol}\n{formats.plain(entry.table)}" for entry in _judged(rows.read_runs(runs))]
     return "\n\n".join([*(texts or ["no evaluation yet: run `fmdistill evaluate PROTOCOL RUN`"]), ONE_SEED])
 
 
-def _results(runs: list[Run]) -> list[tuple[str, Result, tables.Table]]:
-    """Return each protocol's name, a result of it, which describes its metrics, and its table."""
-    results = {stem: result for run in runs for stem, result in run.evaluations.items()}
-    return [
-        (stem, result, tables.build(rows.rows(runs, stem), result.metrics, rows.published(result.protocol)))
-        for stem, result in results.items()
-    ]
+def _judged(runs: list[Run]) -> list[Judged]:
+    judged = []
+    for stem, result in {stem: result for run in runs for stem, result in run.evaluations.items()}.items():
+        table_rows = rows.rows(runs, stem)
+        table = tables.build(table_rows, result.metrics, rows.published(result.protocol))
+        judged.append(Judged(stem, result, table_rows, table))
+    return judged
 
 
 def _titles(runs: list[Run]) -> str:
@@ -85,21 +82,33 @@ def _titles(runs: list[Run]) -> str:
     )
 
 
-def _tables(runs: list[Run]) -> list[str]:
+def _results(judged: list[Judged]) -> list[str]:
     parts = [page.heading("Results"), page.paragraph(ONE_SEED, "notice")]
-    results = _results(runs)
-    if not results:
+    if not judged:
         text = "None of these runs has been evaluated yet: run fmdistill evaluate PROTOCOL RUN."
         return [*parts, page.paragraph(text)]
-    for protocol, _, table in results:
-        parts += [page.heading(f"Protocol {protocol}", 3), tables.html(table)]
-    sentences = [text for _, result, table in results for text in _explanations(result, table)]
-    if any(section.kind == "published" for _, _, table in results for section in table.sections):
+    for entry in judged:
+        files = {name: f"{entry.protocol}.{ending}" for name, (ending, _) in formats.FILES.items()}
+        parts += [page.heading(f"Protocol {entry.protocol}", 3), formats.html(entry.table)]
+        parts += [page.paragraph(" ".join(entry.table.notes))] if entry.table.notes else []
+        parts += [page.links("This table as", files), *_bars(entry)]
+    sentences = [text for entry in judged for text in _explanations(entry.result, entry.table)]
+    if any(section.kind == "published" for entry in judged for section in entry.table.sections):
         sentences.append(ABOUT_PUBLISHED)
     return [*parts, page.paragraph(" ".join(dict.fromkeys(sentences)))]
 
 
-def _explanations(result: Result, table: tables.Table) -> list[str]:
+def _bars(entry: Judged) -> list[str]:
+    panels = bars.gather(entry.rows, entry.result.metrics)
+    figures = [page.figure(plots.bars_figure(panel), "", panel.title) for panel in panels]
+    shown, hidden = figures[:OPEN_BARS], figures[OPEN_BARS:]
+    kinds = dict.fromkeys(kind for panel in panels for kind in panel.kinds)
+    parts = [page.grid(shown)] if shown else []
+    parts += [page.details(f"{len(hidden)} more by parts of the images", [page.grid(hidden)])] if hidden else []
+    return [*parts, page.paragraph(f"Lines on the bars: {', '.join(kinds)}.")] if kinds else parts
+
+
+def _explanations(result: Result, table: Table) -> list[str]:
     """Return the evaluator's explanations of the metrics and dimensions that the table shows."""
     metrics = dict.fromkeys(column.key[0] for column in table.columns)
     dimensions = dict.fromkeys(name for column in table.columns for name, _ in column.key[1])
@@ -108,80 +117,19 @@ def _explanations(result: Result, table: tables.Table) -> list[str]:
 
 
 def _curves(runs: list[Run]) -> list[str]:
-    picture = plots.curves_figure({run.name: run.log for run in runs})
-    if picture is None:
+    pictures = plots.curve_figures({run.name: run.log for run in runs})
+    if not pictures:
         return []
-    caption = "Training logs. An axis is logarithmic if its loss or norm spans more than a factor of five."
-    figure = page.figure(picture, caption, "Loss curves, one line per run", wide=True)
-    return [page.heading("Training"), page.paragraph(ABOUT_CURVES), figure]
+    figures = [page.figure(picture, "", f"{key} by step, one line per run") for key, picture in pictures.items()]
+    return [page.heading("Training"), page.paragraph(ABOUT_CURVES), page.grid(figures)]
 
 
-def _pictures(runs: list[Run], trust: bool) -> tuple[list[str], list[str]]:
-    """Return the pictures of what the networks answer, which open the page, and those of weights, which end it."""
+def _pictures(runs: list[Run], trust: bool, images: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return `pictures.gather`, or why there are no pictures, which is an error only if images were named."""
     try:
-        shown, stride = examples.gather(runs, trust=trust)
-        by_image = ranked.gather(runs, trust=trust)
-        labelled = labels.gather(runs)
+        return pictures.gather(runs, trust, images)
     except UserError as error:
+        if images:
+            raise
         log.warning("report: no pictures: %s", error)
         return [], [page.heading("Pictures"), page.paragraph(f"No pictures: {error}", "notice")]
-    return [*_masks(shown), *_labels(labelled)], [*_weight_maps(shown, stride), *_weighed_images(by_image)]
-
-
-def _weight_maps(shown: list[examples.Example], stride: int) -> list[str]:
-    figures = []
-    for example in shown:
-        for name, weight in example.weights.items():
-            inside = weight[example.valid]
-            picture = plots.weight_map_figure(example.image, weight, example.valid, stride)
-            caption = (
-                f"{example.group}, {example.key}: weights of {name}, N·w from {inside.min():.2f} to {inside.max():.2f} "
-                f"over the {example.valid.sum()} patches that are not padding (of {example.valid.size})."
-            )
-            figures.append(page.figure(picture, caption, f"Weight map of {example.key}"))
-    if not figures:
-        return []
-    return [page.heading("Weights of patches"), page.paragraph(ABOUT_WEIGHTS), page.grid(figures)]
-
-
-def _weighed_images(by_image: list[ranked.Ranked]) -> list[str]:
-    figures = []
-    for entry in by_image:
-        picture = plots.strip_figure(entry.images, [f"{weight:.2f}" for weight in entry.weights])
-        caption = f"N·w of {entry.name}: of {entry.weighed} images those with the largest weights, then the smallest."
-        figures.append(page.figure(picture, caption, f"Images by their weight, {entry.name}", wide=True))
-    if not figures:
-        return []
-    return [page.heading("Weights of images"), page.paragraph(ABOUT_IMAGE_WEIGHTS), *figures]
-
-
-def _masks(shown: list[examples.Example]) -> list[str]:
-    key = page.colour_key(
-        (
-            (plots.AGREED, "in both masks"),
-            (plots.MISSED, "teacher only (missed)"),
-            (plots.ADDED, "student only (added)"),
-        )
-    )
-    parts = []
-    for kind, (heading, about) in ABOUT_MASKS.items():
-        figures = []
-        for example in (example for example in shown if kind in example.prompts):
-            prompt = example.prompts[kind]
-            share = 100 * prompt.masks["teacher"].mean()
-            caption = f"{example.group}, {example.key}: the teacher's mask covers {share:.0f} % of the image."
-            picture = plots.mask_figure(example.image, prompt.point, prompt.masks)
-            figures.append(page.figure(picture, caption, f"Masks of teacher and students on {example.key}", wide=True))
-        if figures:
-            parts += [page.heading(heading), page.paragraph(about), key, *figures]
-    return parts
-
-
-def _labels(labelled: list[labels.Labelled]) -> list[str]:
-    if not labelled:
-        return []
-    figures = [
-        page.figure(plots.labels_figure(entry.image, entry.answers), entry.key, f"Labels of {entry.key}")
-        for entry in labelled
-    ]
-    return [page.heading("Labels"), page.paragraph(ABOUT_LABELS), page.grid(figures, narrow=True)]

@@ -14,10 +14,12 @@ from fmdistill import recipe as recipes
 from fmdistill.backbones.fast_decoder import image_decoder
 from fmdistill.backbones.promptable import PromptHead
 from fmdistill.cache import Cache, open_cache
+from fmdistill.cache.batch import Batch
 from fmdistill.cache.dataset import CachedImages
 from fmdistill.distill.seen import Seen
 from fmdistill.distill.tasks import Distill, open_task
 from fmdistill.evaluate.mask_choice import choose
+from fmdistill.report import named
 from fmdistill.report.rows import Run
 
 GRID = 10  # points a side, two of which are shown
@@ -54,18 +56,20 @@ class Opened:
 
 
 @torch.inference_mode()
-def gather(runs: list[Run], per_group: int = 3, trust: bool = False) -> tuple[list[Example], int]:
+def gather(
+    runs: list[Run], per_group: int = 3, trust: bool = False, images: Sequence[str] = ()
+) -> tuple[list[Example], int]:
     """Return examples, `per_group` of each group of validation images, and the stride of a patch in pixels.
 
-    Runs of another cache than the first run's are left out. UserError if images, cache or students are missing,
-    or if a run names code and `trust` is false.
+    If `images` are named (`named.batches`), the examples are these. Runs of another cache than the first run's are left
+    out. UserError if images, cache or students are missing, or if a run names code and `trust` is false.
     """
     cache, opened = open_runs(runs, trust)
     head = None if cache.record.head is None else cache.head()
-    data = CachedImages(cache, "validation")
     if "embedding" not in cache.shapes:
         return [], cache.preprocess.stride
-    return [_example(data, place, cache, head, opened) for place in _places(data, per_group)], cache.preprocess.stride
+    batches = named.batches(images, runs[0].recipe, cache) if images else _validation(cache, per_group)
+    return [_example(group, batch, cache, head, opened) for group, batch in batches], cache.preprocess.stride
 
 
 def open_runs(runs: list[Run], trust: bool = False) -> tuple[Cache, list[Opened]]:
@@ -101,6 +105,11 @@ def _iou(a_Phw: Tensor, b_Phw: Tensor) -> Tensor:
     return (a_Phw & b_Phw).flatten(1).sum(1) / (a_Phw | b_Phw).flatten(1).sum(1).clamp(min=1)
 
 
+def _validation(cache: Cache, per_group: int) -> Iterator[tuple[str, Batch]]:
+    data = CachedImages(cache, "validation")
+    return ((data.shards[shard].group, data.batch([(shard, index)])) for shard, index in _places(data, per_group))
+
+
 def _places(data: CachedImages, per_group: int) -> list[tuple[int, int]]:
     groups: dict[str, list[tuple[int, int]]] = {}
     for i, shard in enumerate(data.shards):
@@ -109,8 +118,7 @@ def _places(data: CachedImages, per_group: int) -> list[tuple[int, int]]:
     return [groups[group][i] for group, indices in spread.items() for i in indices]
 
 
-def _example(data: CachedImages, place: tuple[int, int], cache: Cache, head: Any, opened: list[Opened]) -> Example:
-    batch = data.batch([place])
+def _example(group: str, batch: Batch, cache: Cache, head: Any, opened: list[Opened]) -> Example:
     h, w = batch["sizes"][0].tolist()
     valid = cache.preprocess.valid(batch["sizes"])
     embeddings = {"teacher": batch["outputs"][f"{cache.family}.embedding"][0]}
@@ -121,7 +129,6 @@ def _example(data: CachedImages, place: tuple[int, int], cache: Cache, head: Any
         weights |= _weights(run, seen, valid.shape[-1])
     prompts = _prompts(head, embeddings, (h, w)) if isinstance(head, PromptHead) else {}
     image = batch["pixels"][0, :, :h, :w].permute(1, 2, 0).numpy()
-    group = data.shards[place[0]].group
     return Example(batch["keys"][0], group, image, weights, valid[0].numpy(), prompts)
 
 

@@ -16,11 +16,17 @@ from fmdistill.report.rows import Run
 
 @dataclass(frozen=True)
 class Labelled:
-    """An image (h, w, 3) uint8, and each network's best label by name, the teacher's first."""
+    """An image (h, w, 3) uint8, and each network's best label by name, the teacher's first.
+
+    `agrees` is whether the first run gives the teacher's label, and `share` that of the judged images with the same
+    answer to this.
+    """
 
     key: str
     image: np.ndarray
     answers: dict[str, str]
+    agrees: bool
+    share: float
 
 
 def gather(runs: list[Run], shown: int = 5) -> list[Labelled]:
@@ -37,15 +43,18 @@ def gather(runs: list[Run], shown: int = 5) -> list[Labelled]:
     first = answers[runs[0].name]
     keys = [key for key in teacher if key in first and key in places]
     agreed = [key for key in keys if first[key] == teacher[key]]
-    chosen = [*_spread(agreed, shown), *_spread([key for key in keys if first[key] != teacher[key]], shown)]
+    differing = [key for key in keys if first[key] != teacher[key]]
     names = [run.name for run in runs if run.name in answers and run.recipe.cache == runs[0].recipe.cache]
     return [
         Labelled(
             key,
             data.batch([places[key]])["pixels"][0].permute(1, 2, 0).numpy(),
             {TEACHER: teacher[key], **{name: answers[name][key] for name in names if key in answers[name]}},
+            agrees,
+            len(members) / len(keys),
         )
-        for key in chosen
+        for agrees, members in ((True, agreed), (False, differing))
+        for key in _spread(members, shown)
     ]
 
 

@@ -1,7 +1,7 @@
 """Build a self-contained HTML page: no script, and no external style sheet, font or image."""
 
 import base64
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from html import escape
 
 STYLE = """
@@ -26,7 +26,7 @@ tbody th[scope=row] { border-bottom: 1px solid #eef0f3; position: sticky; left: 
 tbody { background: #fff }
 .heading th { padding-top: 1rem; font-size: .8rem; color: #555c68; font-weight: 600; white-space: normal }
 .heading span { position: sticky; left: .75rem; display: inline-block; max-width: min(40rem, 80vw) }
-tbody.run th[scope=row], tbody.run td { font-weight: 650 }
+tbody.run th[scope=row] { font-weight: 650 }
 tbody.floor, tbody.difference, tbody.closed { color: #3d434d }
 tbody.published { background: #f4f1fa; color: #4b3b73 }
 tbody.published th[scope=row], tbody.published td { font-style: italic }
@@ -36,16 +36,31 @@ figure img { display: block; width: 100%; height: auto }
 figure.wide { overflow-x: auto; margin: 1.4rem 0 }
 figure.wide img { min-width: 34rem; max-width: 100% }
 figcaption { font-size: .86rem; color: #555c68; margin-top: .3rem; max-width: 46rem }
+figure.panels { display: flex; flex-wrap: wrap; gap: .6rem; margin: 1.4rem 0 }
+.panels div { flex: 0 1 14rem; min-width: 0 }
+.panels span { font-size: .82rem; overflow-wrap: anywhere }
+.panels figcaption { flex: 1 0 100%; margin: 0 }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(28rem, 100%), 1fr)); gap: 1.6rem 2rem;
   margin: 1.2rem 0; align-items: start }
 .grid.narrow { grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)) }
-.grid img { width: auto; max-width: 100%; max-height: 16rem }
-.key i { display: inline-block; width: .85em; height: .85em; border-radius: 2px; margin: 0 .3em 0 .9em;
+.grid img { width: auto; max-width: 100%; max-height: 18rem }
+td small { display: block; font-size: .74rem; color: #6b7280; font-weight: 400; line-height: 1.1 }
+strong { font-weight: 750 }
+.files { font-size: .86rem; color: #555c68 }
+summary { cursor: pointer; margin: 1rem 0; font-weight: 600 }
+.key i { display: inline-block; width: .85em; height: .85em; border-radius: 2px; margin-right: .3em;
   vertical-align: -.05em }
-.key i:first-child { margin-left: 0 }
+.key span { white-space: nowrap; margin-right: .6em }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; font-size: .92rem }
 dt { font-weight: 600 } dd { margin: 0; color: #555c68 }
-@media (max-width: 40rem) { dl { grid-template-columns: 1fr } dd { margin-bottom: .5rem } }
+@media (max-width: 40rem) {
+  body { padding: 1.2rem .9rem 3rem; font-size: 15px }
+  h1 { font-size: 1.5rem } h2 { margin-top: 2rem }
+  dl { grid-template-columns: 1fr } dd { margin-bottom: .5rem }
+  th, td { padding: .3rem .5rem }
+  tbody th[scope=row] { min-width: 5rem; max-width: 7rem; white-space: normal; overflow-wrap: break-word }
+  .panels div { flex: 0 1 calc(50% - .3rem) }
+}
 """.strip()
 
 
@@ -87,13 +102,31 @@ def definitions(items: Iterable[tuple[str, str]]) -> str:
 
 def figure(image: bytes, caption: str, alt: str, wide: bool = False) -> str:
     """Return an embedded PNG or SVG image with its caption as HTML; a `wide` one scrolls on a narrow screen."""
-    kind = "png" if image.startswith(b"\x89PNG") else "svg+xml"
-    data = base64.b64encode(image).decode()
     style = ' class="wide"' if wide else ""
     return (
-        f'<figure{style}><img src="data:image/{kind};base64,{data}" alt="{escape(alt, quote=True)}">'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
+        f'<figure{style}><img src="{_data(image)}" alt="{escape(alt, quote=True)}">'
+        f"{f'<figcaption>{escape(caption)}</figcaption>' if caption else ''}</figure>"
     )
+
+
+def panels(images: Mapping[str, bytes], caption: str, alt: str) -> str:
+    """Return PNG images, each above its key as a label, as one figure with a caption; they wrap on a narrow screen."""
+    shown = "".join(
+        f'<div><img src="{_data(image)}" alt="{escape(alt, quote=True)}"><span>{escape(label)}</span></div>'
+        for label, image in images.items()
+    )
+    return f'<figure class="panels">{shown}<figcaption>{escape(caption)}</figcaption></figure>'
+
+
+def details(summary: str, parts: Iterable[str]) -> str:
+    """Return HTML `parts` that are hidden until the reader opens them by the plain text `summary`."""
+    return f"<details><summary>{escape(summary)}</summary>{''.join(parts)}</details>"
+
+
+def links(text: str, files: Mapping[str, str]) -> str:
+    """Return a paragraph of links to files beside the page as HTML; `files` are their names by the plain link text."""
+    anchors = ", ".join(f'<a href="{escape(name, quote=True)}">{escape(label)}</a>' for label, name in files.items())
+    return f'<p class="files">{escape(text)} {anchors}</p>'
 
 
 def grid(figures: Iterable[str], narrow: bool = False) -> str:
@@ -103,5 +136,10 @@ def grid(figures: Iterable[str], narrow: bool = False) -> str:
 
 def colour_key(entries: Iterable[tuple[tuple[int, int, int], str]]) -> str:
     """Return a legend of RGB colours and their meanings as HTML."""
-    marks = "".join(f'<i style="background:rgb{colour}"></i>{escape(text)}' for colour, text in entries)
+    marks = " ".join(f'<span><i style="background:rgb{colour}"></i>{escape(text)}</span>' for colour, text in entries)
     return f'<p class="key">{marks}</p>'
+
+
+def _data(image: bytes) -> str:
+    kind = "png" if image.startswith(b"\x89PNG") else "svg+xml"
+    return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from fmdistill.evaluate import results
+from fmdistill.evaluate import intervals, results
+from fmdistill.evaluate.intervals import Ends
 from fmdistill.evaluate.results import STUDENT, Key, Metric
+from fmdistill.report import decided
 from fmdistill.report.rows import Run
 
-LEVEL = 0.95
-UNCORRECTED_METHODS = 3  # with more methods, intervals are corrected for the number of comparisons
 QUICK_RUN = 60.0  # seconds of training below which a verdict needs QUICK_SEEDS
 QUICK_SEEDS, SEEDS = 8, 5  # needed for a verdict
 
@@ -27,7 +27,9 @@ class Line:
     """One method's result on one metric over its seeds, and its difference to the baseline with the same seeds.
 
     The interval is Student's t interval of the S paired differences at 95 %; with more than three methods at
-    1 - 5 % / (M - 1) (Bonferroni), so that all intervals of a metric hold together at 95 %.
+    1 - 5 % / (M - 1) (Bonferroni), so that all intervals of a metric hold together at 95 %. The verdict is by it.
+    `over_images` and `difference_over_images` are the bootstrap intervals of these seeds' mean and difference over the
+    images, at the same levels; None if the runs' results lack the sums of the same images.
     """
 
     method: str
@@ -42,6 +44,8 @@ class Line:
     high: float | None
     verdict: str
     effective_sample_size: float | None  # the smallest of the terms', averaged over the logged steps and the seeds
+    over_images: Ends | None = None
+    difference_over_images: Ends | None = None
 
 
 def compare(runs: Mapping[str, Sequence[Run]], protocol: str) -> list[Line]:
@@ -52,7 +56,9 @@ def compare(runs: Mapping[str, Sequence[Run]], protocol: str) -> list[Line]:
     methods = list(runs)
     required = seeds_needed(runs)
     lines = []
-    for key in _keys(runs, protocol):
+    keys = _keys(runs, protocol)
+    over_images = decided.over_images(runs, protocol, keys)
+    for key in keys:
         metric = runs[methods[0]][0].evaluations[protocol].metric(key[0])
         values = {name: _values(runs[name], protocol, key) for name in methods}
         for name in methods:
@@ -63,7 +69,8 @@ def compare(runs: Mapping[str, Sequence[Run]], protocol: str) -> list[Line]:
             count, ess = len(values[name]), _effective_sample_size(runs[name])
             verdict = _verdict(difference, low, high, count, required, metric)
             compared = (mean, deviation, difference, low, high, verdict, ess)
-            lines.append(Line(name, key[0], dict(key[1]), metric.percent, count, *compared))
+            ends = over_images[name, key]
+            lines.append(Line(name, key[0], dict(key[1]), metric.percent, count, *compared, *ends))
     return lines
 
 
@@ -72,8 +79,7 @@ def interval(difference_S: np.ndarray, methods: int = 2) -> tuple[float, float, 
     count, mean = len(difference_S), float(np.mean(difference_S))
     if count < 2:
         return mean, -math.inf, math.inf
-    comparisons = methods - 1 if methods > UNCORRECTED_METHODS else 1
-    quantile = float(stats.t.ppf(1 - (1 - LEVEL) / comparisons / 2, count - 1))
+    quantile = float(stats.t.ppf((1 + decided.level(methods)) / 2, count - 1))
     half = quantile * float(np.std(difference_S, ddof=1)) / math.sqrt(count)
     return mean, mean - half, mean + half
 
@@ -90,24 +96,50 @@ def text(lines: Sequence[Line]) -> str:
     text_lines = []
     for heading in dict.fromkeys(_heading(line) for line in lines):
         members = [line for line in lines if _heading(line) == heading]
+        images = any(line.over_images is not None for line in members)
+        columns = ["method", "mean", *(["over images"] if images else []), "sd", "difference", "over seeds"]
+        columns += [*(["over images"] if images else []), "", "ESS"]
         text_lines += [f"**{heading}**, {members[0].seeds} seeds, differences to {members[0].method}", ""]
-        text_lines += ["| method | mean | sd | difference | interval | | ESS |", "|---|---|---|---|---|---|---|"]
-        text_lines += [_row(line) for line in members] + [""]
+        text_lines += [_joined(columns), "|" + "---|" * len(columns)]
+        text_lines += [_joined(_row(line, images)) for line in members] + [""]
+        text_lines += [_about(len(members), images), ""]
     return "\n".join(text_lines).rstrip()
+
+
+def _about(methods: int, images: bool) -> str:
+    """Return what the intervals of a table are."""
+    corrected = (
+        f", of differences {100 * decided.level(methods):.4g} %" if decided.level(methods) != intervals.LEVEL else ""
+    )
+    seeds = "over seeds: Student's t interval of the paired differences, by which the verdict is"
+    bootstrap = "; over images: bootstrap interval of these seeds' mean or difference over the images"
+    return f"Intervals at 95 %{corrected}; {seeds}{bootstrap if images else ''}."
 
 
 def _heading(line: Line) -> str:
     return results.shown(results.key({"metric": line.metric, **line.dimensions}))
 
 
-def _row(line: Line) -> str:
-    ess = "" if line.effective_sample_size is None else f"{line.effective_sample_size:.3f}"
+def _row(line: Line, images: bool) -> list[str]:
     scale, form = (100.0, ".2f") if line.percent else (1.0, ".4g")
-    start = f"| {line.method} | {scale * line.mean:{form}} | {scale * line.deviation:{form}} |"
-    if line.difference is None:
-        return f"{start} | | baseline | {ess} |"
-    low, high = (f"{scale * end:+{form}}" for end in (line.low or 0.0, line.high or 0.0))
-    return f"{start} {scale * line.difference:+{form}} | {low} to {high} | {line.verdict} | {ess} |"
+
+    def number(value: float, sign: str = "") -> str:
+        return f"{scale * value:{sign}{form}}"
+
+    def ends(pair: tuple[float, float] | None, sign: str = "") -> str:
+        return "" if pair is None else f"{number(pair[0], sign)} to {number(pair[1], sign)}"
+
+    over_images = ([ends(line.over_images)], [ends(line.difference_over_images, "+")]) if images else ([], [])
+    start = [line.method, number(line.mean), *over_images[0], number(line.deviation)]
+    ess = "" if line.effective_sample_size is None else f"{line.effective_sample_size:.3f}"
+    if line.difference is None or line.low is None or line.high is None:
+        return [*start, "", "", *over_images[1], line.verdict, ess]
+    seeds = ends((line.low, line.high), "+")
+    return [*start, number(line.difference, "+"), seeds, *over_images[1], line.verdict, ess]
+
+
+def _joined(texts: Sequence[str]) -> str:
+    return "| " + " | ".join(texts) + " |"
 
 
 def _verdict(

@@ -12,6 +12,8 @@ from matplotlib.colors import CenteredNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
+from fmdistill.report.bars import Bars
+
 # Letters: H x W pixels of the resized image, g patches a side.
 
 PALETTE = (
@@ -44,20 +46,41 @@ PANELS = (  # the logged quantities to draw, in order; the terms' own are left o
 )
 
 
-def curves_figure(logs: Mapping[str, Sequence[Mapping[str, Any]]], limit: int = 9) -> bytes | None:
-    """Draw one panel per logged quantity, the loss first, with a line per run; return SVG, or None without any."""
-    keys = _logged(logs)[:limit]
-    if not keys:
-        return None
-    columns = min(3, len(keys))
-    lines = -(-len(keys) // columns)
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(3.7 * columns, 2.6 * lines), layout="constrained")
-        for i, key in enumerate(keys):
-            axes = figure.add_subplot(lines, columns, i + 1)
+def curve_figures(logs: Mapping[str, Sequence[Mapping[str, Any]]], limit: int = 9) -> dict[str, bytes]:
+    """Draw one figure per logged quantity, the loss first, with a line per run; return SVG by the quantity's name."""
+    figures = {}
+    for key in _logged(logs)[:limit]:
+        with matplotlib.rc_context(STYLE):
+            figure = Figure(figsize=(4.2, 2.9), layout="constrained")
+            axes = figure.add_subplot()
             _curves(axes, key, logs)
-        handles, labels = figure.axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), frameon=False)
+            _legend(figure, axes)
+            figures[key] = _save(figure, "svg")
+    return figures
+
+
+def bars_figure(bars: Bars) -> bytes:
+    """Draw bars side by side for each part of the images, a colour per run, with the intervals; return SVG."""
+    scale = 100 if bars.percent else 1
+    with matplotlib.rc_context(STYLE | {"axes.grid.axis": "y"}):
+        figure = Figure(figsize=(4.2, 2.9), layout="constrained")
+        axes = figure.add_subplot()
+        places, width = np.arange(len(bars.labels)), 0.8 / len(bars.values)
+        for number, (name, values) in enumerate(bars.values.items()):
+            x = places + (number - (len(bars.values) - 1) / 2) * width
+            heights = [np.nan if value is None else scale * value for value in values]
+            axes.bar(x, heights, 0.94 * width, label=name, color=PALETTE[number % len(PALETTE)], alpha=0.85)
+            for place, interval in zip(x, bars.intervals[name], strict=True):
+                if interval is not None:
+                    axes.plot(
+                        [place, place], [scale * interval.low, scale * interval.high], color="0.15", linewidth=1.3
+                    )
+        axes.axhline(0, color="0.3", linewidth=0.8)
+        if not axes.dataLim.height:  # all are zero
+            axes.set_ylim(0, scale)
+        axes.set_xticks(places, bars.labels, rotation=25 if max(map(len, bars.labels)) > 6 else 0, parse_math=False)
+        axes.set_title(bars.title, parse_math=False)
+        _legend(figure, axes)
         return _save(figure, "svg")
 
 
@@ -103,35 +126,34 @@ def weights_figure(weights: np.ndarray, valid: np.ndarray, title: str) -> bytes:
         return _save(figure, "png")
 
 
-def mask_figure(image: np.ndarray, point: tuple[float, float], masks: Mapping[str, np.ndarray]) -> bytes:
-    """Draw an image (H, W, 3) uint8 with the point (x, y), and beside it each of `masks`, (H, W) bool; return PNG.
+def mask_figures(image: np.ndarray, point: tuple[float, float], masks: Mapping[str, np.ndarray]) -> dict[str, bytes]:
+    """Draw an image (H, W, 3) uint8 with the point (x, y), then each of `masks`, (H, W) bool; return PNG by caption.
 
     The first mask is the teacher's; the others show their agreement with it in the colours AGREED, MISSED and ADDED.
     """
-    names = list(masks)
+    teacher = next(iter(masks.values()))
+    figures = {"image and point": _point_figure(image, point)}
+    for number, (name, mask) in enumerate(masks.items()):
+        iou = f", IoU {_iou(teacher, mask):.2f}" if number else ""
+        figures[f"{name}{iou}"] = _point_figure(paint(image, teacher, mask), point)
+    return figures
+
+
+def _point_figure(image: np.ndarray, point: tuple[float, float]) -> bytes:
     height, width = image.shape[:2]
-    panel = 2.4
     with matplotlib.rc_context(STYLE | {"axes.grid": False}):
-        size = (panel * (len(names) + 1), panel * height / width + 0.32)
-        figure = Figure(figsize=size, layout="constrained")
-        axes = figure.subplots(1, len(names) + 1)
-        axes[0].imshow(image)
-        axes[0].set_title("image and point")
-        teacher = masks[names[0]]
-        for axis, name in zip(axes[1:], names, strict=True):
-            axis.imshow(paint(image, teacher, masks[name]))
-            iou = "" if name == names[0] else f", IoU {_iou(teacher, masks[name]):.2f}"
-            axis.set_title(f"{name}{iou}")
-        for axis in axes:
-            axis.plot(*point, marker="o", markersize=6, color="#39ff14", markeredgecolor="black", markeredgewidth=1.2)
-            _frame(axis, height, width)
+        figure = Figure(figsize=(2.6, 2.6 * height / width))
+        axes = figure.add_axes((0, 0, 1, 1))
+        axes.imshow(image)
+        axes.plot(*point, marker="o", markersize=6, color="#39ff14", markeredgecolor="black", markeredgewidth=1.2)
+        _frame(axes, height, width)
         return _save(figure, "png")
 
 
 def labels_figure(image: np.ndarray, answers: Mapping[str, str]) -> bytes:
     """Draw an image (h, w, 3) uint8 above each network's answer, the teacher's first; return PNG.
 
-    An answer that is not the teacher's is in the colour MISSED.
+    An answer that is not the teacher's is in the colour ADDED.
     """
     first = next(iter(answers.values()))
     with matplotlib.rc_context(STYLE | {"axes.grid": False}):
@@ -142,7 +164,7 @@ def labels_figure(image: np.ndarray, answers: Mapping[str, str]) -> bytes:
         axes.imshow(image)
         _frame(axes, *image.shape[:2])
         for number, (name, answer) in enumerate(answers.items(), start=1):
-            colour = "black" if answer == first else tuple(channel / 255 for channel in MISSED)
+            colour = "black" if answer == first else tuple(channel / 255 for channel in ADDED)
             height = (text - line * (number - 0.25)) / whole
             figure.text(0.01, height, f"{name}: {answer}", fontsize=7.5, color=colour, parse_math=False)
         return _save(figure, "png")
@@ -196,6 +218,12 @@ def _curves(axes: Any, key: str, logs: Mapping[str, Sequence[Mapping[str, Any]]]
     axes.set_xlabel("step")
 
 
+def _legend(figure: Figure, axes: Any) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    columns = max(1, min(len(labels), 60 // (6 + max(map(len, labels), default=0))))
+    figure.legend(handles, labels, loc="outside lower left", ncols=columns, frameon=False, fontsize=8)
+
+
 def _bar(figure: Figure, axes: Any, heat: Any, span: float) -> None:
     ends = max(0.0, 1 - span), 1 + span  # no weight is negative
     bar_axes = axes.inset_axes((1.03, 0, 0.04, 1))
@@ -215,6 +243,8 @@ def _iou(a: np.ndarray, b: np.ndarray) -> float:
 
 def _save(figure: Figure, kind: str) -> bytes:
     file = io.BytesIO()
-    metadata = {"Date": None} if kind == "svg" else None
-    figure.savefig(file, format=kind, dpi=130, metadata=metadata, bbox_inches="tight", pad_inches=0.03)
+    if kind == "svg":
+        figure.savefig(file, format=kind, metadata={"Date": None})
+    else:
+        figure.savefig(file, format=kind, dpi=130, bbox_inches="tight", pad_inches=0.03)
     return file.getvalue()

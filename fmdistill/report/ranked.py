@@ -2,6 +2,7 @@
 
 # Legend: B images weighed together.
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 
 from fmdistill.cache.dataset import CachedImages
 from fmdistill.distill.data import every
+from fmdistill.report import named
 from fmdistill.report.examples import open_runs, term_weights
 from fmdistill.report.rows import Run
 
@@ -26,14 +28,22 @@ class Ranked:
 
 
 @torch.inference_mode()
-def gather(runs: list[Run], shown: int = 12, trust: bool = False) -> list[Ranked]:
-    """Return, for each term that weighs whole images differently, `shown` images, half from either end."""
+def gather(runs: list[Run], shown: int = 12, trust: bool = False, images: Sequence[str] = ()) -> list[Ranked]:
+    """Return, for each term that weighs whole images differently, `shown` images, half from either end.
+
+    If `images` are named (`named.batches`), these are weighed, all as one batch.
+    """
     cache, opened = open_runs(runs, trust)
-    data = CachedImages(cache, "validation")
-    places = [(shard, index) for ((_, shard, index),) in every(data, 1)][:BATCH]
-    if not places or all(len(shape) > 1 for shape in cache.shapes.values()):
+    if all(len(shape) > 1 for shape in cache.shapes.values()):
         return []
-    batch = data.batch(places)
+    if images:
+        batch = named.merged([batch for _, batch in named.batches(images, runs[0].recipe, cache)])
+    else:
+        data = CachedImages(cache, "validation")
+        places = [(shard, index) for ((_, shard, index),) in every(data, 1)][:BATCH]
+        if not places:
+            return []
+        batch = data.batch(places)
     ranked = []
     for run in opened:
         for name, weight, _ in term_weights(run, run.task.see(batch)):
@@ -41,5 +51,5 @@ def gather(runs: list[Run], shown: int = 12, trust: bool = False) -> list[Ranked
                 order = weight.argsort(descending=True).tolist()
                 chosen = order if len(order) <= shown else [*order[: shown // 2], *order[-(shown - shown // 2) :]]
                 pictures = [batch["pixels"][i].permute(1, 2, 0).numpy() for i in chosen]
-                ranked.append(Ranked(name, pictures, [float(weight[i]) for i in chosen], len(places)))
+                ranked.append(Ranked(name, pictures, [float(weight[i]) for i in chosen], len(order)))
     return ranked

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from fmdistill import recipe as recipes
 from fmdistill.evaluate import results
+from fmdistill.evaluate.intervals import Entry, entry_key
 from fmdistill.evaluate.results import STUDENT, TEACHER, Key, Result
 from fmdistill.logs import read_json_lines
 from fmdistill.recipe import Recipe
@@ -27,12 +28,26 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Interval:
+    """The ends of a value's interval, and what it is, such as "95 % bootstrap over images"."""
+
+    low: float
+    high: float
+    of: str = ""
+
+
+@dataclass(frozen=True)
 class TableRow:
-    """A row of a table: the values of one subject by metric and dimensions."""
+    """A row of a table: the values of one subject by metric and dimensions, with their intervals.
+
+    `per_image` are the stored sums of the images, for the intervals of differences (`intervals.differences`).
+    """
 
     name: str
     kind: Kind
     cells: dict[Key, float]
+    intervals: dict[Key, Interval] = field(default_factory=dict)
+    per_image: dict[Key, Entry] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -63,16 +78,20 @@ def rows(runs: list[Run], evaluation: str) -> list[TableRow]:
     """Return one row per run and subject of an evaluation; a teacher or floor that runs share appears once."""
     table_rows: list[TableRow] = []
     for run in runs:
-        subjects = _by_subject(run.evaluations[evaluation].rows if evaluation in run.evaluations else [])
-        for subject, cells in subjects.items():
+        if evaluation not in run.evaluations:
+            continue
+        result = run.evaluations[evaluation]
+        subjects, entries = _by_subject(result.rows), _entries(result)
+        for subject, stored in subjects.items():
+            rest = _cells(stored), _intervals(stored), entries.get(subject, {})
             if subject == STUDENT:
-                table_rows.append(TableRow(run.name, "run", cells))
+                table_rows.append(TableRow(run.name, "run", *rest))
             elif STUDENT not in subjects:
-                table_rows.append(TableRow(f"{run.name}: {subject}", "run", cells))
-            elif not any(row.kind != "run" and row.cells == cells for row in table_rows):
+                table_rows.append(TableRow(f"{run.name}: {subject}", "run", *rest))
+            elif not any(row.kind != "run" and row.cells == rest[0] for row in table_rows):
                 name_taken = any(row.name == subject for row in table_rows)
                 kind = "teacher" if subject == TEACHER else "floor"
-                table_rows.append(TableRow(f"{subject} ({run.name})" if name_taken else subject, kind, cells))
+                table_rows.append(TableRow(f"{subject} ({run.name})" if name_taken else subject, kind, *rest))
     return sorted(table_rows, key=lambda row: row.kind != "run")
 
 
@@ -99,7 +118,7 @@ def read_published(path: Path) -> Published:
         )
     scale = 100.0 if settings["unit"] == "percent" else 1.0
     subjects = _by_subject([_published_row(path, row, scale) for row in settings["rows"]])
-    table_rows = [TableRow(name, "published", cells) for name, cells in subjects.items()]
+    table_rows = [TableRow(name, "published", _cells(stored)) for name, stored in subjects.items()]
     return Published(settings["source"], settings["setting"], settings["protocol"], table_rows)
 
 
@@ -117,8 +136,28 @@ def _read_run(name: str, folder: Path) -> Run:
     return Run(name, folder, recipe, read_json_lines(folder / "metrics.jsonl"), evaluations)
 
 
-def _by_subject(stored: Iterable[results.Row]) -> dict[str, dict[Key, float]]:
-    subjects: dict[str, dict[Key, float]] = {}
+def _by_subject(stored: Iterable[results.Row]) -> dict[str, list[results.Row]]:
+    subjects: dict[str, list[results.Row]] = {}
     for row in stored:
-        subjects.setdefault(row["subject"], {})[results.key(row)] = row["value"]
+        subjects.setdefault(row["subject"], []).append(row)
+    return subjects
+
+
+def _cells(stored: Iterable[results.Row]) -> dict[Key, float]:
+    return {results.key(row): row["value"] for row in stored}
+
+
+def _intervals(stored: Iterable[results.Row]) -> dict[Key, Interval]:
+    return {
+        results.key(row): Interval(row["low"], row["high"], row.get("interval", ""))
+        for row in stored
+        if {"low", "high"} <= row.keys()
+    }
+
+
+def _entries(result: Result) -> dict[str, dict[Key, Entry]]:
+    """Return the stored sums of the images by subject and key."""
+    subjects: dict[str, dict[Key, Entry]] = {}
+    for entry in result.per_image:
+        subjects.setdefault(entry["subject"], {})[entry_key(entry)] = entry
     return subjects

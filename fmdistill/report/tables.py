@@ -1,16 +1,17 @@
-"""Build a table from rows, and format it as aligned text for a terminal or as HTML for the page."""
+"""Build a table from rows: runs, their differences, teachers, floors, and papers' rows, with intervals."""
 
 import re
-import textwrap
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from html import escape
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
 from fmdistill.evaluate import results
 from fmdistill.evaluate.results import TEACHER, Key, Metric
+from fmdistill.report import decided
 from fmdistill.report.rows import Published, TableRow
+
+ABOUT_BEST = "Bold: the best run, if the interval of its difference to each other run excludes zero."
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,15 @@ class Section:
 
 @dataclass(frozen=True)
 class Table:
-    """Columns, and sections of rows; a cell is empty if its row lacks the column's metric."""
+    """Columns, and sections of rows; a cell is empty if its row lacks the column's metric.
+
+    `best` are the names of the runs that are decided to be the best, by column; `notes` say what the intervals are of.
+    """
 
     columns: list[Column]
     sections: list[Section]
+    best: dict[Key, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 def build(rows: list[TableRow], metrics: Mapping[str, Metric], papers: list[Published] | None = None) -> Table:
@@ -53,7 +59,7 @@ def build(rows: list[TableRow], metrics: Mapping[str, Metric], papers: list[Publ
     columns = _columns(runs, metrics)
     sections = [Section("Runs", "run", runs)]
     if len(runs) > 1:
-        sections.append(Section(f"Difference to {runs[0].name}", "difference", _differences(runs), signed=True))
+        sections.append(Section(f"Difference to {runs[0].name}", "difference", decided.differences(runs), signed=True))
     if teachers:
         sections.append(Section("Teacher: what a student imitates", "teacher", teachers))
     if floors:
@@ -65,47 +71,10 @@ def build(rows: list[TableRow], metrics: Mapping[str, Metric], papers: list[Publ
         shown = [row for row in paper.rows if row.cells.keys() & {column.key for column in columns}]
         if shown:
             sections.append(Section(f"Published: {paper.source}. {paper.setting}", "published", shown))
-            differences = _differences(shown)
+            differences = decided.differences(shown)
             sections.append(Section(f"Published difference to {shown[0].name}", "published", differences, signed=True))
-    return Table(columns, sections)
-
-
-def plain(table: Table) -> str:
-    """Format the table as aligned text, with the column groups on a line above their columns."""
-    bodies = [[[row.name, *_cells(row, table, section)] for row in section.rows] for section in table.sections]
-    cells = [["", *(column.label for column in table.columns)], *(line for body in bodies for line in body)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-    top = " " * widths[0]
-    for name, members in _groups(table):
-        needed = sum(widths[i + 1] + 2 for i in members)
-        widths[members[-1] + 1] += max(0, len(name) + 2 - needed)
-        top += f"  {name:^{max(len(name), needed - 2)}}"
-    lines = [top.rstrip(), _aligned(cells[0], widths)]
-    for section, body in zip(table.sections, bodies, strict=True):
-        lines += ["", *textwrap.wrap(section.heading, 100), *(_aligned(line, widths) for line in body)]
-    return "\n".join(lines)
-
-
-def html(table: Table) -> str:
-    """Format the table as HTML; each section's kind is its CSS class."""
-    groups = ((name, len(members)) for name, members in _groups(table))
-    top = "".join(f'<th colspan="{span}" scope="colgroup">{escape(name)}</th>' for name, span in groups)
-    labels = "".join(f'<th scope="col">{escape(column.label)}</th>' for column in table.columns)
-    bodies = "".join(_body(section, table) for section in table.sections)
-    head = f'<thead><tr><th rowspan="2"></th>{top}</tr><tr>{labels}</tr></thead>'
-    return f'<div class="scroll"><table>{head}{bodies}</table></div>'
-
-
-def _body(section: Section, table: Table) -> str:
-    span = len(table.columns) + 1
-    heading = f'<tr class="heading"><th colspan="{span}"><span>{escape(section.heading)}</span></th></tr>'
-    lines = [
-        f'<tr><th scope="row">{escape(row.name)}</th>'
-        + "".join(f"<td>{escape(cell)}</td>" for cell in _cells(row, table, section))
-        + "</tr>"
-        for row in section.rows
-    ]
-    return f'<tbody class="{section.kind}">{heading}{"".join(lines)}</tbody>'
+    best = decided.best(runs, [column.key for column in columns], metrics)
+    return Table(columns, sections, best, _notes(sections, columns, bool(best)))
 
 
 def _columns(runs: list[TableRow], metrics: Mapping[str, Metric]) -> list[Column]:
@@ -127,11 +96,23 @@ def _column(key: Key, metric: Metric) -> Column:
     return Column(key, group, label, metric.percent)
 
 
-def _differences(rows: list[TableRow]) -> list[TableRow]:
-    return [
-        TableRow(f"{row.name} − {rows[0].name}", row.kind, _combine(lambda a, b: a - b, row.cells, rows[0].cells))
-        for row in rows[1:]
-    ]
+def _notes(sections: list[Section], columns: list[Column], best: bool) -> list[str]:
+    """Return what the shown intervals are of, and what bold means."""
+    keys = [column.key for column in columns]
+    kinds = {
+        signed: dict.fromkeys(
+            row.intervals[key].of
+            for section in sections
+            if section.signed is signed
+            for row in section.rows
+            for key in keys
+            if key in row.intervals
+        )
+        for signed in (False, True)
+    }
+    notes = [f"[low, high] of a value: {kind or 'an interval that its evaluator gives'}." for kind in kinds[False]]
+    notes += [f"[low, high] of a difference: {kind}." for kind in kinds[True]]
+    return [*notes, ABOUT_BEST] if best else notes
 
 
 def _closed(run: TableRow, floors: list[TableRow], teachers: list[TableRow], metrics: Mapping[str, Metric]) -> TableRow:
@@ -152,25 +133,9 @@ def _combine(function: Callable[[float, Any], float], a: dict[Key, float], b: di
     return {key: function(a[key], b[key]) for key in a if key in b}
 
 
-def _cells(row: TableRow, table: Table, section: Section) -> list[str]:
-    shares = section.kind == "closed"  # for every metric
-    return [_number(row.cells.get(column.key), column.percent or shares, section.signed) for column in table.columns]
-
-
-def _number(value: float | None, percent: bool, signed: bool) -> str:
-    if value is None:
-        return ""
-    shown = f"{100 * value:.2f}" if percent else f"{value:.4f}"
-    return ("+" if signed and not shown.startswith("-") else "") + shown.replace("-", "−")
-
-
-def _groups(table: Table) -> list[tuple[str, list[int]]]:
+def groups(table: Table) -> list[tuple[str, list[int]]]:
     """Return each column group's name with the indices of its columns, which are neighbours."""
     return [
         (name, [i for i, _ in members])
         for name, members in groupby(enumerate(table.columns), key=lambda pair: pair[1].group)
     ]
-
-
-def _aligned(line: list[str], widths: list[int]) -> str:
-    return "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])

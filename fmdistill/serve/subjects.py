@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from fmdistill import recipe as recipes
-from fmdistill import teachers
 from fmdistill.backbones.clip import TextHead
 from fmdistill.backbones.device import pick_device
 from fmdistill.backbones.promptable import PromptHead
@@ -23,6 +22,7 @@ from fmdistill.images import Decoding, build
 from fmdistill.logs import log
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError
+from fmdistill.report.named import open_teacher
 from fmdistill.report.rows import Run, read_runs
 from fmdistill.teachers.family import Preprocess, Teacher
 
@@ -118,18 +118,10 @@ def _cache(run: Run) -> Cache | None:
 
 def _teacher(run: Run, cache: Cache | None) -> tuple[Teacher | None, str]:
     """Return the run's teacher, or None and why it is not at hand."""
-    if not run.recipe.teacher:
-        return None, "the run's recipe names no teacher"
     try:
-        model = teachers.build(run.recipe.teacher)
+        return open_teacher(run.recipe, cache), ""
     except (UserError, OSError) as error:
         return None, str(error)
-    if cache is not None:
-        fingerprint, stored = model.fingerprint(), cache.manifest["teacher"]
-        for part in ("weights", "preprocess"):
-            if part in stored and fingerprint.get(part) != stored[part]:
-                return None, f"the teacher at hand is not the one of {cache.root}: other {part}"
-    return model, ""
 
 
 def _shared(

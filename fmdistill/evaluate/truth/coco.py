@@ -64,7 +64,8 @@ class CocoTruth:
             )
         counts = (len(records), len(stored["annotations"]))
         of = partial(_of, {name: _truth(record, by_image) for name, record in joined.items()}, joined)
-        return JoinedTruth([name for name in names if name in joined], of, tuple(skipped), categories, counts)
+        ids = {name: record["id"] for name, record in joined.items()}
+        return JoinedTruth([name for name in names if name in joined], of, tuple(skipped), categories, counts, ids)
 
     def _categories(self, stored: Any, where: str) -> dict[int, Category]:
         categories: dict[int, Category] = {}

@@ -58,13 +58,17 @@ class Category(NamedTuple):
 
 @dataclass(frozen=True)
 class JoinedTruth:
-    """A truth joined with images: `images` are the names of those that it annotates, in the order of the images."""
+    """A truth joined with images: `images` are the names of those that it annotates, in the order of the images.
+
+    `ids` are the ids of these images in COCO's and LVIS's files, by name.
+    """
 
     images: Sequence[str]
     of: Callable[[SegmentedImage], ImageTruth]
     skipped: tuple[Skip, ...] = ()
     categories: Mapping[int, Category] = field(default_factory=dict)
     stated: tuple[int, int] | None = None  # the numbers of images and annotations in a file for all images
+    ids: Mapping[str, int] = field(default_factory=dict)
 
 
 def instance(annotation: Any, number: int, category: int | None = None) -> Instance:
