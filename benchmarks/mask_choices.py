@@ -96,7 +96,7 @@ def main() -> None:
                 rows, sums = measure(Path(name), protocol, settings)
                 if not base:
                     base = sums
-                    labels = [f"{row['clicks']} clicks" if "clicks" in row else "box" for row in rows]
+                    labels = [f"clicks: {row['clicks']}" if "clicks" in row else "box" for row in rows]
                     print(
                         f"\n{images} images, {rows[0]['count']} objects\n\n| {protocol} | " + " | ".join(labels) + " |"
                     )

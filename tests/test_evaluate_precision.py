@@ -14,7 +14,7 @@ from pycocotools.cocoeval import COCOeval
 from fmdistill.evaluate import intervals, precision
 from fmdistill.evaluate.faster_precision import FasterPrecision
 from fmdistill.evaluate.masks import to_rle
-from fmdistill.evaluate.matching import Rules, counted
+from fmdistill.evaluate.matching import IOUS_T, Matches, Rules, counted
 from fmdistill.evaluate.precision import Precision
 
 COCO_RULES = Rules()
@@ -184,11 +184,52 @@ def test_a_crowd_takes_any_number_of_detections_and_is_no_miss():
     assert gathered.figures()["AP"] == pytest.approx(51 / 101)  # the recalls up to a half
 
 
+@pytest.mark.parametrize("classes", [True, False])
 @pytest.mark.parametrize("lvis", [False, True])
 @pytest.mark.parametrize("ratio", [None, 0.02])
-def test_faster_coco_eval_has_the_same_figures(lvis, ratio):
+def test_faster_coco_eval_has_the_same_figures(lvis, ratio, classes):
     pytest.importorskip("faster_coco_eval")
     dataset, results = annotated(6, crowds=not lvis, lvis=lvis)
-    rules = Rules((300,) if lvis else (1, 10, 100), federated=lvis, boundary=ratio)
-    gathered, faster = collected(dataset, results, rules), collected(dataset, results, rules, FasterPrecision)
-    assert faster.figures() == pytest.approx(gathered.figures(), abs=1e-12, nan_ok=True)
+    rules = Rules((300,) if lvis else (1, 10, 100), federated=lvis, classes=classes, boundary=ratio)
+    for detections in (results, []):
+        plain, faster = (collected(dataset, detections, rules, scorer) for scorer in (Precision, FasterPrecision))
+        assert faster.figures() == pytest.approx(plain.figures(), abs=1e-12, nan_ok=True)
+
+
+def simulated(generator: np.random.Generator, classes: int) -> dict[int, Matches]:
+    """Return an image of a level of its own: objects that are found or not, more or less well, and wrong detections."""
+    level, made = generator.beta(4, 2), {}
+    for category in range(classes):
+        objects, wrong = generator.poisson(0.8), generator.poisson(0.7)
+        hit = generator.random(objects) < 0.5 + 0.5 * level
+        quality = (level + 0.15 * generator.normal(size=objects))[hit]
+        scores = np.concatenate([generator.beta(5, 2, hit.sum()), generator.beta(2, 4, wrong)])
+        right = np.concatenate([quality[:, None] >= IOUS_T, np.zeros((wrong, len(IOUS_T)), bool)])
+        order = np.argsort(-scores)
+        if objects + wrong:
+            matched = right[order].T[None]
+            made[category] = Matches(scores[order], matched, np.zeros_like(matched), np.array([objects]))
+    return made
+
+
+@pytest.mark.slow
+def test_intervals_hold_the_mean_of_such_sets_about_as_often_as_they_say(monkeypatch):
+    """Two hundred sets of 60 images: AP depends on a set's size, so its mean over sets of 60 is the truth."""
+    monkeypatch.setattr(precision, "AREAS", {"all": [0, 1e10]})
+    generator, sets = np.random.default_rng(5), []
+    for _ in range(200):
+        gathered = Precision(Rules((100,)))
+        for _ in range(60):
+            gathered.add_matches(simulated(generator, 2))
+        tables = [precision.weighted(m, np.ones((1, len(n))), gathered.rules) for n, m in gathered.by_category.values()]
+        value = float(np.mean([table.precision for table in tables]))
+        sets.append((value, precision.interval(value, gathered.resampled()["AP"], gathered.images)))
+    truth = np.mean([value for value, _ in sets])
+    held = sum(low <= truth <= high for _, (low, high) in sets)
+    assert 180 <= held <= 196
+
+
+def test_an_interval_s_middle_is_the_figure():
+    assert precision.interval(0.5, np.linspace(0.5, 0.7, 201), 10**6) == pytest.approx((0.405, 0.595))
+    assert precision.interval(1.0, np.ones(200), 9) == (1, 1)
+    assert precision.interval(0.01, np.linspace(0.0, 0.2, 201), 9)[0] == 0

@@ -52,7 +52,7 @@ def timm_clip(model: str, embed_dim: int = 512, image_size: int = 224, pretraine
     such model, if open_clip could not build a tower of it, or if the weights do not fit.
     """
     settings = pretrained_settings(model, pretrained)
-    described = timm.get_pretrained_cfg(model)
+    described: Any = timm.get_pretrained_cfg(model)
     if described.fixed_input_size and described.input_size[-1] != image_size:
         settings["img_size"] = image_size
     student = TimmCLIP(check_model(model), embed_dim, image_size, **settings)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from timm.layers import DropPath
+from timm.layers.drop import DropPath
 from torch import nn
 
 from fmdistill.backbones.checkpoints import read_state

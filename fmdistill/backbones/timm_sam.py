@@ -90,16 +90,18 @@ def feature_network(model: str, side: int, strides: Sequence[int], settings: dic
 
     Raises UserError if timm has no such model, or cannot give its feature maps.
     """
-    if timm.get_pretrained_cfg(check_model(model)).fixed_input_size:
+    described: Any = timm.get_pretrained_cfg(check_model(model))
+    if described.fixed_input_size:
         settings = {**settings, "img_size": side}
     try:
         with torch.device("meta"):
-            levels = timm.create_model(model, features_only=True, **{**settings, "pretrained": False}).feature_info
+            network: Any = timm.create_model(model, features_only=True, **{**settings, "pretrained": False})
     except Exception as error:  # each of timm's models has its own
         raise UserError(
             f"student.model={model}: timm gives no feature maps of it at {side} px ({type(error).__name__}: "
             f"{str(error)[:120]}); choose another model or another student.input_size"
         ) from None
+    levels = network.feature_info
     reductions = levels.reduction()
     deepest = {reduction: index for index, reduction in zip(levels.out_indices, reductions, strict=True)}
     chosen = [deepest[stride] for stride in strides if stride in deepest] or [levels.out_indices[-1]]

@@ -18,7 +18,7 @@ from fmdistill.evaluate.box_masks import Select, segment, with_masks
 from fmdistill.evaluate.detections import Boxes, Detections
 from fmdistill.evaluate.faster_precision import FasterPrecision
 from fmdistill.evaluate.matching import Rules
-from fmdistill.evaluate.precision import INTERVAL, Precision
+from fmdistill.evaluate.precision import INTERVAL, Precision, interval
 from fmdistill.evaluate.results import Judged, Metric, Row
 from fmdistill.evaluate.segmenters import Segmenters
 from fmdistill.evaluate.stored_results import Partial
@@ -231,5 +231,5 @@ def _row(subject: str, name: str, value: float, images: int, resampled_R: np.nda
     row = results.row(subject, name, value, images)
     if resampled_R is None or math.isnan(value):  # a resample may lack all objects of a figure, and then is NaN
         return row
-    low, high = intervals.ends(resampled_R[np.isfinite(resampled_R)], images)
+    low, high = interval(value, resampled_R, images)
     return {**row, "low": low, "high": high, "interval": INTERVAL}

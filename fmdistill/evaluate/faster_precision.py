@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from fmdistill.evaluate.matching import Annotation, Rules
-from fmdistill.evaluate.precision import Table, named
+from fmdistill.evaluate.precision import PrecisionTable, named
 from fmdistill.registry import UserError
 
 PACKAGE = "faster-coco-eval"
@@ -41,7 +41,10 @@ class FasterPrecision:
         objects, detections = list(objects), list(detections)
         size = next((one["segmentation"]["size"] for one in [*objects, *detections]), [1, 1])
         absent = {one["category_id"] for one in detections} - {one["category_id"] for one in objects}
-        lists = {"neg_category_ids": sorted(absent), "not_exhaustive_category_ids": list(unfinished)}
+        lists = {
+            "neg_category_ids": sorted(absent),
+            "not_exhaustive_category_ids": list(unfinished) if self.rules.classes else [],
+        }
         self.images.append({"id": number, "height": size[0], "width": size[1], **lists})
         for one in objects:
             crowd = {"iscrowd": 0 if self.rules.federated else int(one.get("iscrowd", 0))}
@@ -71,8 +74,8 @@ class FasterPrecision:
         precision_TRKAL, recall_TKAL = (np.asarray(evaluation.eval[name]) for name in ("precision", "recall"))
         precision_KTA = precision_TRKAL[..., -1].mean(1).transpose(1, 0, 2)
         recall_KTAL = recall_TKAL.transpose(1, 0, 2, 3)
-        table = Table(
+        table = PrecisionTable(
             np.where(precision_KTA < 0, np.nan, precision_KTA), np.where(recall_KTAL < 0, np.nan, recall_KTAL)
         )
-        groups = [self.frequencies.get(c, "") for c in categories] if self.rules.classes else [""]
+        groups = [self.frequencies.get(c, "") for c in categories]
         return {name: float(value) for name, value in named(table, groups, self.rules)}

@@ -112,7 +112,7 @@ def _match(evaluation: Any, category: int, rules: Rules, unfinished: bool) -> Ma
     ]
     matched_ATD = np.stack([entry["dtMatches"] for entry in entries]) > 0
     ignored_ATD = np.stack([entry["dtIgnore"] for entry in entries]).astype(bool)
-    if unfinished and rules.federated:
+    if unfinished and rules.federated and rules.classes:
         ignored_ATD |= ~matched_ATD
     objects_A = np.array([np.count_nonzero(entry["gtIgnore"] == 0) for entry in entries])
     return Matches(np.asarray(entries[0]["dtScores"], dtype=np.float64), matched_ATD, ignored_ATD, objects_A)

@@ -26,7 +26,7 @@ FREQUENCIES = "rcf"  # LVIS's rare, common and frequent categories
 
 
 @dataclass(frozen=True)
-class Table:
+class PrecisionTable:
     """Precision (.., K, T, A), the mean over recalls, and recall (.., K, T, A, L); NaN for what has no objects."""
 
     precision: np.ndarray
@@ -49,7 +49,11 @@ class Precision:
         self, objects: Iterable[Annotation], detections: Iterable[Annotation], unfinished: Collection[int] = ()
     ) -> None:
         """Add an image, as for `matching.match`. Add images by ascending id: it decides between equal scores."""
-        for category, entry in match(objects, detections, self.rules, unfinished).items():
+        self.add_matches(match(objects, detections, self.rules, unfinished))
+
+    def add_matches(self, matches: Mapping[int, Matches]) -> None:
+        """Add an image that is matched already."""
+        for category, entry in matches.items():
             numbers, entries = self.by_category.setdefault(category, ([], []))
             numbers.append(self.images)
             entries.append(entry)
@@ -69,15 +73,27 @@ class Precision:
     def _sorted(self) -> Iterator[tuple[list[int], list[Matches]]]:
         yield from (self.by_category[category] for category in sorted(self.by_category))
 
-    def _named(self, tables: Sequence[Table]) -> dict[str, np.ndarray]:
+    def _named(self, tables: Sequence[PrecisionTable]) -> dict[str, np.ndarray]:
         if not tables:
             return {}
-        table = Table(np.stack([t.precision for t in tables], -3), np.stack([t.recall for t in tables], -4))
+        table = PrecisionTable(np.stack([t.precision for t in tables], -3), np.stack([t.recall for t in tables], -4))
         groups = [self.frequencies.get(category, "") for category in sorted(self.by_category)]
         return dict(named(table, groups, self.rules))
 
 
-def accumulate(matches: Sequence[Matches], rules: Rules) -> Table:
+def interval(value: float, resampled_R: np.ndarray, images: int) -> tuple[float, float]:
+    """Return the ends of the interval of a figure of `images` images: its resamples', moved to have it as their mean.
+
+    AP grows as a set shrinks, since it takes the best precision at a recall or above, and a resample has fewer
+    different images than the set. The interval is of sets of the same number of images; on more images AP is lower.
+    """
+    finite_R = resampled_R[np.isfinite(resampled_R)]
+    low, high = intervals.ends(finite_R, images)
+    bias = float(finite_R.mean()) - value
+    return max(0.0, low - bias), min(1.0, high - bias)
+
+
+def accumulate(matches: Sequence[Matches], rules: Rules) -> PrecisionTable:
     """Return precision (T, A) and recall (T, A, L) of one category on the images, from COCOeval.accumulate."""
     evaluation: Any = COCOeval(iouType="segm")
     evaluation.params.imgIds, evaluation.params.catIds = list(range(len(matches))), [0]
@@ -88,7 +104,9 @@ def accumulate(matches: Sequence[Matches], rules: Rules) -> Table:
         evaluation.accumulate()
     precision_TRA, recall_TAL = evaluation.eval["precision"][:, :, 0, :, -1], evaluation.eval["recall"][:, 0]
     missing_A = precision_TRA[0, 0] < 0
-    return Table(np.where(missing_A, np.nan, precision_TRA.mean(1)), np.where(missing_A[:, None], np.nan, recall_TAL))
+    return PrecisionTable(
+        np.where(missing_A, np.nan, precision_TRA.mean(1)), np.where(missing_A[:, None], np.nan, recall_TAL)
+    )
 
 
 def _entry(matches: Matches, area: int) -> dict[str, Any]:
@@ -100,7 +118,7 @@ def _entry(matches: Matches, area: int) -> dict[str, Any]:
     }
 
 
-def weighted(matches: Sequence[Matches], weights_RI: np.ndarray, rules: Rules) -> Table:
+def weighted(matches: Sequence[Matches], weights_RI: np.ndarray, rules: Rules) -> PrecisionTable:
     """Return precision (R, T, A) and recall (R, T, A, L) if each image occurs as often as its weight says.
 
     With weights of one, this is `accumulate`. An image's copies follow one another between equal scores.
@@ -131,7 +149,7 @@ def weighted(matches: Sequence[Matches], weights_RI: np.ndarray, rules: Rules) -
                 within_D = rank_D < limits[-1]
                 curve = _precision(weights_rD, right_D & within_D, counted_D & within_D, objects_r)
                 precision_RTA[part, threshold, area] = curve
-    return Table(precision_RTA, recall_RTAL)
+    return PrecisionTable(precision_RTA, recall_RTAL)
 
 
 def _precision(weights_RD: np.ndarray, right_D: np.ndarray, counted_D: np.ndarray, objects_R: np.ndarray) -> np.ndarray:
@@ -147,7 +165,7 @@ def _precision(weights_RD: np.ndarray, right_D: np.ndarray, counted_D: np.ndarra
     return np.where(np.isnan(objects_R), np.nan, total_R / len(recalls))
 
 
-def named(table: Table, groups: Sequence[str], rules: Rules) -> Iterable[tuple[str, np.ndarray]]:
+def named(table: PrecisionTable, groups: Sequence[str], rules: Rules) -> Iterable[tuple[str, np.ndarray]]:
     """Yield the name and the value of each figure: a mean over the categories that have objects, then thresholds."""
     areas, at = list(AREAS), {round(float(iou), 2): number for number, iou in enumerate(IOUS_T)}
     precision, recall, most = table.precision, table.recall, rules.limits[-1]
@@ -156,7 +174,7 @@ def named(table: Table, groups: Sequence[str], rules: Rules) -> Iterable[tuple[s
         yield name, _mean(precision[..., at[iou], 0][..., None])
     for number, area in enumerate(areas[1:], start=1):
         yield f"AP{area[0]}", _mean(precision[..., number])
-    if any(groups):
+    if rules.classes and any(groups):
         for frequency in FREQUENCIES:
             yield f"AP{frequency}", _mean(precision[..., [group == frequency for group in groups], :, 0])
     for number, limit in enumerate(rules.limits):

@@ -171,7 +171,8 @@ def mean_recall(means: Means, subject: str, k: int) -> Row | None:
     row = results.row(subject, "mean_recall", value, len(sums_N2), k=k)
     if len(sums_N2) < 2:
         return row
-    values_R = intervals.resampled(sums_N2, counts_N2).mean(1)
+    with np.errstate(invalid="ignore"):
+        values_R = intervals.resampled(sums_N2, counts_N2).mean(1)
     return intervals.with_interval(row, values_R[np.isfinite(values_R)], len(sums_N2))  # some have no caption
 
 

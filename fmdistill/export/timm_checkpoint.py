@@ -55,6 +55,7 @@ def export(student: nn.Module, preprocess: TimmPreprocess | ClipPreprocess, out:
 def config(student: TimmCLIP, preprocess: TimmPreprocess | ClipPreprocess) -> dict[str, Any]:
     """Return the content of timm's config.json: architecture, its arguments, and the preprocessing."""
     crop: dict[str, Any] = {"crop_pct": 1.0}
+    registered: Any = timm.get_pretrained_cfg(student.variant)
     if isinstance(preprocess, TimmPreprocess):
         crop = {"crop_pct": preprocess.crop_pct, "crop_mode": preprocess.crop_mode}
     elif preprocess.resize_mode == "squash":
@@ -70,7 +71,7 @@ def config(student: TimmCLIP, preprocess: TimmPreprocess | ClipPreprocess) -> di
             "std": list(preprocess.std),
             **crop,
             "num_classes": student.out_channels,
-            "classifier": timm.get_pretrained_cfg(student.variant).classifier,
+            "classifier": registered.classifier,
         },
     }
 

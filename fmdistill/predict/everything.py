@@ -45,10 +45,11 @@ class MaskGenerator(SamAutomaticMaskGenerator):
         self.head = PromptHead.from_sam(model)
 
     def _process_batch(self, points: np.ndarray, im_size: Size, crop_box: list[int], orig_size: Size) -> MaskData:
-        device = self.predictor.device
+        device, features = self.predictor.device, self.predictor.features
+        assert features is not None
         xy_P2 = torch.as_tensor(self.predictor.transform.apply_coords(points, im_size), device=device)
         labels = torch.ones(len(xy_P2), 1, dtype=torch.int, device=device)
-        decode = image_decoder(self.head, self.predictor.features[0])
+        decode = image_decoder(self.head, features[0])
         logits_PMnn, predicted_PM = decode(xy_P2[:, None], labels, multimask=True)
         data = MaskData(
             logits=logits_PMnn.flatten(0, 1),
@@ -73,9 +74,9 @@ class MaskGenerator(SamAutomaticMaskGenerator):
     def _finish(self, data: MaskData, crop_box: list[int], orig_size: Size) -> MaskData:
         """Upsample the logits, filter them by stability and by the crop's edge, and encode the masks."""
         threshold, (height, width) = self.predictor.model.mask_threshold, orig_size
-        data["masks"] = self.head.upsample(
-            data["logits"].unsqueeze(1), self.predictor.input_size, self.predictor.original_size
-        ).squeeze(1)
+        predictor: Any = self.predictor
+        logits_P1nn = data["logits"].unsqueeze(1)
+        data["masks"] = self.head.upsample(logits_P1nn, predictor.input_size, predictor.original_size).squeeze(1)
         del data["logits"]
         data["stability_score"] = calculate_stability_score(data["masks"], threshold, self.stability_score_offset)
         if self.stability_score_thresh > 0:
