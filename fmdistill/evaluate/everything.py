@@ -174,7 +174,7 @@ def overlaps(of: Sequence[Any], to: Sequence[Any]) -> np.ndarray:
     """Return the IoU of every pair of two lists of COCO's RLE, float64 (T, S)."""
     if not of or not to:
         return np.zeros((len(of), len(to)))
-    return np.asarray(coco_mask.iou(list(of), list(to), [False] * len(to)))
+    return np.asarray(coco_mask.iou(list(of), list(to), [0] * len(to)))
 
 
 def _judge(protocol: Everything, image: SegmentedImage, joined: JoinedTruth | None) -> dict[str, Any]:
