@@ -66,6 +66,8 @@ CLIENTS = {
         "samexporter_sam.py",
         reference="labelme",
         side=1024,
+        mean=0.95,
+        fitting=0.95,  # it draws masks from the logits of low resolution by itself
     ),
     "anylabeling": Client((("anylabeling",),), "anylabeling", "anylabeling_sam.py", side=1024, mean=0.95),
     "x-anylabeling": Client(
