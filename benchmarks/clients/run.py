@@ -74,7 +74,9 @@ CLIENTS = {
         (("x-anylabeling-cvhub[cpu]",),), "anylabeling", "anylabeling_sam.py", side=1024, mean=0.95
     ),
     "openvino": Client((("openvino", "openvino-model-api[onnx]"),), "openvino", "openvino_sam.py", most=1),
-    "transformers.js": Client((("@huggingface/transformers",),), "transformers", "transformers_sam.mjs", boxes=False),
+    "transformers.js": Client(
+        (("@huggingface/transformers",),), "transformers", "transformers_sam.mjs", boxes=False, mean=0.9
+    ),
 }
 
 
