@@ -130,7 +130,7 @@ def _run(recipe: str, overrides: list[str]) -> None:
     settings = load(recipe, overrides)
     pipeline.run(settings)
     if pipeline.is_main():
-        print(report.text([settings.out]))
+        print(report.text(pipeline.runs_of(settings)))
 
 
 def _compare(recipes: list[str], seeds: int) -> None:
@@ -145,40 +145,51 @@ def _compare(recipes: list[str], seeds: int) -> None:
 def _plan(recipe: str, overrides: list[str]) -> None:
     from fmdistill.pipeline import plan, rehearsal
     from fmdistill.recipe import load
+    from fmdistill.several import by_teacher
 
     settings, rest = rehearsal.verb_settings("plan", plan.PlanSettings, overrides)
-    print(plan.text(plan.run(load(recipe, rest), settings), recipe))
+    parts = by_teacher(load(recipe, rest))
+    for name, part in parts.items():
+        print(plan.text(plan.run(part, settings), f"{recipe}, teacher {name}" if name else recipe))
+    if len(parts) > 1:
+        print(f"\nA step of the run does the steps of all {len(parts)} teachers: add their times.")
 
 
 def _bench(recipe: str, overrides: list[str]) -> None:
     from fmdistill.pipeline import bench, rehearsal
     from fmdistill.recipe import load
+    from fmdistill.several import by_teacher
 
     settings, rest = rehearsal.verb_settings("bench", bench.BenchSettings, overrides)
-    loaded = load(recipe, rest)
-    print(f"{bench.text(bench.run(loaded, settings))}\n\n{loaded.out}/bench.json")
+    for part in by_teacher(load(recipe, rest)).values():
+        print(f"{bench.text(bench.run(part, settings))}\n\n{part.out}/bench.json")
 
 
 def _cache(recipe: str, overrides: list[str]) -> None:
     from fmdistill.cache import finished
     from fmdistill.recipe import load
+    from fmdistill.several import by_teacher
 
     settings = load(recipe, overrides)
-    if finished.is_finished(settings):
+    missing = [part for part in by_teacher(settings).values() if not finished.is_finished(part)]
+    if not missing:
         return
     import fmdistill.cache as cache  # this and the next import torch, which takes seconds
     from fmdistill import pipeline
 
     pipeline.check_caching(settings)
-    cache.run(settings)
+    for part in missing:
+        cache.run(part)
 
 
 def _verify(recipe: str, overrides: list[str]) -> None:
     import fmdistill.cache as cache
     from fmdistill.recipe import load
+    from fmdistill.several import by_teacher
 
-    for name, value in cache.verify(load(recipe, overrides)).items():
-        print(f"{name:24} {value:.6g}")
+    for teacher, part in by_teacher(load(recipe, overrides)).items():
+        for name, value in cache.verify(part).items():
+            print(f"{f'{teacher} {name}'.strip():24} {value:.6g}")
 
 
 def _inspect(shard: str, settings: list[str]) -> None:

@@ -7,16 +7,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import fmdistill.cache as cache
-import fmdistill.evaluate as evaluate
 from fmdistill import distill, recipe, stop
 from fmdistill.cache import finished
 from fmdistill.files import check_folder, write_whole
 from fmdistill.launcher import processes
 from fmdistill.logs import log
-from fmdistill.pipeline import TRUSTED, check_before, variants
+from fmdistill.pipeline import check_before, evaluate_parts, protocols_by_teacher, variants
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError
 from fmdistill.report import paired, rows
+from fmdistill.several import by_teacher
 
 
 def run(names: Sequence[str], seeds: int, overrides: Sequence[str] = ()) -> Path:
@@ -35,7 +35,7 @@ def run(names: Sequence[str], seeds: int, overrides: Sequence[str] = ()) -> Path
         )
     planned = _plan(expanded, seeds, overrides)
     table = _check(planned)
-    first = [by_seed[0] for by_seed in planned.values()]
+    first = [part for by_seed in planned.values() for part in by_teacher(by_seed[0]).values()]
     for settings in {str((run.cache, run.teacher, run.images)): run for run in first}.values():
         if settings.teacher is not None and not finished.is_live(settings.teacher):
             cache.run(settings)
@@ -43,9 +43,8 @@ def run(names: Sequence[str], seeds: int, overrides: Sequence[str] = ()) -> Path
     for seed in range(seeds):
         for name, by_seed in stop.between(planned.items()):
             log.info("%s, seed %d", short[name], seed)
-            out = distill.run(by_seed[seed])
-            for protocol in stop.between(by_seed[seed].protocols):
-                evaluate.run(protocol, out, TRUSTED)
+            distill.run(by_seed[seed])
+            evaluate_parts(by_seed[seed])
     _write(table, {short[name]: by_seed for name, by_seed in planned.items()})
     return table
 
@@ -87,13 +86,25 @@ def _check(planned: Mapping[str, Sequence[Recipe]]) -> Path:
                 f"protocols, or none; set the same for all, such as 'protocols=[eval/FILE.yaml]'"
             )
     for by_seed in planned.values():
+        _judged(by_seed[0])
         for settings in by_seed:
             distill.check_claim(settings)
     return table
 
 
+def _judged(settings: Recipe) -> Recipe:
+    """Return the part of a recipe of several teachers that the protocols judge. Raises UserError if it is not one."""
+    judged = [name for name, protocols in protocols_by_teacher(settings).items() if protocols]
+    if len(judged) > 1:
+        raise UserError(
+            f"compare: protocols={settings.protocols} judge the students of {len(judged)} teachers, "
+            f"{' and '.join(judged)}; set those of one of them, and compare the others by another command"
+        )
+    return by_teacher(settings)[judged[0]]
+
+
 def _write(table: Path, planned: Mapping[str, Sequence[Recipe]]) -> None:
-    runs = {name: rows.read_runs([settings.out for settings in by_seed]) for name, by_seed in planned.items()}
+    runs = {name: rows.read_runs([_judged(settings).out for settings in by_seed]) for name, by_seed in planned.items()}
     protocols = [Path(path).stem for path in next(iter(planned.values()))[0].protocols]
     by_protocol = {name: paired.compare(runs, name) for name in protocols}
     table.parent.mkdir(parents=True, exist_ok=True)

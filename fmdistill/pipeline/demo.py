@@ -36,7 +36,7 @@ def run(kind: str = "sam", overrides: Sequence[str] = ()) -> Path:
 
     _tell(1, "the teacher embeds all images once, and its embeddings are stored")
     cache.run(first)
-    pipeline.score_teacher(first)
+    pipeline.score_teacher(first, first.protocols)
     _tell(2, "two students learn from the stored embeddings, one with plain MSE and one with SRW's weights")
     _train(trainings)
     runs = [training.settings.out for training in trainings]
