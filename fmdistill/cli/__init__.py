@@ -1,4 +1,4 @@
-"""The command line: a verb, a recipe, and key=value overrides. The only flag is `compare --seeds N`."""
+"""The command line: a verb, a recipe, and key=value overrides. The only flags are `compare --seeds N --jobs N`."""
 
 import argparse
 import os
@@ -38,12 +38,18 @@ def parser() -> argparse.ArgumentParser:
          ("recipes", "STUDY, STUDY:METHOD, RECIPE or RECIPE:key=value,key=value, the first is the baseline; and "
           "settings of all as key=value (out=FOLDER is the folder of all runs and the table)", "+"))  # fmt: skip
     verbs.choices["compare"].add_argument("--seeds", type=int, default=8, help="how many seeds, from 0 on (8)")
+    verbs.choices["compare"].add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        help="how many runs at the same time, each with its GPU or share of the cores (1)",
+    )
     verb("plan", "estimate a recipe's images, bytes and hours from a few images, before the work begins", recipe,
          ("overrides", "settings as key=value; those of the plan are plan.images, plan.steps, plan.gpus=[1,8]", "*")
          )  # fmt: skip
-    verb("bench", "measure the parts of a recipe's teacher pass, compared with the plain loops of other packages",
+    verb("bench", "measure the parts of a recipe's teacher pass and its training steps, compared with plain loops",
          recipe, ("overrides", "settings as key=value; those of the bench are bench.images, .rounds, .megabytes, "
-                  ".weights=random", "*"))  # fmt: skip
+                  ".steps, .weights=random", "*"))  # fmt: skip
     verb("cache", "run the teacher over the images that are not cached yet", recipe, overrides)
     verb("verify", "check every checksum of a cache, then recompute a sample", recipe, overrides)
     verb("inspect", "describe a shard of a cache, check its bytes, and show the weights that SRW gives it",
@@ -133,12 +139,12 @@ def _run(recipe: str, overrides: list[str]) -> None:
         print(report.text(pipeline.runs_of(settings)))
 
 
-def _compare(recipes: list[str], seeds: int) -> None:
+def _compare(recipes: list[str], seeds: int, jobs: int) -> None:
     from fmdistill.pipeline import compare
     from fmdistill.settings import is_override
 
     names = [argument for argument in recipes if not is_override(argument)]
-    table = compare.run(names, seeds, [argument for argument in recipes if is_override(argument)])
+    table = compare.run(names, seeds, [argument for argument in recipes if is_override(argument)], jobs)
     print(f"{table.read_text()}\n{table}")
 
 

@@ -12,27 +12,32 @@ from fmdistill.cache import finished
 from fmdistill.files import check_folder, write_whole
 from fmdistill.launcher import processes
 from fmdistill.logs import log
-from fmdistill.pipeline import check_before, evaluate_parts, protocols_by_teacher, variants
+from fmdistill.pipeline import check_before, evaluate_parts, protocols_by_teacher, side_by_side, variants
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError
 from fmdistill.report import paired, rows
 from fmdistill.several import by_teacher
 
 
-def run(names: Sequence[str], seeds: int, overrides: Sequence[str] = ()) -> Path:
+def run(names: Sequence[str], seeds: int, overrides: Sequence[str] = (), jobs: int = 1) -> Path:
     """Run recipes over the seeds 0 to `seeds` - 1, evaluate each run, and write a paired table; return its path.
+
+    `jobs` runs are trained and evaluated at the same time, each in a process of its own; their results are those of one
+    after the other with the same number of threads (OMP_NUM_THREADS).
 
     A study's name means all its methods, and the first recipe of all is the baseline. The run of a recipe with
     out=FOLDER and seed S is in FOLDER/seed-S; with out=FOLDER in `overrides`, it is in FOLDER/METHOD/seed-S, and the
     table in FOLDER. Finished runs are not repeated, so an interrupted comparison continues. Recipes share their caches.
     """
     if processes()[1] > 1:
-        raise UserError("compare: runs one training after the other in one process; start it without a launcher")
+        raise UserError("compare: each of its trainings is one process; start it without a launcher")
     expanded = list(dict.fromkeys(variant for name in names for variant in recipe.variants(name)))  # without duplicates
     if seeds < 1 or len(expanded) < 2:
         raise UserError(
             f"compare: {len(expanded)} recipes over {seeds} seeds; give two recipes or a study, and one seed or more"
         )
+    if jobs < 1:
+        raise UserError(f"compare: --jobs {jobs}: expected the number of runs at the same time, 1 or more")
     planned = _plan(expanded, seeds, overrides)
     table = _check(planned)
     first = [part for by_seed in planned.values() for part in by_teacher(by_seed[0]).values()]
@@ -40,11 +45,14 @@ def run(names: Sequence[str], seeds: int, overrides: Sequence[str] = ()) -> Path
         if settings.teacher is not None and not finished.is_live(settings.teacher):
             cache.run(settings)
     short = variants.short_names(expanded)
-    for seed in range(seeds):
-        for name, by_seed in stop.between(planned.items()):
+    ordered = [(name, seed) for seed in range(seeds) for name in planned]
+    if jobs > 1:
+        side_by_side.run([planned[name][seed] for name, seed in ordered], jobs, evaluate=True)
+    else:
+        for name, seed in stop.between(ordered):
             log.info("%s, seed %d", short[name], seed)
-            distill.run(by_seed[seed])
-            evaluate_parts(by_seed[seed])
+            distill.run(planned[name][seed])
+            evaluate_parts(planned[name][seed])
     _write(table, {short[name]: by_seed for name, by_seed in planned.items()})
     return table
 
