@@ -1,7 +1,7 @@
 """Tasks: the one module that the engine wraps. A task turns a batch into named losses; a job adds its data."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,33 +13,22 @@ from torch import Tensor, nn
 from fmdistill import recipe as recipes
 from fmdistill.backbones.class_preprocess import ClassPreprocess
 from fmdistill.backbones.classifiers import Classifier
-from fmdistill.cache.batch import Batch, Data
-from fmdistill.distill import checkpoint
+from fmdistill.cache.batch import Batch
+from fmdistill.distill import checkpoint, joined
 from fmdistill.distill import provider as providers
 from fmdistill.distill import student as students
+from fmdistill.distill.job import Job
 from fmdistill.distill.objective import Objective, needs_priors
 from fmdistill.distill.plain import Augment
 from fmdistill.distill.provider import Provider
 from fmdistill.distill.seen import Seen
-from fmdistill.distill.train import Complete, Shared
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError, bind
+from fmdistill.several import by_teacher
 from fmdistill.teachers.family import Preprocess
 from fmdistill.teachers.output import Output, Shape
 
 CIFAR = "cifar100"  # statistics of the pixels, unless a recipe names others
-
-
-@dataclass(frozen=True)
-class Job:
-    """A task and the data that it trains and validates on."""
-
-    task: nn.Module  # forward(batch) -> {"loss": scalar, name: scalar, ...}
-    student: nn.Module  # the part of the task that a run keeps
-    train: Data
-    validation: Data
-    shared: Shared | None = None  # what of a batch the whole optimizer step shares, (B, ...) each; None = nothing
-    complete: Complete | None = None  # adds to a batch what the data lack, such as a live teacher's outputs
 
 
 class Distill(nn.Module):
@@ -104,7 +93,9 @@ def memory_layout(student: nn.Module) -> torch.memory_format:
 
 
 def distill(recipe: Recipe) -> Job:
-    """Distil the recipe's teacher, cached or live, into its student."""
+    """Distil the recipe's teacher, cached or live, into its student; several teachers into students of one trunk."""
+    if recipe.teachers:
+        return joined.join({name: distill(part) for name, part in by_teacher(recipe).items()})
     provider, student = providers.build(recipe), students.build(recipe.student)
     _check_fit(student, provider, recipe)
     return _job(recipe, provider, student)
@@ -191,6 +182,8 @@ WITHOUT_TEACHER = ("promptable", "contrastive")  # tasks that learn from the ima
 def check(recipe: Recipe) -> None:
     """Bind the task's settings and raise a UserError for what it would ignore, without touching data."""
     task = bind(recipe.task, TASKS, "task", context=("recipe",))
+    if recipe.teachers and task.func is not distill:
+        raise UserError(f"task.name={recipe.task['name']}: has one teacher or none; use task distill with `teachers`")
     if recipe.task["name"] in WITHOUT_TEACHER:
         for part in ("teacher", "cache", "objective"):
             if getattr(recipe, part):

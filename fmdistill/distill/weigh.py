@@ -13,9 +13,10 @@ from fmdistill import stop
 from fmdistill.cache.batch import Batch
 from fmdistill.distill.data import every
 from fmdistill.distill.distances.pad import PAD
+from fmdistill.distill.job import Job
 from fmdistill.distill.loader import batches
 from fmdistill.distill.student import load_student
-from fmdistill.distill.tasks import Job, open_task
+from fmdistill.distill.tasks import open_task
 from fmdistill.distill.weightings.ipwd import standardised_cross_entropy
 from fmdistill.files import check_folder, write_whole
 from fmdistill.logs import log, progress
