@@ -16,7 +16,7 @@ from fmdistill.mini.sam import build_sam_mini
 from fmdistill.predict import everything
 from fmdistill.predict.everything import MaskGenerator, masks_of_embedding
 
-LOW = {"pred_iou_thresh": 0.3, "stability_score_thresh": 0.7}
+LOW = {"pred_iou_thresh": 0.15, "stability_score_thresh": 0.5}
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +37,9 @@ def check_equal(own: list[dict[str, Any]], expected: list[dict[str, Any]]) -> No
     pairs = [(a["segmentation"], b["segmentation"]) for a, b in zip(own, expected, strict=True)]
     differing = [int((coco.decode(a) != coco.decode(b)).sum()) for a, b in pairs]
     assert max(differing, default=0) <= 3 and np.count_nonzero(differing) <= 0.05 * len(pairs)
-    for mask in own:
-        assert mask["area"] == coco.area(mask["segmentation"])
-        assert mask["bbox"] == coco.toBbox(mask["segmentation"]).tolist() or mask["bbox"][2:] == [0, 0]
+    for pixels, a, b in zip(differing, own, expected, strict=True):
+        assert a["area"] == coco.area(a["segmentation"])
+        assert pixels or a == {**b, "predicted_iou": a["predicted_iou"], "stability_score": a["stability_score"]}
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def check_equal(own: list[dict[str, Any]], expected: list[dict[str, Any]]) -> No
 )
 def test_masks_and_their_order_are_segment_anything_s(sam, settings, least):
     image = pixels("coins", (140, 110))
-    settings = {"points_per_side": 8, "points_per_batch": 24, "output_mode": "coco_rle", **settings}
+    settings = {"points_per_side": 5, "points_per_batch": 10, "output_mode": "coco_rle", **settings}
     expected = SamAutomaticMaskGenerator(sam, **settings).generate(image)
     assert len(expected) >= least
     check_equal(MaskGenerator(sam, **settings).generate(image), expected)
@@ -69,7 +69,7 @@ def test_photographs_of_either_orientation_give_segment_anything_s_masks(sam, na
 
 
 def test_every_output_mode_is_of_the_same_masks(sam):
-    image, settings = pixels("coins", (90, 70)), {"points_per_side": 4, **LOW, "pred_iou_thresh": 0.1}
+    image, settings = pixels("coins", (90, 70)), {"points_per_side": 4, **LOW}
     modes = ("binary_mask", "uncompressed_rle", "coco_rle")
     binary, runs, rle = (MaskGenerator(sam, output_mode=m, **settings).generate(image) for m in modes)
     assert len(binary) == len(runs) == len(rle) > 0
@@ -79,7 +79,7 @@ def test_every_output_mode_is_of_the_same_masks(sam):
 
 
 def test_an_embedding_that_is_known_gives_the_masks_of_its_image(sam):
-    image, settings = pixels("coffee", (120, 80)), {"points_per_side": 5, **LOW, "pred_iou_thresh": 0.1}
+    image, settings = pixels("coffee", (120, 80)), {"points_per_side": 5, **LOW}
     expected = MaskGenerator(sam, **settings)
     masks = expected.generate(image)
     expected.predictor.set_image(image)

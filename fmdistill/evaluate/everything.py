@@ -34,10 +34,10 @@ RECALL = (
     "paired one to one, so that the sum of the IoU is the largest."
 )
 MATCHED = "Mean IoU × 100 of the pairs that reach the lowest of these IoU."
-COUNTS = "Number of the student's automatic masks divided by the teacher's, on the images on which the teacher makes any."
+COUNTS = "Number of the student's automatic masks divided by the teacher's, on images on which the teacher makes any."
 AVERAGE = (
-    "AR: share × 100 of the annotated objects that an automatic mask covers, the mean over IoU of 0.50 to 0.95, without "
-    "classes, with at most so many masks an image, the best by predicted IoU."
+    "AR: share × 100 of the annotated objects that an automatic mask covers, the mean over IoU of 0.50 to 0.95, "
+    "without classes, with at most so many masks an image, the best by predicted IoU."
 )
 NO_MASKS = "Images on which the teacher makes no mask: they say nothing of recall."
 SKIPPED = "Skipped: annotations that could not be judged, by reason."
