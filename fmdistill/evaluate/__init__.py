@@ -143,10 +143,15 @@ def run(protocol: str | Path, subject: str | Path, overrides: Overrides = ()) ->
         recipe = recipes.load(recipe_path, trusted) if recipe_path else recipes.load_saved(subject, trusted)
         weights, out = students.weights_path(subject), subject / "evaluation"
     check(loaded, recipe)
+    stores = getattr(loaded.evaluator, "store", False)  # of evaluators with `store_in`
+    if stores and (subject.is_file() or exported):
+        raise UserError(f"store=true: writes into a run, and {subject} is none; evaluate the run")
     path = out / f"{Path(protocol).stem}.json"
     state = _state(loaded, recipe, {"student": weights})
     if (rows := stored_results.read_rows(path, state)) is not None:
         log.info("%s: judged already", path)
+        if stores:
+            loaded.evaluator.store_in(subject, weights, rows, json.loads(path.read_text()))
         return rows
     check_folder(out, "the result")
     if exported:
@@ -158,6 +163,8 @@ def run(protocol: str | Path, subject: str | Path, overrides: Overrides = ()) ->
         student = students.load_student(subject, trust)
     rows, details = _call(loaded, recipe, {"student": student}, path, state)
     _store(path, loaded, rows, details, state)
+    if stores:
+        loaded.evaluator.store_in(subject, weights, rows, details)
     return rows
 
 

@@ -1,11 +1,13 @@
 """Compare the IoU that a student's decoder predicts for its masks with the IoU that they have.
 
 Letters: P prompts, M = 4 masks of a prompt, H x W original pixels, n the low resolution's side, N images, B bins,
-X values of all prompts.
+X values of all prompts and masks.
 """
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -22,7 +24,7 @@ from fmdistill.evaluate.grid_miou import grid_points
 from fmdistill.evaluate.intervals import Means
 from fmdistill.evaluate.mask_choice import binary
 from fmdistill.evaluate.masks import Bits, iou, join, pack
-from fmdistill.evaluate.results import TEACHER, Judged, Metric, Row
+from fmdistill.evaluate.results import STUDENT, TEACHER, Judged, Metric, Row
 from fmdistill.evaluate.segmenters import ImageSegmenter, SegmentedImage, Segmenters
 from fmdistill.evaluate.stored_results import Partial
 from fmdistill.evaluate.truth.instances import MALFORMED, JoinedTruth, Skip, problem
@@ -31,6 +33,7 @@ from fmdistill.recipe import Component, Recipe
 from fmdistill.registry import UserError
 
 MASKS = {"0": slice(0, 1), "1-3": slice(1, 4)}  # SAM's mask of one, and its three masks
+CORRECTED_MASKS = "1-3"
 FOLDS = 5
 BOUNDS = (-3.0, 3.0)  # of the exponent's logarithm
 DIGITS = 6  # stored of each value
@@ -39,9 +42,7 @@ RELIABILITY = (
     "if it is calibrated."
 )
 ECE = "Expected calibration error × 100: the mean distance of the two means, each bin weighted by its masks."
-CORRECTED = (
-    "corrected: with the predicted IoU raised to a power that was fitted on the other images, in 5 folds of the images."
-)
+CORRECTED = "corrected: predicted IoU of masks 1 to 3 raised to a power, fitted on the other images in 5 folds."
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Calibration:
     Without `truth`, prompts are a grid of points and a mask is compared with the teacher's mask of the same index; with
     it, each annotated object's `prompt` is one, and its mask is compared with, also the teacher's. Two empty masks have
     IoU 1. Bins divide predicted IoU from 0 to 1; values outside belong to the first or the last. `ece` with the
-    dimension `corrected` tells what a power of the predicted IoU would change.
+    dimension `corrected` tells what a power of the predicted IoU of masks 1 to 3 would change.
     """
 
     grid: int = 8  # points a side, without truth
@@ -63,6 +64,7 @@ class Calibration:
     limit: int | None = None  # judge only the first images
     teacher: bool = False  # run the teacher too if the images are not those of the recipe's cache
     prompts_per_batch: int = 64
+    store: bool = False  # write the fitted power into the run, so that its predictor and its exports use it
     device: str = "auto"
 
     metrics: ClassVar[Mapping[str, Metric]] = {
@@ -124,6 +126,13 @@ class Calibration:
                 partial.add(image.name, judged[image.name])
         return _summary(self, judged, joined.skipped if joined is not None else ())
 
+    def store_in(self, run: Path, weights: Path, rows: Sequence[Row], details: Mapping[str, Any]) -> None:
+        """Write the student's fitted power into the run's folder, with its calibration errors."""
+        (power,) = (entry["exponent"] for entry in details["exponents"] if entry["subject"] == STUDENT)
+        errors = [row for row in rows if (row["subject"], row["metric"]) == (STUDENT, "ece")]
+        described = {"masks": [1, 2, 3], "protocol": dataclasses.asdict(self), "errors": errors}
+        log.info("%s: predicted IoU to the power %.4g", IouCorrection(power).store(run, weights, described), power)
+
 
 def expected_error(predicted_X: np.ndarray, real_X: np.ndarray, bins: int = 10) -> float:
     """Return the expected calibration error: the mean of |mean predicted - mean real| over bins, weighted by size."""
@@ -142,7 +151,7 @@ def fit(predicted_X: np.ndarray, real_X: np.ndarray) -> IouCorrection:
 
 
 def cross_fitted(predicted: Sequence[np.ndarray], real: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Return the predicted IoU (P, 4) of each image, corrected by a fit on the images of the other folds."""
+    """Return the predicted IoU (P, M) of each image, corrected by a fit on the images of the other folds."""
     folds = [number % FOLDS for number in range(len(predicted))]
     corrected: list[np.ndarray] = []
     for own, values in zip(folds, predicted, strict=True):
@@ -239,16 +248,18 @@ def _summary(protocol: Calibration, judged: Mapping[str, dict[str, Any]], skips:
     if not values:
         raise UserError(f"calibration: no prompts to judge on {len(judged)} images; skipped {len(skipped)}")
     rows: list[Row] = []
-    powers, all_means = {}, Means()
+    powers, all_means = [], Means()
     for subject, by_image in values.items():
-        predicted, real = ([pair[i] for pair in by_image.values()] for i in (0, 1))
-        powers[subject] = fit(np.concatenate(predicted).ravel(), np.concatenate(real).ravel()).exponent
-        versions = {None: predicted} | ({"yes": cross_fitted(predicted, real)} if len(predicted) > 1 else {})
-        for corrected, values_NP4 in versions.items():
-            for mask, part in MASKS.items():
-                x, y = ([array[:, part].ravel() for array in arrays] for arrays in (values_NP4, real))
-                rows += _figures(protocol, subject, x, y, mask=mask, corrected=corrected)
-                pairs = dict(zip(by_image, zip(x, y, strict=True), strict=True))
+        for mask, part in MASKS.items():
+            predicted, real = ([pair[i][:, part] for pair in by_image.values()] for i in (0, 1))
+            versions = {None: predicted}
+            if mask == CORRECTED_MASKS:
+                power = fit(*(np.concatenate(arrays).ravel() for arrays in (predicted, real)))
+                powers.append({"subject": subject, "exponent": power.exponent})
+                versions |= {"yes": cross_fitted(predicted, real)} if len(predicted) > 1 else {}
+            for corrected, values_NPM in versions.items():
+                pairs = {image: (x.ravel(), y.ravel()) for image, x, y in zip(by_image, values_NPM, real, strict=True)}
+                rows += _figures(protocol, subject, list(pairs.values()), mask=mask, corrected=corrected)
                 _add(protocol, all_means, subject, pairs, mask=mask, corrected=corrected)
     rows += all_means.rows()
     reasons = [skip.reason for skip in skipped]
@@ -261,16 +272,16 @@ def _summary(protocol: Calibration, judged: Mapping[str, dict[str, Any]], skips:
 
 
 def _figures(
-    protocol: Calibration, subject: str, x: list[np.ndarray], y: list[np.ndarray], **dimensions: str | None
+    protocol: Calibration, subject: str, pairs: list[tuple[np.ndarray, np.ndarray]], **dimensions: str | None
 ) -> Iterator[Row]:
     """Yield the calibration error with its interval, and the rank correlation, which a correction cannot change."""
-    x_X, y_X = np.concatenate(x), np.concatenate(y)
+    x_X, y_X = (np.concatenate([pair[i] for pair in pairs]) for i in (0, 1))
     row = results.row(subject, "ece", expected_error(x_X, y_X, protocol.bins), len(x_X), **dimensions)
-    if len(x) > 1:
-        gaps_NB = np.stack([_gaps(*pair, protocol.bins) for pair in zip(x, y, strict=True)])
-        counts_N = np.array([len(array) for array in x])
-        resampled = [np.abs(w_rN @ gaps_NB).sum(1) / (w_rN @ counts_N) for w_rN in intervals.resamples(len(x))]
-        row = intervals.with_interval(row, np.concatenate(resampled), len(x))
+    if len(pairs) > 1:
+        gaps_NB = np.stack([_gaps(*pair, protocol.bins) for pair in pairs])
+        counts_N = np.array([len(x) for x, _ in pairs])
+        resampled = [np.abs(w_rN @ gaps_NB).sum(1) / (w_rN @ counts_N) for w_rN in intervals.resamples(len(pairs))]
+        row = intervals.with_interval(row, np.concatenate(resampled), len(pairs))
     yield row
     if dimensions["corrected"] is None and min(np.ptp(x_X), np.ptp(y_X)) > 0:
         rank: Any = stats.spearmanr(x_X, y_X)

@@ -12,10 +12,11 @@ from torch import nn
 from fmdistill import __version__
 from fmdistill import recipe as recipes
 from fmdistill.backbones.clip import TextHead, WholeClip
+from fmdistill.backbones.iou_correction import corrected
 from fmdistill.backbones.promptable import PromptHead
 from fmdistill.cache import manifest
 from fmdistill.cache.store import opened
-from fmdistill.distill.student import load_student
+from fmdistill.distill.student import load_student, weights_path
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError
 from fmdistill.teachers import family_of_cache
@@ -64,8 +65,12 @@ class FinishedRun:
     def head(self) -> Any:
         """Return a PromptHead or a TextHead: the student's own, or the teacher's, which the cache stores.
 
-        Raises UserError if the teacher has none.
+        A PromptHead predicts corrected IoU if the run stores a correction. Raises UserError if the teacher has none.
         """
+        head = self._head()
+        return corrected(head, self.run, weights_path(self.run)) if isinstance(head, PromptHead) else head
+
+    def _head(self) -> Any:
         if self.has_own_head:
             student: Any = self.student
             if isinstance(student, WholeClip):
