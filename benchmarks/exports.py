@@ -1,10 +1,12 @@
-"""Export the packaged sam_mini, or a TinyViT-5M with random weights, in every precision: size, masks, time.
+"""Export the packaged sam_mini, or a TinyViT-5M at 1024 px with random weights, in every precision: size, masks, time.
 
     python benchmarks/exports.py [mini|5m] [repeats]
 
-Times are the encoder's, the fastest call of each, all precisions and PyTorch in turn, on one thread and on two.
+Times are the encoder's, the fastest call of each, on one thread and on two: all precisions and PyTorch in turn, and
+torch.compile, if a C++ compiler is installed. With `5m`, `repeats` should be small: a call takes seconds.
 """
 
+import shutil
 import sys
 import tempfile
 import time
@@ -14,19 +16,16 @@ from typing import Any
 
 import torch
 
-from fmdistill.backbones.promptable import PromptHead
 from fmdistill.backbones.sam import SamPreprocess
-from fmdistill.backbones.tinyvit import tinyvit_sam
 from fmdistill.export import checks, sam_onnx
 from fmdistill.mini.sam import sam_mini_student
 from fmdistill.predict import artefact
 from fmdistill.predict.onnx_session import Session
 from fmdistill.predict.sam_layouts import LAYOUTS
 
-FULL = {
-    "embed_dim": 256, "image_embedding_size": 64, "image_size": 1024, "mask_in_chans": 16, "transformer_depth": 2,
-    "mlp_dim": 2048, "num_heads": 8, "iou_head_hidden_dim": 256, "iou_head_depth": 3, "num_multimask_outputs": 3,
-}  # fmt: skip
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+import sam_exports  # noqa: E402  # networks with non-degenerate random weights
+
 PRECISIONS = ("fp32", "fp16", "int8")
 
 
@@ -35,8 +34,18 @@ def networks(which: str) -> tuple:
     if which == "mini":
         student = sam_mini_student("packaged").eval()
         return student, student.head
-    torch.manual_seed(0)
-    return tinyvit_sam("5m").eval(), PromptHead.from_config(FULL).eval()
+    return sam_exports.full()
+
+
+def compiled(student: torch.nn.Module, image: torch.Tensor) -> Any:
+    """Return the student by torch.compile, compiled already for this number of threads; None without a C++ compiler."""
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        return None
+    torch.compiler.reset()
+    network = torch.compile(student)
+    with torch.inference_mode():
+        network(image)
+    return network
 
 
 def main(which: str = "mini", repeats: str = "20") -> None:
@@ -62,6 +71,8 @@ def main(which: str = "mini", repeats: str = "20") -> None:
         for threads in (1, 2):
             torch.set_num_threads(threads)
             calls = {"PyTorch eager": lambda: student(image)}
+            if compiler := compiled(student, image):
+                calls["torch.compile"] = lambda compiler=compiler: compiler(image)
             for precision in PRECISIONS:
                 session = Session(Path(folder) / precision / "encoder.onnx", threads)
                 calls[precision] = lambda session=session: session({"x": image.numpy()})

@@ -130,6 +130,7 @@ def zero_padding(block: FastBlock) -> None:
     block.qkv = Product()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_it_compiles_as_one_graph_and_the_bias_remains_aligned():
     made = encoder()
@@ -150,6 +151,7 @@ def test_fp32_shares_the_weights_and_bf16_does_not_change_them():
     assert supported(made) and not supported(type("Other", (ImageEncoderViT,), {})(img_size=32, depth=1))
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype, least", [(torch.float32, 0.9999), (torch.bfloat16, 0.97)])
 def test_sam_mini_draws_the_same_masks_from_it(dtype, least):

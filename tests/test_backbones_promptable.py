@@ -40,7 +40,7 @@ def test_decode_and_upsample_equal_the_predictor(predictor, kind, multimask):
     points, labels, boxes = prompts(kind)
     masks, iou, low = predictor.predict_torch(points, labels, boxes, None, multimask, return_logits=True)
     head = PromptHead.from_sam(predictor.model)
-    logits, score = head.decode(predictor.features[0], points, labels, boxes, multimask)
+    logits, score = head.decode(predictor.features[0], points, labels, boxes, multimask=multimask)
     assert logits.shape == (5, 3 if multimask else 1, 16, 16)
     torch.testing.assert_close(logits, low, atol=1e-5, rtol=0)
     torch.testing.assert_close(score, iou, atol=1e-5, rtol=0)

@@ -1,6 +1,7 @@
 """coco_ap: equal to a plain loop over SamPredictor and pycocotools, and resumed as if it had not been interrupted."""
 
 import contextlib
+import functools
 import io
 import json
 import math
@@ -23,6 +24,7 @@ from fmdistill.images import build
 from fmdistill.mini.sam import PACKAGED
 from fmdistill.predict.checkpoint_file import whole_sam
 from fmdistill.registry import UserError
+from fmdistill.report import rows as reports
 
 NAMES = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR@1", "AR@10", "AR@100", "ARs@100", "ARm@100", "ARl@100"]
 SETS = {"scenes": coco_sets.scenes, "photographs": coco_sets.photographs}
@@ -231,3 +233,28 @@ def test_a_result_of_the_command_is_stored_with_how_its_figures_read(tmp_path):
     stored = results.read(tmp_path / "sam.evaluation" / "ap.json")
     assert stored is not None and stored.rows == rows
     assert stored.metric("AP").percent and stored.metric("AR@100").label == "AR@100"
+
+
+PUBLISHED = {
+    "coco_ap_vitdet": ["efficientvit_sam_coco_ap"],
+    "lvis_ap_vitdet": ["efficientvit_sam_lvis_ap"],
+    "tinysam_coco_ap": ["tinysam_coco_ap"],
+    "tinysam_lvis_ap": ["tinysam_lvis_ap"],
+    "edgesam_coco_ap": ["edgesam_coco_ap"],
+    "repvitsam_coco_ap": ["prompt_segment_anything_coco_ap", "repvitsam_coco_ap"],
+}
+
+
+def test_published_figures_stand_beside_their_own_protocol_alone(monkeypatch):
+    monkeypatch.setattr(reports, "read_published", functools.cache(reports.read_published))
+    known = set(CocoAp({"name": "coco"}).metrics)
+    for name, tables in PUBLISHED.items():
+        stored = json.loads(json.dumps(evaluate.load(f"eval/{name}.yaml").to_json()))
+        expected = [reports.read_published(Path(f"eval/published/{table}.yaml")) for table in tables]
+        assert reports.published(stored) == expected
+        assert {metric for table in expected for row in table.rows for metric, _ in row.cells} <= known
+        for change in ({"dataset": None}, {"detector": None}, {"limit": 9}, {"classes": False}, {"max_dets": [7]}):
+            assert reports.published({**stored, **change}) == []
+        if name == "tinysam_coco_ap":
+            single = reports.read_published(Path("eval/published/tinysam_coco_ap_single.yaml"))
+            assert reports.published({**stored, "select": "single"}) == [single]

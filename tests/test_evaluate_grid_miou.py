@@ -81,7 +81,7 @@ def loop(sam: Sam, teacher, student, original, resized, k: int, mode: str, resol
     return scores, areas
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", ["3:2", *(pytest.param(s, marks=pytest.mark.slow) for s in ("2:3", "square"))])
 @pytest.mark.parametrize("resolution", ["original", "low"])
 @pytest.mark.parametrize("mode", MODES)
 def test_equals_a_loop_over_the_predictor(mode, resolution, shape):

@@ -6,7 +6,7 @@ import pytest
 from pycocotools import mask as coco
 from scipy import ndimage
 
-from fmdistill.evaluate.masks import innermost, to_rle
+from fmdistill.evaluate.masks import deepest, innermost, to_rle
 from fmdistill.evaluate.segmentation import decode_rle, decode_segmentation
 
 GOOD = to_rle(np.ones((60, 80), bool))
@@ -143,3 +143,23 @@ def test_the_innermost_pixel_is_found_by_a_search_of_all_pixels():
         distance = np.sqrt(((inside[:, None] - outside[None]) ** 2).sum(-1)).min(1)
         x, y = innermost(mask)
         assert mask[y, x] and distance[(inside == [y, x]).all(1)][0] == pytest.approx(distance.max())
+
+
+def test_the_deepest_pixel_leaves_out_others_and_states_its_distance():
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        mask = rng.random((9, 12)) < 0.8
+        without = [(int(x), int(y)) for x, y in zip(rng.integers(12, size=5), rng.integers(9, size=5), strict=True)]
+        outside = [
+            (y, x) for y in range(-1, 10) for x in range(-1, 13) if not (0 <= y < 9 and 0 <= x < 12 and mask[y, x])
+        ]
+        depths = {
+            (x, y): 0.0 if (x, y) in without else min(np.hypot(y - v, x - u) for v, u in outside)
+            for y in range(9)
+            for x in range(12)
+            if mask[y, x]
+        }
+        expected = max(depths, key=depths.__getitem__)
+        assert deepest(mask, without) == (*expected, pytest.approx(depths[expected]))
+    assert deepest(np.zeros((4, 5), bool)) == (0, 0, 0.0)
+    assert deepest(np.eye(1, dtype=bool), [(0, 0)])[2] == 0

@@ -12,9 +12,11 @@ import pytest
 import tiny
 import torch
 from nondegenerate import randomize
+from sklearn.metrics import balanced_accuracy_score, f1_score
 
 from fmdistill import cache, distill, evaluate
-from fmdistill.evaluate import accuracy, clip_teacher, rarity, teacher_score, text_classifier
+from fmdistill.cache.dataset import CachedImages
+from fmdistill.evaluate import accuracy, clip_teacher, intervals, rarity, teacher_score, text_classifier
 from fmdistill.evaluate.results import Row, value
 from fmdistill.evaluate.zeroshot import Zeroshot
 from fmdistill.registry import UserError
@@ -295,3 +297,53 @@ def test_runs_of_one_cache_are_judged_together(ran):
     for part in ("rows", "images"):
         assert {entry["subject"] for entry in stored[part]} == {"student", "teacher"}
     assert stored["rows"] == evaluate.run(ran / "own.yaml", ran / "second", ["trust=true"])
+
+
+def test_names_and_templates_may_be_lists_also_on_the_command_line(ran):
+    assert text_classifier.class_names(["cat", " dog "]) == text_classifier.class_names("[cat, dog]") == ["cat", "dog"]
+    assert text_classifier.templates("['a {}', 'the {c}']") == ["a {}", "the {}"]
+    names = json.dumps([clip_run.CLASSES[name] for name in sorted(clip_run.CLASSES)])
+    assert judged(ran, "own", f"classnames={names}")[0] == judged(ran, "own")[0]
+    with pytest.raises(UserError, match="classnames: the list is empty, or has an entry that is no text"):
+        text_classifier.class_names("[1, 2]")
+
+
+def test_the_logit_scale_changes_probabilities_and_no_ranking(ran):
+    rows, _ = judged(ran, "own", "scales=[1,50]")
+    assert [row for row in rows if "scale" not in row] == judged(ran, "own")[0]
+    plain = {scale: [] for scale in (1.0, 50.0)}
+    opened = cache.open_cache(clip_run.load(ran))
+    names = [clip_run.CLASSES[name] for name in sorted(clip_run.CLASSES)]
+    weight = open_clip.build_zero_shot_classifier(opened.head().text_model, opened.head().tokenizer, names, TEMPLATES)
+    data = CachedImages(opened, "validation")
+    for shard, count in enumerate(data.counts):
+        for index in range(count):
+            item = tiny.item(data, shard, index)
+            cosine = torch.nn.functional.normalize(item["outputs"]["clip.embedding"], dim=0) @ weight
+            for scale, values in plain.items():
+                share = torch.exp(scale * cosine) / torch.exp(scale * cosine).sum()
+                values.append((float(share.max()), -float(share[item["label_values"]].log())))
+    for scale, values in plain.items():
+        confidence, loss = np.mean(values, axis=0)
+        assert value(rows, "confidence", "teacher", scale=scale) == pytest.approx(confidence, rel=1e-4)
+        assert value(rows, "log_loss", "teacher", scale=scale) == pytest.approx(loss, rel=1e-4)
+    with pytest.raises(UserError, match=r"scales=\[0.0\]: 0.0 is no factor of a cosine"):
+        Zeroshot(scales=(0.0,))
+
+
+def test_the_interval_of_a_mean_over_classes_scores_each_resample_of_the_images(monkeypatch):
+    monkeypatch.setattr(intervals, "RESAMPLES", 40)
+    rng = np.random.default_rng(0)
+    labels, predicted = rng.integers(0, 4, 30), rng.integers(0, 4, 30)
+    predicted[:15] = labels[:15]
+    for metric, measure in (
+        (accuracy.RECALL, balanced_accuracy_score),
+        (accuracy.F1, lambda y, p: f1_score(y, p, average="macro", labels=np.unique(y))),
+    ):
+        (row,) = accuracy.class_rows({"student": predicted[:, None]}, labels, 5, (metric,))
+        assert row["value"] == pytest.approx(measure(labels, predicted))
+        scores = []
+        for weights in np.concatenate(list(intervals.resamples(30))):
+            chosen = np.repeat(np.arange(30), weights.astype(int))
+            scores.append(measure(labels[chosen], predicted[chosen]))
+        assert (row["low"], row["high"]) == pytest.approx(intervals.ends(np.array(scores), 30))

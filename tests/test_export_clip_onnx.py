@@ -29,6 +29,7 @@ from fmdistill.registry import UserError
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 tokenizers = pytest.importorskip("tokenizers")
+pytestmark = pytest.mark.slow  # exporting and checking three folders takes a quarter of a minute
 
 TEXTS = ["a photo of a red fox", "the sky, at night!", "", "un café", "a word " * 40]
 WRITERS = {"immich": clip_onnx.immich, "transformers": clip_onnx.transformers, "onnx": clip_onnx.onnx}
@@ -297,7 +298,6 @@ def test_smaller_precisions_are_checked_and_open(ran, light, folders, tmp_path, 
     assert open_artefact(opened).encode_text(TEXTS).shape == (5, 24)
 
 
-@pytest.mark.slow
 def test_the_families_of_onnx_and_transformers_lead_here(ran, tmp_path):
     out = export.run(ran / "run", "onnx", tmp_path / "out", settings={"min_cosine": 0.999})
     assert artefact.read(out).kind == "clip" and artefact.read(out).check["min_cosine"] == 0.999

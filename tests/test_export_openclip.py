@@ -148,7 +148,7 @@ def test_the_folder_describes_itself_and_states_what_open_clip_computes(ran, tmp
     ("student", "says"),
     [
         (lambda: nn.Linear(2, 2), "the student is a Linear; open_clip builds image towers from timm"),
-        (lambda: tinyvit_clip_mini(24, 32), "timm has none of this small size"),
+        (lambda: tinyvit_clip_mini(24, 32), "timm has none of this size"),
         (lambda: tinyvit_clip(embed_dim=16, image_size=32), "embedding has 16, its teacher's 24"),
         (lambda: tinyvit_clip(embed_dim=24, image_size=64), "image side is 64, its teacher's 32"),
     ],

@@ -2,6 +2,7 @@ import json
 from types import SimpleNamespace
 
 import numpy as np
+import onnx as onnx_package
 import PIL.Image
 import pytest
 import sam_exports
@@ -55,10 +56,19 @@ def feeds(layout, grid: int, size: tuple[int, int], points: int, flag: float, ch
     }
 
 
+def padded(given):
+    """The feeds with SAM's padding point."""
+    points = np.concatenate([given["point_coords"], np.zeros((1, 1, 2), np.float32)], 1)
+    labels = np.append(given["point_labels"], np.float32([[-1]]), 1)
+    return {**given, "point_coords": points, "point_labels": labels}
+
+
 def expected(head, layout, single, given):
     """What SamOnnxModel computes in PyTorch for the same feeds, with the layout's frame, sides and flag undone."""
     side, low = head.config["image_size"], 4 * head.config["image_embedding_size"]
     step = given["mask_input"].shape[-1] // low
+    if layout["pads"] and np.isin(given["point_labels"], (0, 1)).all():
+        given = padded(given)
     tensors = {name: torch.from_numpy(value) for name, value in given.items()}
     return sam_exports.official(head, single)(
         tensors["image_embeddings"],
@@ -88,9 +98,9 @@ def test_the_decoder_equals_segment_anything_s_own(exported, networks, name, sin
         assert masks.shape == (1, 1 if single else 4, *size)
         assert relative_error(masks, right[0].numpy()) < 1e-3
         assert relative_error(scores, right[1].numpy()) < 1e-3
-        step = low.shape[-1] // right[2].shape[-1]
-        assert low.shape[-1] == (layout["mask_side"] or 64)
-        assert relative_error(low[..., ::step, ::step], right[2].numpy()) < 1e-3
+        side = layout["mask_side"] or 64  # tools draw masks from these too, so a larger side must be smooth
+        enlarged = torch.nn.functional.interpolate(right[2], (side, side), mode="bilinear")
+        assert low.shape == enlarged.shape and relative_error(low, enlarged.numpy()) < 1e-3
 
 
 def test_a_flag_of_minus_one_means_no_mask(exported):
@@ -102,6 +112,51 @@ def test_a_flag_of_minus_one_means_no_mask(exported):
     mask = {**given, "has_mask_input": np.ones(1, np.float32)}
     assert np.array_equal(session(given)["masks"], session(none)["masks"])
     assert relative_error(session(mask)["masks"], session(none)["masks"]) > 0.01
+
+
+def test_openvino_s_decoder_takes_masks_of_any_side_and_pads_clicks_itself(exported, networks):
+    made = exported("openvino")
+    layout, session = made.model["layout"], Session(made.path("decoder.onnx"))
+    assert session.inputs["mask_input"] == ("tensor(float)", [1, 1, "mask_height", "mask_width"])
+    given = feeds(layout, 16, (300, 451), 2, 1.0)
+    given["point_labels"] = np.array([[1, 0]], np.float32)
+    right = expected(networks[1], layout, False, padded(given))
+    for case in (given, padded(given)):  # model_api gives clicks without SAM's padding point, other programs with it
+        masks, scores, low = session(case).values()
+        assert relative_error(masks, right[0].numpy()) < 1e-3 and relative_error(scores, right[1].numpy()) < 1e-3
+        assert low.shape == (1, 4, 64, 64)
+    none = {**given, "has_mask_input": np.zeros((1, 1), np.float32)}
+    larger = {**none, "mask_input": np.zeros((1, 1, 256, 256), np.float32)}  # which model_api always sends
+    assert np.array_equal(session(larger)["upscaled_masks"], session(none)["upscaled_masks"])
+
+
+def test_openvino_s_encoder_puts_zeros_where_model_api_pads_with_grey(exported):
+    made = exported("openvino")
+    session, drawn = Session(made.path("encoder.onnx")), np.random.default_rng(0)
+    mean, std = np.array(PIXEL_MEAN).reshape(3, 1, 1), np.array(PIXEL_STD).reshape(3, 1, 1)
+    for h, w in ((170, 256), (256, 131), (256, 256)):
+        zeros = np.zeros((1, 3, 256, 256), np.float32)
+        grey = np.broadcast_to((114 - mean) / std, zeros.shape).astype(np.float32).copy()
+        pixels = (drawn.integers(0, 256, (3, h, w)) - mean) / std
+        zeros[0, :, :h, :w] = grey[0, :, :h, :w] = pixels
+        assert np.array_equal(session({"x": grey})["image_embeddings"], session({"x": zeros})["image_embeddings"])
+
+
+def test_openvino_s_files_state_model_api_s_settings(exported):
+    made = exported("openvino")
+    stated = {
+        name: {entry.key: entry.value for entry in onnx_package.load(str(made.path(f"{name}.onnx"))).metadata_props}
+        for name in ("encoder", "decoder")
+    }
+    assert stated["decoder"] == {"model_info model_type": "sam_decoder", "model_info image_size": "256"}
+    assert stated["encoder"] == {
+        "model_info model_type": "sam_image_encoder",
+        "model_info image_size": "256",
+        "model_info resize_type": "fit_to_window",
+        "model_info mean_values": "123.675 116.28 103.53",
+        "model_info scale_values": "58.395 57.12 57.375",
+        "model_info pad_value": "114",
+    }
 
 
 def test_the_encoder_takes_normalised_squares_or_raw_canvases(exported, networks):
@@ -200,8 +255,8 @@ def test_transformers_files_take_several_images_and_prompts(exported, networks):
             logits, scores = head.decode(embeddings[b], torch.from_numpy(points[b]), torch.from_numpy(labels[b]))
             assert relative_error(outputs["pred_masks"][b], logits.numpy()) < 1e-3
             assert relative_error(outputs["iou_scores"][b], scores.numpy()) < 1e-3
-    padded = decoder({"input_points": points, "input_labels": np.where(labels == 0, -10, labels), **features})
-    assert relative_error(padded["pred_masks"][0, 0], outputs["pred_masks"][0, 0]) > 1e-3
+    filled = decoder({"input_points": points, "input_labels": np.where(labels == 0, -10, labels), **features})
+    assert relative_error(filled["pred_masks"][0, 0], outputs["pred_masks"][0, 0]) > 1e-3
     processor = json.loads(made.path("preprocessor_config.json").read_text())
     assert processor["size"] == {"longest_edge": 256} and processor["pad_size"] == {"height": 256, "width": 256}
     assert json.loads(made.path("config.json").read_text())["model_type"] == "sam"

@@ -27,7 +27,6 @@ EVALUATORS: dict[str, Any] = {
     "grid_miou": "fmdistill.evaluate.grid_miou:GridMiou",
     "prompted_miou": "fmdistill.evaluate.prompted:PromptedMiou",
     "everything": "fmdistill.evaluate.everything:Everything",
-    "calibration": "fmdistill.evaluate.calibration:Calibration",
     "scene_miou": "fmdistill.mini.scene_miou:SceneMiou",
     "region_agreement": "fmdistill.mini.region_agreement:RegionAgreement",
     "coco_ap": "fmdistill.evaluate.average_precision:CocoAp",

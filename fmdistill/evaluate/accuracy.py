@@ -83,7 +83,7 @@ def with_class_interval(row: Row, predicted_N: np.ndarray, labels_N: np.ndarray,
 
 
 def class_mean(metric: str, predicted_N: np.ndarray, labels_N: np.ndarray, classes: int) -> float:
-    """Return the mean recall, or F1, of the classes that have images; scikit-learn's `balanced_accuracy_score`."""
+    """Return the mean recall, or F1, of the classes that have images; of recall scikit-learn's balanced accuracy."""
     right_K, label_K, predicted_K = (
         np.bincount(array_N, minlength=classes)
         for array_N in (labels_N[predicted_N == labels_N], labels_N, predicted_N)

@@ -35,6 +35,10 @@ RECALL = (
 )
 MATCHED = "Mean IoU × 100 of the pairs that reach the lowest of these IoU."
 COUNTS = "Number of the student's automatic masks divided by the teacher's, on images on which the teacher makes any."
+<<<<<<< HEAD
+=======
+PER_IMAGE = "Number of automatic masks of an image."
+>>>>>>> main
 AVERAGE = (
     "AR: share × 100 of the annotated objects that an automatic mask covers, the mean over IoU of 0.50 to 0.95, "
     "without classes, with at most so many masks an image, the best by predicted IoU."
@@ -95,7 +99,7 @@ class Everything(AutomaticMasks):
         "recall": Metric("recall", across="iou", percent=True, better="higher", end=1.0, help=RECALL),
         "matched_miou": Metric("mIoU", "of pairs", percent=True, better="higher", end=1.0, help=MATCHED),
         "count_ratio": Metric("masks", "to the teacher's", help=COUNTS),
-        "masks": Metric("masks", "per image"),
+        "masks": Metric("masks", "per image", help=PER_IMAGE),
         "ar": Metric("AR", across="max_dets", percent=True, better="higher", end=1.0, help=AVERAGE),
         "without_masks": Metric("images", "without masks", help=NO_MASKS),
         "skipped": Metric("skipped", across="reason", better="lower", help=SKIPPED),
@@ -174,7 +178,7 @@ def overlaps(of: Sequence[Any], to: Sequence[Any]) -> np.ndarray:
     """Return the IoU of every pair of two lists of COCO's RLE, float64 (T, S)."""
     if not of or not to:
         return np.zeros((len(of), len(to)))
-    return np.asarray(coco_mask.iou(list(of), list(to), [False] * len(to)))
+    return np.asarray(coco_mask.iou(list(of), list(to), [0] * len(to)))
 
 
 def _judge(protocol: Everything, image: SegmentedImage, joined: JoinedTruth | None) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from fmdistill.evaluate.matching import Annotation, Rules
-from fmdistill.evaluate.precision import Table, named
+from fmdistill.evaluate.precision import PrecisionTable, named
 from fmdistill.registry import UserError
 
 PACKAGE = "faster-coco-eval"
@@ -74,7 +74,7 @@ class FasterPrecision:
         precision_TRKAL, recall_TKAL = (np.asarray(evaluation.eval[name]) for name in ("precision", "recall"))
         precision_KTA = precision_TRKAL[..., -1].mean(1).transpose(1, 0, 2)
         recall_KTAL = recall_TKAL.transpose(1, 0, 2, 3)
-        table = Table(
+        table = PrecisionTable(
             np.where(precision_KTA < 0, np.nan, precision_KTA), np.where(recall_KTAL < 0, np.nan, recall_KTAL)
         )
         groups = [self.frequencies.get(c, "") for c in categories]

@@ -9,11 +9,10 @@ from torch import Tensor, nn
 from fmdistill.cache import Cache
 from fmdistill.cache.dataset import CachedImages
 from fmdistill.distill import student as students
+from fmdistill.evaluate.segmentation import Size
 from fmdistill.evaluate.subjects import embed, in_turn, mean_embedding
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError
-
-Size = tuple[int, int]
 
 
 @dataclass(frozen=True)

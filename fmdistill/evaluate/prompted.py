@@ -35,8 +35,9 @@ PIXELS = 2**27  # of the truths of one batch
 SHOWN = 50  # skipped places in a result
 MIOU = (
     "mIoU × 100 with the annotated masks, the mean over all objects, for prompts made from the annotations (their "
-    "boxes, or so many clicks); `mIoU per image` is the mean of the images' means."
+    "boxes, or so many clicks)."
 )
+PER_IMAGE_HELP = "mIoU per image: the mean of the images' means."
 SKIPPED = "Skipped: annotations and images that could not be judged, by reason."
 SIZE = "Size: objects by annotated area as COCO divides them, small to 32², medium to 96², large above, in pixels."
 
@@ -78,7 +79,9 @@ class PromptedMiou:
 
     metrics: ClassVar[Mapping[str, Metric]] = {
         "miou": Metric("mIoU", across="clicks", percent=True, better="higher", end=1.0, help=MIOU),
-        "miou_per_image": Metric("mIoU per image", across="clicks", percent=True, better="higher", end=1.0),
+        "miou_per_image": Metric(
+            "mIoU per image", across="clicks", percent=True, better="higher", end=1.0, help=PER_IMAGE_HELP
+        ),
         "skipped": Metric("skipped", across="reason", better="lower", help=SKIPPED),
     }
     dimensions: ClassVar[Mapping[str, str]] = {"size": SIZE}

@@ -171,7 +171,9 @@ def mean_recall(means: Means, subject: str, k: int) -> Row | None:
     row = results.row(subject, "mean_recall", value, len(sums_N2), k=k)
     if len(sums_N2) < 2:
         return row
-    return intervals.with_interval(row, intervals.resampled(sums_N2, counts_N2).mean(1), len(sums_N2))
+    with np.errstate(invalid="ignore"):
+        values_R = intervals.resampled(sums_N2, counts_N2).mean(1)
+    return intervals.with_interval(row, values_R[np.isfinite(values_R)], len(sums_N2))  # some have no caption
 
 
 def ranks(image_ND: Tensor, text_UD: Tensor, pairs_P2: Tensor) -> tuple[np.ndarray, np.ndarray]:

@@ -25,14 +25,14 @@ from fmdistill.evaluate.intervals import Means
 from fmdistill.evaluate.masks import innermost, iou, pack
 from fmdistill.evaluate.results import TEACHER, Judged, Row
 from fmdistill.evaluate.segmentation import Size, decode_segmentation
+from fmdistill.evaluate.truth.instances import MALFORMED, problem
+from fmdistill.evaluate.truth.sa1b import COLUMN
 from fmdistill.logs import log, progress
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError
 
-ANNOTATIONS_COLUMN = "json"  # the column of SA-1B's tars that holds an image's annotations
 MASKS = ("picked", "best")
 LOW_MIOU = 0.3  # picked mIoU below which a warning names likely causes
-MALFORMED = (ValueError, TypeError, LookupError, OverflowError, RecursionError)  # what malformed JSON or RLE raises
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ def judge_teacher(recipe: Recipe, evaluators: Iterable[object] = (), protocol: S
     total = min(protocol.images, sum(data.counts[number] for number in shards))
     tracked = progress(cases(data, shards), "SA-1B's own masks", total=total, unit="image")
     rows, details = run(protocol, cache.head(), tracked)
-    for problem in details["skipped"][:3]:
-        log.warning("%s: SA-1B's masks: skipped %s", cache.root, problem)
+    for skipped in details["skipped"][:3]:
+        log.warning("%s: SA-1B's masks: skipped %s", cache.root, skipped)
     if len(details["skipped"]) > 3:
         log.warning("%s: SA-1B's masks: skipped %d more", cache.root, len(details["skipped"]) - 3)
     if not details["annotations"]:
@@ -119,7 +119,7 @@ def cases(data: CachedImages, shards: Iterable[int]) -> Iterator[Sa1bCase]:
     """Yield the images of the shards in order; the text of an image without annotations is empty."""
     for number in shards:
         for index, sample in enumerate(data.shards[number].samples):
-            text = data.encoded(number, index).extra.get(ANNOTATIONS_COLUMN, b"")
+            text = data.encoded(number, index).extra.get(COLUMN, b"")
             embedding = data.outputs([(number, index)])["embedding"][0]
             sizes = [(int(h), int(w)) for h, w in (sample["original"], sample["resized"])]
             yield Sa1bCase(sample["key"], embedding, text, sizes[0], sizes[1])
@@ -142,7 +142,7 @@ def run(protocol: Sa1b, head: PromptHead, cases: Iterable[Sa1bCase]) -> Judged:
                 mask_HW = decode_segmentation(annotation["segmentation"], case.original)
                 point = _point(annotation, mask_HW)
             except MALFORMED as error:
-                skipped.append(f"{place}: {_problem(error)}")
+                skipped.append(f"{place}: {problem(error)}")
                 continue
             points.append(point)
             truth.append(mask_HW)
@@ -160,10 +160,10 @@ def run(protocol: Sa1b, head: PromptHead, cases: Iterable[Sa1bCase]) -> Judged:
 
 def _has_annotations(extra: Mapping[str, bytes]) -> bool:
     """Return whether the JSON is SA-1B's, or damaged, and not the metadata that img2dataset stores with that suffix."""
-    if ANNOTATIONS_COLUMN not in extra:
+    if COLUMN not in extra:
         return False
     try:
-        return "annotations" in json.loads(extra[ANNOTATIONS_COLUMN])
+        return "annotations" in json.loads(extra[COLUMN])
     except MALFORMED:
         return True
 
@@ -174,7 +174,7 @@ def _annotations(case: Sa1bCase, limit: int, skipped: list[str]) -> Iterator[tup
         if not isinstance(annotations, list):
             raise ValueError(f"its annotations are {type(annotations).__name__}, expected a list")
     except MALFORMED as error:
-        skipped.append(f"'{case.key}': {_problem(error)}")
+        skipped.append(f"'{case.key}': {problem(error)}")
         return
     for number, annotation in enumerate(annotations[:limit]):
         yield f"'{case.key}', annotation {number}", annotation
@@ -207,8 +207,3 @@ def _scores(head: PromptHead, case: Sa1bCase, points_P2: np.ndarray, truth: list
         iou_M = iou(pack(truth_MHW), pack(predicted_MHW))
         scores.append({"key": case.key, "picked": float(iou_M[picked]), "best": float(iou_M.max())})
     return scores
-
-
-def _problem(error: BaseException) -> str:
-    text = " ".join(str(error).split())[:120]
-    return f"has no {text}" if isinstance(error, KeyError) else text or type(error).__name__

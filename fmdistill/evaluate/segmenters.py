@@ -26,6 +26,7 @@ from fmdistill.cache.reader import ShardReader
 from fmdistill.distill.data import SplitImages
 from fmdistill.distill.student import STUDENTS
 from fmdistill.evaluate.results import TEACHER
+from fmdistill.evaluate.segmentation import Size
 from fmdistill.evaluate.subjects import alternating, embed
 from fmdistill.images import Encoded, Images
 from fmdistill.images import build as build_images
@@ -35,8 +36,6 @@ from fmdistill.predict.sam import WholeSam
 from fmdistill.recipe import Component, Recipe
 from fmdistill.registry import UserError
 from fmdistill.teachers.family import Preprocess
-
-Size = tuple[int, int]
 
 
 @dataclass(frozen=True)

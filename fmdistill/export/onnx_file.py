@@ -48,3 +48,13 @@ def write(
             )
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+def add_properties(path: Path, properties: Mapping[str, str]) -> None:
+    """Add named texts to the metadata of an ONNX file."""
+    import onnx
+
+    model = onnx.load(str(path))
+    for name, value in properties.items():
+        model.metadata_props.add(key=name, value=value)
+    onnx.save(model, str(path))

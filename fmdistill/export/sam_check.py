@@ -103,9 +103,9 @@ def _both(
     h, w = predictor.preprocess.resized(*size)
     area = np.array([w, h])
     points, box = prompt.points * area, None if prompt.box is None else prompt.box.reshape(2, 2) * area
-    pad = prompt.box is None or layout.single or layout.batched  # as predict adds it; transformers' graph does so
+    pad = prompt.box is None or layout.single or layout.batched  # as predict adds it, or the graph
     corners = np.zeros((0, 2)) if box is None else box
-    added = np.zeros((1 if pad and not layout.batched else 0, 2))
+    added = np.zeros((1 if pad and not layout.pads else 0, 2))
     tokens = np.concatenate([points, corners, added]) * ((layout.frame or side) / side)
     labels = np.concatenate([prompt.labels, [2.0, 3.0][: len(corners)], -np.ones(len(added))])
 

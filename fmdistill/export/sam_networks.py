@@ -17,15 +17,28 @@ HALF = ("/transformer/", "/output_upscaling", "/output_hypernetworks_mlps", "/io
 
 
 class SquareEncoder(nn.Module):
-    """The student on images that are normalised and padded already."""
+    """The student on images that are normalised and padded already, with 0 or, before, with the grey `padding`."""
 
-    def __init__(self, student: nn.Module):
+    grey: Tensor
+
+    def __init__(self, student: nn.Module, padding: int | None = None):
         super().__init__()
-        self.student = student
+        self.student, self.padding = student, padding
+        values = (torch.tensor(float(padding or 0)) - torch.tensor(PIXEL_MEAN)) / torch.tensor(PIXEL_STD)
+        self.register_buffer("grey", values.view(1, 3, 1, 1), persistent=False)
 
     def forward(self, image_13SS: Tensor) -> Tensor:
         """Return the embedding (1, C, g, g)."""
+        if self.padding is not None:
+            image_13SS = self._zeros_for_grey(image_13SS)
         return self.student(image_13SS)["embedding"]
+
+    def _zeros_for_grey(self, image_13SS: Tensor) -> Tensor:
+        """Return the image with 0 in the last rows and columns, as far as they are all grey."""
+        drawn_1SS = ((image_13SS - self.grey).abs() > 1e-3).to(torch.float32).amax(1)
+        place_S = torch.arange(1, image_13SS.shape[-1] + 1, dtype=torch.float32)
+        rows_S, columns_S = (place_S <= (drawn_1SS.amax(axis) * place_S).max() for axis in (2, 1))
+        return image_13SS * (rows_S[:, None] & columns_S[None])
 
 
 class PixelEncoder(nn.Module):
@@ -67,7 +80,7 @@ class PromptTokens(nn.Module):
 
     def __init__(self, encoder: PromptEncoder, layout: SamLayout):
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.layout = encoder, layout
         self.side, self.low = encoder.input_image_size[0], encoder.mask_input_size[0]
         self.scale = self.side / (layout.frame or self.side)
 
@@ -87,7 +100,12 @@ class PromptTokens(nn.Module):
     def forward(self, points: Tensor, labels: Tensor, mask: Tensor, flag: Tensor) -> tuple[Tensor, Tensor]:
         """Return sparse (1, N, C) and dense (1, C, g, g) embeddings; a `flag` of 0 or less means no mask."""
         flag = flag.reshape(1, 1, 1, 1).clamp(0, 1)
-        mask = _shrink(mask, self.low)
+        if self.layout.any_mask:
+            mask = F.interpolate(mask, (self.low, self.low), mode="bilinear", align_corners=False)
+        else:
+            mask = _shrink(mask, self.low)
+        if self.layout.pads:
+            points, labels = _padded(points, labels)
         dense = flag * self.encoder.mask_downscaling(mask) + (1 - flag) * self.no_mask()
         return self.points(points, labels), dense
 
@@ -181,8 +199,15 @@ def _select(logits: Tensor, iou: Tensor, points: int) -> tuple[Tensor, Tensor]:
     return logits.index_select(1, best), iou.index_select(1, best)
 
 
+def _padded(points_1N2: Tensor, labels_1N: Tensor) -> tuple[Tensor, Tensor]:
+    """Add SAM's padding point, unless the prompt has a box, whose labels are 2 and 3, or is padded already."""
+    clicks = (labels_1N == labels_1N.clamp(0, 1)).to(torch.int64).min()
+    count = labels_1N.shape[1] + clicks
+    return F.pad(points_1N2, (0, 0, 0, 1))[:, :count], F.pad(labels_1N, (0, 1), value=-1)[:, :count]
+
+
 def _shrink(mask: Tensor, low: int) -> Tensor:
-    """Return the mask at the low resolution; if that divides its side, exactly what `_enlarge` was given."""
+    """Return the mask at the low resolution; the exact values if each was repeated as a square."""
     side = int(mask.shape[-1])
     if side == low:
         return mask
@@ -192,9 +217,7 @@ def _shrink(mask: Tensor, low: int) -> Tensor:
 
 
 def _enlarge(logits: Tensor, side: int | None) -> Tensor:
-    low = int(logits.shape[-1])
-    if side is None or side == low:
+    """Return logits at another side, smooth: samexporter draws its masks from them."""
+    if side is None or side == int(logits.shape[-1]):
         return logits
-    if side % low == 0:
-        return F.interpolate(logits, (side, side), mode="nearest")
     return F.interpolate(logits, (side, side), mode="bilinear", align_corners=False)

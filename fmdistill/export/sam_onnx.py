@@ -111,6 +111,9 @@ def write(export: SamExport, out: Path, precision: Precision = "fp32", min_miou:
         encoder.parent.mkdir(exist_ok=True)
         _write_networks(student, head, layout, encoder, decoder)
         converted = _convert(export, model, encoder, decoder, precision)
+        if export.name == "openvino":
+            for path, kind in ((encoder, "sam_image_encoder"), (decoder, "sam_decoder")):
+                onnx_file.add_properties(path, _model_info(kind, export.layout, model))
         predictor = OnnxSamPredictor(encoder, decoder, model, layout)
         check = sam_check.measure(predictor, student, head, export.pictures("validation", PICTURES))
         limit = MIN_MIOU[precision] if min_miou is None else min_miou
@@ -179,7 +182,7 @@ def _write_networks(student: nn.Module, head: PromptHead, layout: SamLayout, enc
         network = networks.BatchedDecoder(head, layout)
         onnx_file.write(network, inputs, ["iou_scores", "pred_masks"], decoder, dynamic=axes)
     else:
-        network, axes = networks.SquareEncoder(student), None
+        network, axes = networks.SquareEncoder(student, layout.padding), None
         if layout.raw:
             frame = layout.frame or side
             network = networks.PixelEncoder(student, side, frame)
@@ -189,6 +192,8 @@ def _write_networks(student: nn.Module, head: PromptHead, layout: SamLayout, enc
         outputs = [layout.masks, "iou_predictions", "low_res_masks"]
         axes = {name: {1: "points"} for name in ("point_coords", "point_labels")}
         axes[layout.masks] = {2: "height", 3: "width"}
+        if layout.any_mask:
+            axes["mask_input"] = {2: "mask_height", 3: "mask_width"}
         network = networks.OfficialDecoder(head, layout)
         onnx_file.write(network, _decoder_inputs(layout, shape, low), outputs, decoder, dynamic=axes)
 
@@ -269,6 +274,16 @@ def _companions(export: SamExport, model: Mapping[str, Any], title: str) -> dict
             "preprocessor_config.json": json.dumps(_processor_config(model["image_size"]), indent=2) + "\n",
         }
     return {}
+
+
+def _model_info(kind: str, layout: SamLayout, model: Mapping[str, Any]) -> dict[str, str]:
+    """Return what OpenVINO's model_api reads in an ONNX file of its class `kind`, so that it needs no settings."""
+    settings: dict[str, Any] = {"model_type": kind, "image_size": model["image_size"]}
+    if kind == "sam_image_encoder":
+        mean, std = (" ".join(map(str, values)) for values in (PIXEL_MEAN, PIXEL_STD))
+        settings |= {"resize_type": "fit_to_window", "mean_values": mean, "scale_values": std}
+        settings["pad_value"] = layout.padding
+    return {f"model_info {name}": str(value) for name, value in settings.items()}
 
 
 def _transformers_config(head: PromptHead, model: Mapping[str, Any]) -> dict[str, Any]:

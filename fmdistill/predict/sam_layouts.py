@@ -23,6 +23,9 @@ class SamLayout:
     canvas: tuple[int, int] | None = None  # (h, w) of the black canvas that the program draws every image on
     frame: int | None = None  # longest side in whose pixels points are given; None is the student's own
     mask_side: int | None = None  # of mask_input and low_res_masks; None is the student's own, 4 x the grid
+    any_mask: bool = False  # mask_input has any side, and the graph resizes it
+    padding: int | None = None  # of the program before it normalises; the graph puts SAM's zeros in its place
+    pads: bool = False  # the graph adds SAM's padding point to clicks, since the program does not
     single: bool = False  # one mask, chosen by SamOnnxModel's rule, instead of four
     flag_shape: tuple[int, ...] = (1,)  # of has_mask_input; values are clamped to 0..1
     size: str = "orig_im_size"
@@ -55,12 +58,20 @@ LAYOUTS = {
     "anylabeling": SamLayout(image="input_image", raw=True, canvas=ANYLABELING, frame=1024, mask_side=256, single=True),
     "labelme": SamLayout(mask_side=256, single=True),
     "openvino": SamLayout(
-        flag_shape=(1, 1), size="orig_size", size_type="int64", size_shape=(1, 2), masks="upscaled_masks"
+        any_mask=True,
+        padding=114,  # the mean of SAM's mean colour
+        pads=True,
+        flag_shape=(1, 1),
+        size="orig_size",
+        size_type="int64",
+        size_shape=(1, 2),
+        masks="upscaled_masks",
     ),
     "transformers": SamLayout(
         encoder="onnx/vision_encoder.onnx",
         decoder="onnx/prompt_encoder_mask_decoder.onnx",
         image="pixel_values",
+        pads=True,
         batched=True,
     ),
 }

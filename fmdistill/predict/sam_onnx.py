@@ -167,7 +167,7 @@ class OnnxSamPredictor:
             raise UserError("predict: neither points nor a box; give one")
         points = points * self._scale()
         # With one mask the tools add the point always: by the number of points the decoder chooses the mask.
-        if not self.layout.batched and (box is None or self.layout.single):
+        if not self.layout.pads and (box is None or self.layout.single):
             points, kinds = np.concatenate([points, [PAD[0]]]), np.concatenate([kinds, [PAD[1]]])
         return points, kinds
 
