@@ -30,6 +30,7 @@ EVALUATORS: dict[str, Any] = {
     "scene_miou": "fmdistill.mini.scene_miou:SceneMiou",
     "region_agreement": "fmdistill.mini.region_agreement:RegionAgreement",
     "coco_ap": "fmdistill.evaluate.average_precision:CocoAp",
+    "calibration": "fmdistill.evaluate.calibration:Calibration",
     "cosine": "fmdistill.evaluate.cosine:TeacherSimilarity",
     "knn": "fmdistill.evaluate.knn:Knn",
     "zeroshot": "fmdistill.evaluate.zeroshot:Zeroshot",

@@ -42,6 +42,9 @@ RELIABILITY = (
     "if it is calibrated."
 )
 ECE = "Expected calibration error × 100: the mean distance of the two means, each bin weighted by its masks."
+BIAS = "Mean of predicted minus real IoU × 100: above 0, the decoder is too sure."
+SPEARMAN = "Spearman's rank correlation × 100 of predicted and real IoU over all masks."
+SKIPPED = "Skipped: annotations that could not be judged, by reason."
 CORRECTED = "corrected: predicted IoU of masks 1 to 3 raised to a power, fitted on the other images in 5 folds."
 
 
@@ -69,11 +72,11 @@ class Calibration:
 
     metrics: ClassVar[Mapping[str, Metric]] = {
         "ece": Metric("ECE", across="mask", percent=True, better="lower", end=0.0, help=ECE),
-        "bias": Metric("predicted - real IoU", across="mask", percent=True, end=0.0),
-        "spearman": Metric("rank correlation", across="mask", percent=True, better="higher", end=1.0),
+        "bias": Metric("predicted - real IoU", across="mask", percent=True, end=0.0, help=BIAS),
+        "spearman": Metric("rank correlation", across="mask", percent=True, better="higher", end=1.0, help=SPEARMAN),
         "predicted_iou": Metric("predicted", across="mask", percent=True, help=RELIABILITY),
-        "real_iou": Metric("real", across="mask", percent=True),
-        "skipped": Metric("skipped", across="reason", better="lower"),
+        "real_iou": Metric("real", across="mask", percent=True, help=RELIABILITY),
+        "skipped": Metric("skipped", across="reason", better="lower", help=SKIPPED),
     }
     dimensions: ClassVar[Mapping[str, str]] = {"corrected": CORRECTED}
     splits: ClassVar[tuple[str, ...]] = ("train", "validation")  # a source without validation images is taken whole

@@ -35,10 +35,7 @@ RECALL = (
 )
 MATCHED = "Mean IoU × 100 of the pairs that reach the lowest of these IoU."
 COUNTS = "Number of the student's automatic masks divided by the teacher's, on images on which the teacher makes any."
-<<<<<<< HEAD
-=======
 PER_IMAGE = "Number of automatic masks of an image."
->>>>>>> main
 AVERAGE = (
     "AR: share × 100 of the annotated objects that an automatic mask covers, the mean over IoU of 0.50 to 0.95, "
     "without classes, with at most so many masks an image, the best by predicted IoU."
@@ -175,10 +172,12 @@ def pair(overlaps_TS: np.ndarray) -> np.ndarray:
 
 
 def overlaps(of: Sequence[Any], to: Sequence[Any]) -> np.ndarray:
-    """Return the IoU of every pair of two lists of COCO's RLE, float64 (T, S)."""
+    """Return the IoU of every pair of two lists of COCO's RLE, float64 (T, S); empty against empty is 1."""
     if not of or not to:
         return np.zeros((len(of), len(to)))
-    return np.asarray(coco_mask.iou(list(of), list(to), [0] * len(to)))
+    empty_T, empty_S = (np.asarray(coco_mask.area(list(masks))) == 0 for masks in (of, to))
+    iou_TS = np.asarray(coco_mask.iou(list(of), list(to), [0] * len(to)))
+    return np.where(empty_T[:, None] & empty_S, 1.0, iou_TS)
 
 
 def _judge(protocol: Everything, image: SegmentedImage, joined: JoinedTruth | None) -> dict[str, Any]:
