@@ -83,7 +83,7 @@ def full_sam() -> Sam:
                 parameter.mul_(2.0)
             elif name.endswith("bias"):
                 parameter.normal_(std=0.1)
-        head.mask_decoder.iou_prediction_head.layers[-1].bias.fill_(0.5)
+        dict(head.named_parameters())["mask_decoder.iou_prediction_head.layers.2.bias"].fill_(0.5)
     return as_sam(KnownEmbedding(torch.randn(256, 64, 64)), head)
 
 

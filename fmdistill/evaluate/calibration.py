@@ -216,8 +216,8 @@ def _objects(
 def _batch(protocol: Calibration, objects: Sequence[Any]) -> tuple[Any, Any, np.ndarray]:
     """Return the points or the boxes of objects, and their masks (P, H, W)."""
     masks, points, boxes = zip(*objects, strict=True)
-    prompts = (np.array(points), None) if protocol.prompt == "click" else (None, np.array(boxes))
-    return *prompts, np.stack(masks)
+    click = protocol.prompt == "click"
+    return np.array(points) if click else None, None if click else np.array(boxes), np.stack(masks)
 
 
 def _answer(segmenter: ImageSegmenter, points_P2: Any, boxes_P4: Any) -> tuple[np.ndarray, Bits]:

@@ -175,7 +175,7 @@ def overlaps(of: Sequence[Any], to: Sequence[Any]) -> np.ndarray:
     """Return the IoU of every pair of two lists of COCO's RLE, float64 (T, S); empty against empty is 1."""
     if not of or not to:
         return np.zeros((len(of), len(to)))
-    empty_T, empty_S = (np.asarray(coco_mask.area(list(masks))) == 0 for masks in (of, to))
+    empty_T, empty_S = (np.array([coco_mask.area(mask) == 0 for mask in masks]) for masks in (of, to))
     iou_TS = np.asarray(coco_mask.iou(list(of), list(to), [0] * len(to)))
     return np.where(empty_T[:, None] & empty_S, 1.0, iou_TS)
 

@@ -9,7 +9,7 @@ import yaml
 
 from fmdistill import __version__
 from fmdistill.backbones.iou_correction import IouCorrection
-from fmdistill.distill.student import weights_path
+from fmdistill.distill.student import WEIGHTS, weights_path
 from fmdistill.evaluate import results
 from fmdistill.evaluate.results import Result
 from fmdistill.export.source import FinishedRun, without_folders
@@ -93,7 +93,7 @@ def _networks(source: FinishedRun) -> str:
         ("Teacher", _component(source.recipe.teacher) if source.recipe.teacher else "none"),
         ("Image side", f"{source.preprocess.image_size} px"),
     ]
-    correction = IouCorrection.stored(source.run, weights_path(source.run))
+    correction = IouCorrection.stored(source.run, source.run / WEIGHTS)
     if correction is not None:
         power = f"of masks 1 to 3 corrected by fmdistill: raised to the power {correction.exponent:.4g}"
         rows.append(("Predicted IoU", power))

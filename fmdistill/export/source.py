@@ -16,7 +16,7 @@ from fmdistill.backbones.iou_correction import corrected
 from fmdistill.backbones.promptable import PromptHead
 from fmdistill.cache import manifest
 from fmdistill.cache.store import opened
-from fmdistill.distill.student import load_student, weights_path
+from fmdistill.distill.student import WEIGHTS, load_student
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError
 from fmdistill.teachers import family_of_cache
@@ -68,7 +68,7 @@ class FinishedRun:
         A PromptHead predicts corrected IoU if the run stores a correction. Raises UserError if the teacher has none.
         """
         head = self._head()
-        return corrected(head, self.run, weights_path(self.run)) if isinstance(head, PromptHead) else head
+        return corrected(head, self.run, self.run / WEIGHTS) if isinstance(head, PromptHead) else head
 
     def _head(self) -> Any:
         if self.has_own_head:
