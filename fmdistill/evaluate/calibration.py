@@ -124,7 +124,7 @@ class Calibration:
         remaining = opened.images([name for name in names if name not in judged])
         tracked = progress(remaining, "calibration", total=len(names), initial=len(judged), unit="image")
         for image in stop.between(tracked):
-            judged[image.name] = _judge(self, image, joined)
+            judged[image.name] = judge_image(self, image, joined)
             if partial is not None:
                 partial.add(image.name, judged[image.name])
         return _summary(self, judged, joined.skipped if joined is not None else ())
@@ -164,7 +164,7 @@ def cross_fitted(predicted: Sequence[np.ndarray], real: Sequence[np.ndarray]) ->
     return corrected
 
 
-def _judge(protocol: Calibration, image: SegmentedImage, joined: JoinedTruth | None) -> dict[str, Any]:
+def judge_image(protocol: Calibration, image: SegmentedImage, joined: JoinedTruth | None) -> dict[str, Any]:
     """Return the predicted and the real IoU (P, 4) of each subject's masks, for JSON."""
     skipped: list[list[str]] = []
     values: dict[str, dict[str, list]] = {name: {"predicted": [], "real": []} for name in image.segmenters}
@@ -259,7 +259,7 @@ def _summary(protocol: Calibration, judged: Mapping[str, dict[str, Any]], skips:
             if mask == CORRECTED_MASKS:
                 power = fit(*(np.concatenate(arrays).ravel() for arrays in (predicted, real)))
                 powers.append({"subject": subject, "exponent": power.exponent})
-                versions |= {"yes": cross_fitted(predicted, real)} if len(predicted) > 1 else {}
+                versions |= {"corrected": cross_fitted(predicted, real)} if len(predicted) > 1 else {}
             for corrected, values_NPM in versions.items():
                 pairs = {image: (x.ravel(), y.ravel()) for image, x, y in zip(by_image, values_NPM, real, strict=True)}
                 rows += _figures(protocol, subject, list(pairs.values()), mask=mask, corrected=corrected)
