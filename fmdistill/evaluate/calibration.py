@@ -4,7 +4,6 @@ Letters: P prompts, M = 4 masks of a prompt, H x W original pixels, n the low re
 X values of all prompts and masks.
 """
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +66,6 @@ class Calibration:
     limit: int | None = None  # judge only the first images
     teacher: bool = False  # run the teacher too if the images are not those of the recipe's cache
     prompts_per_batch: int = 64
-    store: bool = False  # write the fitted power into the run, so that its predictor and its exports use it
     device: str = "auto"
 
     metrics: ClassVar[Mapping[str, Metric]] = {
@@ -129,12 +127,22 @@ class Calibration:
                 partial.add(image.name, judged[image.name])
         return _summary(self, judged, joined.skipped if joined is not None else ())
 
-    def store_in(self, run: Path, weights: Path, rows: Sequence[Row], details: Mapping[str, Any]) -> None:
-        """Write the student's fitted power into the run's folder, with its calibration errors."""
-        (power,) = (entry["exponent"] for entry in details["exponents"] if entry["subject"] == STUDENT)
-        errors = [row for row in rows if (row["subject"], row["metric"]) == (STUDENT, "ece")]
-        described = {"masks": [1, 2, 3], "protocol": dataclasses.asdict(self), "errors": errors}
-        log.info("%s: predicted IoU to the power %.4g", IouCorrection(power).store(run, weights, described), power)
+    def store_in(self, run: Path, weights: Path, result: Mapping[str, Any]) -> None:
+        """Write the student's power into the run's folder, so that its predictor and its exports correct by it."""
+        (power,) = (entry["exponent"] for entry in result["exponents"] if entry["subject"] == STUDENT)
+        if max(abs(np.log(power) - np.array(BOUNDS))) > BOUNDS[1] - BOUNDS[0] - 0.01:
+            raise UserError(
+                f"store=true: the best power is {power:.4g}, an end of the range: no power corrects this run"
+            )
+        errors = [row for row in result["rows"] if (row["subject"], row["metric"]) == (STUDENT, "ece")]
+        described = {"masks": [1, 2, 3], "protocol": result["protocol"], "errors": errors}
+        path = IouCorrection(power).store(run, weights, described)
+        log.info("%s: predicted IoU of masks 1 to 3 is raised to the power %.4g from now on", path, power)
+        if self.truth is None:
+            log.warning(
+                "%s: was fitted on agreement with the teacher's masks, so predicted IoU no longer says how well a mask "
+                "fits an object; set truth.name and annotations, or delete the file", path,
+            )  # fmt: skip
 
 
 def expected_error(predicted_X: np.ndarray, real_X: np.ndarray, bins: int = 10) -> float:

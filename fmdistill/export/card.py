@@ -8,8 +8,7 @@ from typing import Any
 import yaml
 
 from fmdistill import __version__
-from fmdistill.backbones.iou_correction import IouCorrection
-from fmdistill.distill.student import WEIGHTS, weights_path
+from fmdistill.distill.student import weights_path
 from fmdistill.evaluate import results
 from fmdistill.evaluate.results import Result
 from fmdistill.export.source import FinishedRun, without_folders
@@ -93,9 +92,8 @@ def _networks(source: FinishedRun) -> str:
         ("Teacher", _component(source.recipe.teacher) if source.recipe.teacher else "none"),
         ("Image side", f"{source.preprocess.image_size} px"),
     ]
-    correction = IouCorrection.stored(source.run, source.run / WEIGHTS)
-    if correction is not None:
-        power = f"of masks 1 to 3 corrected by fmdistill: raised to the power {correction.exponent:.4g}"
+    if source.correction is not None:
+        power = f"of masks 1 to 3 corrected by fmdistill: raised to the power {source.correction.exponent:.4g}"
         rows.append(("Predicted IoU", power))
     return _table(("", ""), rows)
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fmdistill.backbones.iou_correction import CorrectedIouHead
 from fmdistill.backbones.mobilesam_names import mobilesam_names
 from fmdistill.backbones.promptable import PromptHead
 from fmdistill.backbones.tinyvit import TinyViTSAM
@@ -26,13 +25,8 @@ BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "positional_enc
 
 def run(source: FinishedRun, out: Path) -> Path:
     """Write a SAM of the student and the teacher's decoder, in the format of MobileSAM's checkpoint."""
-    head = source.head()
-    if isinstance(head.mask_decoder.iou_prediction_head, CorrectedIouHead):
-        log.warning(
-            "%s: predicts IoU without the correction that the run stores, which MobileSAM's format cannot hold; the "
-            "order of a prompt's masks is the same, but thresholds mean something else", out,
-        )  # fmt: skip
-    return export(source.student, head, out)
+    source.leave_out_correction(out)
+    return export(source.student, source.head(), out)
 
 
 def export(student: nn.Module, head: PromptHead, out: Path) -> Path:
