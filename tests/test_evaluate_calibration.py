@@ -13,14 +13,17 @@ from segment_anything import SamPredictor
 
 import fmdistill
 from fmdistill import cache, distill, evaluate
+from fmdistill import recipe as recipes
 from fmdistill.backbones.iou_correction import NAME, CorrectedIouHead, IouCorrection
 from fmdistill.cache.dataset import CachedImages
+from fmdistill.distill.student import WEIGHTS
 from fmdistill.evaluate.calibration import Calibration, cross_fitted, expected_error, fit
 from fmdistill.evaluate.masks import innermost
 from fmdistill.evaluate.results import value
+from fmdistill.export.half import run as half
 from fmdistill.export.mobilesam import run as mobilesam
 from fmdistill.export.source import FinishedRun
-from fmdistill.mini.sam import PACKAGED
+from fmdistill.mini.sam import PACKAGED, sam_mini_student
 from fmdistill.mini.scenes import decode_labels
 from fmdistill.predict.checkpoint_file import whole_sam
 from fmdistill.registry import UserError
@@ -158,7 +161,12 @@ def test_a_stored_power_corrects_the_predictor_and_exports_and_other_weights_do_
     pixels, prompt = np.arange(64 * 48 * 3, dtype=np.uint8).reshape(64, 48, 3), ([[20, 30]], [1])
     before = fmdistill.load(run, trust=True)
     before.set_image(pixels)
-    rows = evaluate.run("eval/calibration.yaml", run, ["grid=2", "store=true", "trust=true"])
+    rows = evaluate.run("eval/calibration.yaml", run, ["grid=2", "trust=true"])
+    assert not (run / NAME).exists()
+    with monkeypatch.context() as patched:
+        patched.setattr(Calibration, "judge", None)  # the stored result has the power
+        assert evaluate.run("eval/calibration.yaml", run, ["grid=2", "store=true", "trust=true"]) == rows
+    assert "set truth.name and annotations, or delete the file" in caplog.text
     content = json.loads((run / NAME).read_text())
     after = fmdistill.load(run, trust=True)
     after.set_image(pixels)
@@ -172,8 +180,6 @@ def test_a_stored_power_corrects_the_predictor_and_exports_and_other_weights_do_
     assert isinstance(head.mask_decoder.iou_prediction_head, CorrectedIouHead)
     plain = before.as_sam().mask_decoder.state_dict()
     assert all(torch.equal(tensor, plain[name]) for name, tensor in head.mask_decoder.state_dict().items())
-    (run / NAME).unlink()
-    assert evaluate.run("eval/calibration.yaml", run, ["grid=2", "store=true", "trust=true"]) == rows
     (run / NAME).write_text(json.dumps({**content, "weights": "others"}))
     head = FinishedRun.of(run, trust=True).head()
     assert not isinstance(head.mask_decoder.iou_prediction_head, CorrectedIouHead)
@@ -183,13 +189,26 @@ def test_a_stored_power_corrects_the_predictor_and_exports_and_other_weights_do_
     (run / NAME).unlink()
 
 
-def test_mobilesam_s_file_holds_no_correction_and_says_so(recipe, tmp_path, caplog):
-    source = FinishedRun.of(recipe.out, trust=True)
-    IouCorrection(0.5).store(Path(recipe.out), Path(recipe.out) / "student.safetensors", {})
-    with caplog.at_level("WARNING"), pytest.raises(UserError, match="MobileSAM's encoder is a TinyViT"):
-        mobilesam(source, tmp_path / "x.pt")
-    assert "without the correction" in caplog.text
-    (Path(recipe.out) / NAME).unlink()
+def test_a_power_at_the_end_of_the_range_is_not_stored(tmp_path):
+    for power in (np.exp(-2.999), np.exp(2.999)):
+        result = {"exponents": [{"subject": "student", "exponent": power}], "rows": [], "protocol": {}}
+        with pytest.raises(UserError, match=f"no power corrects this run; the best, {power:.4g}"):
+            Calibration().store_in(tmp_path, tmp_path / "student.safetensors", result)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("format", [mobilesam, half])
+def test_files_of_weights_hold_no_correction_and_say_so(tmp_path, caplog, format):
+    (tmp_path / WEIGHTS).write_bytes(b"weights")
+    settings = recipes.load("recipes/mini/sam_mini.yaml")
+    source = FinishedRun(tmp_path, settings, sam_mini_student("packaged"))
+    assert source.has_own_head and source.correction is None
+    format(source, tmp_path / "plain")
+    assert "without the correction" not in caplog.text
+    IouCorrection(0.5).store(tmp_path, tmp_path / WEIGHTS, {})
+    format(FinishedRun(tmp_path, settings, sam_mini_student("packaged")), tmp_path / "corrected")
+    assert "corrected: predicts IoU without the correction" in caplog.text
+    assert (tmp_path / "plain").read_bytes() == (tmp_path / "corrected").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -215,3 +234,7 @@ def test_without_a_teacher_or_a_run_to_store_in_it_is_one_line(recipe, tmp_path)
     file = Path(recipe.out) / "student.safetensors"
     with pytest.raises(UserError, match="store=true: writes into a run"):
         evaluate.run("eval/calibration.yaml", file, [f"recipe={recipe.out}/recipe.yaml", "store=true", "trust=true"])
+    with pytest.raises(UserError, match="store=true: grid_miou fits nothing that a run could store"):
+        evaluate.run("eval/sam_grid_miou.yaml", recipe.out, ["store=true", "trust=true"])
+    with pytest.raises(UserError, match="store='maybe': expected bool"):
+        evaluate.run("eval/calibration.yaml", recipe.out, ["store=maybe", "trust=true"])

@@ -130,10 +130,8 @@ class Calibration:
     def store_in(self, run: Path, weights: Path, result: Mapping[str, Any]) -> None:
         """Write the student's power into the run's folder, so that its predictor and its exports correct by it."""
         (power,) = (entry["exponent"] for entry in result["exponents"] if entry["subject"] == STUDENT)
-        if max(abs(np.log(power) - np.array(BOUNDS))) > BOUNDS[1] - BOUNDS[0] - 0.01:
-            raise UserError(
-                f"store=true: the best power is {power:.4g}, an end of the range: no power corrects this run"
-            )
+        if not BOUNDS[0] + 0.01 < np.log(power) < BOUNDS[1] - 0.01:
+            raise UserError(f"store=true: no power corrects this run; the best, {power:.4g}, ends the range of the fit")
         errors = [row for row in result["rows"] if (row["subject"], row["metric"]) == (STUDENT, "ece")]
         described = {"masks": [1, 2, 3], "protocol": result["protocol"], "errors": errors}
         path = IouCorrection(power).store(run, weights, described)
