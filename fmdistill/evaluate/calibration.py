@@ -6,6 +6,7 @@ X values of all prompts and masks.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -33,6 +34,7 @@ from fmdistill.registry import UserError
 
 MASKS = {"0": slice(0, 1), "1-3": slice(1, 4)}  # SAM's mask of one, and its three masks
 CORRECTED_MASKS = "1-3"
+PIXELS = 2**26  # of masks that are in memory at once
 FOLDS = 5
 BOUNDS = (-3.0, 3.0)  # of the exponent's logarithm
 DIGITS = 6  # stored of each value
@@ -45,6 +47,9 @@ BIAS = "Mean of predicted minus real IoU × 100: above 0, the decoder is too sur
 SPEARMAN = "Spearman's rank correlation × 100 of predicted and real IoU over all masks."
 SKIPPED = "Skipped: annotations that could not be judged, by reason."
 CORRECTED = "corrected: predicted IoU of masks 1 to 3 raised to a power, fitted on the other images in 5 folds."
+
+Batch = tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]  # points (P, 2) or boxes (P, 4), masks (P, H, W)
+Object = tuple[np.ndarray, tuple[float, float], tuple[float, ...]]  # mask (H, W), click (x, y), box (x, y, x, y)
 
 
 @dataclass(frozen=True)
@@ -161,13 +166,11 @@ def fit(predicted_X: np.ndarray, real_X: np.ndarray) -> IouCorrection:
 
 def cross_fitted(predicted: Sequence[np.ndarray], real: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Return the predicted IoU (P, M) of each image, corrected by a fit on the images of the other folds."""
-    folds = [number % FOLDS for number in range(len(predicted))]
-    corrected: list[np.ndarray] = []
-    for own, values in zip(folds, predicted, strict=True):
-        others = [number for number, fold in enumerate(folds) if fold != own]
-        x, y = (np.concatenate([arrays[number].ravel() for number in others]) for arrays in (predicted, real))
-        corrected.append(fit(x, y)(values))
-    return corrected
+    corrections = []
+    for fold in range(min(FOLDS, len(predicted))):
+        others = [number for number in range(len(predicted)) if number % FOLDS != fold]
+        corrections.append(fit(*(np.concatenate([arrays[i].ravel() for i in others]) for arrays in (predicted, real))))
+    return [corrections[number % FOLDS](values) for number, values in enumerate(predicted)]
 
 
 def judge_image(protocol: Calibration, image: SegmentedImage, joined: JoinedTruth | None) -> dict[str, Any]:
@@ -176,11 +179,9 @@ def judge_image(protocol: Calibration, image: SegmentedImage, joined: JoinedTrut
     values: dict[str, dict[str, list]] = {name: {"predicted": [], "real": []} for name in image.segmenters}
     if joined is None:
         values.pop(TEACHER)
-        points_P2 = grid_points(protocol.grid, image.original)
-        batches = [(points_P2[i : i + protocol.prompts_per_batch], None, None) for i in _starts(protocol, points_P2)]
+        batches = _grid(protocol, image)
     else:
-        objects = list(_objects(image, joined, skipped))
-        batches = [_batch(protocol, objects[i : i + protocol.prompts_per_batch]) for i in _starts(protocol, objects)]
+        batches = _batches(protocol, image, _objects(image, joined, skipped))
     for points, boxes, masks_PHW in stop.between(batches):
         reference = None if masks_PHW is None else pack(torch.from_numpy(masks_PHW))
         if reference is None:
@@ -194,13 +195,22 @@ def judge_image(protocol: Calibration, image: SegmentedImage, joined: JoinedTrut
     return {"values": values, "skipped": skipped}
 
 
-def _starts(protocol: Calibration, prompts: Any) -> range:
-    return range(0, len(prompts), protocol.prompts_per_batch)
+def _grid(protocol: Calibration, image: SegmentedImage) -> Iterator[Batch]:
+    points_P2 = grid_points(protocol.grid, image.original)
+    for start in range(0, len(points_P2), protocol.prompts_per_batch):
+        yield points_P2[start : start + protocol.prompts_per_batch], None, None
 
 
-def _objects(
-    image: SegmentedImage, joined: JoinedTruth, skipped: list[list[str]]
-) -> Iterator[tuple[np.ndarray, tuple[float, float], tuple[float, ...]]]:
+def _batches(protocol: Calibration, image: SegmentedImage, objects: Iterator[Object]) -> Iterator[Batch]:
+    """Yield as many objects at a time as the protocol says, fewer if their masks would take much memory."""
+    step = max(1, min(protocol.prompts_per_batch, PIXELS // (image.original[0] * image.original[1])))
+    while batch := list(islice(objects, step)):
+        masks, points, boxes = zip(*batch, strict=True)
+        click = protocol.prompt == "click"
+        yield np.array(points) if click else None, None if click else np.array(boxes), np.stack(masks)
+
+
+def _objects(image: SegmentedImage, joined: JoinedTruth, skipped: list[list[str]]) -> Iterator[Object]:
     """Yield the mask, the click and the box (x, y, x, y) of each object that is no crowd; others are skipped."""
     annotated = joined.of(image)
     skipped += [list(skip) for skip in annotated.skipped]
@@ -217,13 +227,6 @@ def _objects(
         click = first_click("mask_centre", one, mask_HW, (1.0, 1.0))
         x, y, width, height = one.box
         yield mask_HW, (click.x, click.y), (x, y, x + width, y + height)
-
-
-def _batch(protocol: Calibration, objects: Sequence[Any]) -> tuple[Any, Any, np.ndarray]:
-    """Return the points or the boxes of objects, and their masks (P, H, W)."""
-    masks, points, boxes = zip(*objects, strict=True)
-    click = protocol.prompt == "click"
-    return np.array(points) if click else None, None if click else np.array(boxes), np.stack(masks)
 
 
 def _answer(segmenter: ImageSegmenter, points_P2: Any, boxes_P4: Any) -> tuple[np.ndarray, Bits]:
