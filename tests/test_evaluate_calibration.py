@@ -25,6 +25,7 @@ from fmdistill.export.mobilesam import run as mobilesam
 from fmdistill.export.source import FinishedRun
 from fmdistill.mini.sam import PACKAGED, sam_mini_student
 from fmdistill.mini.scenes import decode_labels
+from fmdistill.mini.tinyvit import tinyvit_sam_mini
 from fmdistill.predict.checkpoint_file import whole_sam
 from fmdistill.registry import UserError
 
@@ -164,7 +165,7 @@ def test_a_stored_power_corrects_the_predictor_and_exports_and_other_weights_do_
     rows = evaluate.run("eval/calibration.yaml", run, ["grid=2", "trust=true"])
     assert not (run / NAME).exists()
     with monkeypatch.context() as patched:
-        patched.setattr(Calibration, "judge", None)  # the stored result has the power
+        patched.setattr(Calibration, "judge", lambda *given: pytest.fail("the stored result has the power"))
         assert evaluate.run("eval/calibration.yaml", run, ["grid=2", "store=true", "trust=true"]) == rows
     assert "set truth.name and annotations, or delete the file" in caplog.text
     content = json.loads((run / NAME).read_text())
@@ -197,16 +198,19 @@ def test_a_power_at_the_end_of_the_range_is_not_stored(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("format", [mobilesam, half])
-def test_files_of_weights_hold_no_correction_and_say_so(tmp_path, caplog, format):
+def packaged():
+    return sam_mini_student("packaged")
+
+
+@pytest.mark.parametrize(("format", "student"), [(mobilesam, tinyvit_sam_mini), (half, packaged)])
+def test_files_of_weights_hold_no_correction_and_say_so(tmp_path, caplog, monkeypatch, format, student):
     (tmp_path / WEIGHTS).write_bytes(b"weights")
-    settings = recipes.load("recipes/mini/sam_mini.yaml")
-    source = FinishedRun(tmp_path, settings, sam_mini_student("packaged"))
-    assert source.has_own_head and source.correction is None
-    format(source, tmp_path / "plain")
+    monkeypatch.setattr(FinishedRun, "_head", lambda self: packaged().head)
+    settings, network = recipes.load("recipes/mini/sam_mini.yaml"), student()
+    format(FinishedRun(tmp_path, settings, network), tmp_path / "plain")
     assert "without the correction" not in caplog.text
     IouCorrection(0.5).store(tmp_path, tmp_path / WEIGHTS, {})
-    format(FinishedRun(tmp_path, settings, sam_mini_student("packaged")), tmp_path / "corrected")
+    format(FinishedRun(tmp_path, settings, network), tmp_path / "corrected")
     assert "corrected: predicts IoU without the correction" in caplog.text
     assert (tmp_path / "plain").read_bytes() == (tmp_path / "corrected").read_bytes()
 
