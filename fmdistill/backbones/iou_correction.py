@@ -16,7 +16,7 @@ from fmdistill.files import file_hash, write_whole
 from fmdistill.logs import log
 from fmdistill.registry import UserError
 
-NAME = "calibration.json"  # in a run's folder
+NAME = "iou_correction.json"  # in a run's folder
 
 
 @dataclass(frozen=True)
