@@ -160,7 +160,7 @@ def fit(predicted_X: np.ndarray, real_X: np.ndarray) -> IouCorrection:
         corrected_X = IouCorrection(float(np.exp(log_exponent)))(predicted_X)
         return float(np.square(corrected_X - real_X).mean())
 
-    best = optimize.minimize_scalar(error, bounds=BOUNDS, method="bounded")
+    best: Any = optimize.minimize_scalar(error, bounds=BOUNDS, method="bounded")
     return IouCorrection(float(np.exp(best.x)))
 
 
