@@ -77,8 +77,8 @@ class Calibration:
         "ece": Metric("ECE", across="mask", percent=True, better="lower", end=0.0, help=ECE),
         "bias": Metric("predicted - real IoU", across="mask", percent=True, end=0.0, help=BIAS),
         "spearman": Metric("rank correlation", across="mask", percent=True, better="higher", end=1.0, help=SPEARMAN),
-        "predicted_iou": Metric("predicted", across="mask", percent=True, help=RELIABILITY),
-        "real_iou": Metric("real", across="mask", percent=True, help=RELIABILITY),
+        "predicted_iou": Metric("predicted", across="mask", percent=True, shown=False, help=RELIABILITY),
+        "real_iou": Metric("real", across="mask", percent=True, shown=False, help=RELIABILITY),
         "skipped": Metric("skipped", across="reason", better="lower", help=SKIPPED),
     }
     dimensions: ClassVar[Mapping[str, str]] = {"corrected": CORRECTED}
