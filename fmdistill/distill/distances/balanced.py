@@ -17,7 +17,7 @@ class Balanced:
 
     The cosine teaches the direction and the smooth L1, the mean over the channels of d^2 / (2 beta) for |d| < beta and
     of |d| - beta / 2 beyond, the length too. (Ranzinger et al., "AM-RADIO: Agglomerative Vision Foundation Model",
-    CVPR 2024, Eq. 3: 0.9 and 0.1, as here; EUPE has the same for patches, UNIC 0.5 and 0.5.) Smooth L1 depends on the
+    CVPR 2024: 0.9 and 0.1, as here; EUPE has the same for patches, UNIC 0.5 and 0.5.) Smooth L1 depends on the
     scale of the outputs, so standardise them (`standardize`), unless their deviation is about one.
     """
 
