@@ -1,0 +1,190 @@
+"""Runs with standardised targets: what they save, how they resume and start, and what is refused before them."""
+
+import json
+from pathlib import Path
+
+import clips
+import pytest
+import tiny
+import toy_digits
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from fmdistill import cache, distill, pipeline, recipe
+from fmdistill.distill import tasks
+from fmdistill.distill.data import every
+from fmdistill.distill.loader import batches
+from fmdistill.distill.student import load_student
+from fmdistill.registry import UserError
+
+KINDS = ("channel", "phi_s")
+
+
+class Normed(tiny.Student):
+    """The toy student with a GroupNorm of one channel a group at its end, which holds no rotation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net.append(nn.GroupNorm(tiny.CHANNELS, tiny.CHANNELS))
+
+
+class Unstated(tiny.Student):
+    """The toy student without a last layer that it states."""
+
+    last_layers = property(lambda self: {})
+
+
+def load(folder: Path, kind: str, *overrides: str) -> recipe.Recipe:
+    return tiny.load(folder, f"objective.embedding.standardize={kind}", f"out={folder}/{kind}", *overrides)
+
+
+def rows(run: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+
+
+def validation_batch(job: tasks.Job):
+    return job.complete(next(batches(job.validation, list(every(job.validation, 8)), 0)))
+
+
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("targets")
+    cache.run(tiny.load(folder))
+    return folder
+
+
+@pytest.mark.parametrize("student", ["tiny:Student", "test_distill_targets:Normed"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_saved_student_is_the_folded_one_of_the_checkpoint_on_the_teachers_scale(cached, kind, student):
+    out = f"{cached}/{kind}-{student[-6:]}"
+    run = distill.run(load(cached, kind, f"student.name={student}", f"out={out}"))
+    job = tasks.build(load(cached, kind, f"student.name={student}", f"out={out}"))
+    job.task.load_state_dict(load_file(run / "checkpoints/step-00000012/task.safetensors"))  # the unfolded one
+    batch = validation_batch(job)
+    job.task.eval()
+    seen, folded = job.task.see(batch), load_student(run, trust=True)
+    embedding = folded(job.task.preprocess.normalize(batch["pixels"], batch["sizes"]))["embedding"]
+    torch.testing.assert_close(embedding, seen.student("embedding"), rtol=1e-5, atol=1e-5)
+    raw = job.student(job.task.preprocess.normalize(batch["pixels"], batch["sizes"]))["embedding"]
+    assert (raw - embedding).abs().mean() > 0.05
+    teacher = batch["outputs"]["sam.embedding"]
+    assert (embedding - teacher).square().mean() < teacher.var()
+    logged = rows(run)
+    last = next(row for row in reversed(logged) if "validation/loss" in row)
+    with torch.no_grad():
+        assert float(job.task(batch)["loss"]) == pytest.approx(last["validation/loss"], rel=1e-4)
+    opened = tasks.open_task(run, trust=True)[1]  # whose student is the folded one
+    with torch.no_grad():
+        assert float(opened(batch)["loss"]) == pytest.approx(last["validation/loss"], rel=1e-4)
+    losses = [row["loss"] for row in logged if "learning_rate" in row]
+    assert 0.3 < losses[0] < 10 and losses[-1] < 0.9 * losses[0]  # in units of the targets' deviation
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resumed_run_folds_once_and_trains_the_same_weights(cached, kind, monkeypatch):
+    whole = distill.run(load(cached, kind, f"out={cached}/{kind}-whole"))
+    settings = load(cached, kind, f"out={cached}/{kind}-killed")
+    save, real = distill.checkpoint.save_state, tasks.Distill.fold
+
+    def killed(self):
+        real(self)
+        raise KeyboardInterrupt  # between folding and saving
+
+    monkeypatch.setattr(tasks.Distill, "fold", killed)
+    with pytest.raises(KeyboardInterrupt):
+        distill.run(settings)
+    monkeypatch.setattr(tasks.Distill, "fold", real)
+    assert not (cached / f"{kind}-killed/student.safetensors").exists() and save is distill.checkpoint.save_state
+    resumed = distill.run(settings)
+    first, second = (load_file(run / "student.safetensors") for run in (whole, resumed))
+    assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+    folder = resumed / "checkpoints/step-00000008"
+    state = load_file(folder / "task.safetensors")
+    assert {k for k in state if "standardizer" in k} >= {f"objective.terms.embedding.standardizer.{kind_}" for kind_ in ("mean_C", "scale_C")}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_student_that_starts_from_another_run_starts_on_the_teachers_scale(cached, kind):
+    first = distill.run(load(cached, "none", f"out={cached}/start"))
+    for student, start in (("tiny:Student", f"{first}"), ("tiny:Student", "none")):
+        job = tasks.build(load(cached, kind, f"student.name={student}", f"student.pretrained={start}"))
+        job.task.eval()
+        batch = validation_batch(job)
+        made = job.task.see(batch).student("embedding")
+        own = load_student(first, trust=True)(job.task.preprocess.normalize(batch["pixels"], batch["sizes"]))
+        equal = torch.allclose(made, own["embedding"], rtol=1e-4, atol=1e-4)
+        assert equal == (start != "none")
+
+
+def test_terms_of_one_output_share_its_units_and_a_term_without_them_sees_the_teachers_scale(cached):
+    plain = "objective.plain={distance: {name: mse}, weighting: {name: uniform}}"
+    job = tasks.build(load(cached, "channel", plain))
+    seen = job.task.eval().see(validation_batch(job))
+    losses, _ = job.task.objective(seen)
+    gap = (seen.student("embedding") - seen.teacher("embedding")).square()
+    assert float(losses["plain"]) == pytest.approx(float(gap.mean()), rel=1e-5)
+    assert float(losses["embedding"]) != pytest.approx(float(gap.mean()), rel=1e-2)
+
+
+def test_a_projection_without_bias_learns_a_clips_vectors_in_either_units(tmp_path):
+    for name, count in (("00000", 8), ("v0", 3)):
+        clips.img2dataset(tmp_path, name, [f"{name}{n:04}" for n in range(count)])
+    student = ["student.name=tinyvit_clip_mini", "student.embed_dim=24", "student.image_size=32"]
+    quick = ["train.batch_size=4", "train.steps=2", "train.precision=fp32", "train.device=cpu"]
+    for kind in KINDS:
+        settings = clips.load(
+            tmp_path, *student, *quick, f"objective.embedding.standardize={kind}", f"out={tmp_path}/{kind}"
+        )
+        cache.run(settings)
+        run = distill.run(settings)
+        job = tasks.build(settings)
+        job.task.load_state_dict(load_file(run / "checkpoints/step-00000002/task.safetensors"))
+        job.task.eval()
+        batch = job.complete(next(batches(job.validation, list(every(job.validation, 3)), 0)))
+        folded = load_student(run)(job.task.preprocess.normalize(batch["pixels"], batch["sizes"]))["embedding"]
+        torch.testing.assert_close(folded, job.task.see(batch).student("embedding"), rtol=1e-5, atol=1e-5)
+        assert "head.proj.bias" not in load_file(run / "student.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["teacher.live=true", "cache=null"], "standardize=channel: a live teacher has no statistics; leave teacher"),
+        (["objective.embedding.distance.name=kd"], "standardize=channel: distance kd takes the softmax of the logits"),
+        (["objective.embedding.distance={name: pad, base: fitnet}"], "distance pad learns a projection to the teacher"),
+        (["objective.embedding.distance.name=vid"], "distance vid learns a projection to the teacher's output"),
+        (
+            ["objective.b={distance: {name: mse}, weighting: {name: uniform}, standardize: phi_s}"],
+            "embedding.standardize=channel with padding=include, objective.b.standardize=phi_s with padding=include: "
+            "the student's last layer of embedding learns in one kind of units",
+        ),
+        (
+            ["objective.b={distance: {name: mse}, weighting: {name: uniform}, standardize: channel, padding: exclude}"],
+            "objective.b.standardize=channel with padding=exclude",
+        ),
+        (["student.name=sam_mini"], "student.name=sam_mini does not state the last layer of embedding, .*last_layers"),
+        (["objective.embedding.standardize=whiten"], "standardize='whiten': unknown. Known: channel, none, phi_s"),
+    ],
+)
+def test_what_cannot_be_standardised_is_refused_by_check(tmp_path, overrides, message):
+    with pytest.raises(UserError, match=message) as caught:
+        pipeline.check(load(tmp_path, "channel", *overrides))
+    assert "\n" not in str(caught.value)
+
+
+def test_check_accepts_what_can_be_standardised_and_refuses_classifiers_and_recipes_without_a_teacher(tmp_path):
+    for kind in ("none", *KINDS):
+        pipeline.check(load(tmp_path, kind))
+    _, student = toy_digits.write(tmp_path)
+    term = "objective.f={output: feature, distance: {name: mse}, weighting: {name: uniform}, standardize: channel}"
+    with pytest.raises(UserError, match="student.name=.* does not state the last layer of feature"):
+        pipeline.check(recipe.load(student, [term]))
+    with pytest.raises(UserError, match="objective.f.standardize=channel: the recipe has no teacher"):
+        pipeline.check(recipe.load(toy_digits.write(tmp_path)[0], [term]))
+
+
+def test_a_student_that_states_no_layer_or_has_other_channels_is_refused_before_training(cached):
+    with pytest.raises(UserError, match="Unstated does not state the last layer of embedding"):
+        distill.run(load(cached, "channel", "student.name=test_distill_targets:Unstated", f"out={cached}/unstated"))
