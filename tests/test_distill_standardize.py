@@ -110,7 +110,9 @@ def drawn_standardizer(kind: str, channels: int) -> Standardizer:
     mean_C = 3 * generator.normal(size=channels)
     if kind == "channel":
         return Standardizer(mean_C, np.exp(generator.normal(size=channels)))
-    scale, turn_CC = phi_s(np.cov(generator.normal(size=(channels, 3 * channels)) * np.arange(1, channels + 1)[:, None]))
+    scale, turn_CC = phi_s(
+        np.cov(generator.normal(size=(channels, 3 * channels)) * np.arange(1, channels + 1)[:, None])
+    )
     return Standardizer(mean_C, np.full(channels, scale), turn_CC)
 
 
@@ -184,7 +186,7 @@ def test_a_folded_student_of_each_class_gives_what_the_unfolded_one_learned(buil
     fold(student, "sam.embedding", standardizer)
     folded = student(image.float())["embedding"]
     assert list(student.state_dict()) == names  # so that it exports under the same names
-    torch.testing.assert_close(folded, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    torch.testing.assert_close(folded, expected, rtol=1e-5, atol=1e-5 * float(expected.detach().abs().max()))
 
 
 def test_layers_that_hold_no_scale_and_students_that_state_none_raise():

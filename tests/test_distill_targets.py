@@ -6,8 +6,8 @@ from pathlib import Path
 import clips
 import pytest
 import tiny
-import toy_digits
 import torch
+import toy_digits
 from safetensors.torch import load_file
 from torch import nn
 
@@ -69,8 +69,6 @@ def test_the_saved_student_is_the_folded_one_of_the_checkpoint_on_the_teachers_s
     torch.testing.assert_close(embedding, seen.student("embedding"), rtol=1e-5, atol=1e-5)
     raw = job.student(job.task.preprocess.normalize(batch["pixels"], batch["sizes"]))["embedding"]
     assert (raw - embedding).abs().mean() > 0.05
-    teacher = batch["outputs"]["sam.embedding"]
-    assert (embedding - teacher).square().mean() < teacher.var()
     logged = rows(run)
     last = next(row for row in reversed(logged) if "validation/loss" in row)
     with torch.no_grad():
@@ -86,7 +84,7 @@ def test_the_saved_student_is_the_folded_one_of_the_checkpoint_on_the_teachers_s
 def test_a_resumed_run_folds_once_and_trains_the_same_weights(cached, kind, monkeypatch):
     whole = distill.run(load(cached, kind, f"out={cached}/{kind}-whole"))
     settings = load(cached, kind, f"out={cached}/{kind}-killed")
-    save, real = distill.checkpoint.save_state, tasks.Distill.fold
+    real = tasks.Distill.fold
 
     def killed(self):
         real(self)
@@ -96,13 +94,15 @@ def test_a_resumed_run_folds_once_and_trains_the_same_weights(cached, kind, monk
     with pytest.raises(KeyboardInterrupt):
         distill.run(settings)
     monkeypatch.setattr(tasks.Distill, "fold", real)
-    assert not (cached / f"{kind}-killed/student.safetensors").exists() and save is distill.checkpoint.save_state
+    assert not (cached / f"{kind}-killed/student.safetensors").exists()
     resumed = distill.run(settings)
     first, second = (load_file(run / "student.safetensors") for run in (whole, resumed))
     assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
     folder = resumed / "checkpoints/step-00000008"
-    state = load_file(folder / "task.safetensors")
-    assert {k for k in state if "standardizer" in k} >= {f"objective.terms.embedding.standardizer.{kind_}" for kind_ in ("mean_C", "scale_C")}
+    names = {"mean_C", "scale_C", *(["rotation_CC"] if kind == "phi_s" else [])}
+    assert {f"objective.terms.embedding.standardizer.{name}" for name in names} <= set(
+        load_file(folder / "task.safetensors")
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -143,7 +143,9 @@ def test_a_projection_without_bias_learns_a_clips_vectors_in_either_units(tmp_pa
         job.task.load_state_dict(load_file(run / "checkpoints/step-00000002/task.safetensors"))
         job.task.eval()
         batch = job.complete(next(batches(job.validation, list(every(job.validation, 3)), 0)))
-        folded = load_student(run)(job.task.preprocess.normalize(batch["pixels"], batch["sizes"]))["embedding"]
+        folded = load_student(run, trust=True)(job.task.preprocess.normalize(batch["pixels"], batch["sizes"]))[
+            "embedding"
+        ]
         torch.testing.assert_close(folded, job.task.see(batch).student("embedding"), rtol=1e-5, atol=1e-5)
         assert "head.proj.bias" not in load_file(run / "student.safetensors")
 

@@ -169,4 +169,5 @@ def across(value_C: Tensor, output: Tensor) -> Tensor:
 
 def rotated(rotation_CC: Tensor, output: Tensor) -> Tensor:
     """Return `output`, (B, C) or (B, C, H, W), with each vector over the channels multiplied by the matrix."""
-    return torch.matmul(rotation_CC, output.flatten(2) if output.dim() > 2 else output.unsqueeze(2)).reshape(output.shape)
+    vectors_BCN = output.flatten(2) if output.dim() > 2 else output.unsqueeze(2)
+    return torch.matmul(rotation_CC.to(output.dtype), vectors_BCN).reshape(output.shape)

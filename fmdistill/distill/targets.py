@@ -49,8 +49,8 @@ def standardizers(
 ) -> dict[str, Standardizer]:
     """Return the standardizers of an objective's terms, by the terms' names, from the teacher's cache.
 
-    `shapes` are those of one image's outputs, by the names of `Seen`. With `gpu`, a covariance that is not stored yet is
-    computed on the GPU. Raises UserError if student and teacher have different channels.
+    `shapes` are those of one image's outputs, by the names of `Seen`. With `gpu`, a covariance that is not stored yet
+    is computed on the GPU. Raises UserError if student and teacher have different channels.
     """
     made: dict[str, Standardizer] = {}
     for name, term in standardised_terms(settings).items():
@@ -62,7 +62,8 @@ def standardizers(
         if student and teacher and student[0] != teacher[0]:
             raise UserError(
                 f"{where}: the student's {term.output} has {student[0]} channels, the teacher's {teacher[0]}, so the "
-                f"student cannot learn them in the same units; choose a student of the teacher's size, or set it to none"
+                f"student cannot learn them in the same units; choose a student of the teacher's size, or set it to "
+                f"none"
             )
         made[name] = statistics(cache, term.output, term.padding, term.standardize, gpu)
     return made

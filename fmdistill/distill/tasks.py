@@ -14,10 +14,9 @@ from fmdistill import recipe as recipes
 from fmdistill.backbones.class_preprocess import ClassPreprocess
 from fmdistill.backbones.classifiers import Classifier
 from fmdistill.cache.batch import Batch, Data
-from fmdistill.distill import checkpoint
+from fmdistill.distill import checkpoint, targets
 from fmdistill.distill import provider as providers
 from fmdistill.distill import student as students
-from fmdistill.distill import targets
 from fmdistill.distill.objective import Objective, needs_priors
 from fmdistill.distill.plain import Augment
 from fmdistill.distill.provider import Provider

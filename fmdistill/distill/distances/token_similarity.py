@@ -17,9 +17,9 @@ class TokenSimilarity:
     """KL(p_t || p_s) of each patch's similarities to its image's patches, one value per patch.
 
     p = softmax over the patches j of cos(x_i, x_j) / `temperature`, without those that `padding: exclude` leaves out.
-    The student learns which patches belong together, whatever its channels. (lightly-train's `distillationv3` has this
-    term at temperature 0.07; one of its kind is Tung and Mori's SP within an image.) Memory grows with N^2: 67 MB for
-    each of several matrices of one image of 64 x 64 patches.
+    The student learns which patches belong together, whatever its channels. (As SP, but within an image; the term of
+    lightly-train's third distillation method, at its temperature 0.07.) Memory grows with N^2: 67 MB for each of
+    several matrices of one image of 64 x 64 patches.
     """
 
     temperature: float = 0.07
