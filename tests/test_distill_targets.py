@@ -4,18 +4,28 @@ import json
 from pathlib import Path
 
 import clips
+import numpy as np
+import open_clip
 import pytest
+import test_distill_processes
 import tiny
 import torch
 import toy_digits
+from nondegenerate import randomize
 from safetensors.torch import load_file
+from test_distill_processes import settings, torchrun
+from test_export_mobilesam import MINI
 from torch import nn
 
-from fmdistill import cache, distill, pipeline, recipe
+from fmdistill import cache, distill, export, pipeline, recipe
+from fmdistill.backbones.promptable import PromptHead
 from fmdistill.distill import tasks
 from fmdistill.distill.data import every
 from fmdistill.distill.loader import batches
+from fmdistill.distill.standardize import Standardizer, TeacherScale, fold, phi_s
 from fmdistill.distill.student import load_student
+from fmdistill.export import mobilesam
+from fmdistill.mini.tinyvit import tinyvit_sam_mini
 from fmdistill.registry import UserError
 
 KINDS = ("channel", "phi_s")
@@ -83,7 +93,7 @@ def test_the_saved_student_is_the_folded_one_of_the_checkpoint_on_the_teachers_s
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_resumed_run_folds_once_and_trains_the_same_weights(cached, kind, monkeypatch):
     whole = distill.run(load(cached, kind, f"out={cached}/{kind}-whole"))
-    settings = load(cached, kind, f"out={cached}/{kind}-killed")
+    stopped = load(cached, kind, f"out={cached}/{kind}-killed")
     real = tasks.Distill.fold
 
     def killed(self):
@@ -92,10 +102,10 @@ def test_a_resumed_run_folds_once_and_trains_the_same_weights(cached, kind, monk
 
     monkeypatch.setattr(tasks.Distill, "fold", killed)
     with pytest.raises(KeyboardInterrupt):
-        distill.run(settings)
+        distill.run(stopped)
     monkeypatch.setattr(tasks.Distill, "fold", real)
     assert not (cached / f"{kind}-killed/student.safetensors").exists()
-    resumed = distill.run(settings)
+    resumed = distill.run(stopped)
     first, second = (load_file(run / "student.safetensors") for run in (whole, resumed))
     assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
     folder = resumed / "checkpoints/step-00000008"
@@ -118,6 +128,23 @@ def test_a_student_that_starts_from_another_run_starts_on_the_teachers_scale(cac
         assert equal == (start != "none")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mobilesam_checkpoint_gives_what_the_unfolded_student_learned(tmp_path, kind):
+    student = randomize(tinyvit_sam_mini())
+    mean, deviation = np.random.default_rng(0).normal(size=(2, 128)) + [[0], [3]]
+    scale, turn = phi_s(np.diag(np.arange(1.0, 129)))
+    of_kind = {
+        "channel": Standardizer(mean, deviation),
+        "phi_s": Standardizer(mean, np.full(128, scale), turn),
+    }[kind]
+    image = torch.randn(1, 3, 256, 256, generator=torch.Generator().manual_seed(0))
+    unfolded = TeacherScale(student.last_layers["embedding"], of_kind)(student(image)["embedding"])
+    fold(student, "embedding", of_kind)
+    path = mobilesam.export(student, PromptHead.from_config(MINI), tmp_path / "mini.pt")
+    again = tinyvit_sam_mini(pretrained=str(path)).eval()(image)["embedding"]
+    torch.testing.assert_close(again, unfolded, rtol=1e-5, atol=1e-5)
+
+
 def test_terms_of_one_output_share_its_units_and_a_term_without_them_sees_the_teachers_scale(cached):
     plain = "objective.plain={distance: {name: mse}, weighting: {name: uniform}}"
     job = tasks.build(load(cached, "channel", plain))
@@ -131,23 +158,26 @@ def test_terms_of_one_output_share_its_units_and_a_term_without_them_sees_the_te
 def test_a_projection_without_bias_learns_a_clips_vectors_in_either_units(tmp_path):
     for name, count in (("00000", 8), ("v0", 3)):
         clips.img2dataset(tmp_path, name, [f"{name}{n:04}" for n in range(count)])
-    student = ["student.name=tinyvit_clip_mini", "student.embed_dim=24", "student.image_size=32"]
+    student = ["student.name=timm_clip", "student.model=test_efficientnet"]
+    student += ["student.embed_dim=24", "student.image_size=32"]
     quick = ["train.batch_size=4", "train.steps=2", "train.precision=fp32", "train.device=cpu"]
     for kind in KINDS:
-        settings = clips.load(
+        loaded = clips.load(
             tmp_path, *student, *quick, f"objective.embedding.standardize={kind}", f"out={tmp_path}/{kind}"
         )
-        cache.run(settings)
-        run = distill.run(settings)
-        job = tasks.build(settings)
+        cache.run(loaded)
+        run = distill.run(loaded)
+        job = tasks.build(loaded)
         job.task.load_state_dict(load_file(run / "checkpoints/step-00000002/task.safetensors"))
         job.task.eval()
         batch = job.complete(next(batches(job.validation, list(every(job.validation, 3)), 0)))
-        folded = load_student(run, trust=True)(job.task.preprocess.normalize(batch["pixels"], batch["sizes"]))[
-            "embedding"
-        ]
+        image = job.task.preprocess.normalize(batch["pixels"], batch["sizes"])
+        folded = load_student(run, trust=True)(image)["embedding"]
         torch.testing.assert_close(folded, job.task.see(batch).student("embedding"), rtol=1e-5, atol=1e-5)
         assert "head.proj.bias" not in load_file(run / "student.safetensors")
+        exported = export.run(run, "openclip", tmp_path / f"exported/{kind}", trust=True)
+        tower = open_clip.create_model(f"local-dir:{exported}").eval()
+        torch.testing.assert_close(tower.encode_image(image), job.task.see(batch).student("embedding"))
 
 
 @pytest.mark.parametrize(
@@ -190,3 +220,20 @@ def test_check_accepts_what_can_be_standardised_and_refuses_classifiers_and_reci
 def test_a_student_that_states_no_layer_or_has_other_channels_is_refused_before_training(cached):
     with pytest.raises(UserError, match="Unstated does not state the last layer of embedding"):
         distill.run(load(cached, "channel", "student.name=test_distill_targets:Unstated", f"out={cached}/unstated"))
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_pass_over_the_cache_and_save_the_student_of_one(tmp_path):
+    phi_s = "objective.embedding.standardize=phi_s"
+    cache.run(tiny.load(tmp_path, *settings(tmp_path), phi_s))
+    done = torchrun(tmp_path, phi_s, script=test_distill_processes.__file__)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (path,) = (tmp_path / "cache").glob("covariance-*.safetensors")
+    shared = load_file(path)
+    path.unlink()
+    one = distill.run(tiny.load(tmp_path, *settings(tmp_path), phi_s, f"out={tmp_path}/one", "train.accumulate=1"))
+    for name, value in load_file(path).items():
+        torch.testing.assert_close(shared[name], value, rtol=1e-12, atol=1e-12)
+    expected, made = (load_file(run / "student.safetensors") for run in (one, tmp_path / "two"))
+    for name, value in expected.items():
+        torch.testing.assert_close(made[name], value, rtol=0, atol=1e-4)
