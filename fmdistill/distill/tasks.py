@@ -177,7 +177,7 @@ def _job(recipe: Recipe, provider: Provider, student: nn.Module) -> Job:
     task = Distill(student, terms, provider.preprocess, provider.outputs)
     targets.unfold_loaded(task.scales, student, recipe.student, recipe.seed)
     shared = vectors if any(output.is_vector for output in provider.outputs.values()) else None
-    return Job(task, student, provider.train, provider.validation, shared, provider.complete, task.fold)
+    return Job(task, student, provider.train, provider.validation, shared, provider.complete, finish=task.fold)
 
 
 def _shapes(provider: Provider) -> dict[str, Shape]:
