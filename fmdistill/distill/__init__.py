@@ -45,6 +45,8 @@ def run(recipe: Recipe, resume: bool = True) -> Path:
     count = sum(p.numel() for p in job.student.parameters())
     log.info("%s: %s, %.2f M parameters", out, _names(recipe), count / 1e6)
     fit(job.task, job.train, recipe, validator(job.validation, engine, job.complete), engine, job.shared, job.complete)
+    if job.finish is not None:
+        job.finish()
     if engine.accelerator.is_main_process:
         for name, part in job.parts.items():
             _save_part(by_teacher(recipe)[name], part.student)

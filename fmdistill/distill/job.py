@@ -1,6 +1,6 @@
 """Define a job: what the engine trains, and the data that it trains and validates on."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -19,4 +19,5 @@ class Job:
     validation: Data
     shared: Shared | None = None  # what of a batch the whole optimizer step shares, (B, ...) each; None = nothing
     complete: Complete | None = None  # adds to a batch what the data lack, such as a live teacher's outputs
+    finish: Callable[[], None] | None = None  # what is done to the trained student before it is saved
     parts: Mapping[str, "Job"] = field(default_factory=dict)  # by teacher, if there are several

@@ -51,8 +51,13 @@ def join(jobs: Mapping[str, Job]) -> Job:
         del filled["stored_views"]
         return filled
 
+    def finish() -> None:
+        for job in jobs.values():
+            if job.finish is not None:
+                job.finish()
+
     shares = any(job.shared is not None for job in jobs.values())
-    return Job(task, student, train, validation, shared if shares else None, complete, jobs)
+    return Job(task, student, train, validation, shared if shares else None, complete, finish, jobs)
 
 
 class SeveralTeachers(nn.Module):

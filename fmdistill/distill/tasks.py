@@ -14,14 +14,14 @@ from fmdistill import recipe as recipes
 from fmdistill.backbones.class_preprocess import ClassPreprocess
 from fmdistill.backbones.classifiers import Classifier
 from fmdistill.cache.batch import Batch
-from fmdistill.distill import checkpoint, joined
+from fmdistill.distill import checkpoint, joined, targets
 from fmdistill.distill import provider as providers
 from fmdistill.distill import student as students
 from fmdistill.distill.job import Job
 from fmdistill.distill.objective import Objective, needs_priors
 from fmdistill.distill.plain import Augment
 from fmdistill.distill.provider import Provider
-from fmdistill.distill.seen import Seen
+from fmdistill.distill.seen import Seen, at_least_float32
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError, bind
 from fmdistill.several import by_teacher
@@ -41,6 +41,7 @@ class Distill(nn.Module):
         self.layout = memory_layout(student)
         self.student = student.to(memory_format=self.layout)
         self.objective, self.preprocess, self.outputs = objective, preprocess, outputs  # of the teacher, by name
+        self.scales, self.folded = targets.teacher_scales(student, objective), False  # whether the student gives them
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return {"loss", each named term, each term's statistics} for a batch of images and teacher outputs.
@@ -60,7 +61,7 @@ class Distill(nn.Module):
         """Return what the objective sees of a batch."""
         pixels, sizes = batch["pixels"], batch["sizes"]
         image_BCHW = self.preprocess.normalize(pixels, sizes).contiguous(memory_format=self.layout)
-        student = {f"student.{name}": value for name, value in self.student(image_BCHW).items()}
+        student = {f"student.{name}": self._scaled(name, value) for name, value in self.student(image_BCHW).items()}
         teacher = {name: value for name, value in batch["outputs"].items() if self.outputs[name].of is None}
         label_values = batch["label_values"]
         return Seen(
@@ -73,6 +74,20 @@ class Distill(nn.Module):
             grids={name: self._grid(name, value, sizes) for name, value in teacher.items() if value.dim() > 2},
             similarity={of: batch["outputs"][name] for name, output in self.outputs.items() if (of := output.of)},
         )
+
+    def fold(self) -> None:
+        """Fold the teacher's scale into the student's last layers, if a term standardises its targets."""
+        if not self.folded:
+            for scale in self.scales.values():
+                scale.fold()
+        self.folded = True
+
+    def _scaled(self, name: str, value: Tensor) -> Tensor:
+        """Return a student's output on the teacher's scale."""
+        if self.folded or name not in self.scales:
+            return value
+        with torch.autocast(value.device.type, enabled=False):
+            return self.scales[name](at_least_float32(value))
 
     def _grid(self, name: str, map_BCgg: Tensor, sizes: Tensor) -> Tensor:
         """Return (B, N) bool: which patches of a teacher's map hold any real pixel."""
@@ -146,9 +161,13 @@ def _job(recipe: Recipe, provider: Provider, student: nn.Module) -> Job:
                 f"frequencies of classes; use task classify, or leave the rectifier out"
             )
         priors = providers.priors(provider, shapes["student.logits"][0])
-    task = Distill(student, Objective(recipe.objective, shapes, priors), provider.preprocess, provider.outputs)
+    gpu = recipe.train.device != "cpu" and torch.cuda.is_available()
+    standardizers = targets.standardizers(recipe.objective, provider.cache, shapes, gpu)
+    terms = Objective(recipe.objective, shapes, priors, standardizers)
+    task = Distill(student, terms, provider.preprocess, provider.outputs)
+    targets.unfold_loaded(task.scales, student, recipe.student, recipe.seed)
     shared = vectors if any(output.is_vector for output in provider.outputs.values()) else None
-    return Job(task, student, provider.train, provider.validation, shared, provider.complete)
+    return Job(task, student, provider.train, provider.validation, shared, provider.complete, finish=task.fold)
 
 
 def _shapes(provider: Provider) -> dict[str, Shape]:
@@ -218,6 +237,7 @@ def open_task(run: str | Path, trust: bool = False) -> tuple[Job, Distill]:
     if not isinstance(job.task, Distill) or not (Path(run) / students.WEIGHTS).is_file():
         raise UserError(f"{run}: not a finished run of task classify or distill, which has an objective to ask")
     job.student.load_state_dict(students.load_student(run, trust).state_dict())
+    job.task.folded = True
     if job.task.objective.state_dict():
         path = checkpoint.newest(Path(run)) / "task.safetensors"
         prefix = "objective."

@@ -10,7 +10,7 @@ from fmdistill import distill, images, recipe, stop, teachers
 from fmdistill.backbones.device import pick_device
 from fmdistill.cache import executors, finished
 from fmdistill.cache.order import Batches
-from fmdistill.distill import objective, student, tasks
+from fmdistill.distill import objective, student, targets, tasks
 from fmdistill.distill.optim import OPTIMIZERS, SCHEDULES
 from fmdistill.distill.train import check_share, too_few_images, total_steps
 from fmdistill.evaluate import teacher_score
@@ -61,6 +61,7 @@ def _check_teacher(settings: Recipe) -> None:
     if settings.teacher is not None and teachers.makes_only_vectors(settings.teacher):
         objective.check_vectors(settings.objective)
     student.check(settings.student)
+    targets.check(settings)
 
 
 def protocols_by_teacher(settings: Recipe) -> dict[str, list[str]]:
