@@ -15,6 +15,7 @@ def main(folder: str, given: Path, out: Path) -> None:
     """Write clip_benchmark's embeddings, and the place of the most probable label of each picture."""
     asked = json.loads(given.read_text())
     model, preprocess, tokenizer = load_clip("open_clip", f"local-dir:{folder}", "", None, device="cpu")
+    model.eval()  # as its command does
     pixels = torch.stack([preprocess(PIL.Image.open(path)) for path in asked["pictures"]])
     templates = [asked["template"].replace("{}", "{c}")]
     with torch.inference_mode():

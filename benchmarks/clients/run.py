@@ -65,7 +65,7 @@ CLIENTS = {
         reference="labelme",
         side=1024,
         mean=0.95,
-        fitting=0.95,  # it draws masks from the logits of low resolution by itself
+        fitting=0.99,  # the graph does not round the pixels that it resizes
     ),
     "anylabeling": Client((("anylabeling",),), "anylabeling", "anylabeling_sam.py", side=1024, mean=0.95),
     "x-anylabeling": Client(
@@ -119,7 +119,8 @@ def made(folder: Path, run: Path, format: str) -> Path:
 def asked(folder: Path, client: Client, model: dict[str, Any], pictures: str | None) -> list[dict[str, Any]]:
     """Write the pictures, each as it is, and as large as it may be without being resized by the program.
 
-    Return a click, two clicks and a box on each; `fits` tells whether the program leaves its picture's size.
+    Return a click, two clicks and a box on each; `fits` tells whether the program leaves its picture's size. Its sides
+    are multiples of 4: an encoder for 1024 px that contains a network for 256 px resizes other sides to parts of a pixel.
     """
     folder.mkdir(parents=True, exist_ok=True)
     canvas, side = model["layout"]["canvas"] or (0, 0), client.side or model["image_size"]
@@ -129,7 +130,7 @@ def asked(folder: Path, client: Client, model: dict[str, Any], pictures: str | N
             picture = whole
             if fits:
                 scale = min(side / max(picture.size), (canvas[0] or side) / picture.height)
-                picture = picture.resize((round(picture.width * scale), round(picture.height * scale)))
+                picture = picture.resize((4 * round(picture.width * scale / 4), 4 * round(picture.height * scale / 4)))
             path = folder / f"{name}{'_fitting' * fits}.png"
             picture.save(path)
             w, h = picture.size
