@@ -120,7 +120,7 @@ def asked(folder: Path, client: Client, model: dict[str, Any], pictures: str | N
     """Write the pictures, each as it is, and as large as it may be without being resized by the program.
 
     Return a click, two clicks and a box on each; `fits` tells whether the program leaves its picture's size. Its sides
-    are multiples of 4: an encoder for 1024 px that contains a network for 256 px resizes other sides to parts of a pixel.
+    are multiples of 4: an encoder for 1024 px with a network for 256 px resizes other sides to parts of a pixel.
     """
     folder.mkdir(parents=True, exist_ok=True)
     canvas, side = model["layout"]["canvas"] or (0, 0), client.side or model["image_size"]
