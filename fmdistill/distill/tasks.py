@@ -226,7 +226,7 @@ def open_task(run: str | Path, trust: bool = False) -> tuple[Job, Distill]:
         raise UserError(f"{run}: not a finished run of task classify or distill, which has an objective to ask")
     job.student.load_state_dict(students.load_student(run, trust).state_dict())
     if job.task.objective.state_dict():
-        path = checkpoint.newest(Path(run)) / "task.safetensors"
+        path = checkpoint.learned(Path(run))
         prefix = "objective."
         try:
             learned = {k.removeprefix(prefix): v for k, v in load_file(path).items() if k.startswith(prefix)}
