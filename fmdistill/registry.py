@@ -143,6 +143,8 @@ def convert(value: Any, kind: Any, where: str) -> Any:
         except TypeError:
             continue
     expected = kind.__name__ if inspect.isclass(kind) else str(kind).replace("typing.", "")
+    if others and literals:
+        expected = " or ".join([*(getattr(other, "__name__", str(other)) for other in others), *map(str, literals)])
     quote = "; quote it to make it a text" if str in options and isinstance(value, int | float) else ""
     raise UserError(f"{where}={value!r}: expected {expected}, got {type(value).__name__}{quote}")
 

@@ -30,7 +30,8 @@ def naming_memory(step: int, engine: Engine) -> Iterator[None]:
     except RuntimeError as error:
         if not _is_full(error):
             raise
-        raise UserError(f"step {step + 1}: {_full(engine.settings, engine)}") from error
+        device, tried = engine.accelerator.device, _tried(engine.settings, engine)
+        raise UserError(f"step {step + 1}: the memory of {device} is full with {tried}") from error
 
 
 def choose_parts(
@@ -47,7 +48,7 @@ def choose_parts(
     processes. Task, engine and recipe then are as if it had been set by hand; the run's folder gets that recipe.
     """
     settings = recipe.train
-    if settings.accumulate != "auto":
+    if settings.accumulate != "auto" or sum(data.counts) < settings.batch_size:  # the latter is an error of its own
         return recipe
     share = settings.batch_size // engine.accelerator.num_processes
     before = {name: value.detach().to("cpu", copy=True) for name, value in task.state_dict().items()}
@@ -60,7 +61,8 @@ def choose_parts(
         if fits:
             break
     else:
-        raise UserError(f"train.accumulate=auto: {_full(engine.settings, engine)}")
+        device, tried = engine.accelerator.device, _tried(engine.settings, engine)
+        raise UserError(f"train.accumulate=auto: the memory of {device} is full with {tried}")
     log.info(
         "train.accumulate=auto: %d images of a step fit at once, so train.accumulate=%d", engine.micro_batch, parts
     )
@@ -100,15 +102,14 @@ def _is_full(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
 
 
-def _full(settings: Train, engine: Engine) -> str:
-    """Return that the memory is full, with the values of the settings that decide and the ways out."""
+def _tried(settings: Train, engine: Engine) -> str:
+    """Return what does not fit, with the values of the settings that decide, and the ways out."""
     share, precision = settings.batch_size // engine.accelerator.num_processes, settings.precision
     more = next((parts for parts in range(settings.parts + 1, share + 1) if share % parts == 0), None)
     ways = [f"set train.accumulate={more} or train.batch_size=auto, which leave a step's images the same"] * bool(more)
     ways += ["set train.precision=bf16"] * (precision == "fp32")
     ways = ways or ["choose a smaller student, or a larger device"]
     return (
-        f"the memory of {engine.accelerator.device} is full with {engine.micro_batch} images at once "
-        f"(train.batch_size={settings.batch_size}, train.accumulate={settings.accumulate}, "
-        f"train.precision={precision}); {'; or '.join(ways)}"
+        f"{engine.micro_batch} images at once (train.batch_size={settings.batch_size}, "
+        f"train.accumulate={settings.accumulate}, train.precision={precision}); {'; or '.join(ways)}"
     )

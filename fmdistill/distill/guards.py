@@ -126,8 +126,10 @@ def _listed(keys: Sequence[str]) -> str:
     return f"image{'s' * (len(keys) > 1)} {', '.join(keys[:NAMED])}{more}"
 
 
-def check_first_step(task: nn.Module, losses: Mapping[str, Tensor], norm: Tensor, best: str | None) -> None:
-    """Raise a UserError if nothing is compared, if no gradient reaches some parameters, or if `best` is no loss."""
+def check_first_step(step: int, task: nn.Module, losses: Mapping[str, Tensor], norm: Tensor, best: str | None) -> None:
+    """Raise a UserError if in step 0 nothing is compared, some parameters get no gradient, or `best` is no loss."""
+    if step > 0:
+        return
     if float(losses["loss"]) == 0:
         raise UserError("step 1: the loss is exactly zero: the objective compares nothing, or every weight is zero")
     without = [name for name, p in task.named_parameters() if p.requires_grad and p.grad is None]

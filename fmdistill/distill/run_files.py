@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,12 +93,15 @@ class RunFiles:
         logged = read_json_lines(self.rows.path)
         return any(name.startswith(VALIDATION) for row in logged if row.get("step") == self.saved for name in row)
 
-    def write_validation(self, step: int, row: Mapping[str, float]) -> None:
-        """Append a row of validation losses; if they are the best so far, save a checkpoint of this step."""
-        self.write(step, row)
-        if self.writes and self._compare(step, row):
-            self.save(step)
-            self._write_best()
+    def judge(self, step: int, validate: Callable[[], Mapping[str, float]]) -> None:
+        """Append the losses of a validation, of the average if there is one; save a checkpoint if they are the best."""
+        with self.saving_if_stopped(step):
+            with self.state.averaged():
+                row = validate()
+            self.write(step, row)
+            if self.writes and self._compare(step, row):
+                self.save(step)
+                self._write_best()
 
     def _write_best(self) -> None:
         path = self.run / "checkpoints" / BEST

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, nullcontext
+from functools import partial
 
 import torch
 from accelerate.utils import broadcast, gather_object
@@ -39,13 +40,12 @@ def fit(
 ) -> int:
     """Train `task` on `data` for the recipe's steps, resuming from the run's newest checkpoint; return the steps.
 
-    With `train.ema`, the task has the moving average of its weights afterwards.
-
-    `complete` adds values to each micro-batch on its device; batch["epoch"] is the number of epochs done. The tensors
-    that `shared` returns for each micro-batch are gathered over all processes and all accumulation, and every
-    micro-batch of the step has them as batch["whole"], in the order of the global batch. An objective that needs no
-    more of other images thus has the same gradient for any number of processes and any accumulation. BatchNorm in train
-    mode is an exception: its statistics are one micro-batch's (SyncBatchNorm, which is not used, needs a GPU).
+    With `train.ema`, the task has the moving average of its weights afterwards. `complete` adds values to each
+    micro-batch on its device; batch["epoch"] is the number of epochs done. The tensors that `shared` returns for each
+    micro-batch are gathered over all processes and all accumulation, and every micro-batch of the step has them as
+    batch["whole"], in the order of the global batch. An objective that needs no more of other images thus has the same
+    gradient for any number of processes and any accumulation. BatchNorm in train mode is an exception: its statistics
+    are one micro-batch's.
     """
     accelerator = engine.accelerator
     recipe = choose_parts(task.to(accelerator.device).train(), data, recipe, engine, shared, complete)
@@ -58,9 +58,8 @@ def fit(
     start = files.resume()
     model = accelerator.prepare(task, optimizer)[0]
     files.begin()
-    validates, saves = (_due(every, steps) for every in (settings.validate_every, settings.checkpoint_every))
-    if start and validates(start) and not engine.any(files.validated()):  # the run stopped before this validation
-        files.write_validation(start, _validated(validate, model, state))
+    if start and _due(start, settings.validate_every, steps) and not engine.any(files.validated()):  # a stop was first
+        files.judge(start, partial(validate, model))
     parts, clock = batches(data, plan.between(start, steps), settings.workers), time.monotonic()
     bar = progress(total=steps, initial=start, description=f"training {files.run.name}", unit="step")
     with bar, closing(parts), closing(files):
@@ -75,21 +74,19 @@ def fit(
                     micro_batches = step_batches(parts, engine, shared, complete)
                     losses = _backward(model, micro_batches, engine, state.finite, (step + 1) / plan.steps_per_epoch)
                 norm: Tensor = accelerator.clip_grad_norm_(model.parameters(), settings.clip or math.inf)  # type: ignore
-                if step == 0:
-                    check_first_step(task, losses, norm, settings.best)
+                check_first_step(step, task, losses, norm, settings.best)
                 state.update(step, norm)
             done = step + 1
             bar.update(1)
             movement.check(done, rates, state.finite)
-            if done % settings.log_every == 0 or done in (1, steps):
+            if _due(done, settings.log_every, steps) or done == 1:
                 row = _row(engine, losses, norm, state.finite)
                 bar.set_postfix(loss=f"{row.get('loss', math.nan):.4g}")
                 speed = (done - start) * settings.batch_size / (time.monotonic() - clock)
                 files.write(done, {**row, "learning_rate": rates.first, "images_per_second": round(speed, 2)})
-            if validates(done):
-                with files.saving_if_stopped(done):
-                    files.write_validation(done, _validated(validate, model, state))
-            if saves(done):
+            if _due(done, settings.validate_every, steps):
+                files.judge(done, partial(validate, model))
+            if _due(done, settings.checkpoint_every, steps):
                 files.save_if_sound(done)
         state.finish(steps)
     return steps
@@ -102,13 +99,8 @@ def _row(engine: Engine, losses: dict[str, Tensor], norm: Tensor, finite: Finite
     return {**{name: value for name, value in row.items() if math.isfinite(value)}, "skipped": finite.skipped}
 
 
-def _validated(validate: Validator, model: nn.Module, state: TrainingState) -> dict[str, float]:
-    with state.averaged():
-        return validate(model)
-
-
-def _due(every: int, steps: int) -> Callable[[int], bool]:
-    return lambda step: step % every == 0 or step == steps
+def _due(step: int, every: int, steps: int) -> bool:
+    return step % every == 0 or step == steps
 
 
 def too_few_images(batch_size: int, count: int) -> UserError:
