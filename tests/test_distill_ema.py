@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from test_distill import Stop, rows, same, stopped, weights
 
 from fmdistill import distill
-from fmdistill.distill import checkpoint, tasks
+from fmdistill.distill import checkpoint, student, tasks
 from fmdistill.distill.checkpoint import AVERAGE, TASK
 from fmdistill.distill.ema import MovingAverage
 from fmdistill.distill.engine import Engine
@@ -51,6 +51,8 @@ def test_the_run_s_student_is_the_average_and_validations_judge_it(cached):
     assert same({name.removeprefix("student."): value for name, value in average.items()}, weights(run))
     assert same({name.removeprefix("student."): value for name, value in task.items()}, weights(plain))
     assert checkpoint.learned(run) == newest / "average.safetensors"
+    begun = student.build({"name": "tiny:Student", "pretrained": str(newest / "average.safetensors")})
+    assert same(begun.state_dict(), weights(run))
     job, engine = tasks.build(recipe), Engine(recipe.train)
     job.task.load_state_dict(average)
     validated = validator(job.validation, engine, job.complete)(job.task)

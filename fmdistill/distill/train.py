@@ -55,8 +55,7 @@ def fit(
     rates = LearningRates(optimizer, bind(recipe.schedule, SCHEDULES, "schedule")(), steps)
     state = TrainingState.begin(task, optimizer, settings, accelerator.is_main_process)
     files, movement = RunFiles(recipe, state, plan.identity, accelerator.is_main_process), Movement(task, steps)
-    start = files.resume()
-    model = accelerator.prepare(task, optimizer)[0]
+    start, model = files.resume(), accelerator.prepare(task, optimizer)[0]
     files.begin()
     if start and _due(start, settings.validate_every, steps) and not engine.any(files.validated()):  # a stop was first
         files.judge(start, partial(validate, model))
