@@ -43,6 +43,19 @@ def listen() -> None:
             signal.signal(number, _record)
 
 
+@contextmanager
+def restored() -> Iterator[None]:
+    """Handle the signals after the block as before it, also if a library's C++ code replaced the handlers."""
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    with blocked():
+        try:
+            yield
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                for number, handler in handlers.items():
+                    signal.signal(number, handler)
+
+
 def requested() -> int | None:
     """Return the number of the signal that requested a stop, None if no stop was requested."""
     return _request.number

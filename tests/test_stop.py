@@ -1,7 +1,11 @@
 """Tests of stop requests: the first signal takes effect between units of work, a second one interrupts."""
 
+import ctypes
 import os
+import re
 import signal
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -55,3 +59,23 @@ def test_a_child_that_ignores_signals_survives_one_during_its_start():
             os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
     assert stop.requested() is None
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the process's caught signals from /proc")
+def test_a_library_that_resets_the_handler_in_c_does_not_make_sigterm_deadly():
+    stop.listen()
+
+    def caught() -> bool:
+        mask = re.search(r"^SigCgt:\s*(\w+)", Path("/proc/self/status").read_text(), re.MULTILINE)
+        assert mask is not None
+        return bool(int(mask[1], 16) >> (signal.SIGTERM - 1) & 1)
+
+    set_in_c = ctypes.CDLL(None).signal
+    set_in_c.argtypes, set_in_c.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+    assert caught()
+    with stop.restored():
+        set_in_c(signal.SIGTERM, None)  # SIG_DFL, as Ray's core does when it shuts down
+        assert not caught()
+    assert caught()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.requested() == signal.SIGTERM

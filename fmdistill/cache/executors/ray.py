@@ -78,7 +78,8 @@ def _cluster(address: str) -> Iterator[None]:
             stop.check()
             yield
         finally:
-            ray.shutdown()
+            with stop.restored():  # Ray's core resets SIGTERM to its default action, which would end this process
+                ray.shutdown()
 
 
 def _is_not_about_sigterm(record: logging.LogRecord) -> bool:
