@@ -14,7 +14,7 @@ from fmdistill import distill
 from fmdistill.cache.batch import fill
 from fmdistill.cache.order import Batches
 from fmdistill.distill import guards, optim, tasks, train
-from fmdistill.distill.engine import Delayed
+from fmdistill.distill.engine import Delayed, Engine
 from fmdistill.distill.guards import FiniteSteps
 from fmdistill.distill.state import TrainingState
 from fmdistill.recipe import Recipe
@@ -146,6 +146,20 @@ def test_on_the_path_of_a_gpu_a_step_waits_for_nothing_and_skips_the_same(cached
     assert len(kept) == 11
     assert same(weights(late), weights(at_once)) and rows(late) == rows(at_once)
     assert rows(late)[-2]["skipped"] == 4
+
+
+def test_several_gpus_stop_together_one_step_after_the_request(tmp_path, monkeypatch):
+    engine = Engine(tiny.load(tmp_path).train)
+    monkeypatch.setattr(Engine, "_several_gpus", True)
+    others = [0.0, 1.0, 0.0]  # another process is asked to stop before its second step
+    monkeypatch.setattr(engine.accelerator, "reduce", lambda own, how: own + others.pop(0))
+    engine.check_stop()
+    engine.check_stop()
+    with pytest.raises(Stop):
+        engine.check_stop()
+    delayed = Delayed()
+    values = [delayed.exchange(torch.tensor(number)) for number in (1, 2, 3)]
+    assert values == [None, torch.tensor(1), torch.tensor(2)] and (delayed.last(), delayed.last()) == (3, None)
 
 
 def test_a_student_that_does_not_move_is_an_error(cached, monkeypatch):

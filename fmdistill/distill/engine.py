@@ -99,13 +99,17 @@ class Engine:
         flags = torch.tensor(float(flag), device=self.accelerator.device)
         return float(self.accelerator.reduce(flags, "sum")) > 0  # type: ignore[arg-type]
 
+    @property
+    def _several_gpus(self) -> bool:
+        return self.accelerator.num_processes > 1 and self.accelerator.device.type == "cuda"
+
     def check_stop(self) -> None:
         """Raise Stopped if any of the processes was asked to stop, so that all leave at the same step.
 
         Several processes on GPUs learn of a request one call later, since none of them waits for its GPU.
         """
         asks = stop.requested() is not None
-        if self.accelerator.num_processes == 1 or self.accelerator.device.type != "cuda":
+        if not self._several_gpus:
             asks = self.any(asks)
         else:
             flags = torch.full((), float(asks), device=self.accelerator.device)  # torch.tensor would wait for the GPU
