@@ -64,6 +64,17 @@ def test_the_trackers_get_every_row_of_the_log_and_are_closed(cached, monkeypatc
     assert again.arguments["id"] == wandb.arguments["id"] and again.arguments["resume"] == "allow"
 
 
+def test_a_tracker_that_does_not_start_is_one_line(cached, monkeypatch):
+    def start(self):
+        raise RuntimeError("No API key configured.\nUse `wandb login`")
+
+    monkeypatch.setitem(sys.modules, "wandb", sys)
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", Tracker)
+    monkeypatch.setattr(Tracker, "start", start)
+    with pytest.raises(UserError, match=r"wandb did not start \(No API key configured. Use `wandb login`\); correct"):
+        distill.run(tiny.load(cached, "train.trackers=[wandb]"))
+
+
 def test_tensorboard_s_files_have_the_losses(cached):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

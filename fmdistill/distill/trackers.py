@@ -40,7 +40,7 @@ class Trackers:
         check_installed(recipe.train.trackers)
 
     def open(self, saved: int) -> None:
-        """Open the trackers, for rows of steps after `saved`."""
+        """Open the trackers, for rows of steps after `saved`. Raises UserError if one does not start."""
         recipe, run = self._recipe, Path(self._recipe.out)
         if not recipe.train.trackers:
             return
@@ -51,9 +51,15 @@ class Trackers:
             "wandb": {"run_name": "fmdistill", **wandb, "config": flat(dataclasses.asdict(recipe))},
         }
         for tracker in recipe.train.trackers:
-            opened: GeneralTracker = LOGGER_TYPE_TO_CLASS[tracker](**arguments[tracker])
-            if hasattr(opened, "start"):  # older versions of accelerate start it when it is built
-                opened.start()
+            try:
+                opened: GeneralTracker = LOGGER_TYPE_TO_CLASS[tracker](**arguments[tracker])
+                if hasattr(opened, "start"):  # older versions of accelerate start it when it is built
+                    opened.start()
+            except Exception as error:  # of a kind of its own, such as that nobody is logged in
+                raise UserError(
+                    f"train.trackers: {tracker} did not start ({' '.join(str(error).split())}); correct that, or take it "
+                    f"out of train.trackers"
+                ) from error
             self._open.append(opened)
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
