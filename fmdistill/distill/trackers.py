@@ -57,8 +57,8 @@ class Trackers:
                     opened.start()
             except Exception as error:  # of a kind of its own, such as that nobody is logged in
                 raise UserError(
-                    f"train.trackers: {tracker} did not start ({' '.join(str(error).split())}); correct that, or take it "
-                    f"out of train.trackers"
+                    f"train.trackers: {tracker} did not start ({' '.join(str(error).split())}); correct that, or take "
+                    f"it out of train.trackers"
                 ) from error
             self._open.append(opened)
 
