@@ -49,7 +49,7 @@ def without_the_steps(
         with torch.no_grad():
             for average, parameter in zip(averages, task.parameters(), strict=True):
                 d = min(decay or 0, (2 + step) / (11 + step))
-                average += (1 - d) * (parameter - average)
+                average.lerp_(parameter, 1 - d)
     if decay is not None:
         for average, parameter in zip(averages, task.parameters(), strict=True):
             parameter.data = average

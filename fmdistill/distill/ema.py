@@ -23,9 +23,8 @@ class MovingAverage:
     def update(self, step: int, done: Tensor) -> None:
         """Move the averages after optimizer step `step` (from 1), unless `done` (a bool tensor) is false."""
         weight = torch.where(done, 1 - min(self.decay, (1 + step) / (10 + step)), 0.0)
-        differences = torch._foreach_sub(self._parameters, self._averages)  # type: ignore
-        torch._foreach_mul_(differences, weight)  # type: ignore
-        torch._foreach_add_(self._averages, differences)  # type: ignore
+        for average, parameter in zip(self._averages, self._parameters, strict=True):
+            average.lerp_(parameter, weight.to(average.dtype))
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
