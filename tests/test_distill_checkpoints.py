@@ -2,16 +2,17 @@
 
 import json
 import logging
+import signal
 from pathlib import Path
 
 import pytest
 import tiny
 from test_cache_full_disk import Disk
-from test_distill import rows, same, weights
+from test_distill import Stop, rows, same, weights
 
 from fmdistill import distill
 from fmdistill.cli import main
-from fmdistill.distill import checkpoint
+from fmdistill.distill import checkpoint, tasks
 from fmdistill.distill.checkpoint import AVERAGE, OPTIMIZER, TASK
 from fmdistill.registry import UserError
 
@@ -110,6 +111,26 @@ def test_a_checkpoint_from_before_checksums_is_read(cached):
     state = json.loads(path.read_text())
     path.write_text(json.dumps({"step": 12, "order": state["order"]}))
     assert same(weights(distill.run(recipe)), expected)
+
+
+def test_a_stop_in_the_middle_of_an_accumulated_step_loses_no_step(cached, monkeypatch):
+    settings = ["train.accumulate=2", "train.checkpoint_every=100", "train.validate_every=100"]
+    whole = distill.run(tiny.load(cached, *settings, f"out={cached}/whole"))
+    forward, calls = tasks.Distill.forward, []
+
+    def stopping(self, batch):
+        calls.append(1)
+        if len(calls) == 2 * 7 + 2:  # the second part of step 8; the first has changed BatchNorm's statistics
+            raise Stop(signal.SIGTERM)
+        return forward(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tasks.Distill, "forward", stopping)
+        with pytest.raises(Stop):
+            distill.run(tiny.load(cached, *settings))
+    assert checkpoint.steps(cached / "run") == [7]
+    run = distill.run(tiny.load(cached, *settings))
+    assert same(weights(run), weights(whole)) and rows(run) == rows(whole)
 
 
 @pytest.mark.parametrize("kind", ["write", "replace"])
