@@ -36,7 +36,7 @@ objective:
   embedding: {{distance: {{name: mse}}, weighting: {{name: srw, temperature: 0.5}}}}
 optimizer: {{name: adamw, lr: 0.003}}
 train: {{steps: 60, batch_size: 8, workers: 1, window: 2, precision: fp32, log_every: 10, validate_every: 20,
-  checkpoint_every: 25, device: cpu}}
+  checkpoint_every: 25, device: cpu, ema: 0.9}}
 protocols: [{folder}/grid.yaml]
 """
 

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from fmdistill.files import write_whole
+from fmdistill.files import naming, write_whole
 from fmdistill.registry import UserError
 
 log = logging.getLogger("fmdistill")
@@ -89,7 +89,7 @@ class JsonLines:
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append a row."""
-        with self.path.open("a") as file:
+        with naming(self.path), self.path.open("a") as file:
             file.write(json.dumps(dict(row)) + "\n")
 
     def truncate_after(self, step: int) -> None:

@@ -14,11 +14,32 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fmdistill.files import write_whole
 from fmdistill.registry import UserError, suggest, typed
-from fmdistill.settings import folder_name, merge, nested, parse_methods, parse_recipe_name, with_method
+from fmdistill.settings import (
+    folder_name,
+    merge,
+    nested,
+    parse_methods,
+    parse_recipe_name,
+    parts_by_memory,
+    with_method,
+)
 
 SAVED = "recipe.yaml"  # the resolved recipe in a run or cache; a file of this name is not trusted
 STUDY = "study.yaml"  # a study's file in its folder: a recipe, and in `methods` variants of it by name
 LOCAL_GB = 50.0  # default limit of the local copies of a cache at a URL
+VALIDATION = "validation/"  # begins the names of a validation's values in a run's log
+# settings of `Train` that are at least 1
+COUNTS = (
+    "batch_size",
+    "accumulate",
+    "window",
+    "max_skipped",
+    "log_every",
+    "validate_every",
+    "checkpoint_every",
+    "keep",
+)
+Tracker = Literal["tensorboard", "wandb"]
 CodecName = Literal["auto", "fp32", "fp16", "bf16", "int8", "int4"]
 Component = dict  # {"name": ..., argument: value, ...}; typed when it is bound to its class
 Overrides = (
@@ -73,9 +94,13 @@ class Train:
     steps: int | None = None  # optimizer steps; set this or `epochs`
     epochs: float | None = None  # passes over the training images
     batch_size: int = 16  # images of an optimizer step, over all processes and accumulated batches
-    accumulate: int = 1  # parts in which a process computes its share of a step
+    # parts in which a process computes its share of a step; auto = as few as fit in memory, tried before training
+    accumulate: int | Literal["auto"] = 1
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # autocast; auto = bf16 if the device has it
     clip: float | None = None  # largest gradient norm
+    ema: float | None = None  # decay of an exponential moving average of the weights, which is then the run's student
+    # steps in a row with a loss or gradient that is not finite: each is skipped, so many of them end the run
+    max_skipped: int = field(default=10, metadata=FREE)
     window: int = 8  # shards whose samples are shuffled together
     workers: int = field(
         default=2, metadata=FREE
@@ -87,6 +112,11 @@ class Train:
     log_every: int = field(default=10, metadata=FREE)  # steps between lines of the log
     validate_every: int = field(default=500, metadata=FREE)  # steps between validations
     checkpoint_every: int = field(default=500, metadata=FREE)  # steps between checkpoints
+    keep: int = field(default=2, metadata=FREE)  # newest checkpoints that are not deleted
+    # the value of a validation by which the best checkpoint is not deleted either; null = none is the best
+    best: str | None = field(default="validation/loss", metadata=FREE)
+    # where the rows of the log are shown too, by accelerate's trackers
+    trackers: list[Tracker] = field(default_factory=list, metadata=FREE)
 
     def __post_init__(self) -> None:
         """Check the settings. Raises UserError if one of them is wrong."""
@@ -94,8 +124,8 @@ class Train:
             raise UserError("train.steps and train.epochs: set exactly one of the two")
         if self.steps is not None and self.steps < 1 or self.epochs is not None and self.epochs <= 0:
             raise UserError(f"train.steps={self.steps}, train.epochs={self.epochs}: expected more than 0")
-        for name in ("batch_size", "accumulate", "window", "log_every", "validate_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
+        for name in COUNTS:
+            if getattr(self, name) != "auto" and getattr(self, name) < 1:
                 raise UserError(f"train.{name}={getattr(self, name)}: expected at least 1")
         if self.workers < 0:
             raise UserError(f"train.workers={self.workers}: expected 0 (load in the training process) or more")
@@ -103,6 +133,22 @@ class Train:
             raise UserError(f"train.image_memory={self.image_memory}: expected gigabytes, or 0 to store no images")
         if self.clip is not None and self.clip <= 0:
             raise UserError(f"train.clip={self.clip}: expected a norm above 0, or null for no clipping")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise UserError(f"train.ema={self.ema}: expected a decay between 0 and 1, such as 0.999, or null for none")
+        if self.best is not None and not self.best.startswith(VALIDATION):
+            raise UserError(
+                f"train.best={self.best}: expected a value of a validation, such as {VALIDATION}loss, or null"
+            )
+
+    @property
+    def parts(self) -> int:
+        """The number of parts of a process's share of a step. Not known yet if `accumulate` is "auto"."""
+        assert self.accumulate != "auto", "train.accumulate=auto is replaced before it is needed"
+        return self.accumulate
+
+    def divides(self, processes: int) -> bool:
+        """Return whether a step's images divide evenly among so many processes, and each share into its parts."""
+        return self.batch_size % (processes * (1 if self.accumulate == "auto" else self.accumulate)) == 0
 
 
 @dataclass(frozen=True)
@@ -206,6 +252,9 @@ def load_claimed(folder: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
 def freeze(settings: Mapping[str, Any], where: str) -> Recipe:
     """Convert `settings` to a Recipe. Raises UserError, beginning with the file `where`, if a setting is wrong."""
+    train = settings.get("train")
+    if isinstance(train, Mapping):  # "auto" as batch size is the default number
+        settings = {**settings, "train": parts_by_memory(train, {"batch_size": Train.batch_size})}
     try:
         return Recipe(**typed(Recipe, settings, "recipe"))
     except UserError as error:

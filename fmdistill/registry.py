@@ -128,16 +128,23 @@ def convert(value: Any, kind: Any, where: str) -> Any:
     options = typing.get_args(kind) if _is_union(kind) else (kind,)
     if type(None) in options and (value is None or value == "null"):  # before a Literal refuses it
         return None
-    if isinstance(value, str) and not {str, Any} & {*options, *_literal_types(options)}:
+    literals = [value for option in options for value in _literals(option)]
+    others = [option for option in options if option is not type(None) and not _literals(option)]
+    texts = {str, Any} & {*(others or map(type, literals))}
+    if isinstance(value, str) and not texts and value not in literals:
         value = parse(value, where)
     if kind is Any or kind is inspect.Parameter.empty:
         return value
     for option in options:
+        if others and _literals(option) and value not in _literals(option):
+            continue
         try:
             return _as(value, option, where)
         except TypeError:
             continue
     expected = kind.__name__ if inspect.isclass(kind) else str(kind).replace("typing.", "")
+    if others and literals:
+        expected = " or ".join([*(getattr(other, "__name__", str(other)) for other in others), *map(str, literals)])
     quote = "; quote it to make it a text" if str in options and isinstance(value, int | float) else ""
     raise UserError(f"{where}={value!r}: expected {expected}, got {type(value).__name__}{quote}")
 
@@ -183,5 +190,5 @@ def _is_union(kind: Any) -> bool:
     return typing.get_origin(kind) in (typing.Union, types.UnionType)
 
 
-def _literal_types(options: Collection[Any]) -> set[type]:
-    return {type(v) for o in options if typing.get_origin(o) is typing.Literal for v in typing.get_args(o)}
+def _literals(option: Any) -> tuple[Any, ...]:
+    return typing.get_args(option) if typing.get_origin(option) is typing.Literal else ()

@@ -43,9 +43,10 @@ def is_override(text: str) -> bool:
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Merge the settings `over` into `base` and return the result; a mapping whose `name` changes is replaced whole.
 
-    Setting one of the alternatives `steps` and `epochs` resets the other to None.
+    Setting one of the alternatives `steps` and `epochs` resets the other to None. The `batch_size` "auto" leaves a
+    number as it is and sets `accumulate`.
     """
-    merged = dict(base)
+    merged, over = dict(base), parts_by_memory(over, base)
     for key, alternative in (("steps", "epochs"), ("epochs", "steps")):
         if key in over and alternative in merged and alternative not in over:
             merged[alternative] = None
@@ -57,6 +58,21 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         else:
             merged[key] = merge({}, value) if isinstance(value, Mapping) else value
     return merged
+
+
+def parts_by_memory(train: Mapping[str, Any], base: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the settings `train` with `accumulate` "auto" instead of `batch_size` "auto", if `base` has a batch size.
+
+    Raises UserError if `train` sets `accumulate` to a number.
+    """
+    if train.get("batch_size") != "auto" or "batch_size" not in base:
+        return train
+    if train.get("accumulate", "auto") != "auto":
+        raise UserError(
+            f"train.batch_size=auto, train.accumulate={train['accumulate']}: auto chooses train.accumulate; leave one "
+            f"of the two out"
+        )
+    return {**{key: value for key, value in train.items() if key != "batch_size"}, "accumulate": "auto"}
 
 
 def _renamed(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:

@@ -5,7 +5,7 @@ import torch
 
 from fmdistill import teachers
 from fmdistill.backbones.device import pick_device
-from fmdistill.distill import train
+from fmdistill.distill import engine
 from fmdistill.recipe import Train
 from fmdistill.registry import UserError
 from fmdistill.teachers import sam
@@ -50,16 +50,16 @@ def test_every_cpu_index_is_the_same_device():
 
 
 def test_training_on_another_device_than_the_recipe_s_raises(monkeypatch):
-    monkeypatch.setattr(train, "pick_device", lambda name, where: torch.device("mps"))
-    monkeypatch.setattr(train, "Accelerator", lambda cpu, mixed_precision: SimpleNamespace(device=torch.device("cpu")))
+    monkeypatch.setattr(engine, "pick_device", lambda name, where: torch.device("mps"))
+    monkeypatch.setattr(engine, "Accelerator", lambda cpu, mixed_precision: SimpleNamespace(device=torch.device("cpu")))
     with pytest.raises(UserError, match="train.device=mps: accelerate trains on cpu in this process; .*device=cpu"):
-        train.Engine(Train(steps=1, device="mps"))
+        engine.Engine(Train(steps=1, device="mps"))
 
 
 def test_training_uses_bf16_only_if_the_device_multiplies_it(monkeypatch):
     for has, settings, expected in ((True, {}, True), (False, {}, False), (False, {"precision": "bf16"}, True)):
-        monkeypatch.setattr(train, "has_bf16", lambda device, has=has: has)
-        with train.Engine(Train(steps=1, device="cpu", **settings)).autocast():
+        monkeypatch.setattr(engine, "has_bf16", lambda device, has=has: has)
+        with engine.Engine(Train(steps=1, device="cpu", **settings)).autocast():
             assert torch.is_autocast_enabled("cpu") is expected
 
 

@@ -27,6 +27,8 @@ EXTRAS = {  # each named in the error that misses it
     "litert-torch": "tflite",
     "ai-edge-litert": "tflite",
     "executorch": "executorch",
+    "tensorboard": "trackers",
+    "wandb": "trackers",
 }
 
 

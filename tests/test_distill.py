@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from fmdistill import cache, distill, stop
+from fmdistill import distill, stop
 from fmdistill.distill import checkpoint, train
 from fmdistill.distill.student import load_student
 from fmdistill.registry import UserError
@@ -34,12 +35,6 @@ def rows(run: Path) -> list[dict]:
 
 def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
-
-
-@pytest.fixture
-def cached(tmp_path):
-    cache.run(tiny.load(tmp_path))
-    return tmp_path
 
 
 def test_a_run_writes_its_files_and_learns(cached):
@@ -90,25 +85,27 @@ def test_a_run_stopped_anywhere_resumes_to_the_same_weights_and_log(cached, monk
 
 
 @pytest.mark.slow
-def test_sigkill_at_ten_moments_leaves_the_same_weights_and_log(cached):
+def test_sigkill_at_twenty_moments_leaves_the_same_weights_and_log(cached):
+    """With a moving average, and with steps that are skipped."""
     settings = ["train.steps=120", "train.checkpoint_every=10", "train.validate_every=40"]
+    settings += ["train.ema=0.9", "student.name=spoiled:NanImage"]
     whole = distill.run(tiny.load(cached, f"out={cached}/whole", *settings))
     path = tiny.write(cached)
     run = cached / "killed"
     code = "import sys; from fmdistill.cli import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "distill", str(path), f"out={run}", *settings]
     env = {**os.environ, "PYTHONPATH": f"{TESTS}:{TESTS.parent}", "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    kills = 0
-    for attempt in range(60):
+    kills, rng = 0, random.Random(0)
+    for _ in range(200):
         process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        if kills < 10:
+        if kills < 20:
             started = time.monotonic()
             log = run / "metrics.jsonl"
-            seen = log.stat().st_size if log.exists() else 0
+            seen, steps = (log.stat().st_size if log.exists() else 0), rng.uniform(-2, 12)
             # Let it get a little further than before, then kill it somewhere.
             while process.poll() is None and time.monotonic() - started < 60:
-                time.sleep(0.02)
-                if log.exists() and log.stat().st_size > seen + 300 + 97 * attempt:
+                time.sleep(rng.uniform(0, 0.03))
+                if log.exists() and log.stat().st_size > seen + 240 * steps:
                     break
             if process.poll() is None:
                 process.send_signal(signal.SIGKILL)
@@ -116,24 +113,9 @@ def test_sigkill_at_ten_moments_leaves_the_same_weights_and_log(cached):
         process.wait()
         if process.returncode == 0:
             break
-    assert kills == 10
+    assert kills == 20
     assert same(weights(whole), weights(run)) and rows(whole) == rows(run)
-
-
-def test_a_checkpoint_that_is_half_written_or_damaged_is_not_used(cached):
-    recipe = tiny.load(cached)
-    run = distill.run(recipe)
-    before = weights(run)
-    (run / "student.safetensors").unlink()
-    (run / "checkpoints/.step-00000099.1.part").mkdir()
-    newest = sorted((run / "checkpoints").glob("step-*"))[-1]
-    (newest / "state.json").unlink()  # a folder without it is not a checkpoint
-    assert same(weights(distill.run(recipe)), before)
-    (run / "student.safetensors").unlink()
-    newest = sorted((run / "checkpoints").glob("step-*"))[-1]
-    (newest / "task.safetensors").write_bytes(b"no tensors here")
-    with pytest.raises(UserError, match=r"cannot resume from this checkpoint .*delete this folder"):
-        distill.run(recipe)
+    assert rows(run)[-2]["skipped"] == 40
 
 
 def test_a_run_of_another_recipe_in_the_same_folder_raises(cached):
@@ -191,7 +173,7 @@ def stopped(folder: Path, step: int, during: str = "step", *overrides: str) -> N
 
             return counted
 
-        where = {"step": (train, "_check_gradient"), "validation": (train, "every")}[during]
+        where = {"step": (train, "_row"), "validation": (train, "every")}[during]
         patch.setattr(*where, request(getattr(*where)))
         try:
             distill.run(tiny.load(folder, *overrides))
@@ -209,7 +191,7 @@ def test_a_requested_stop_saves_the_finished_step_and_the_run_resumes_from_it(ca
         with pytest.raises(Stop) as error:
             stopped(cached, step)
         assert error.value.number == signal.SIGTERM
-    assert checkpoint.newest(cached / "run").name == f"step-{step:08d}"
+    assert checkpoint.steps(cached / "run")[-1] == step
     run = distill.run(tiny.load(cached))
     assert same(weights(run), weights(whole)) and rows(run) == rows(whole)
 
@@ -237,7 +219,7 @@ def test_a_validation_that_a_stop_interrupted_is_repeated(cached):
         ("student.name=tinyvit_sam_mini", "makes 128 channels at 256 px, but the cache has 32 channels at 64 px"),
         ("objective.embedding.output=logits", "output=logits: the student has no such output"),
         ("objective.embedding.weighting.temperature=0", "expected a number above 0"),
-        ("optimizer.lr=1e30", "the loss is|the gradient's norm is"),
+        ("optimizer.lr=1e30", "10 steps in a row were skipped"),
     ],
 )
 def test_a_setting_that_cannot_work_is_one_clear_line(cached, override, message):
@@ -285,12 +267,6 @@ class Still(tiny.Student):
         super().train(mode)
         self.net[1].eval()
         return self
-
-
-def test_only_the_newest_checkpoints_remain(cached):
-    run = distill.run(tiny.load(cached, "train.checkpoint_every=2"))
-    assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["step-00000010", "step-00000012"]
-    assert checkpoint.KEEP == 2
 
 
 def test_epochs_replace_inherited_steps(cached):

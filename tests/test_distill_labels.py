@@ -7,7 +7,8 @@ import torch
 import toy_digits
 
 from fmdistill import cache, distill, recipe
-from fmdistill.distill import tasks, train
+from fmdistill.distill import engine as engine_module
+from fmdistill.distill import tasks
 from fmdistill.distill.data import every
 from fmdistill.distill.loader import batches
 from fmdistill.distill.seen import Seen
@@ -97,9 +98,9 @@ def test_a_batch_without_any_label_has_no_accuracy_and_processes_may_differ_in_t
     batch["labels"].fill_(-1)
     batch["label_values"] = [-1] * 20
     assert "accuracy" not in job.task(batch)
-    engine = train.Engine(load(folder).train)
+    engine = engine_module.Engine(load(folder).train)
     assert engine.mean({"b": torch.tensor(0.25), "a": torch.tensor(3)}) == {"a": 3.0, "b": 0.25}
-    monkeypatch.setattr(train, "gather_object", lambda names: [*names, ["a", "c"]])
+    monkeypatch.setattr(engine_module, "gather_object", lambda names: [*names, ["a", "c"]])
     monkeypatch.setattr(engine.accelerator, "reduce", lambda own, how: own + torch.tensor([[1.0, 0, 7], [1, 0, 1]]))
     assert engine.mean({"a": torch.tensor(3.0), "b": torch.tensor(0.25)}) == {"a": 2.0, "b": 0.25, "c": 7.0}
 

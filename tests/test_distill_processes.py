@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import spoiled
 import tiny
 import torch
 from safetensors.torch import load_file
@@ -108,6 +109,23 @@ def test_two_processes_stopped_halfway_resume_to_the_same_weights(trained):
     whole, again = (load_file(run / "student.safetensors") for run in (trained / "two", stopped))
     assert all(torch.equal(again[name], value) for name, value in whole.items())
     assert rows(stopped) == rows(trained / "two")
+
+
+@pytest.mark.slow
+def test_two_processes_skip_the_steps_that_one_skips(trained):
+    """Only one of the processes sees the image that is NaN; the moving average of the weights is compared."""
+    own = ["student.name=spoiled:NanImageStill", "train.ema=0.9"]
+    done = torchrun(trained, *own, f"out={trained}/spoiled")
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = trained / "spoiled"
+    one = distill.run(tiny.load(trained, *settings(trained), *own, f"out={trained}/spoiled-one", "train.accumulate=1"))
+    skipped = [[row.get("skipped") for row in rows(run)] for run in (one, two)]
+    assert skipped[0] == skipped[1] and skipped[0][-2] == 4
+    assert "the loss is nan for images " in done.stderr and spoiled.KEY in done.stderr
+    expected, weights = load_file(one / "student.safetensors"), load_file(two / "student.safetensors")
+    assert expected.keys() == weights.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-5)
 
 
 def main(folder: Path, overrides: list[str]) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 from fmdistill.registry import UserError
 
 WRAPPERS = ("state_dict", "model_state_dict", "model")  # entries under which training programs save the weights
-PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch.compile
+# of DistributedDataParallel, of torch.compile, and of a run's checkpoints whose objective has nothing to store
+PREFIXES = ("module.", "_orig_mod.", "student.")
 DEPTH = 4  # wrappers inside wrappers; a hostile file may contain itself
 
 _log = logging.getLogger(__name__)

@@ -36,6 +36,7 @@ def run(recipe: Recipe, resume: bool = True) -> Path:
     """
     out = Path(recipe.out)
     check_machine(recipe)  # before a recipe that cannot be trained is written into the run's folder
+    recipe = _with_saved_parts(recipe, out)
     _claim(recipe, out, resume)
     if (out / WEIGHTS).is_file():
         log.info("%s: already trained", out)
@@ -63,6 +64,14 @@ def _save_part(recipe: Recipe, student: nn.Module) -> None:
     """Save the student of one of several teachers as a finished run of its own."""
     recipes.save(recipe, recipe.out)
     checkpoint.save_state(student.state_dict(), Path(recipe.out) / WEIGHTS)
+
+
+def _with_saved_parts(recipe: Recipe, out: Path) -> Recipe:
+    """Return the recipe with the `train.accumulate` that the run in `out` chose, if the recipe leaves it to the run."""
+    if recipe.train.accumulate != "auto" or not _is_trained(out):
+        return recipe
+    accumulate = recipes.load_claimed(out, ["trust=true"]).train.accumulate
+    return dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, accumulate=accumulate))
 
 
 def check_machine(recipe: Recipe) -> None:
@@ -99,6 +108,8 @@ def check_run(recipe: Recipe, out: Path) -> None:
     if finished.is_live(recipe.teacher):  # a live teacher has no cache whose manifest would state its weights
         free -= {"teacher.weights"}
     fixed = [key for key in sorted({*old, *new}) if not _is_free(key, free)]
+    if recipe.train.accumulate == "auto":  # which the run has replaced
+        fixed.remove("train.accumulate")
     changed = [key for key in fixed if str(old.get(key)) != str(new.get(key))]
     if changed:
         differences = "; ".join(

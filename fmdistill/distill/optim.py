@@ -22,13 +22,18 @@ def adamw(
         {"params": [p for p in trained if p.dim() > 1], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, fused=_fused(trained))
 
 
 def sgd(model: nn.Module, lr: float, weight_decay: float = 5e-4, momentum: float = 0.9) -> torch.optim.Optimizer:
     """Return SGD with momentum, weight decay for all parameters and no Nesterov, as in the CIFAR-100 tables."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.SGD(trained, lr=lr, momentum=momentum, weight_decay=weight_decay)
+    return torch.optim.SGD(trained, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=_fused(trained))
+
+
+def _fused(trained: Sequence[nn.Parameter]) -> bool | None:
+    """Return True on a GPU, where a fused optimizer can skip a step by itself; None leaves the choice to PyTorch."""
+    return True if trained and trained[0].is_cuda else None
 
 
 def muon(
@@ -151,6 +156,28 @@ class StepSchedule:
     def __call__(self, step: int, steps: int) -> float:
         """Return the factor of the learning rate at `step` of `steps`, counted from zero."""
         return self.factor ** sum(step >= milestone * steps for milestone in self.milestones)
+
+
+class LearningRates:
+    """Sets the learning rates of an optimizer's groups, by a schedule of factors."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, schedule: Callable[[int, int], float], steps: int) -> None:
+        self._optimizer, self._schedule, self._steps = optimizer, schedule, steps
+        self._full = [group["lr"] for group in optimizer.param_groups]
+
+    def set(self, step: int) -> None:
+        """Set the rates of a step, counted from zero."""
+        for group, rate in zip(self._optimizer.param_groups, self._full, strict=True):
+            group["lr"] = rate * self._schedule(step, self._steps)
+
+    @property
+    def first(self) -> float:
+        """Return the rate of the first group."""
+        return self._optimizer.param_groups[0]["lr"]
+
+    def largest(self, steps: int) -> float:
+        """Return the largest rate of the first `steps`."""
+        return max(self._full) * max(self._schedule(step, self._steps) for step in range(steps))
 
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": adamw, "muon": muon, "sgd": sgd}

@@ -239,7 +239,7 @@ def open_task(run: str | Path, trust: bool = False) -> tuple[Job, Distill]:
     job.student.load_state_dict(students.load_student(run, trust).state_dict())
     job.task.folded = True
     if job.task.objective.state_dict():
-        path = checkpoint.newest(Path(run)) / "task.safetensors"
+        path = checkpoint.learned(Path(run))
         prefix = "objective."
         try:
             learned = {k.removeprefix(prefix): v for k, v in load_file(path).items() if k.startswith(prefix)}

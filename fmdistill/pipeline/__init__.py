@@ -11,8 +11,10 @@ from fmdistill.backbones.device import pick_device
 from fmdistill.cache import executors, finished
 from fmdistill.cache.order import Batches
 from fmdistill.distill import objective, student, targets, tasks
+from fmdistill.distill.engine import check_share
 from fmdistill.distill.optim import OPTIMIZERS, SCHEDULES
-from fmdistill.distill.train import check_share, too_few_images, total_steps
+from fmdistill.distill.trackers import check_installed
+from fmdistill.distill.train import too_few_images, total_steps
 from fmdistill.evaluate import teacher_score
 from fmdistill.evaluate.results import Row
 from fmdistill.files import check_folder
@@ -37,6 +39,7 @@ def check(settings: Recipe) -> None:
     bind(settings.optimizer, OPTIMIZERS, "optimizer", context=("model",))
     schedule = bind(settings.schedule, SCHEDULES, "schedule")()
     check_share(settings.train, processes=1)
+    check_installed(settings.train.trackers)
     if settings.train.steps is not None:
         schedule(0, settings.train.steps)  # raises if the schedule has fewer steps
     protocols_by_teacher(settings)

@@ -188,7 +188,7 @@ def _failed_lines(plan: Plan, measured: MeasuredPass) -> list[str]:
 
 def _times(plan: Plan, count: int) -> str:
     train = plan.recipe.train
-    fits = train.batch_size % (count * train.accumulate) == 0
+    fits = train.divides(count)
     training = _time(plan.training_hours / count) if fits else "-"
     both = _time((plan.teacher_hours + plan.training_hours) / count) if fits else "-"
     why = "" if fits else f" train.batch_size={train.batch_size} is not divisible by {count} devices |"

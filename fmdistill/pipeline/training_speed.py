@@ -66,10 +66,12 @@ def measure_training(recipe: Recipe, model: Teacher, folder: Path, images: int, 
     a step precedes those measured.
     """
     small = with_few_images(recipe, images, folder)
-    small = dataclasses.replace(small, train=dataclasses.replace(recipe.train, image_memory=0.0))
+    parts = 1 if recipe.train.accumulate == "auto" else recipe.train.accumulate
+    train = dataclasses.replace(recipe.train, image_memory=0.0, accumulate=parts)
+    small = dataclasses.replace(small, train=train)
     measure_teacher_pass(small, model)
     engine, job = Engine(small.train), tasks.build(small)
-    needed = engine.micro_batch * small.train.accumulate * (steps + 1)
+    needed = engine.micro_batch * parts * (steps + 1)
     own = _steps(small, job, engine, _own_batches(small, job, engine, needed), steps)
     plain = _steps(small, job, engine, _plain_batches(small, job, engine, folder, needed), steps)
     total = small.train.batch_size * steps
@@ -113,7 +115,7 @@ def _plain_batches(recipe: Recipe, job: Job, engine: Engine, folder: Path, neede
 
 def _steps(recipe: Recipe, job: Job, engine: Engine, parts: Iterable[Batch], steps: int) -> TrainingSpeed:
     """Take one step that is not measured, then `steps` steps; the optimizer's state begins anew."""
-    accelerator, accumulate = engine.accelerator, recipe.train.accumulate
+    accelerator, accumulate = engine.accelerator, recipe.train.parts
     task = job.task.to(accelerator.device).train()
     optimizer = bind(recipe.optimizer, OPTIMIZERS, "optimizer", context=("model",))(task)
     before, loaded, waiting, start = _begin_memory(accelerator.device), iter(parts), 0.0, 0.0
