@@ -94,8 +94,10 @@ def evaluate(protocol: PathLike, run: PathLike, overrides: Overrides = (), **set
     return stage.run(os.fspath(protocol), os.fspath(run), _mapping(overrides, settings))
 
 
-def compare(recipes: Sequence[str], seeds: int = 8, overrides: Overrides = (), **settings: Any) -> Comparison:
-    """Run recipes, or all methods of a study, over the same seeds; return the paired table.
+def compare(
+    recipes: Sequence[str], seeds: int = 8, overrides: Overrides = (), jobs: int = 1, **settings: Any
+) -> Comparison:
+    """Run recipes, or all methods of a study, over the same seeds, `jobs` at the same time; return the paired table.
 
     The first recipe is the baseline. With `out`, all runs and the table are in that folder.
     """
@@ -103,7 +105,7 @@ def compare(recipes: Sequence[str], seeds: int = 8, overrides: Overrides = (), *
     from fmdistill.report.paired import Line
 
     names = [recipes] if isinstance(recipes, str) else list(recipes)
-    table = stage.run(names, seeds, as_overrides(_mapping(overrides, settings)))
+    table = stage.run(names, seeds, as_overrides(_mapping(overrides, settings)), jobs)
     stored = json.loads(table.with_suffix(".json").read_text())
     return Comparison(table, {name: [Line(**line) for line in lines] for name, lines in stored.items()})
 

@@ -157,17 +157,19 @@ class Recipe:
 
     out: str = field(metadata=FREE)  # the folder of the run
     images: Component  # the source of images
-    student: Component  # the network that is trained
     task: Component  # how the student is trained
     optimizer: Component  # the optimizer of the student's weights
     schedule: Component  # the learning rate over the steps
     train: Train  # the training loop
     title: str = field(default="", metadata=FREE)  # what reports call the run
     seed: int = 0  # of the initial weights and of the order of the images
+    student: Component = field(default_factory=dict)  # the network that is trained
     teacher: Component | None = None  # the frozen model that the student learns from; needs `cache`, unless it is live
     cache: CacheSettings | None = None  # where and how the teacher's outputs are stored
     # the terms of the loss by name, each with an output, a distance, a weighting and more
     objective: dict[str, dict] = field(default_factory=dict)
+    # several teachers by name, instead of `teacher`: each has its own cache, objective, and student on the shared trunk
+    teachers: dict[str, Component] = field(default_factory=dict)
     protocols: list[str] = field(default_factory=list, metadata=FREE)  # files that say how the student is evaluated
 
     def __post_init__(self) -> None:
@@ -225,7 +227,21 @@ def load(name: str | Path, overrides: Overrides = ()) -> Recipe:
 
 
 def load_saved(folder: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """Load the resolved recipe saved in a run or cache; it may name code only with `trust=true`."""
+    """Load the resolved recipe saved in a run or cache; it may name code only with `trust=true`.
+
+    Raises UserError for a run of several teachers, which contains one run for each.
+    """
+    loaded = load_claimed(folder, overrides)
+    if loaded.teachers:
+        raise UserError(
+            f"{folder}: a run of several teachers; name the run of one of them: "
+            f"{', '.join(str(Path(folder) / name) for name in loaded.teachers)}"
+        )
+    return loaded
+
+
+def load_claimed(folder: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Load the resolved recipe saved in a run or cache, also that of a run of several teachers."""
     path = Path(folder).expanduser() / SAVED
     if not path.is_file():
         raise UserError(

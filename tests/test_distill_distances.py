@@ -28,6 +28,8 @@ def distance(name: str, **arguments):
         ("rkd", {}, FEATURES, 0.9751436710357666),  # mdistiller and RepDistiller
         ("rkd", {"distance": 1.0, "angle": 0.0}, FEATURES, 0.013571546413004398),
         ("rkd", {"distance": 0.0, "angle": 1.0}, FEATURES, 0.012717099860310555),
+        ("sp", {}, MAPS, 0.013011765666306019),  # mdistiller and RepDistiller
+        ("pkt", {}, FEATURES, 0.002023063600063324),  # mdistiller
         ("mse", {}, FEATURES, 0.5688256621360779),
     ],
 )
@@ -163,20 +165,23 @@ def test_the_teacher_s_relations_get_no_gradient():
     assert student.grad.abs().sum() > 0 and teacher.grad is None
 
 
-@pytest.mark.parametrize("name", ["cross_entropy", "kd", "dkd", "rkd", "at"])
+MAPS_TOO = ("at", "sp", "balanced", "token_similarity")
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "kd", "dkd", "rkd", "pkt", *MAPS_TOO])
 def test_gradients_are_those_of_finite_differences(name):
-    shape = (4, 3, 3, 2) if name == "at" else (4, 5)
+    shape = (4, 3, 3, 2) if name in MAPS_TOO else (4, 5)
     student, teacher = drawn(shape, shape)
     of = distance(name)
     assert torch.autograd.gradcheck(lambda s: of(compared(s, teacher, label=LABEL[:4])), student.requires_grad_())
 
 
-@pytest.mark.parametrize("name", ["cross_entropy", "kd", "dkd", "rkd"])
+@pytest.mark.parametrize("name", ["cross_entropy", "kd", "dkd", "rkd", "pkt"])
 def test_vectors_have_one_value_per_sample_and_maps_raise(name):
     student, teacher = drawn((4, 5), (4, 5))
     assert distance(name)(compared(student, teacher, label=LABEL[:4])).shape == (4,)
     student, teacher = drawn((4, 5, 2, 2), (4, 5, 2, 2))
-    says = "choose the pooled output" if name == "rkd" else "the channels of a map .5, 2, 2. are not classes"
+    says = "choose the pooled output" if name in ("rkd", "pkt") else "the channels of a map .5, 2, 2. are not classes"
     with pytest.raises(UserError, match=f"distance.name={name}: .*{says}"):
         distance(name)(compared(student, teacher, label=LABEL[:4]))
 
@@ -187,6 +192,9 @@ def test_outputs_that_cannot_be_compared_raise():
             distance(name)(compared(*LOGITS))
     with pytest.raises(UserError, match=r"has shape \(10,\), the teacher's \(7,\)"):
         distance("kd")(compared(LOGITS[0], LOGITS[1][:, :7]))
+    for pair, shapes in ((FEATURES, r"\(16,\)"), (MAPS, r"\(6, 8, 8\), the teacher's \(12, 4, 4\)")):
+        with pytest.raises(UserError, match=f"distance.name=token_similarity: .* on one grid, .*{shapes}"):
+            distance("token_similarity")(compared(*pair))
     with pytest.raises(UserError, match=r"distance.name=at: attention is over the patches .* vector \(16,\)"):
         distance("at")(compared(*FEATURES))
     for name, arguments, says in [
@@ -195,6 +203,9 @@ def test_outputs_that_cannot_be_compared_raise():
         ("cross_entropy", {"smoothing": 1}, "distance.smoothing=1.0: expected a share"),
         ("at", {"p": 0.5}, "distance.p=0.5: expected a power of at least 1"),
         ("rkd", {"distance": 0, "angle": 0}, "distance.distance=0.0, distance.angle=0.0: expected weights"),
+        ("balanced", {"cosine": 0, "smooth_l1": 0}, "distance.cosine=0.0, distance.smooth_l1=0.0, .*expected weights"),
+        ("balanced", {"beta": 0}, "distance.beta=0.0: expected weights of at least 0, .* a beta above 0"),
+        ("token_similarity", {"temperature": 0}, "distance.temperature=0.0: expected a number above 0"),
     ]:
         with pytest.raises(UserError, match=says):
             distance(name, **arguments)

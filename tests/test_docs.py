@@ -201,7 +201,8 @@ def test_protocols_of_commands_take_their_settings(arguments, tmp_path, monkeypa
     from fmdistill import evaluate
 
     settings = recipe.parse_overrides(setting for setting in arguments[2:] if "=" in setting)
-    settings.pop("recipe", None)  # of a checkpoint file
+    for name in ("recipe", "store"):  # of the command, not of the protocol
+        settings.pop(name, None)
     monkeypatch.chdir(tmp_path)
     for name in (value for value in settings.values() if str(value).endswith(".txt")):
         Path(name).write_text("a {}\n")

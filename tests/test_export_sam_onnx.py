@@ -1,3 +1,4 @@
+import copy
 import json
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import torch
 import yaml
 from segment_anything import SamPredictor
 
+from fmdistill.backbones.iou_correction import IouCorrection
 from fmdistill.backbones.sam import PIXEL_MEAN, PIXEL_STD
 from fmdistill.export import checks, onnx, sam_onnx, transformers
 from fmdistill.export.checks import relative_error
@@ -101,6 +103,20 @@ def test_the_decoder_equals_segment_anything_s_own(exported, networks, name, sin
         side = layout["mask_side"] or 64  # tools draw masks from these too, so a larger side must be smooth
         enlarged = torch.nn.functional.interpolate(right[2], (side, side), mode="bilinear")
         assert low.shape == enlarged.shape and relative_error(low, enlarged.numpy()) < 1e-3
+
+
+def test_a_correction_of_predicted_iou_is_in_the_file_and_changes_nothing_else(exported, networks, tmp_path):
+    student, head = networks[0], copy.deepcopy(networks[1])
+    correction = IouCorrection(0.6)
+    correction.apply(head)
+    out = sam_onnx.write(sam_exports.export(student, head, "onnx"), tmp_path / "out")
+    answers = []
+    for opened in (exported("onnx"), artefact.read(out)):
+        predictor = open_artefact(opened, "cpu")
+        predictor.set_image(SHAPES[0])
+        answers.append(predictor.predict(np.array([[40.0, 50.0]]), np.array([1])))
+    np.testing.assert_allclose(answers[1][1], correction(answers[0][1]), rtol=1e-5)
+    assert np.ptp(answers[0][1]) > 0.1 and (answers[1][0] == answers[0][0]).all()
 
 
 def test_a_flag_of_minus_one_means_no_mask(exported):

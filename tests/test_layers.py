@@ -13,8 +13,8 @@ PACKAGE = Path(fmdistill.__file__).parent
 LAYERS = [
     {"registry", "files"},
     {"text", "settings", "signatures"},
-    {"recipe", "images", "logs", "stop", "launcher"},
-    {"catalog"},
+    {"recipe", "several", "images", "logs", "stop", "launcher"},
+    {"catalog", "several"},
     {"backbones"},
     {"teachers"},
     {"cache"},

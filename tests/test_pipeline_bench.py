@@ -18,13 +18,15 @@ from fmdistill.backbones.throughput import flops, matmul_flops, take_turns
 from fmdistill.cache.codec import CODECS
 from fmdistill.cache.footprint import END
 from fmdistill.cli import main
+from fmdistill.distill import tasks
+from fmdistill.distill.train import Engine
 from fmdistill.images import build, decode
-from fmdistill.pipeline import bench
+from fmdistill.pipeline import bench, training_speed
 from fmdistill.pipeline.bench import with_random_weights
 from fmdistill.registry import UserError
 from fmdistill.teachers.output import Output
 
-QUICK = bench.BenchSettings(images=3, rounds=1, megabytes=0.05)
+QUICK = bench.BenchSettings(images=3, rounds=1, megabytes=0.05, steps=2)
 CPU = torch.device("cpu")
 
 
@@ -40,7 +42,7 @@ def official(folder: Path, *overrides: str):
 
 def test_a_teacher_without_its_weights_is_measured(vit_b, tmp_path):
     settings = official(tmp_path)
-    report = bench.run(settings, bench.BenchSettings(images=3, rounds=2, megabytes=0.05, weights="random"))
+    report = bench.run(settings, bench.BenchSettings(images=3, rounds=2, megabytes=0.05, steps=2, weights="random"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "tiny.yaml"]  # and no temporary folder
     assert json.loads((tmp_path / "run/bench.json").read_text()) == report
     rows = {row["what"]: row for row in report["rows"]}
@@ -53,8 +55,26 @@ def test_a_teacher_without_its_weights_is_measured(vit_b, tmp_path):
     assert arithmetic["figure"] == pytest.approx(measured["figure"] * operations / 1e9)
     for codec in CODECS:
         assert {f"{codec}: {what}" for what in ("encode", "decode", "write a shard", "read again")} <= rows.keys()
+    training, waiting = rows["training"], rows["training: waiting for data"]
+    assert training["against"] == waiting["against"] == "DataLoader of .npy files"
+    assert all(0 <= waiting[side] <= 100 for side in ("figure", "other"))
     shown = bench.text(report)
     assert "WEIGHTS DRAWN AT RANDOM" in shown and len(shown.splitlines()) == 4 + len(report["rows"])
+
+
+def test_both_loaders_of_the_training_measurement_give_the_same_batches(tmp_path):
+    settings = tiny.load(tmp_path, "cache.codec=fp32", "train.batch_size=3", f"cache.root={tmp_path}/two/cache")
+    (tmp_path / "two").mkdir()
+    small = training_speed.with_few_images(settings, 2, tmp_path / "two")
+    training_speed.measure_teacher_pass(small, tiny.teacher())
+    job, engine = tasks.build(small), Engine(small.train)
+    own = [job.complete(batch) for batch in training_speed._own_batches(small, job, engine, 6)]
+    plain = list(training_speed._plain_batches(small, job, engine, tmp_path / "two", 6))
+    assert len(own) == len(plain) == 2
+    for first, second in zip(own, plain, strict=True):
+        assert first["keys"] == second["keys"]
+        assert torch.equal(first["pixels"], second["pixels"]) and torch.equal(first["sizes"], second["sizes"])
+        assert torch.equal(first["outputs"]["sam.embedding"], second["outputs"]["sam.embedding"])
 
 
 def bf16_teacher():
@@ -163,7 +183,13 @@ def test_the_verb_prints_the_table_and_its_path(tmp_path, capsys):
     quick = ["bench.images=1", "bench.rounds=1", "bench.megabytes=0.01"]
     assert main(["bench", str(tiny.write(tmp_path)), *quick]) == 0
     output, log = capsys.readouterr()
-    parts = ["loading teacher tiny", "decoding 1 images", "the teacher", *(f"codec {name}," for name in CODECS)]
+    parts = [
+        "loading teacher tiny",
+        "decoding 1 images",
+        "the teacher",
+        *(f"codec {name}," for name in CODECS),
+        "5 training steps",
+    ]
     lines = [line for line in log.splitlines() if "bench: " in line]
     assert len(lines) == len(parts) and all(part in line for part, line in zip(parts, lines, strict=True))
     assert "| fp16: write a shard |" in output and output.endswith(f"{tmp_path}/run/bench.json\n")

@@ -49,6 +49,11 @@ class Student(nn.Module):
             nn.Conv2d(3, 16, 8, 8), nn.BatchNorm2d(16), nn.GELU(), nn.Conv2d(16, CHANNELS, 3, 2, padding=1)
         )
 
+    @property
+    def last_layers(self) -> dict[str, nn.Module]:
+        """The layer that makes each output."""
+        return {"embedding": self.net[-1]}
+
     def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return {"embedding": (B, 32, 4, 4)}."""
         return {"embedding": self.net(image)}

@@ -5,6 +5,6 @@ set -eu
 version=$(sed -n 's/^RUNTIME_VERSION = "\(.*\)".*/\1/p' "$(dirname "$0")/../../fmdistill/export/web.py")
 folder=${1:-build/onnxruntime-web}
 mkdir -p "$folder"
-npm pack "onnxruntime-web@$version" --pack-destination "$folder" > /dev/null
+npm pack --silent "onnxruntime-web@$version" --pack-destination "$folder" > /dev/null
 tar xzf "$folder/onnxruntime-web-$version.tgz" -C "$folder"
 echo "$folder/package"

@@ -1,31 +1,29 @@
 """Let other programs segment pictures with exported folders, and compare their masks with fmdistill's.
 
-    python benchmarks/clients/run.py [CLIENT ...] [folder=build/clients] [run=RUN]
+    python benchmarks/clients/run.py [CLIENT ...] [folder=build/clients] [run=RUN] [pictures=PICTURES]
 
 Without names every client of CLIENTS runs. Each gets an environment of its own in the folder, made at its first run.
-RUN is a finished run of a SAM; without it the packaged sam_mini is exported. Prints a table, and exits with 1 if a mean
-IoU is below its client's limit.
+RUN is a finished run of a SAM; without it the packaged sam_mini is exported. PICTURES is a folder of JPEG and PNG
+files; without it two photographs of scikit-image are segmented. Prints a table, and exits with 1 if a mean IoU is below
+its client's limit.
 """
 
 import json
 import os
-import subprocess
 import sys
-import venv
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL.Image
+from environments import call, npm, photos, python
 
 import fmdistill
 from fmdistill import export
 from fmdistill import recipe as recipes
 from fmdistill.distill import checkpoint
 from fmdistill.distill.student import WEIGHTS
-from fmdistill.export.checks import photographs
 from fmdistill.mini.sam import sam_mini_student
 
 HERE = Path(__file__).parent
@@ -67,7 +65,7 @@ CLIENTS = {
         reference="labelme",
         side=1024,
         mean=0.95,
-        fitting=0.95,  # it draws masks from the logits of low resolution by itself
+        fitting=0.99,  # the graph does not round the pixels that it resizes
     ),
     "anylabeling": Client((("anylabeling",),), "anylabeling", "anylabeling_sam.py", side=1024, mean=0.95),
     "x-anylabeling": Client(
@@ -80,7 +78,7 @@ CLIENTS = {
 }
 
 
-def main(names: list[str], folder: Path, run: Path | None) -> bool:
+def main(names: list[str], folder: Path, run: Path | None, pictures: str | None) -> bool:
     """Run the clients and print their table; return whether every one reached its limits."""
     folder.mkdir(parents=True, exist_ok=True)
     run = run or packaged(folder)
@@ -91,7 +89,8 @@ def main(names: list[str], folder: Path, run: Path | None) -> bool:
         client = CLIENTS[name]
         exported = made(folder, run, client.format) if client.format else run
         reference = made(folder, run, client.reference or client.format)
-        prompts = asked(folder / name, client, json.loads((reference / "fmdistill.json").read_text())["model"])
+        model = json.loads((reference / "fmdistill.json").read_text())["model"]
+        prompts = asked(folder / name, client, model, pictures)
         version, masks = answers(name, client, folder, exported, prompts)
         right = expected(reference, prompts)
         overlaps = np.array([iou(*pair) for pair in zip(masks, right, strict=True)])
@@ -117,20 +116,21 @@ def made(folder: Path, run: Path, format: str) -> Path:
     return export.run(run, format, folder / "exports" / format)
 
 
-def asked(folder: Path, client: Client, model: dict[str, Any]) -> list[dict[str, Any]]:
-    """Write the pictures: a landscape and a portrait as they are, and as large as they may be without being resized.
+def asked(folder: Path, client: Client, model: dict[str, Any], pictures: str | None) -> list[dict[str, Any]]:
+    """Write the pictures, each as it is, and as large as it may be without being resized by the program.
 
-    Return a click, two clicks and a box on each; `fits` tells whether the program resizes its picture.
+    Return a click, two clicks and a box on each; `fits` tells whether the program leaves its picture's size. Its sides
+    are multiples of 4: an encoder for 1024 px with a network for 256 px resizes other sides to parts of a pixel.
     """
     folder.mkdir(parents=True, exist_ok=True)
     canvas, side = model["layout"]["canvas"] or (0, 0), client.side or model["image_size"]
     prompts = []
-    for name, pixels in (("landscape", photographs()[1]), ("portrait", photographs()[5])):
+    for name, whole in photos(pictures).items():
         for fits in (False, True):
-            picture = PIL.Image.fromarray(pixels)
+            picture = whole
             if fits:
                 scale = min(side / max(picture.size), (canvas[0] or side) / picture.height)
-                picture = picture.resize((round(picture.width * scale), round(picture.height * scale)))
+                picture = picture.resize((4 * round(picture.width * scale / 4), 4 * round(picture.height * scale / 4)))
             path = folder / f"{name}{'_fitting' * fits}.png"
             picture.save(path)
             w, h = picture.size
@@ -165,34 +165,6 @@ def answers(
         return str(read["version"]), [read[f"mask{number}"] for number in range(len(prompts))]
 
 
-def python(environment: Path, packages: tuple[tuple[str, ...], ...]) -> Path:
-    """Return the interpreter of the environment, made with the packages if it is not there yet."""
-    done, interpreter = environment / "installed", environment.absolute() / "bin/python"
-    if not done.exists():
-        venv.create(environment, with_pip=True, clear=True)
-        for arguments in packages:
-            call([interpreter, "-m", "pip", "install", "--quiet", *arguments])
-        done.touch()
-    return interpreter
-
-
-def npm(environment: Path, packages: tuple[str, ...]) -> Path:
-    """Return the node_modules folder of the environment; the packages' scripts, which download CUDA, do not run."""
-    modules = environment.absolute() / "node_modules"
-    if not modules.exists():
-        environment.mkdir(parents=True, exist_ok=True)
-        call(["npm", "install", "--silent", "--ignore-scripts", "--prefix", environment.absolute(), *packages])
-    return modules
-
-
-def call(command: list[Any], env: dict[str, str] | None = None) -> None:
-    """Run a command, by default without this interpreter's PYTHONPATH, and stop with its output if it fails."""
-    env = env or {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=env)
-    if done.returncode:
-        sys.exit(f"{command[0]} {command[1]}: exit {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
-
-
 def drawn(mask: dict[str, Any]) -> np.ndarray:
     """Return the mask (H, W) of lengths of runs."""
     values = np.arange(len(mask["runs"])) % 2 == 1
@@ -221,7 +193,8 @@ def iou(a: np.ndarray, b: np.ndarray) -> float:
 if __name__ == "__main__":
     settings = dict(argument.split("=", 1) for argument in sys.argv[1:] if "=" in argument)
     chosen = [argument for argument in sys.argv[1:] if "=" not in argument]
-    if set(chosen) - set(CLIENTS) or set(settings) - {"folder", "run"}:
+    if set(chosen) - set(CLIENTS) or set(settings) - {"folder", "run", "pictures"}:
         sys.exit(f"{__doc__}\nClients: {', '.join(CLIENTS)}")
     where = Path(settings.get("folder", "build/clients"))
-    sys.exit(not main(chosen, where, Path(settings["run"]) if "run" in settings else None))
+    own = Path(settings["run"]) if "run" in settings else None
+    sys.exit(not main(chosen, where, own, settings.get("pictures")))

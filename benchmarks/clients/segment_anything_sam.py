@@ -1,7 +1,7 @@
 """Segment by segment_anything's SamPredictor on the network that `fmdistill.load(RUN).as_sam()` returns.
 
-SamAutomaticMaskGenerator runs on it too: each of its masks must be one of the three that SamPredictor gives for its
-point.
+SamAutomaticMaskGenerator runs on it too, on the pictures that are not resized: each of its masks must be one of the
+three that SamPredictor gives for its point.
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ def main() -> None:
     def segment(prompt: dict[str, Any]) -> np.ndarray:
         image = np.asarray(PIL.Image.open(prompt["picture"]).convert("RGB"))
         predictor.set_image(image)
-        if prompt["picture"] not in compared:
+        if prompt["fits"] and prompt["picture"] not in compared:
             compared.add(prompt["picture"])
             compare(everything.generate(image), predictor)
         points = {"point_coords": np.array(prompt["points"]), "point_labels": np.array(prompt["labels"])}

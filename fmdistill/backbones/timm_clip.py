@@ -39,6 +39,11 @@ class TimmCLIP(nn.Module):
         trunk.reset_classifier(0, global_pool="avg")
         return trunk
 
+    @property
+    def last_layers(self) -> dict[str, nn.Module]:
+        """The layer that makes each output, for targets in other units than the teacher's."""
+        return {"embedding": self.head.get_submodule("proj")}
+
     def forward(self, image_B3SS: Tensor) -> dict[str, Tensor]:
         """Return {"embedding": (B, D)}, not normalised, for normalised float images (B, 3, S, S)."""
         return {"embedding": self.head(self.trunk(image_B3SS))}

@@ -50,6 +50,11 @@ class TimmSAM(nn.Module):
             LayerNorm2d(out_channels, eps=1e-6),
         )
 
+    @property
+    def last_layers(self) -> dict[str, nn.Module]:
+        """The layer that makes each output, for targets in other units than the teacher's."""
+        return {"embedding": self.neck[-1]}
+
     def forward(self, image_B3SS: Tensor) -> dict[str, Tensor]:
         """Return {"embedding": (B, C, S/16, S/16)} for normalised float images (B, 3, S, S)."""
         if image_B3SS.shape[-1] != self.input_size:

@@ -44,6 +44,11 @@ class TinyViTSAM(nn.Module):
         )
         self.register_load_state_dict_post_hook(forget_cached_biases)
 
+    @property
+    def last_layers(self) -> dict[str, nn.Module]:
+        """The layer that makes each output, for targets in other units than the teacher's."""
+        return {"embedding": self.neck[-1]}
+
     def forward(self, image_B3SS: Tensor) -> dict[str, Tensor]:
         """Return {"embedding": (B, C, S/16, S/16)} for normalised float images (B, 3, S, S)."""
         return {"embedding": self.neck(self.trunk.forward_features(image_B3SS))}

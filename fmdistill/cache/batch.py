@@ -70,10 +70,13 @@ class Batch(_Filled, total=False):
     the CPU, so that looking at them does not wait for a GPU. `outputs` are the teacher's by name, such as
     "sam.embedding", (B, C, g, g) or (B, D) float32; empty until a cache or a live teacher fills them. `stored` is what
     a cache has read for them. Training adds `whole`, the teacher's vectors for all images of the optimizer step, and
-    `epoch`, the number of epochs done, with its fraction.
+    `epoch`, the number of epochs done, with its fraction. A batch for several teachers has `views`, the batch of each,
+    and `stored_views` instead of pixels and outputs of its own.
     """
 
     stored: StoredOutputs
+    stored_views: dict[str, StoredOutputs]
+    views: dict[str, "Batch"]
     whole: dict[str, Tensor]
     epoch: float
 

@@ -32,7 +32,7 @@ class ShardReader:
         self.store, self.name, self.path, self.group, fields = store, shard.name, finished.tar, group, finished.fields
         self.samples = [s for s in fields["samples"] if shard.take is None or s["index"] < shard.take]
         self.outputs, self.codecs = outputs, codecs_of(outputs, fields["split"])
-        self.sha256 = fields["sha256"]
+        self.sha256, self.statistics = fields["sha256"], fields["statistics"]  # of all images in the tar
         self.shapes = {name: output.shape for name, output in outputs.items()}
         self._owner = object()  # not the path: a shard that is written anew is another file
         self._checked: set[int] = set()

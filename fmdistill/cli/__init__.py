@@ -1,4 +1,4 @@
-"""The command line: a verb, a recipe, and key=value overrides. The only flag is `compare --seeds N`."""
+"""The command line: a verb, a recipe, and key=value overrides. The only flags are `compare --seeds N --jobs N`."""
 
 import argparse
 import os
@@ -38,12 +38,18 @@ def parser() -> argparse.ArgumentParser:
          ("recipes", "STUDY, STUDY:METHOD, RECIPE or RECIPE:key=value,key=value, the first is the baseline; and "
           "settings of all as key=value (out=FOLDER is the folder of all runs and the table)", "+"))  # fmt: skip
     verbs.choices["compare"].add_argument("--seeds", type=int, default=8, help="how many seeds, from 0 on (8)")
+    verbs.choices["compare"].add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        help="how many runs at the same time, each with its GPU or share of the cores (1)",
+    )
     verb("plan", "estimate a recipe's images, bytes and hours from a few images, before the work begins", recipe,
          ("overrides", "settings as key=value; those of the plan are plan.images, plan.steps, plan.gpus=[1,8]", "*")
          )  # fmt: skip
-    verb("bench", "measure the parts of a recipe's teacher pass, compared with the plain loops of other packages",
+    verb("bench", "measure the parts of a recipe's teacher pass and its training steps, compared with plain loops",
          recipe, ("overrides", "settings as key=value; those of the bench are bench.images, .rounds, .megabytes, "
-                  ".weights=random", "*"))  # fmt: skip
+                  ".steps, .weights=random", "*"))  # fmt: skip
     verb("cache", "run the teacher over the images that are not cached yet", recipe, overrides)
     verb("verify", "check every checksum of a cache, then recompute a sample", recipe, overrides)
     verb("inspect", "describe a shard of a cache, check its bytes, and show the weights that SRW gives it",
@@ -130,55 +136,66 @@ def _run(recipe: str, overrides: list[str]) -> None:
     settings = load(recipe, overrides)
     pipeline.run(settings)
     if pipeline.is_main():
-        print(report.text([settings.out]))
+        print(report.text(pipeline.runs_of(settings)))
 
 
-def _compare(recipes: list[str], seeds: int) -> None:
+def _compare(recipes: list[str], seeds: int, jobs: int) -> None:
     from fmdistill.pipeline import compare
     from fmdistill.settings import is_override
 
     names = [argument for argument in recipes if not is_override(argument)]
-    table = compare.run(names, seeds, [argument for argument in recipes if is_override(argument)])
+    table = compare.run(names, seeds, [argument for argument in recipes if is_override(argument)], jobs)
     print(f"{table.read_text()}\n{table}")
 
 
 def _plan(recipe: str, overrides: list[str]) -> None:
     from fmdistill.pipeline import plan, rehearsal
     from fmdistill.recipe import load
+    from fmdistill.several import by_teacher
 
     settings, rest = rehearsal.verb_settings("plan", plan.PlanSettings, overrides)
-    print(plan.text(plan.run(load(recipe, rest), settings), recipe))
+    parts = by_teacher(load(recipe, rest))
+    for name, part in parts.items():
+        print(plan.text(plan.run(part, settings), f"{recipe}, teacher {name}" if name else recipe))
+    if len(parts) > 1:
+        print(f"\nA step of the run does the steps of all {len(parts)} teachers: add their times.")
 
 
 def _bench(recipe: str, overrides: list[str]) -> None:
     from fmdistill.pipeline import bench, rehearsal
     from fmdistill.recipe import load
+    from fmdistill.several import by_teacher
 
     settings, rest = rehearsal.verb_settings("bench", bench.BenchSettings, overrides)
-    loaded = load(recipe, rest)
-    print(f"{bench.text(bench.run(loaded, settings))}\n\n{loaded.out}/bench.json")
+    for part in by_teacher(load(recipe, rest)).values():
+        print(f"{bench.text(bench.run(part, settings))}\n\n{part.out}/bench.json")
 
 
 def _cache(recipe: str, overrides: list[str]) -> None:
     from fmdistill.cache import finished
     from fmdistill.recipe import load
+    from fmdistill.several import by_teacher
 
     settings = load(recipe, overrides)
-    if finished.is_finished(settings):
+    missing = [part for part in by_teacher(settings).values() if not finished.is_finished(part)]
+    if not missing:
         return
     import fmdistill.cache as cache  # this and the next import torch, which takes seconds
     from fmdistill import pipeline
 
     pipeline.check_caching(settings)
-    cache.run(settings)
+    for part in missing:
+        cache.run(part)
 
 
 def _verify(recipe: str, overrides: list[str]) -> None:
     import fmdistill.cache as cache
     from fmdistill.recipe import load
+    from fmdistill.several import by_teacher
 
-    for name, value in cache.verify(load(recipe, overrides)).items():
-        print(f"{name:24} {value:.6g}")
+    for teacher, part in by_teacher(load(recipe, overrides)).items():
+        for name, value in cache.verify(part).items():
+            print(f"{f'{teacher} {name}'.strip():24} {value:.6g}")
 
 
 def _inspect(shard: str, settings: list[str]) -> None:

@@ -6,6 +6,8 @@ import re
 from itertools import accumulate
 from pathlib import Path
 
+from torch import nn
+
 from fmdistill import recipe as recipes
 from fmdistill.backbones.device import pick_device
 from fmdistill.cache import finished
@@ -17,6 +19,7 @@ from fmdistill.logs import log
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError
 from fmdistill.settings import flat
+from fmdistill.several import by_teacher
 
 __all__ = ["check_claim", "check_machine", "check_run", "load_student", "run"]
 
@@ -41,9 +44,13 @@ def run(recipe: Recipe, resume: bool = True) -> Path:
     engine = Engine(recipe.train)
     job = tasks.build(recipe)
     count = sum(p.numel() for p in job.student.parameters())
-    log.info("%s: %s, %.2f M parameters", out, recipe.student["name"], count / 1e6)
+    log.info("%s: %s, %.2f M parameters", out, _names(recipe), count / 1e6)
     fit(job.task, job.train, recipe, validator(job.validation, engine, job.complete), engine, job.shared, job.complete)
+    if job.finish is not None:
+        job.finish()
     if engine.accelerator.is_main_process:
+        for name, part in job.parts.items():
+            _save_part(by_teacher(recipe)[name], part.student)
         checkpoint.save_state(job.student.state_dict(), out / WEIGHTS)
     engine.accelerator.wait_for_everyone()
     return out
@@ -55,6 +62,16 @@ def _with_saved_parts(recipe: Recipe, out: Path) -> Recipe:
         return recipe
     accumulate = recipes.load_saved(out, ["trust=true"]).train.accumulate
     return dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, accumulate=accumulate))
+
+
+def _names(recipe: Recipe) -> str:
+    return " and ".join(str(part.student["name"]) for part in by_teacher(recipe).values())
+
+
+def _save_part(recipe: Recipe, student: nn.Module) -> None:
+    """Save the student of one of several teachers as a finished run of its own."""
+    recipes.save(recipe, recipe.out)
+    checkpoint.save_state(student.state_dict(), Path(recipe.out) / WEIGHTS)
 
 
 def check_machine(recipe: Recipe) -> None:
@@ -85,7 +102,7 @@ def _is_trained(out: Path) -> bool:
 
 def check_run(recipe: Recipe, out: Path) -> None:
     """Raise a UserError unless the run in `out` has the same recipe, in all settings that affect the weights."""
-    saved = recipes.load_saved(out, ["trust=true"])
+    saved = recipes.load_claimed(out, ["trust=true"])
     old, new = (flat(dataclasses.asdict(version)) for version in (saved, recipe))
     free = FREE | recipes.free_settings()
     if finished.is_live(recipe.teacher):  # a live teacher has no cache whose manifest would state its weights
@@ -102,5 +119,6 @@ def check_run(recipe: Recipe, out: Path) -> None:
 
 
 def _is_free(key: str, free: set[str]) -> bool:
+    key = re.sub(r"^teachers\.[^.]+\.", "", key)
     parents = accumulate(key.split("."), lambda above, name: f"{above}.{name}")
     return any(parent in free for parent in parents) or bool(re.match(r"images\..*root$", key))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fmdistill.distill.distances import DISTANCES
 from fmdistill.distill.rectifiers import RECTIFIERS, Priors
 from fmdistill.distill.seen import Seen, teacher_name
+from fmdistill.distill.standardize import Standardizer
 from fmdistill.distill.weightings import WEIGHTINGS, Learned
 from fmdistill.logs import log
 from fmdistill.registry import UserError, bind, complete, typed
@@ -31,6 +32,8 @@ class TermSettings:
     padding: Literal["include", "exclude"] = "include"  # whether padded patches take part; the SRW paper includes them
     scale: float = 1.0
     warmup: float = 0.0  # epochs in which the scale rises linearly from zero
+    # units in which the two are compared: the teacher's, or its statistics' (`distill.standardize`)
+    standardize: Literal["none", "channel", "phi_s"] = "none"
 
     def __post_init__(self) -> None:
         if self.warmup < 0:
@@ -41,12 +44,17 @@ class Term(nn.Module):
     """One weighted distance. Learned parts are submodules, so that the optimizer and checkpoints include them."""
 
     def __init__(
-        self, settings: TermSettings, where: str, shapes: Mapping[str, Shape], priors: Priors | None = None
+        self,
+        settings: TermSettings,
+        where: str,
+        shapes: Mapping[str, Shape],
+        priors: Priors | None = None,
+        standardizer: Standardizer | None = None,
     ) -> None:
         super().__init__()
-        self.settings = settings
+        self.settings, self.standardizer = settings, standardizer
         distance, weighting, rectify = _bound(settings, where)
-        known = {"priors": priors, **_shapes(settings.output, shapes)}
+        known = {"priors": priors, **shapes_of(settings.output, shapes)}
         why = f": output={settings.output}. Known: {', '.join(sorted(shapes)) or 'none'}"
         self.rectify = rectify and complete(rectify, known, f"{where}.rectify", why)
         self.distance = complete(distance, known, f"{where}.distance", why)
@@ -65,11 +73,12 @@ class Term(nn.Module):
         }
 
     def measure(self, seen: Seen) -> tuple[Tensor, Tensor, Seen]:
-        """Return the distance and its weight, both (B,) or (B, N), and the rectified view they were computed from."""
-        seen = seen.focus(self.settings.output, self.settings.padding)
-        if self.rectify is not None:
-            seen = self.rectify(seen)
-        distance = self.distance(seen)
+        """Return the distance and its weight, both (B,) or (B, N), and the rectified view they were computed from.
+
+        The distance alone is of standardised outputs: the view and the weighting are on the teacher's own scale.
+        """
+        seen = self.focus(seen)
+        distance = self.distance(self.standardised(seen))
         if distance.dim() == 2 and (seen.valid is None or seen.valid.shape != distance.shape):
             if seen.valid is not None and not seen.valid.all():
                 raise UserError(
@@ -81,6 +90,15 @@ class Term(nn.Module):
         weight = self.weighting(distance.detach(), seen)
         self._check(weight, distance, seen.valid)
         return distance, weight, seen
+
+    def focus(self, seen: Seen) -> Seen:
+        """Return the term's view of a batch, rectified, on the teacher's own scale."""
+        seen = seen.focus(self.settings.output, self.settings.padding)
+        return seen if self.rectify is None else self.rectify(seen)
+
+    def standardised(self, seen: Seen) -> Seen:
+        """Return the term's view with both compared outputs in the units in which the distance compares them."""
+        return seen if self.standardizer is None else seen.mapped(self.standardizer)
 
     def _check(self, weight: Tensor, distance: Tensor, valid: Tensor | None) -> None:
         """Raise a UserError for weights of a wrong shape; check their values once only, since that makes a GPU wait."""
@@ -119,7 +137,8 @@ class Objective(nn.Module):
     """The loss as a mapping of named terms.
 
     `shapes` are the shapes of one image's outputs, by the names of `Seen`; learned parts are built for them. `priors`
-    are the class statistics, for rectifiers that need class frequencies.
+    are the class statistics, for rectifiers that need class frequencies. `standardizers` are those of the terms that
+    standardise, by the terms' names.
     """
 
     def __init__(
@@ -127,13 +146,17 @@ class Objective(nn.Module):
         settings: Mapping[str, Mapping[str, Any]],
         shapes: Mapping[str, Shape] | None = None,
         priors: Priors | None = None,
+        standardizers: Mapping[str, Standardizer] = {},
     ) -> None:
         super().__init__()
         terms = check(settings).items()
         for name, term in terms:
-            _check_padding(term, f"objective.{name}", _shapes(term.output, shapes or {}))
+            _check_padding(term, f"objective.{name}", shapes_of(term.output, shapes or {}))
         self.terms = nn.ModuleDict(
-            {name: Term(term, f"objective.{name}", shapes or {}, priors) for name, term in terms}
+            {
+                name: Term(term, f"objective.{name}", shapes or {}, priors, standardizers.get(name))
+                for name, term in terms
+            }
         )
 
     def forward(self, seen: Seen) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -200,7 +223,7 @@ def _bound(term: TermSettings, where: str) -> tuple[Any, Any, Any]:
     )
 
 
-def _shapes(output: str, shapes: Mapping[str, Shape]) -> dict[str, Any]:
+def shapes_of(output: str, shapes: Mapping[str, Shape]) -> dict[str, Any]:
     """Return the shapes of the student's and the teacher's `output` and of all outputs; None if not known."""
     student = shapes.get(f"student.{output.rpartition('.')[2]}")
     try:

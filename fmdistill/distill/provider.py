@@ -11,6 +11,7 @@ from fmdistill import teachers
 from fmdistill.cache import finished, open_cache
 from fmdistill.cache.batch import NO_LABEL, Batch, Data, with_outputs
 from fmdistill.cache.dataset import CachedImages
+from fmdistill.cache.reader import Cache
 from fmdistill.distill.objective import check_trimmed
 from fmdistill.distill.plain import Augment, PlainImages, check_memory
 from fmdistill.distill.rectifiers import Priors
@@ -42,6 +43,7 @@ class Provider:
     source: str
     labels: Callable[[], np.ndarray]  # of the training images, int (N,), NO_LABEL for none
     vectors: Callable[[str], np.ndarray]  # a teacher's output for them, (N, D)
+    cache: Cache | None = None  # the teacher's, with its statistics
 
 
 def build(recipe: Recipe, own: Preprocess | None = None, augment: Augment | None = None) -> Provider:
@@ -123,7 +125,7 @@ def _cached(recipe: Recipe) -> Provider:
 
     outputs = with_prefix(cache.family, cache.outputs)
     validation = CachedImages(cache, "validation")
-    return Provider(cache.preprocess, outputs, train, validation, train.decode, "the cache", labels, vectors)
+    return Provider(cache.preprocess, outputs, train, validation, train.decode, "the cache", labels, vectors, cache)
 
 
 def _plain(

@@ -1,7 +1,7 @@
 """A batch as the objective sees it: outputs of student and teachers, masks, labels, keys."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -49,6 +49,12 @@ class Seen:
     def pair(self) -> tuple[Tensor, Tensor]:
         """Return the student's and the teacher's output that the term compares, in float32 or better."""
         return self.student(), at_least_float32(self.teacher(self.output))
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> "Seen":
+        """Return the view of a term with `function` applied to the two outputs that it compares."""
+        names = f"student.{self.output.rpartition('.')[2]}", self._teacher_name(self.output)
+        pair = zip(names, self.pair(), strict=True)
+        return dataclasses.replace(self, outputs={**self.outputs, **{name: function(value) for name, value in pair}})
 
     def student(self, output: str | None = None) -> Tensor:
         """Return the student's `output`, by default the term's, in float32 or better.

@@ -21,6 +21,7 @@ STUDENTS: dict[str, Callable[..., nn.Module] | str] = {
     "timm_sam": "fmdistill.backbones.timm_sam:timm_sam",
     "timm_clip": "fmdistill.backbones.timm_clip:timm_clip",
     "tinyvit_clip_mini": "fmdistill.mini.tinyvit:tinyvit_clip_mini",
+    "tinyvit_clip_shared_mini": "fmdistill.mini.tinyvit:tinyvit_clip_shared_mini",
     "sam_mini": "fmdistill.mini.sam:sam_mini_student",
     "clip_mini": "fmdistill.mini.clip:clip_mini_student",
     **CLASSIFIERS,

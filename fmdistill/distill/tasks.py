@@ -1,7 +1,7 @@
 """Tasks: the one module that the engine wraps. A task turns a batch into named losses; a job adds its data."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,33 +13,22 @@ from torch import Tensor, nn
 from fmdistill import recipe as recipes
 from fmdistill.backbones.class_preprocess import ClassPreprocess
 from fmdistill.backbones.classifiers import Classifier
-from fmdistill.cache.batch import Batch, Data
-from fmdistill.distill import checkpoint
+from fmdistill.cache.batch import Batch
+from fmdistill.distill import checkpoint, joined, targets
 from fmdistill.distill import provider as providers
 from fmdistill.distill import student as students
+from fmdistill.distill.job import Job
 from fmdistill.distill.objective import Objective, needs_priors
 from fmdistill.distill.plain import Augment
 from fmdistill.distill.provider import Provider
-from fmdistill.distill.seen import Seen
-from fmdistill.distill.train import Complete, Shared
+from fmdistill.distill.seen import Seen, at_least_float32
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError, bind
+from fmdistill.several import by_teacher
 from fmdistill.teachers.family import Preprocess
 from fmdistill.teachers.output import Output, Shape
 
 CIFAR = "cifar100"  # statistics of the pixels, unless a recipe names others
-
-
-@dataclass(frozen=True)
-class Job:
-    """A task and the data that it trains and validates on."""
-
-    task: nn.Module  # forward(batch) -> {"loss": scalar, name: scalar, ...}
-    student: nn.Module  # the part of the task that a run keeps
-    train: Data
-    validation: Data
-    shared: Shared | None = None  # what of a batch the whole optimizer step shares, (B, ...) each; None = nothing
-    complete: Complete | None = None  # adds to a batch what the data lack, such as a live teacher's outputs
 
 
 class Distill(nn.Module):
@@ -52,6 +41,7 @@ class Distill(nn.Module):
         self.layout = memory_layout(student)
         self.student = student.to(memory_format=self.layout)
         self.objective, self.preprocess, self.outputs = objective, preprocess, outputs  # of the teacher, by name
+        self.scales, self.folded = targets.teacher_scales(student, objective), False  # whether the student gives them
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return {"loss", each named term, each term's statistics} for a batch of images and teacher outputs.
@@ -71,7 +61,7 @@ class Distill(nn.Module):
         """Return what the objective sees of a batch."""
         pixels, sizes = batch["pixels"], batch["sizes"]
         image_BCHW = self.preprocess.normalize(pixels, sizes).contiguous(memory_format=self.layout)
-        student = {f"student.{name}": value for name, value in self.student(image_BCHW).items()}
+        student = {f"student.{name}": self._scaled(name, value) for name, value in self.student(image_BCHW).items()}
         teacher = {name: value for name, value in batch["outputs"].items() if self.outputs[name].of is None}
         label_values = batch["label_values"]
         return Seen(
@@ -84,6 +74,20 @@ class Distill(nn.Module):
             grids={name: self._grid(name, value, sizes) for name, value in teacher.items() if value.dim() > 2},
             similarity={of: batch["outputs"][name] for name, output in self.outputs.items() if (of := output.of)},
         )
+
+    def fold(self) -> None:
+        """Fold the teacher's scale into the student's last layers, if a term standardises its targets."""
+        if not self.folded:
+            for scale in self.scales.values():
+                scale.fold()
+        self.folded = True
+
+    def _scaled(self, name: str, value: Tensor) -> Tensor:
+        """Return a student's output on the teacher's scale."""
+        if self.folded or name not in self.scales:
+            return value
+        with torch.autocast(value.device.type, enabled=False):
+            return self.scales[name](at_least_float32(value))
 
     def _grid(self, name: str, map_BCgg: Tensor, sizes: Tensor) -> Tensor:
         """Return (B, N) bool: which patches of a teacher's map hold any real pixel."""
@@ -104,7 +108,9 @@ def memory_layout(student: nn.Module) -> torch.memory_format:
 
 
 def distill(recipe: Recipe) -> Job:
-    """Distil the recipe's teacher, cached or live, into its student."""
+    """Distil the recipe's teacher, cached or live, into its student; several teachers into students of one trunk."""
+    if recipe.teachers:
+        return joined.join({name: distill(part) for name, part in by_teacher(recipe).items()})
     provider, student = providers.build(recipe), students.build(recipe.student)
     _check_fit(student, provider, recipe)
     return _job(recipe, provider, student)
@@ -155,9 +161,13 @@ def _job(recipe: Recipe, provider: Provider, student: nn.Module) -> Job:
                 f"frequencies of classes; use task classify, or leave the rectifier out"
             )
         priors = providers.priors(provider, shapes["student.logits"][0])
-    task = Distill(student, Objective(recipe.objective, shapes, priors), provider.preprocess, provider.outputs)
+    gpu = recipe.train.device != "cpu" and torch.cuda.is_available()
+    standardizers = targets.standardizers(recipe.objective, provider.cache, shapes, gpu)
+    terms = Objective(recipe.objective, shapes, priors, standardizers)
+    task = Distill(student, terms, provider.preprocess, provider.outputs)
+    targets.unfold_loaded(task.scales, student, recipe.student, recipe.seed)
     shared = vectors if any(output.is_vector for output in provider.outputs.values()) else None
-    return Job(task, student, provider.train, provider.validation, shared, provider.complete)
+    return Job(task, student, provider.train, provider.validation, shared, provider.complete, finish=task.fold)
 
 
 def _shapes(provider: Provider) -> dict[str, Shape]:
@@ -191,6 +201,8 @@ WITHOUT_TEACHER = ("promptable", "contrastive")  # tasks that learn from the ima
 def check(recipe: Recipe) -> None:
     """Bind the task's settings and raise a UserError for what it would ignore, without touching data."""
     task = bind(recipe.task, TASKS, "task", context=("recipe",))
+    if recipe.teachers and task.func is not distill:
+        raise UserError(f"task.name={recipe.task['name']}: has one teacher or none; use task distill with `teachers`")
     if recipe.task["name"] in WITHOUT_TEACHER:
         for part in ("teacher", "cache", "objective"):
             if getattr(recipe, part):
@@ -225,6 +237,7 @@ def open_task(run: str | Path, trust: bool = False) -> tuple[Job, Distill]:
     if not isinstance(job.task, Distill) or not (Path(run) / students.WEIGHTS).is_file():
         raise UserError(f"{run}: not a finished run of task classify or distill, which has an objective to ask")
     job.student.load_state_dict(students.load_student(run, trust).state_dict())
+    job.task.folded = True
     if job.task.objective.state_dict():
         path = checkpoint.learned(Path(run))
         prefix = "objective."

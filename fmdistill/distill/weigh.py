@@ -13,9 +13,10 @@ from fmdistill import stop
 from fmdistill.cache.batch import Batch
 from fmdistill.distill.data import every
 from fmdistill.distill.distances.pad import PAD
+from fmdistill.distill.job import Job
 from fmdistill.distill.loader import batches
 from fmdistill.distill.student import load_student
-from fmdistill.distill.tasks import Job, open_task
+from fmdistill.distill.tasks import open_task
 from fmdistill.distill.weightings.ipwd import standardised_cross_entropy
 from fmdistill.files import check_folder, write_whole
 from fmdistill.logs import log, progress
@@ -32,13 +33,13 @@ def by_pad(run: str | Path, out: str | Path, trust: bool = False) -> Path:
     """
     check_folder(Path(out).parent, "the weights")
     job, task = open_task(run, trust)
-    pads = [(term.distance, term.settings) for _, term in task.objective.items() if isinstance(term.distance, PAD)]
+    pads = [(term.distance, term) for _, term in task.objective.items() if isinstance(term.distance, PAD)]
     if len(pads) != 1:
         raise UserError(f"{run}: {len(pads)} terms of its objective are a PAD; choose a run with exactly one")
-    pad, settings = pads[0]
+    pad, term = pads[0]
 
     def weigh(batch: Batch) -> Tensor:
-        variance = pad.variance(task.see(batch).focus(settings.output, settings.padding))
+        variance = pad.variance(term.standardised(term.focus(task.see(batch))))
         return 1 / variance.flatten(1).mean(1) if variance.dim() > 1 else 1 / variance
 
     return _write(job, weigh, out)

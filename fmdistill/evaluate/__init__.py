@@ -21,7 +21,7 @@ from fmdistill.predict import artefact
 from fmdistill.predict.checkpoint_file import whole_sam
 from fmdistill.predict.onnx_student import open_student
 from fmdistill.recipe import Overrides, Recipe
-from fmdistill.registry import UserError, bind, resolve
+from fmdistill.registry import UserError, bind, convert, resolve
 
 EVALUATORS: dict[str, Any] = {
     "grid_miou": "fmdistill.evaluate.grid_miou:GridMiou",
@@ -30,6 +30,7 @@ EVALUATORS: dict[str, Any] = {
     "scene_miou": "fmdistill.mini.scene_miou:SceneMiou",
     "region_agreement": "fmdistill.mini.region_agreement:RegionAgreement",
     "coco_ap": "fmdistill.evaluate.average_precision:CocoAp",
+    "calibration": "fmdistill.evaluate.calibration:Calibration",
     "cosine": "fmdistill.evaluate.cosine:TeacherSimilarity",
     "knn": "fmdistill.evaluate.knn:Knn",
     "zeroshot": "fmdistill.evaluate.zeroshot:Zeroshot",
@@ -48,7 +49,8 @@ class Evaluator(typing.Protocol):
     `check_images(recipe)` does so after looking at the first image and the class folders; `metrics` and `dimensions`
     describe its rows; `splits` are the splits of the images that it reads; `inputs()` returns JSON of what it reads
     instead of the protocol's or the recipe's images, on which a stored result then depends; with `own_decoder`, a
-    checkpoint file of a whole SAM is judged with its own mask decoder.
+    checkpoint file of a whole SAM is judged with its own mask decoder; `store_in(run, weights, result)`, called if the
+    user sets `store=true`, writes what was fitted into the run's folder.
     """
 
     def judge(self, recipe: Recipe, students: Mapping[str, nn.Module]) -> Judged:
@@ -119,13 +121,13 @@ def run(protocol: str | Path, subject: str | Path, overrides: Overrides = ()) ->
     """Evaluate a student: a run's, an exported ONNX folder's or a checkpoint file's; store the result, return its rows.
 
     A stored result is reused. That of a run is RUN/evaluation/PROTOCOL.json. A folder or a file needs `recipe=RECIPE`
-    among the overrides for its images and its cache, and its result is stored beside it. All other overrides but
-    `trust` are the protocol's.
+    among the overrides for its images and its cache, and its result is stored beside it. `store=true` also stores in
+    the run what the evaluator fitted. All other overrides but `trust` are the protocol's.
     """
     settings = recipes.parse_overrides(overrides)
     trust = str(settings.pop("trust", "")).lower() == "true"
     trusted = ["trust=true"] if trust else []
-    recipe_path = settings.pop("recipe", None)
+    recipe_path, stores = settings.pop("recipe", None), convert(settings.pop("store", False), bool, "store")
     loaded, subject = load(protocol, settings), Path(subject).expanduser()
     exported = (subject / artefact.NAME).is_file()
     if subject.is_file() or exported:
@@ -142,10 +144,16 @@ def run(protocol: str | Path, subject: str | Path, overrides: Overrides = ()) ->
         recipe = recipes.load(recipe_path, trusted) if recipe_path else recipes.load_saved(subject, trusted)
         weights, out = students.weights_path(subject), subject / "evaluation"
     check(loaded, recipe)
+    if stores and not hasattr(loaded.evaluator, "store_in"):
+        raise UserError(f"store=true: {loaded.name} fits nothing that a run could store; remove it")
+    if stores and (subject.is_file() or exported):
+        raise UserError(f"store=true: writes into a run, and {subject} is none; evaluate the run")
     path = out / f"{Path(protocol).stem}.json"
     state = _state(loaded, recipe, {"student": weights})
     if (rows := stored_results.read_rows(path, state)) is not None:
         log.info("%s: judged already", path)
+        if stores:
+            loaded.evaluator.store_in(subject, weights, json.loads(path.read_text()))
         return rows
     check_folder(out, "the result")
     if exported:
@@ -157,6 +165,8 @@ def run(protocol: str | Path, subject: str | Path, overrides: Overrides = ()) ->
         student = students.load_student(subject, trust)
     rows, details = _call(loaded, recipe, {"student": student}, path, state)
     _store(path, loaded, rows, details, state)
+    if stores:
+        loaded.evaluator.store_in(subject, weights, json.loads(path.read_text()))
     return rows
 
 

@@ -172,10 +172,12 @@ def pair(overlaps_TS: np.ndarray) -> np.ndarray:
 
 
 def overlaps(of: Sequence[Any], to: Sequence[Any]) -> np.ndarray:
-    """Return the IoU of every pair of two lists of COCO's RLE, float64 (T, S)."""
+    """Return the IoU of every pair of two lists of COCO's RLE, float64 (T, S); empty against empty is 1."""
     if not of or not to:
         return np.zeros((len(of), len(to)))
-    return np.asarray(coco_mask.iou(list(of), list(to), [0] * len(to)))
+    empty_T, empty_S = (np.array([coco_mask.area(mask) == 0 for mask in masks]) for masks in (of, to))
+    iou_TS = np.asarray(coco_mask.iou(list(of), list(to), [0] * len(to)))
+    return np.where(empty_T[:, None] & empty_S, 1.0, iou_TS)
 
 
 def _judge(protocol: Everything, image: SegmentedImage, joined: JoinedTruth | None) -> dict[str, Any]:

@@ -92,6 +92,9 @@ def _networks(source: FinishedRun) -> str:
         ("Teacher", _component(source.recipe.teacher) if source.recipe.teacher else "none"),
         ("Image side", f"{source.preprocess.image_size} px"),
     ]
+    if source.correction is not None:
+        power = f"of masks 1 to 3 corrected by fmdistill: raised to the power {source.correction.exponent:.4g}"
+        rows.append(("Predicted IoU", power))
     return _table(("", ""), rows)
 
 

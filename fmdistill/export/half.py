@@ -11,6 +11,8 @@ from fmdistill.files import write_whole
 
 def run(source: FinishedRun, out: Path) -> Path:
     """Write the student's weights in float16, as a safetensors file."""
+    if source.has_own_head:
+        source.leave_out_correction(out)
     return export(source.student, out)
 
 

@@ -25,6 +25,7 @@ BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "positional_enc
 
 def run(source: FinishedRun, out: Path) -> Path:
     """Write a SAM of the student and the teacher's decoder, in the format of MobileSAM's checkpoint."""
+    source.leave_out_correction(out)
     return export(source.student, source.head(), out)
 
 

@@ -213,7 +213,7 @@ def _quantise(path: Path, out: Path, feeds: Feeds, nodes: Sequence[str]) -> None
             """Return the next feed, None after the last."""
             return next(iter(self.feeds), None)
 
-    root, level = logging.getLogger(), logging.getLogger().level
+    root, level, handlers = logging.getLogger(), logging.getLogger().level, list(logging.getLogger().handlers)
     root.setLevel(logging.ERROR)  # advice to preprocess the model, which was done
     try:
         quantization.quantize_static(
@@ -230,3 +230,4 @@ def _quantise(path: Path, out: Path, feeds: Feeds, nodes: Sequence[str]) -> None
         )
     finally:
         root.setLevel(level)
+        root.handlers[:] = handlers  # onnxruntime's tools add one, which would print every line again

@@ -12,10 +12,12 @@ from torch import nn
 from fmdistill import __version__
 from fmdistill import recipe as recipes
 from fmdistill.backbones.clip import TextHead, WholeClip
+from fmdistill.backbones.iou_correction import IouCorrection
 from fmdistill.backbones.promptable import PromptHead
 from fmdistill.cache import manifest
 from fmdistill.cache.store import opened
-from fmdistill.distill.student import load_student
+from fmdistill.distill.student import WEIGHTS, load_student
+from fmdistill.logs import log
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError
 from fmdistill.teachers import family_of_cache
@@ -64,8 +66,27 @@ class FinishedRun:
     def head(self) -> Any:
         """Return a PromptHead or a TextHead: the student's own, or the teacher's, which the cache stores.
 
-        Raises UserError if the teacher has none.
+        A PromptHead predicts corrected IoU if the run stores a correction. Raises UserError if the teacher has none.
         """
+        head = self._head()
+        if isinstance(head, PromptHead) and self.correction is not None:
+            self.correction.apply(head)
+        return head
+
+    @cached_property
+    def correction(self) -> IouCorrection | None:
+        """The correction of predicted IoU that the run stores, None without."""
+        return IouCorrection.stored(self.run, self.run / WEIGHTS)
+
+    def leave_out_correction(self, out: Path) -> None:
+        """Warn that `out`, in a format of weights alone, does not hold the correction that the run stores, if any."""
+        if self.correction is not None:
+            log.warning(
+                "%s: predicts IoU without the correction that the run stores, which the format cannot hold; the order "
+                "of a prompt's masks is the same, but thresholds mean something else", out,
+            )  # fmt: skip
+
+    def _head(self) -> Any:
         if self.has_own_head:
             student: Any = self.student
             if isinstance(student, WholeClip):

@@ -18,7 +18,7 @@ from fmdistill.cache.batch import sample
 from fmdistill.cache.prepare import PreparedImage, must_prepare
 from fmdistill.distill import student as students
 from fmdistill.distill.data import SplitImages
-from fmdistill.distill.tasks import Job
+from fmdistill.distill.job import Job
 from fmdistill.images import Encoded, captions
 from fmdistill.images import build as build_images
 from fmdistill.images.source import SPLITS

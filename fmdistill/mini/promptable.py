@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from fmdistill.backbones.promptable import PromptHead
 from fmdistill.backbones.sam import SamPreprocess
 from fmdistill.distill import student as students
-from fmdistill.distill.tasks import Job
+from fmdistill.distill.job import Job
 from fmdistill.images import build as build_images
 from fmdistill.images.source import SPLITS
 from fmdistill.mini.labelled import LabelledImages

@@ -10,7 +10,7 @@ from fmdistill import distill, images, recipe, stop, teachers
 from fmdistill.backbones.device import pick_device
 from fmdistill.cache import executors, finished
 from fmdistill.cache.order import Batches
-from fmdistill.distill import objective, student, tasks
+from fmdistill.distill import objective, student, targets, tasks
 from fmdistill.distill.engine import check_share
 from fmdistill.distill.optim import OPTIMIZERS, SCHEDULES
 from fmdistill.distill.trackers import check_installed
@@ -24,6 +24,7 @@ from fmdistill.pipeline import variants
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError, bind
 from fmdistill.settings import parse_recipe_name
+from fmdistill.several import by_teacher
 
 TRUSTED = ["trust=true"]  # for a run that was checked to be of the user's recipe
 RECIPE_KEYS = {"extends", "out", "student", "task", "teacher"}  # settings that distinguish a recipe from a protocol
@@ -32,6 +33,20 @@ RECIPE_KEYS = {"extends", "out", "student", "task", "teacher"}  # settings that 
 def check(settings: Recipe) -> None:
     """Check every setting of a recipe and of its protocols without touching data. Raises UserError if one is wrong."""
     images.check(settings.images)
+    tasks.check(settings)
+    for part in by_teacher(settings).values():
+        _check_teacher(part)
+    bind(settings.optimizer, OPTIMIZERS, "optimizer", context=("model",))
+    schedule = bind(settings.schedule, SCHEDULES, "schedule")()
+    check_share(settings.train, processes=1)
+    check_installed(settings.train.trackers)
+    if settings.train.steps is not None:
+        schedule(0, settings.train.steps)  # raises if the schedule has fewer steps
+    protocols_by_teacher(settings)
+
+
+def _check_teacher(settings: Recipe) -> None:
+    """Check the teacher of a recipe, its cache, its student and the objective."""
     live = finished.is_live(settings.teacher)
     if (settings.teacher is None) != (settings.cache is None) and not live:
         raise UserError("teacher and cache: a recipe has both or neither; teacher.live=true needs no cache")
@@ -39,7 +54,6 @@ def check(settings: Recipe) -> None:
         raise UserError(
             "cache: ignored, since teacher.live=true caches nothing; remove it (on the command line, cache=null)"
         )
-    tasks.check(settings)
     trimmed = settings.cache is not None and settings.cache.trim
     if settings.teacher is not None:
         teachers.check(settings.teacher, trimmed, settings.cache is not None and settings.cache.similarity)
@@ -50,14 +64,27 @@ def check(settings: Recipe) -> None:
     if settings.teacher is not None and teachers.makes_only_vectors(settings.teacher):
         objective.check_vectors(settings.objective)
     student.check(settings.student)
-    bind(settings.optimizer, OPTIMIZERS, "optimizer", context=("model",))
-    schedule = bind(settings.schedule, SCHEDULES, "schedule")()
-    check_share(settings.train, processes=1)
-    check_installed(settings.train.trackers)
-    if settings.train.steps is not None:
-        schedule(0, settings.train.steps)  # raises if the schedule has fewer steps
-    for protocol in settings.protocols:
-        evaluate.check(evaluate.load(protocol), settings)
+    targets.check(settings)
+
+
+def protocols_by_teacher(settings: Recipe) -> dict[str, list[str]]:
+    """Return the protocols that judge the student of each teacher, by the teacher's name; "" if it is the only one.
+
+    With several teachers, a protocol judges each student that it can judge. Raises UserError if it can judge none.
+    """
+    parts = by_teacher(settings)
+    chosen: dict[str, list[str]] = {name: [] for name in parts}
+    for path in settings.protocols:
+        protocol, errors = evaluate.load(path), []
+        for name, part in parts.items():
+            try:
+                evaluate.check(protocol, part)
+                chosen[name].append(path)
+            except UserError as error:
+                errors.append(error)
+        if len(errors) == len(parts):
+            raise errors[0]
+    return chosen
 
 
 def check_machine(settings: Recipe) -> None:
@@ -75,8 +102,9 @@ def check_before(settings: Recipe) -> None:
     if not (Path(settings.out) / student.WEIGHTS).is_file():  # a finished run may be read-only
         check_folder(settings.out, "the run")
     _check_amount(settings)
-    for protocol in settings.protocols:
-        evaluate.check_images(evaluate.load(protocol), settings)
+    for name, protocols in protocols_by_teacher(settings).items():
+        for protocol in protocols:
+            evaluate.check_images(evaluate.load(protocol), by_teacher(settings)[name])
 
 
 def _check_amount(settings: Recipe) -> None:
@@ -145,19 +173,39 @@ def run(settings: Recipe) -> dict[str, list[Row]]:
     Finished stages are not repeated. Only the first of several training processes evaluates; the others return {}.
     """
     check_before(settings)
-    if settings.teacher is not None and not finished.is_live(settings.teacher):
-        cache.run(settings)
-        score_teacher(settings)
-    out = distill.run(settings)
-    if not is_main():
-        return {}
-    return {protocol: evaluate.run(protocol, out, TRUSTED) for protocol in stop.between(settings.protocols)}
+    for name, part in by_teacher(settings).items():
+        if part.teacher is not None and not finished.is_live(part.teacher):
+            cache.run(part)
+            score_teacher(part, protocols_by_teacher(settings)[name])
+    distill.run(settings)
+    return evaluate_parts(settings) if is_main() else {}
 
 
-def score_teacher(settings: Recipe) -> None:
-    """Judge the teacher by the protocols of the recipe that have a score for it."""
+def evaluate_parts(settings: Recipe) -> dict[str, list[Row]]:
+    """Evaluate a recipe's run by its protocols, each teacher's student by those that judge it; return rows by protocol.
+
+    If several students are judged by one protocol, the teacher's name follows the protocol's.
+    """
+    parts, chosen = by_teacher(settings), protocols_by_teacher(settings)
+    judged = [(protocol, name) for name, protocols in chosen.items() for protocol in protocols]
+    several = [protocol for protocol, _ in judged]
+    return {
+        f"{protocol} ({name})" if several.count(protocol) > 1 else protocol: evaluate.run(
+            protocol, parts[name].out, TRUSTED
+        )
+        for protocol, name in stop.between(judged)
+    }
+
+
+def runs_of(settings: Recipe) -> list[str]:
+    """Return the folders of a recipe's finished run: one, or one for each of several teachers."""
+    return [part.out for part in by_teacher(settings).values()]
+
+
+def score_teacher(settings: Recipe, protocols: Sequence[str]) -> None:
+    """Judge the teacher by those of the protocols that have a score for it."""
     if is_main():
-        teacher_score.judge_teacher(settings, [evaluate.load(path).evaluator for path in settings.protocols])
+        teacher_score.judge_teacher(settings, [evaluate.load(path).evaluator for path in protocols])
 
 
 def is_main() -> bool:
@@ -170,4 +218,4 @@ def evaluate_recipe(settings: Recipe) -> dict[str, list[Row]]:
     if not settings.protocols:
         raise UserError("protocols: this recipe has none; name one: fmdistill evaluate PROTOCOL RUN")
     distill.check_run(settings, Path(settings.out))
-    return {protocol: evaluate.run(protocol, settings.out, TRUSTED) for protocol in stop.between(settings.protocols)}
+    return evaluate_parts(settings)

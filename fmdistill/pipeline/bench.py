@@ -1,4 +1,4 @@
-"""Measure each part of a teacher pass separately: the teacher, decoding, codecs, writing and reading."""
+"""Measure each part of a teacher pass separately: the teacher, decoding, codecs, writing and reading; and training."""
 
 import dataclasses
 import json
@@ -24,6 +24,7 @@ from fmdistill.logs import log
 from fmdistill.pipeline.measurement import Measurement, rates
 from fmdistill.pipeline.rehearsal import check_single_process, device_name
 from fmdistill.pipeline.shard_speed import CPU, measure_codec, measure_shards
+from fmdistill.pipeline.training_speed import measure_training
 from fmdistill.recipe import CodecName, Recipe
 from fmdistill.registry import UserError
 from fmdistill.teachers.compute import Precision, computing, full_precision
@@ -39,12 +40,15 @@ class BenchSettings:
     images: int = 8  # training images to measure with
     rounds: int = 3  # of each measurement, of which the least time counts
     megabytes: float = 16.0  # of float32 outputs in the measured shards, in which the images repeat
+    steps: int = 5  # of training, in each round of its measurement; 0 leaves training out
     weights: Literal["recipe", "random"] = "recipe"  # random: drawn, in case the recipe's are not available
 
     def __post_init__(self) -> None:
         for name in ("images", "rounds"):
             if getattr(self, name) < 1:
                 raise UserError(f"bench.{name}={getattr(self, name)}: expected 1 or more")
+        if self.steps < 0:
+            raise UserError(f"bench.steps={self.steps}: expected training steps to measure, or 0 for none")
         if self.megabytes <= 0:
             raise UserError(f"bench.megabytes={self.megabytes}: expected more than 0")
 
@@ -60,7 +64,7 @@ class SampleImages:
 
 
 def run(recipe: Recipe, settings: BenchSettings) -> dict[str, Any]:
-    """Measure the parts of a recipe's teacher pass, write them to `recipe.out`/bench.json, and return its content.
+    """Measure the parts of a recipe's teacher pass and its training; write and return `recipe.out`/bench.json.
 
     Temporary files are written to the disk of the cache. Raises UserError if the recipe has no cached teacher.
     """
@@ -93,6 +97,9 @@ def run(recipe: Recipe, settings: BenchSettings) -> dict[str, Any]:
             rows += measure_shards(
                 cast(CodecName, name), outputs, model.outputs, valid, Path(folder), settings.megabytes, settings.rounds
             )
+        if settings.steps:
+            log.info("bench: %d training steps", settings.steps)
+            rows += measure_training(recipe, model, Path(folder), settings.images, settings.steps)
     report = {
         "teacher": {"name": chosen["name"], "weights": settings.weights},
         "device": device_name(str(chosen.get("device", "auto")), "teacher.device"),

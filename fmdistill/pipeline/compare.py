@@ -7,45 +7,52 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import fmdistill.cache as cache
-import fmdistill.evaluate as evaluate
 from fmdistill import distill, recipe, stop
 from fmdistill.cache import finished
 from fmdistill.files import check_folder, write_whole
 from fmdistill.launcher import processes
 from fmdistill.logs import log
-from fmdistill.pipeline import TRUSTED, check_before, variants
+from fmdistill.pipeline import check_before, evaluate_parts, protocols_by_teacher, side_by_side, variants
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError
 from fmdistill.report import paired, rows
+from fmdistill.several import by_teacher
 
 
-def run(names: Sequence[str], seeds: int, overrides: Sequence[str] = ()) -> Path:
+def run(names: Sequence[str], seeds: int, overrides: Sequence[str] = (), jobs: int = 1) -> Path:
     """Run recipes over the seeds 0 to `seeds` - 1, evaluate each run, and write a paired table; return its path.
+
+    `jobs` runs are trained and evaluated at the same time, each in a process of its own; their results are those of one
+    after the other with the same number of threads (OMP_NUM_THREADS).
 
     A study's name means all its methods, and the first recipe of all is the baseline. The run of a recipe with
     out=FOLDER and seed S is in FOLDER/seed-S; with out=FOLDER in `overrides`, it is in FOLDER/METHOD/seed-S, and the
     table in FOLDER. Finished runs are not repeated, so an interrupted comparison continues. Recipes share their caches.
     """
     if processes()[1] > 1:
-        raise UserError("compare: runs one training after the other in one process; start it without a launcher")
+        raise UserError("compare: each of its trainings is one process; start it without a launcher")
     expanded = list(dict.fromkeys(variant for name in names for variant in recipe.variants(name)))  # without duplicates
     if seeds < 1 or len(expanded) < 2:
         raise UserError(
             f"compare: {len(expanded)} recipes over {seeds} seeds; give two recipes or a study, and one seed or more"
         )
+    if jobs < 1:
+        raise UserError(f"compare: --jobs {jobs}: expected the number of runs at the same time, 1 or more")
     planned = _plan(expanded, seeds, overrides)
     table = _check(planned)
-    first = [by_seed[0] for by_seed in planned.values()]
+    first = [part for by_seed in planned.values() for part in by_teacher(by_seed[0]).values()]
     for settings in {str((run.cache, run.teacher, run.images)): run for run in first}.values():
         if settings.teacher is not None and not finished.is_live(settings.teacher):
             cache.run(settings)
     short = variants.short_names(expanded)
-    for seed in range(seeds):
-        for name, by_seed in stop.between(planned.items()):
+    ordered = [(name, seed) for seed in range(seeds) for name in planned]
+    if jobs > 1:
+        side_by_side.run([planned[name][seed] for name, seed in ordered], jobs, evaluate=True)
+    else:
+        for name, seed in stop.between(ordered):
             log.info("%s, seed %d", short[name], seed)
-            out = distill.run(by_seed[seed])
-            for protocol in stop.between(by_seed[seed].protocols):
-                evaluate.run(protocol, out, TRUSTED)
+            distill.run(planned[name][seed])
+            evaluate_parts(planned[name][seed])
     _write(table, {short[name]: by_seed for name, by_seed in planned.items()})
     return table
 
@@ -87,13 +94,25 @@ def _check(planned: Mapping[str, Sequence[Recipe]]) -> Path:
                 f"protocols, or none; set the same for all, such as 'protocols=[eval/FILE.yaml]'"
             )
     for by_seed in planned.values():
+        _judged(by_seed[0])
         for settings in by_seed:
             distill.check_claim(settings)
     return table
 
 
+def _judged(settings: Recipe) -> Recipe:
+    """Return the part of a recipe of several teachers that the protocols judge. Raises UserError if it is not one."""
+    judged = [name for name, protocols in protocols_by_teacher(settings).items() if protocols]
+    if len(judged) > 1:
+        raise UserError(
+            f"compare: protocols={settings.protocols} judge the students of {len(judged)} teachers, "
+            f"{' and '.join(judged)}; set those of one of them, and compare the others by another command"
+        )
+    return by_teacher(settings)[judged[0]]
+
+
 def _write(table: Path, planned: Mapping[str, Sequence[Recipe]]) -> None:
-    runs = {name: rows.read_runs([settings.out for settings in by_seed]) for name, by_seed in planned.items()}
+    runs = {name: rows.read_runs([_judged(settings).out for settings in by_seed]) for name, by_seed in planned.items()}
     protocols = [Path(path).stem for path in next(iter(planned.values()))[0].protocols]
     by_protocol = {name: paired.compare(runs, name) for name in protocols}
     table.parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ from fmdistill import distill, pipeline, recipe, report, stop
 from fmdistill.files import check_folder
 from fmdistill.logs import log
 from fmdistill.pipeline import side_by_side
-from fmdistill.pipeline.side_by_side import Training
+from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError, suggest
 
 DEMOS = {
@@ -28,18 +28,18 @@ def run(kind: str = "sam", overrides: Sequence[str] = ()) -> Path:
     if kind not in DEMOS:
         raise UserError(f"demo {kind}: unknown demo.{suggest(kind, DEMOS)}")
     started = time.monotonic()
-    trainings = [Training(recipe.load(path, overrides), path, overrides) for path in DEMOS[kind]]
-    for training in trainings:
-        pipeline.check_before(training.settings)
+    recipes = [recipe.load(path, overrides) for path in DEMOS[kind]]
+    for settings in recipes:
+        pipeline.check_before(settings)
     check_folder(f"report/demo_{kind}", "the report")
-    first = trainings[0].settings
+    first = recipes[0]
 
     _tell(1, "the teacher embeds all images once, and its embeddings are stored")
     cache.run(first)
-    pipeline.score_teacher(first)
+    pipeline.score_teacher(first, first.protocols)
     _tell(2, "two students learn from the stored embeddings, one with plain MSE and one with SRW's weights")
-    _train(trainings)
-    runs = [training.settings.out for training in trainings]
+    _train(recipes)
+    runs = [settings.out for settings in recipes]
     _tell(3, "both students are compared with the teacher")
     for protocol in stop.between(first.protocols):
         evaluate.run_together(protocol, runs, trust=True)
@@ -51,11 +51,12 @@ def run(kind: str = "sam", overrides: Sequence[str] = ()) -> Path:
     return page
 
 
-def _train(trainings: Sequence[Training]) -> None:
-    if side_by_side.fits([training for training in trainings if not training.done]):
-        side_by_side.train(trainings)
-    for training in stop.between(trainings):
-        distill.run(training.settings)
+def _train(recipes: Sequence[Recipe]) -> None:
+    waiting = [settings for settings in recipes if not side_by_side.is_trained(settings)]
+    if side_by_side.fits(waiting):
+        side_by_side.run(waiting, len(waiting))
+    for settings in stop.between(recipes):
+        distill.run(settings)
 
 
 def _tell(part: int, what: str) -> None:

@@ -21,8 +21,8 @@ class Measurement:
 
     @property
     def ratio(self) -> float | None:
-        """The figure divided by the reference's, None without a reference."""
-        return None if self.other is None else self.figure / self.other
+        """The figure divided by the reference's, None without a reference or if it is zero."""
+        return self.figure / self.other if self.other else None
 
 
 def rates(works: Mapping[str, Callable[[], Any]], device: torch.device, rounds: int, amount: float) -> dict[str, float]:

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from fmdistill import recipe as recipes
+from fmdistill.backbones.iou_correction import corrected
 from fmdistill.backbones.promptable import PromptHead
 from fmdistill.distill.student import load_student, weights_path
 from fmdistill.predict import clip, sam
@@ -19,16 +20,20 @@ def open_run(folder: Path, device: torch.device, trust: bool = False) -> MaskPre
     """Return a predictor of the finished run in `folder`; `trust` allows its recipe to name code outside fmdistill.
 
     The head is that of the teacher, from the run's cache, or from the teacher itself if the cache is gone; a student
-    that was trained without a teacher uses its own. Raises UserError if the run is not finished, or has no head.
+    that was trained without a teacher uses its own. Predicted IoU is corrected if the run stores a correction. Raises
+    UserError if the run is not finished, or has no head.
     """
     recipe = recipes.load_saved(folder, ["trust=true"] if trust else [])
-    weights_path(folder)
+    weights = weights_path(folder)
     if recipe.teacher is None and recipe.cache is None:
-        return own_predictor(load_student(folder, trust), str(folder), device)
+        student = load_student(folder, trust)
+        if isinstance(own := getattr(student, "head", None), PromptHead):
+            corrected(own, folder, weights)
+        return own_predictor(student, str(folder), device)
     head, preprocess = teacher_side(recipe, str(folder))  # before the student is built: it may be refused
     student = load_student(folder, trust)
     if isinstance(head, PromptHead):
-        return sam.torch_predictor(student, head, device)
+        return sam.torch_predictor(student, corrected(head, folder, weights), device)
     width, expected = getattr(student, "out_channels", None), head.config["model_cfg"]["embed_dim"]
     if width not in (None, expected):
         raise UserError(

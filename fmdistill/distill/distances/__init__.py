@@ -6,6 +6,7 @@ from typing import Protocol
 from torch import Tensor
 
 from fmdistill.distill.distances.at import AT
+from fmdistill.distill.distances.balanced import Balanced
 from fmdistill.distill.distances.cc import CC
 from fmdistill.distill.distances.cosine import CosineDistance
 from fmdistill.distill.distances.cross_entropy import CrossEntropy
@@ -14,7 +15,10 @@ from fmdistill.distill.distances.fitnet import FitNet
 from fmdistill.distill.distances.kd import KD
 from fmdistill.distill.distances.mse import MSE
 from fmdistill.distill.distances.pad import PAD
+from fmdistill.distill.distances.pkt import PKT
 from fmdistill.distill.distances.rkd import RKD
+from fmdistill.distill.distances.sp import SP
+from fmdistill.distill.distances.token_similarity import TokenSimilarity
 from fmdistill.distill.distances.vid import VID
 from fmdistill.distill.seen import Seen
 
@@ -39,9 +43,13 @@ DISTANCES: dict[str, Callable[..., Distance]] = {
     "dkd": DKD,
     "mse": MSE,
     "cosine": CosineDistance,
+    "balanced": Balanced,
     "fitnet": FitNet,
     "at": AT,
     "rkd": RKD,
+    "sp": SP,
+    "pkt": PKT,
+    "token_similarity": TokenSimilarity,
     "cc": CC,
     "vid": VID,
     "pad": PAD,

@@ -1,11 +1,15 @@
 """Find one file of annotations for each image: a column beside it in its source, or a file of its key in a folder."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 from fmdistill.evaluate.segmenters import SegmentedImage
-from fmdistill.evaluate.truth.instances import Skip
+from fmdistill.evaluate.truth.instances import ImageTruth, JoinedTruth, Skip
 from fmdistill.registry import UserError
+
+NOT_ANNOTATED = "image not annotated"
+Read = Callable[[bytes, SegmentedImage], ImageTruth]
 
 
 def check_folder(annotations: str, what: str) -> None:
@@ -14,40 +18,38 @@ def check_folder(annotations: str, what: str) -> None:
         raise UserError(f"annotations={annotations}: no such folder; name the folder of {what}")
 
 
-def beside(annotations: str, names: Sequence[str], suffixes: Sequence[str]) -> tuple[dict[str, Path], dict[str, Skip]]:
-    """Return the file of each image by its name, SHARD/KEY, and a skip for each that has none.
+def join_files(annotations: str, names: Sequence[str], suffix: str, column: str, read: Read) -> JoinedTruth:
+    """Join the annotations of one file an image with the images, SHARD/KEY each; `read` takes a file's bytes.
 
-    A file has the image's key, folders included, with one of the `suffixes` instead of its own. Both are empty if
-    `annotations` is "": the annotations are then in the images' source. Raises UserError if no image has a file.
+    A file lies in the folder `annotations` and has the image's key, folders included, with `suffix` instead of its own.
+    If `annotations` is "", it is the `column` beside the image in its source. Raises UserError if no image has a file.
     """
-    files: dict[str, Path] = {}
-    skipped: dict[str, Skip] = {}
     if not annotations:
-        return files, skipped
+        return JoinedTruth(names, partial(_of_column, column, read))
+    if not names:
+        raise UserError(f"annotations={annotations}: there are no images to evaluate")
+    keys = {name: PurePosixPath(name.partition("/")[2]) for name in names}
     folder = Path(annotations).expanduser()
-    for name in names:
-        key = PurePosixPath(name.partition("/")[2])
-        paths = [folder / (key.with_suffix(suffix) if key.suffix else f"{key}{suffix}") for suffix in suffixes]
-        if path := next((path for path in paths if path.is_file()), None):
-            files[name] = path
-        else:
-            skipped[name] = Skip("image not annotated", name)
+    paths = {name: folder / (key.with_suffix(suffix) if key.suffix else f"{key}{suffix}") for name, key in keys.items()}
+    files = {name: path for name, path in paths.items() if path.is_file()}
     if not files:
         raise UserError(
-            f"annotations={annotations}: has a file for none of the {len(names)} images; a file is called KEY"
-            f"{suffixes[0]}, such as {next(iter(paths), '')}"
-            if names
-            else "there are no images to evaluate"
+            f"annotations={annotations}: has a file for none of the {len(names)} images; a file is called KEY{suffix}, "
+            f"such as {next(iter(paths.values()))}"
         )
-    return files, skipped
+    skipped = tuple(Skip(NOT_ANNOTATED, name) for name in names if name not in files)
+    return JoinedTruth(list(files), partial(_of_file, files, read), skipped)
 
 
-def column_or_file(files: Mapping[str, Path], image: SegmentedImage, column: str) -> bytes | None:
-    """Return an image's annotations as bytes: of its file if there are files, else of its `column`; None without."""
-    if not files:
-        return image.encoded.extra.get(column)
+def _of_column(column: str, read: Read, image: SegmentedImage) -> ImageTruth:
+    data = image.encoded.extra.get(column)
+    return ImageTruth((), (Skip(NOT_ANNOTATED, image.name),)) if data is None else read(data, image)
+
+
+def _of_file(files: Mapping[str, Path], read: Read, image: SegmentedImage) -> ImageTruth:
     path = files[image.name]
     try:
-        return path.read_bytes()
+        data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); restore or remove it") from None
+    return read(data, image)

@@ -1,17 +1,15 @@
 """Read instances from label maps: one PNG an image, one value an instance, 0 for none."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from fmdistill.evaluate.masks import to_rle
 from fmdistill.evaluate.segmenters import SegmentedImage
-from fmdistill.evaluate.truth.files import beside, check_folder, column_or_file
+from fmdistill.evaluate.truth.files import check_folder, join_files
 from fmdistill.evaluate.truth.instances import ImageTruth, JoinedTruth, Skip, of_mask
 
 COLUMN = "labels.png"  # the column in which sources such as `scenes` state the object of each pixel
@@ -35,16 +33,10 @@ class LabelMaps:
     def join(self, names: Sequence[str]) -> JoinedTruth:
         """Join the maps with images, SHARD/KEY each. Raises UserError if a folder has a map for none of them."""
         self.check()
-        files, skipped = beside(self.annotations, names, (".png",))
-        return JoinedTruth(
-            [name for name in names if name not in skipped], partial(_of, files), tuple(skipped.values())
-        )
+        return join_files(self.annotations, names, ".png", COLUMN, _read)
 
 
-def _of(files: Mapping[str, Path], image: SegmentedImage) -> ImageTruth:
-    data = column_or_file(files, image, COLUMN)
-    if data is None:
-        return ImageTruth((), (Skip("image not annotated", image.name),))
+def _read(data: bytes, image: SegmentedImage) -> ImageTruth:
     try:
         with Image.open(io.BytesIO(data)) as picture:
             if picture.mode not in MODES:

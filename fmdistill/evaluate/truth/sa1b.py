@@ -1,13 +1,11 @@
 """Read the instances of SA-1B's JSON, one file an image: a column of its tar, or a file in a folder."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 
 from fmdistill.evaluate.segmenters import SegmentedImage
-from fmdistill.evaluate.truth.files import beside, check_folder, column_or_file
+from fmdistill.evaluate.truth.files import check_folder, join_files
 from fmdistill.evaluate.truth.instances import MALFORMED, ImageTruth, Instance, JoinedTruth, Skip, instance, problem
 
 COLUMN = "json"  # the column of SA-1B's tars that holds an image's annotations
@@ -30,16 +28,10 @@ class Sa1bTruth:
     def join(self, names: Sequence[str]) -> JoinedTruth:
         """Join the files with images, SHARD/KEY each. Raises UserError if a folder has a file for none of them."""
         self.check()
-        files, skipped = beside(self.annotations, names, (".json",))
-        return JoinedTruth(
-            [name for name in names if name not in skipped], partial(_of, files), tuple(skipped.values())
-        )
+        return join_files(self.annotations, names, ".json", COLUMN, _read)
 
 
-def _of(files: Mapping[str, Path], image: SegmentedImage) -> ImageTruth:
-    data = column_or_file(files, image, COLUMN)
-    if data is None:
-        return ImageTruth((), (Skip("image not annotated", image.name),))
+def _read(data: bytes, image: SegmentedImage) -> ImageTruth:
     skipped: list[Skip] = []
     try:
         annotations = json.loads(data)["annotations"]
