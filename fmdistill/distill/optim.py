@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from timm.models import group_parameters
 from torch import nn
 
 from fmdistill.backbones.device import has_bf16
@@ -14,13 +15,24 @@ from fmdistill.registry import UserError
 
 
 def adamw(
-    model: nn.Module, lr: float, weight_decay: float = 0.01, betas: tuple[float, float] = (0.9, 0.999)
+    model: nn.Module,
+    lr: float,
+    weight_decay: float = 0.01,
+    betas: tuple[float, float] = (0.9, 0.999),
+    layer_decay: float = 1.0,
 ) -> torch.optim.Optimizer:
-    """Return AdamW (Loshchilov and Hutter 2019); one-dimensional parameters (biases and norms) are not decayed."""
+    """Return AdamW (Loshchilov and Hutter 2019); one-dimensional parameters (biases and norms) are not decayed.
+
+    With `layer_decay`, for fine-tuning, the rate of a timm backbone's last stage is `lr` times this factor, that of the
+    stage before times its square, and so on to the stem (Clark et al. 2020); all other layers have `lr`.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
+    factors = _layer_factors(model, layer_decay)
     groups = [
-        {"params": [p for p in trained if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+        {"params": [p for p in trained if factors.get(id(p), 1.0) == factor and (p.dim() > 1) is decays]}
+        | {"weight_decay": weight_decay if decays else 0.0, "lr": lr * factor}
+        for factor in sorted({1.0, *factors.values()}, reverse=True)
+        for decays in (True, False)
     ]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, fused=_fused(trained))
 
@@ -29,6 +41,29 @@ def sgd(model: nn.Module, lr: float, weight_decay: float = 5e-4, momentum: float
     """Return SGD with momentum, weight decay for all parameters and no Nesterov, as in the CIFAR-100 tables."""
     trained = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.SGD(trained, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=_fused(trained))
+
+
+def _layer_factors(model: nn.Module, decay: float) -> dict[int, float]:
+    """Return the factor of the learning rate of each parameter of timm's backbones in `model`, by the parameter's id.
+
+    Raises UserError if `decay` is not a factor, or if the model has no backbone whose layers timm knows.
+    """
+    if not 0 < decay <= 1:
+        raise UserError(f"optimizer.layer_decay={decay}: expected a factor above 0, at most 1, such as 0.8")
+    if decay == 1:
+        return {}
+    factors: dict[int, float] = {}
+    for backbone in model.modules():
+        if callable(matcher := getattr(backbone, "group_matcher", None)):
+            stage = group_parameters(backbone, matcher(coarse=True), reverse=True)
+            last = max(stage.values())
+            factors |= {id(p): decay ** (last - stage[name] + 1) for name, p in backbone.named_parameters()}
+    if not factors:
+        raise UserError(
+            f"optimizer.layer_decay={decay}: the student has no backbone of timm whose stages are known, as TinyViT "
+            f"has; leave it out"
+        )
+    return factors
 
 
 def _fused(trained: Sequence[nn.Parameter]) -> bool | None:

@@ -1,8 +1,9 @@
 """Build the students that are trained, and load those of finished runs."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -12,7 +13,7 @@ from fmdistill.backbones.checkpoints import read_state
 from fmdistill.backbones.classifiers import CLASSIFIERS
 from fmdistill.backbones.tinyvit import tinyvit_sam
 from fmdistill.backbones.tinyvit_clip import tinyvit_clip
-from fmdistill.registry import UserError, bind, convert, resolve
+from fmdistill.registry import UserError, bind, convert, resolve, suggest
 
 STUDENTS: dict[str, Callable[..., nn.Module] | str] = {
     "tinyvit_sam": tinyvit_sam,
@@ -28,17 +29,21 @@ STUDENTS: dict[str, Callable[..., nn.Module] | str] = {
 }
 WHOLE_CLIPS = ("clip_mini",)  # students with both towers of a CLIP, which need no teacher's text tower
 WEIGHTS = "student.safetensors"
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
 
 def build(settings: Mapping[str, Any]) -> nn.Module:
     """Return the student that a recipe names, in train mode.
 
     `pretrained` may name a finished run, or a safetensors file of this student's state, whose weights it starts from.
-    If the student's own signature has `pretrained`, the value is passed to it instead. Raises UserError if the weights
-    are missing or do not fit.
+    If the student's own signature has `pretrained`, the value is passed to it instead. `freeze` may list modules and
+    parameters that are not trained. Raises UserError if the weights are missing or do not fit, or if nothing has a name
+    in `freeze`.
     """
-    builder, start = _bind(settings)
+    names = frozen_names(settings)
+    builder, start = _bind({key: value for key, value in settings.items() if key != "freeze"})
     student = builder()
+    freeze(student, names)
     if start is not None:
         where, path = f"student.pretrained={start}", Path(start)
         path = path / WEIGHTS if path.is_dir() else path
@@ -52,7 +57,48 @@ def build(settings: Mapping[str, Any]) -> nn.Module:
 
 def check(settings: Mapping[str, Any]) -> None:
     """Raise a UserError if the student's settings are wrong; nothing is built and no weights are read."""
-    _bind(settings)
+    frozen_names(settings)
+    _bind({key: value for key, value in settings.items() if key != "freeze"})
+
+
+def check_start(settings: Mapping[str, Any]) -> None:
+    """Raise a UserError if `pretrained` names a file or a run that does not exist."""
+    start = settings.get("pretrained")
+    if not isinstance(start, str) or not (start.endswith(SUFFIXES) or "/" in start):
+        return
+    path = Path(start)
+    if not (path.is_file() or (path / WEIGHTS).is_file()):
+        raise UserError(
+            f"student.pretrained={start}: no such file or finished run; train it first, download it, or set it to none"
+        )
+
+
+def frozen_names(settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names in `freeze`. Raises UserError if it is not a list of texts."""
+    return convert(settings.get("freeze", ()), tuple[str, ...], "student.freeze")
+
+
+def freeze(student: nn.Module, names: Sequence[str]) -> None:
+    """Keep the named modules and parameters as they are, the statistics of BatchNorm in them too.
+
+    Raises UserError if a name fits nothing, or if nothing is left to train.
+    """
+    modules, parameters = dict(student.named_modules()), dict(student.named_parameters())
+    for name in names:
+        if name in modules and name:
+            modules[name].requires_grad_(False).eval()
+            modules[name].train = MethodType(_stay, modules[name])  # type: ignore[method-assign]
+        elif name in parameters:
+            parameters[name].requires_grad = False
+        else:
+            raise UserError(f"student.freeze: nothing is called '{name}'.{suggest(name, [*modules, *parameters])}")
+    if names and not any(parameter.requires_grad for parameter in student.parameters()):
+        raise UserError(f"student.freeze={list(names)}: freezes the whole student; leave a part that is trained")
+
+
+def _stay(module: nn.Module, mode: bool = True) -> nn.Module:
+    """Take the place of a frozen module's `train`: it stays in eval mode."""
+    return module
 
 
 def load_student(run: str | Path, trust: bool = False) -> nn.Module:

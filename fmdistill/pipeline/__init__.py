@@ -101,6 +101,8 @@ def check_before(settings: Recipe) -> None:
     check_share(settings.train, processes()[1])
     if not (Path(settings.out) / student.WEIGHTS).is_file():  # a finished run may be read-only
         check_folder(settings.out, "the run")
+        for part in by_teacher(settings).values():
+            student.check_start(part.student)
     _check_amount(settings)
     for name, protocols in protocols_by_teacher(settings).items():
         for protocol in protocols:
