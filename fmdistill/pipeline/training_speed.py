@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from fmdistill.backbones.device import cores
 from fmdistill.cache.batch import Batch, collate, fill
 from fmdistill.distill import tasks
+from fmdistill.distill.fitting import choose_parts
 from fmdistill.distill.job import Job
 from fmdistill.distill.loader import batches
 from fmdistill.distill.optim import OPTIMIZERS
@@ -69,7 +70,10 @@ def measure_training(recipe: Recipe, model: Teacher, folder: Path, images: int, 
     small = dataclasses.replace(small, train=dataclasses.replace(recipe.train, image_memory=0.0))
     measure_teacher_pass(small, model)
     engine, job = Engine(small.train), tasks.build(small)
-    needed = engine.micro_batch * small.train.accumulate * (steps + 1)
+    job.task.to(engine.accelerator.device).train()
+    data = RepeatedData(job.train, small.train.batch_size)
+    small = choose_parts(job.task, data, small, engine, job.shared, job.complete)
+    needed = engine.micro_batch * small.train.parts * (steps + 1)
     own = _steps(small, job, engine, _own_batches(small, job, engine, needed), steps)
     plain = _steps(small, job, engine, _plain_batches(small, job, engine, folder, needed), steps)
     total = small.train.batch_size * steps
@@ -113,7 +117,7 @@ def _plain_batches(recipe: Recipe, job: Job, engine: Engine, folder: Path, neede
 
 def _steps(recipe: Recipe, job: Job, engine: Engine, parts: Iterable[Batch], steps: int) -> TrainingSpeed:
     """Take one step that is not measured, then `steps` steps; the optimizer's state begins anew."""
-    accelerator, accumulate = engine.accelerator, recipe.train.accumulate
+    accelerator, accumulate = engine.accelerator, recipe.train.parts
     task = job.task.to(accelerator.device).train()
     optimizer = bind(recipe.optimizer, OPTIMIZERS, "optimizer", context=("model",))(task)
     before, loaded, waiting, start = _begin_memory(accelerator.device), iter(parts), 0.0, 0.0
