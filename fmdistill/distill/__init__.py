@@ -56,14 +56,6 @@ def run(recipe: Recipe, resume: bool = True) -> Path:
     return out
 
 
-def _with_saved_parts(recipe: Recipe, out: Path) -> Recipe:
-    """Return the recipe with the `train.accumulate` that the run in `out` chose, if the recipe leaves it to the run."""
-    if recipe.train.accumulate != "auto" or not _is_trained(out):
-        return recipe
-    accumulate = recipes.load_saved(out, ["trust=true"]).train.accumulate
-    return dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, accumulate=accumulate))
-
-
 def _names(recipe: Recipe) -> str:
     return " and ".join(str(part.student["name"]) for part in by_teacher(recipe).values())
 
@@ -72,6 +64,14 @@ def _save_part(recipe: Recipe, student: nn.Module) -> None:
     """Save the student of one of several teachers as a finished run of its own."""
     recipes.save(recipe, recipe.out)
     checkpoint.save_state(student.state_dict(), Path(recipe.out) / WEIGHTS)
+
+
+def _with_saved_parts(recipe: Recipe, out: Path) -> Recipe:
+    """Return the recipe with the `train.accumulate` that the run in `out` chose, if the recipe leaves it to the run."""
+    if recipe.train.accumulate != "auto" or not _is_trained(out):
+        return recipe
+    accumulate = recipes.load_claimed(out, ["trust=true"]).train.accumulate
+    return dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, accumulate=accumulate))
 
 
 def check_machine(recipe: Recipe) -> None:

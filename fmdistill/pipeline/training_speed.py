@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader, Dataset
 from fmdistill.backbones.device import cores
 from fmdistill.cache.batch import Batch, collate, fill
 from fmdistill.distill import tasks
-from fmdistill.distill.fitting import choose_parts
 from fmdistill.distill.job import Job
 from fmdistill.distill.loader import batches
 from fmdistill.distill.optim import OPTIMIZERS
@@ -67,13 +66,12 @@ def measure_training(recipe: Recipe, model: Teacher, folder: Path, images: int, 
     a step precedes those measured.
     """
     small = with_few_images(recipe, images, folder)
-    small = dataclasses.replace(small, train=dataclasses.replace(recipe.train, image_memory=0.0))
+    parts = 1 if recipe.train.accumulate == "auto" else recipe.train.accumulate
+    train = dataclasses.replace(recipe.train, image_memory=0.0, accumulate=parts)
+    small = dataclasses.replace(small, train=train)
     measure_teacher_pass(small, model)
     engine, job = Engine(small.train), tasks.build(small)
-    job.task.to(engine.accelerator.device).train()
-    data = RepeatedData(job.train, small.train.batch_size)
-    small = choose_parts(job.task, data, small, engine, job.shared, job.complete)
-    needed = engine.micro_batch * small.train.parts * (steps + 1)
+    needed = engine.micro_batch * parts * (steps + 1)
     own = _steps(small, job, engine, _own_batches(small, job, engine, needed), steps)
     plain = _steps(small, job, engine, _plain_batches(small, job, engine, folder, needed), steps)
     total = small.train.batch_size * steps
