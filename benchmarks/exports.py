@@ -71,7 +71,7 @@ def main(which: str = "mini", repeats: str = "20") -> None:
         for threads in (1, 2):
             torch.set_num_threads(threads)
             calls = {"PyTorch eager": lambda: student(image)}
-            if compiler := compiled(student, image):
+            if (compiler := compiled(student, image)) is not None:
                 calls["torch.compile"] = lambda compiler=compiler: compiler(image)
             for precision in PRECISIONS:
                 session = Session(Path(folder) / precision / "encoder.onnx", threads)

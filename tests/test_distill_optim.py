@@ -10,6 +10,7 @@ from torch import nn
 from fmdistill import cache, distill
 from fmdistill.distill import optim
 from fmdistill.distill.student import WEIGHTS
+from fmdistill.mini.tinyvit import tinyvit_sam_mini
 from fmdistill.registry import UserError
 
 
@@ -141,3 +142,23 @@ def test_muon_multiplies_bf16_only_if_the_processor_does(monkeypatch):
             rough = update
     assert dtypes == [torch.bfloat16, torch.float32] and module.zeropower_via_newtonschulz is recorded
     assert 0 < (update - rough).abs().max() < 0.05 * update.abs().max()
+
+
+def test_layer_decay_gives_each_stage_of_a_backbone_its_rate_and_the_neck_the_whole():
+    student = tinyvit_sam_mini()
+    groups = optim.adamw(student, lr=0.1, weight_decay=0.05, layer_decay=0.5).param_groups
+    rate = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert len(rate) == len(list(student.parameters()))
+    expected = {"neck.": 0.1, "trunk.stages.3.": 0.05, "trunk.stages.2.": 0.025, "trunk.stages.1.": 0.0125}
+    expected |= {"trunk.stages.0.": 0.00625, "trunk.patch_embed.": 0.003125}
+    for name, parameter in student.named_parameters():
+        (full,) = [value for prefix, value in expected.items() if name.startswith(prefix)]
+        assert rate[id(parameter)] == (pytest.approx(full), 0.05 if parameter.dim() > 1 else 0.0), name
+    assert groups[0]["lr"] == 0.1  # the rate that is logged
+
+
+def test_layer_decay_is_refused_without_a_backbone_and_outside_of_its_range():
+    with pytest.raises(UserError, match="no backbone of timm"):
+        optim.adamw(nn.Linear(2, 2), lr=0.1, layer_decay=0.9)
+    with pytest.raises(UserError, match="layer_decay=0: expected a factor above 0"):
+        optim.adamw(nn.Linear(2, 2), lr=0.1, layer_decay=0)

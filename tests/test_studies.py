@@ -21,6 +21,7 @@ EXPECTED = {
     "codecs_clip": (4, "fp32", {"cache.root", "cache.codec"}),
     "codecs_digits": (5, "fp32", {"cache.root", "cache.codec"}),
     "digits": (28, "kd", {"objective"}),
+    "finetune": (3, "scratch", {"student", "optimizer"}),
     "imagenet_srw": (2, "kd", {"objective.teacher.weighting"}),
     "sam_mini_standardize": (4, "mse", {"objective.embedding.standardize", "objective.embedding.distance"}),
     "sam_mini_weightings": (12, "mse", WEIGHTING),
