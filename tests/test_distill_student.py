@@ -93,13 +93,13 @@ def test_checking_binds_and_looks_for_nothing(first):
 
 
 def test_frozen_parts_do_not_change_and_the_rest_is_trained(first):
-    settings = load(first, f"student.pretrained={first}/first", "student.freeze=[stem, layers.0.conv1.weight]")
+    settings = load(first, f"student.pretrained={first}/first", "student.freeze=[network.stem, network.head.weight]")
     job = tasks.build(settings)
     names = [name for name, parameter in job.student.named_parameters() if not parameter.requires_grad]
-    assert names and all(name.startswith("stem.") or name == "layers.0.conv1.weight" for name in names)
+    assert names and all(name.startswith("network.stem.") or name == "network.head.weight" for name in names)
     start = distill.load_student(first / "first").state_dict()
     ended = distill.load_student(distill.run(recipe.dataclasses.replace(settings, out=f"{first}/frozen"))).state_dict()
-    frozen = {name for name in start if name in names or name.startswith("stem.")}  # BatchNorm's statistics too
+    frozen = {name for name in start if name in names or name.startswith("network.stem.")}  # BatchNorm's statistics too
     assert any("running_mean" in name for name in frozen)
     assert all(torch.equal(start[name], ended[name]) for name in frozen)
     changed = {name for name in start if not torch.equal(start[name], ended[name])}
@@ -109,7 +109,7 @@ def test_frozen_parts_do_not_change_and_the_rest_is_trained(first):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ("[stm]", "nothing is called 'stm'. Did you mean 'stem'"),
+        ("[network.stm]", "nothing is called 'network.stm'. Did you mean 'network.stem'"),
         ("5", "student.freeze=5"),
         ('[""]', "nothing is called ''"),
     ],
@@ -128,4 +128,4 @@ def test_freezing_the_whole_student_is_refused(first):
 @pytest.mark.parametrize("start", ["missing.safetensors", "runs/missing"])
 def test_a_start_that_does_not_exist_is_refused_before_any_work(first, start):
     with pytest.raises(UserError, match=rf"student.pretrained=.*{start}: no such file or finished run"):
-        pipeline.check_before(load(first, f"student.pretrained={first}/{start}"))
+        pipeline.check_before(load(first, f"student.pretrained={first}/{start}", f"out={first}/third"))

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from timm.models import group_parameters
@@ -55,7 +56,7 @@ def _layer_factors(model: nn.Module, decay: float) -> dict[int, float]:
     factors: dict[int, float] = {}
     for backbone in model.modules():
         if callable(matcher := getattr(backbone, "group_matcher", None)):
-            stage = group_parameters(backbone, matcher(coarse=True), reverse=True)
+            stage: dict[str, Any] = group_parameters(backbone, matcher(coarse=True), reverse=True)  # type: ignore
             last = max(stage.values())
             factors |= {id(p): decay ** (last - stage[name] + 1) for name, p in backbone.named_parameters()}
     if not factors:

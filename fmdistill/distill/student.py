@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -13,7 +14,7 @@ from fmdistill.backbones.checkpoints import read_state
 from fmdistill.backbones.classifiers import CLASSIFIERS
 from fmdistill.backbones.tinyvit import tinyvit_sam
 from fmdistill.backbones.tinyvit_clip import tinyvit_clip
-from fmdistill.registry import UserError, bind, convert, resolve, suggest
+from fmdistill.registry import UserError, bind, convert, resolve
 
 STUDENTS: dict[str, Callable[..., nn.Module] | str] = {
     "tinyvit_sam": tinyvit_sam,
@@ -29,6 +30,7 @@ STUDENTS: dict[str, Callable[..., nn.Module] | str] = {
 }
 WHOLE_CLIPS = ("clip_mini",)  # students with both towers of a CLIP, which need no teacher's text tower
 WEIGHTS = "student.safetensors"
+SHOWN = 2  # levels of modules that an error lists
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
 
@@ -91,7 +93,12 @@ def freeze(student: nn.Module, names: Sequence[str]) -> None:
         elif name in parameters:
             parameters[name].requires_grad = False
         else:
-            raise UserError(f"student.freeze: nothing is called '{name}'.{suggest(name, [*modules, *parameters])}")
+            close = get_close_matches(name, [*modules, *parameters], n=1)
+            outer = [other for other in modules if other and other.count(".") < SHOWN]
+            hint = f" Did you mean '{close[0]}'?" if close else ""
+            raise UserError(
+                f"student.freeze: nothing is called '{name}'.{hint} Known: {', '.join(outer)}, and their parts"
+            )
     if names and not any(parameter.requires_grad for parameter in student.parameters()):
         raise UserError(f"student.freeze={list(names)}: freezes the whole student; leave a part that is trained")
 

@@ -28,7 +28,7 @@ from fmdistill.evaluate.results import STUDENT, TEACHER, Judged, Metric, Row
 from fmdistill.evaluate.segmenters import ImageSegmenter, SegmentedImage, Segmenters
 from fmdistill.evaluate.stored_results import Partial
 from fmdistill.evaluate.truth.instances import MALFORMED, JoinedTruth, Skip, problem
-from fmdistill.logs import log, progress
+from fmdistill.logs import log
 from fmdistill.recipe import Component, Recipe
 from fmdistill.registry import UserError
 
@@ -121,15 +121,7 @@ class Calibration:
             )
         joined = None if self.truth is None else truth.build(self.truth, self.annotations).join(opened.names)
         names = list(opened.names if joined is None else joined.images)[: self.limit]
-        judged = {} if partial is None else {name: partial.done[name] for name in names if name in partial.done}
-        if judged:
-            log.info("calibration: %d of %d images were judged before the last stop", len(judged), len(names))
-        remaining = opened.images([name for name in names if name not in judged])
-        tracked = progress(remaining, "calibration", total=len(names), initial=len(judged), unit="image")
-        for image in stop.between(tracked):
-            judged[image.name] = judge_image(self, image, joined)
-            if partial is not None:
-                partial.add(image.name, judged[image.name])
+        judged = opened.judge_each("calibration", names, lambda image: judge_image(self, image, joined), partial)
         return _summary(self, judged, joined.skipped if joined is not None else ())
 
     def store_in(self, run: Path, weights: Path, result: Mapping[str, Any]) -> None:

@@ -23,7 +23,6 @@ from fmdistill.evaluate.results import TEACHER, Judged, Metric, Row
 from fmdistill.evaluate.segmenters import ImageSegmenter, SegmentedImage, Segmenters
 from fmdistill.evaluate.stored_results import Partial
 from fmdistill.evaluate.truth.instances import MALFORMED, JoinedTruth, Skip, problem
-from fmdistill.logs import log, progress
 from fmdistill.predict.everything import masks_of_embedding
 from fmdistill.recipe import Component, Recipe
 from fmdistill.registry import UserError
@@ -146,16 +145,7 @@ class Everything(AutomaticMasks):
             )
         joined = None if self.truth is None else truth.build(self.truth, self.annotations).join(opened.names)
         names = list(opened.names if joined is None else joined.images)[: self.limit]
-        judged = {} if partial is None else {name: partial.done[name] for name in names if name in partial.done}
-        if judged:
-            log.info("everything: %d of %d images were judged before the last stop", len(judged), len(names))
-        remaining = opened.images([name for name in names if name not in judged])
-        for image in stop.between(
-            progress(remaining, "everything", total=len(names), initial=len(judged), unit="image")
-        ):
-            judged[image.name] = _judge(self, image, joined)
-            if partial is not None:
-                partial.add(image.name, judged[image.name])
+        judged = opened.judge_each("everything", names, lambda image: _judge(self, image, joined), partial)
         return _summary(self, judged, list(opened.subjects), joined)
 
 

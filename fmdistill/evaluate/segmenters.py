@@ -6,7 +6,8 @@ H x W original pixels, h x w resized pixels (before padding to SAM's square inpu
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
+from functools import partial as bound
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-from fmdistill import teachers
+from fmdistill import stop, teachers
 from fmdistill.backbones.device import pick_device
 from fmdistill.backbones.fast_decoder import Decode, image_decoder
 from fmdistill.backbones.promptable import PromptHead
@@ -27,10 +28,11 @@ from fmdistill.distill.data import SplitImages
 from fmdistill.distill.student import STUDENTS
 from fmdistill.evaluate.results import TEACHER
 from fmdistill.evaluate.segmentation import Size
+from fmdistill.evaluate.stored_results import Partial
 from fmdistill.evaluate.subjects import alternating, embed
 from fmdistill.images import Encoded, Images
 from fmdistill.images import build as build_images
-from fmdistill.logs import log
+from fmdistill.logs import log, progress
 from fmdistill.predict.heads import teacher_side
 from fmdistill.predict.sam import WholeSam
 from fmdistill.recipe import Component, Recipe
@@ -143,13 +145,13 @@ class Segmenters:
         head, preprocess = _shared(recipe, cache, live, all_own)
         subjects = {}
         if head is not None and (cache is not None or live is not None):
-            network = None if live is None else partial(_embed_live, live)
+            network = None if live is None else bound(_embed_live, live)
             subjects[TEACHER] = Segmenter(head.to(target).eval(), preprocess, network)
         for name, model in students.items():
             own_head = own[name]
             used, prepares = (head, preprocess) if own_head is None else (own_head, _own_preprocess(own_head))
             assert used is not None
-            subjects[name] = Segmenter(used.to(target).eval(), prepares, partial(embed, model.to(target), prepares))
+            subjects[name] = Segmenter(used.to(target).eval(), prepares, bound(embed, model.to(target), prepares))
         data = CachedImages(cache, "validation") if cache is not None else _whole(images or recipe.images)
         return cls(subjects, data, dict(_named(data)))
 
@@ -162,6 +164,23 @@ class Segmenters:
         """Yield the images called `names`, by default all, in that order."""
         for name in self.names if names is None else names:
             yield self._image(*self.places[name])
+
+    def judge_each(
+        self, title: str, names: Sequence[str], judge: Callable[[SegmentedImage], Any], partial: Partial | None
+    ) -> dict[str, Any]:
+        """Return what `judge` finds out about each of the images `names`, with a progress bar called `title`.
+
+        It is added to `partial` after each image, and images that `partial` already has are skipped.
+        """
+        judged = {} if partial is None else {name: partial.done[name] for name in names if name in partial.done}
+        if judged:
+            log.info("%s: %d of %d images were judged before the last stop", title, len(judged), len(names))
+        remaining = self.images([name for name in names if name not in judged])
+        for image in stop.between(progress(remaining, title, total=len(names), initial=len(judged), unit="image")):
+            judged[image.name] = judge(image)
+            if partial is not None:
+                partial.add(image.name, judged[image.name])
+        return judged
 
     def _image(self, shard: int, index: int) -> SegmentedImage:
         data = self.data
