@@ -14,7 +14,7 @@ SAM_TRUNK: dict[str, Any] = {
 SHARED_WINDOWS = (8, 8, 8, 8)  # divide the grids of both teachers' students, so that one trunk serves both
 
 
-def tinyvit_sam_mini(windows: tuple[int, ...] = (8, 8, 16, 8), pretrained: str = "none") -> TinyViTSAM:
+def tinyvit_sam_mini(pretrained: str = "none", windows: tuple[int, ...] = (8, 8, 16, 8)) -> TinyViTSAM:
     """Return sam_mini's student: 256 px, 128 channels on a 16x16 grid; `pretrained` is "none" or a path.
 
     `windows` are the sides of the attention windows of the four stages, whose grids are 64, 32, 16 and 16 wide; with
