@@ -21,6 +21,7 @@ from fmdistill.cache.batch import fill
 from fmdistill.distill import joined, tasks
 from fmdistill.distill.checkpoint import save_state
 from fmdistill.distill.student import load_student
+from fmdistill.files import write_whole
 from fmdistill.mini.tinyvit import tinyvit_clip_mini, tinyvit_clip_shared_mini, tinyvit_sam_mini
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError
@@ -112,7 +113,7 @@ protocols: [eval/cosine.yaml]
 
 
 def load(folder: Path, *overrides: str) -> Recipe:
-    (folder / "several.yaml").write_text(RECIPE.format(folder=folder))
+    write_whole(folder / "several.yaml", RECIPE.format(folder=folder))  # both processes of a launcher write and read it
     return recipes.load(folder / "several.yaml", overrides)
 
 

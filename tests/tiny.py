@@ -9,6 +9,7 @@ from torch import nn
 
 from fmdistill import recipe as recipes
 from fmdistill.cache.dataset import CachedImages
+from fmdistill.files import write_whole
 from fmdistill.recipe import Recipe
 from fmdistill.teachers.sam import SamTeacher
 
@@ -78,7 +79,7 @@ train: {{steps: 12, batch_size: 8, workers: 0, window: 2, precision: fp32, log_e
 def write(folder: Path) -> Path:
     """Write the toy recipe into `folder`."""
     path = folder / "tiny.yaml"
-    path.write_text(RECIPE.format(folder=folder))
+    write_whole(path, RECIPE.format(folder=folder))  # several processes of a launcher write and read it
     return path
 
 
