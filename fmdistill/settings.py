@@ -61,7 +61,7 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parts_by_memory(train: Mapping[str, Any], base: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the settings `train` with `accumulate` "auto" instead of `batch_size` "auto", if `base` has a batch size.
+    """Replace `batch_size` "auto" in the settings `train` by `accumulate` "auto", if `base` has a batch size.
 
     Raises UserError if `train` sets `accumulate` to a number.
     """

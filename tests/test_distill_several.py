@@ -179,6 +179,12 @@ def test_the_run_holds_a_run_of_each_teacher(finished):
     assert (out / "sam" / "evaluation" / "cosine.json").stat().st_mtime_ns and pipeline.run(recipe) == rows
 
 
+def test_the_number_of_parts_that_a_run_chose_is_in_the_recipe_of_each_teacher(folder):
+    out = distill.run(load(folder, f"out={folder}/auto", "train.batch_size=auto", "train.steps=2"))
+    chosen = [recipes.load_saved(out / name, ["trust=true"]).train.accumulate for name in ("sam", "clip")]
+    assert chosen == [1, 1]  # a CPU takes all images at once
+
+
 def test_the_run_of_all_teachers_is_refused_where_one_teacher_is_needed(finished):
     out = finished[0].out
     with pytest.raises(UserError, match=rf"a run of several teachers; name the run of one of them: {out}/sam, "):

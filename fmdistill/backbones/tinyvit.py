@@ -46,7 +46,7 @@ class TinyViTSAM(nn.Module):
 
     @property
     def last_layers(self) -> dict[str, nn.Module]:
-        """The layer that makes each output, for targets in other units than the teacher's."""
+        """The last layer before each output, by the output's name; standardised targets are folded into it."""
         return {"embedding": self.neck[-1]}
 
     def forward(self, image_B3SS: Tensor) -> dict[str, Tensor]:

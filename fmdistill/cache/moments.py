@@ -5,7 +5,7 @@ it is written beside the shards, as covariance-OUTPUT-PADDING-HASH.safetensors, 
 file's metadata name the cache and the shards that it describes, so it is never used for others.
 """
 
-# Legend: C channels or dimensions, T tokens of a batch, B images of it.
+# Legend: B images of a batch, T their tokens, C channels of a map or dimensions of a vector.
 
 import hashlib
 import json

@@ -49,8 +49,9 @@ def run(recipe: Recipe, resume: bool = True) -> Path:
     if job.finish is not None:
         job.finish()
     if engine.accelerator.is_main_process:
+        parts = by_teacher(_with_saved_parts(recipe, out))
         for name, part in job.parts.items():
-            _save_part(by_teacher(recipe)[name], part.student)
+            _save_part(parts[name], part.student)
         checkpoint.save_state(job.student.state_dict(), out / WEIGHTS)
     engine.accelerator.wait_for_everyone()
     return out

@@ -61,7 +61,7 @@ def levelling(variance_C: np.ndarray) -> np.ndarray:
 
 
 def _core(order: int) -> np.ndarray | None:
-    """Return the Hadamard matrix of order 1, or Paley's first or second; None if none of them has this order."""
+    """Return a Hadamard matrix of this order by Paley's first or second construction, or None if neither makes one."""
     if order == 1:
         return np.ones((1, 1))
     if _is_prime(order - 1) and (order - 1) % 4 == 3:

@@ -1,4 +1,4 @@
-"""Measure training steps from a cache, beside the same student fed by a plain loader of one .npy file an image."""
+"""Measure training steps from a cache, and the same steps fed by a plain DataLoader that reads .npy files."""
 
 import dataclasses
 import gc
@@ -51,7 +51,7 @@ class NpyFiles(Dataset):
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return the image `index`, the images repeated, as a batch's names have it."""
+        """Return one image as a sample of a batch; `index` counts through the images again and again."""
         stored = self.files[index % len(self.files)]
         encoded = self.images.source.fetch(stored["shard"], stored["key"])
         pixels, size = self.preprocess.prepare(self.images.picture(encoded).pixels)
@@ -63,7 +63,7 @@ def measure_training(recipe: Recipe, model: Teacher, folder: Path, images: int, 
     """Train `steps` steps on `images` repeated images from a cache in `folder`, and the same from .npy files there.
 
     Both decode every image at every step (`train.image_memory` is 0) in `train.workers` processes, and both are warm:
-    a step precedes those measured.
+    a step precedes those measured, during which each worker loads up to two batches more.
     """
     small = with_few_images(recipe, images, folder)
     parts = 1 if recipe.train.accumulate == "auto" else recipe.train.accumulate
@@ -104,7 +104,7 @@ def _plain_batches(recipe: Recipe, job: Job, engine: Engine, folder: Path, neede
             path = folder / f"{shard}-{index}-{name}.npy"
             np.save(path, value[0].numpy())
             paths[name] = str(path)
-        sample = {name: value for name, value in job.train.item(0, shard, index).items() if name not in ("pixels",)}
+        sample = {name: value for name, value in job.train.item(0, shard, index).items() if name != "pixels"}
         files.append({"shard": batch["shards"][0], "key": batch["keys"][0], "outputs": paths, "sample": sample})
     workers = min(recipe.train.workers, cores())
     data = NpyFiles(build_images(recipe.images), job.task.preprocess, files, needed)
