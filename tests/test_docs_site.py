@@ -1,6 +1,7 @@
 """The documentation site: its map, the reference made from the code, and a strict build that loads nothing else."""
 
 import importlib.util
+import posixpath
 import re
 import subprocess
 import sys
@@ -50,6 +51,15 @@ def nav_pages(nav: list | dict | str) -> list[str]:
 def test_the_map_has_every_page_once():
     pages = [path.name for path in (ROOT / "docs").glob("*.md")]
     assert sorted(nav_pages(SITE["nav"])) == sorted([*pages, *GENERATED, *OUTSIDE])
+
+
+def test_pages_of_the_site_link_only_to_pages_of_the_site():
+    shown = {f"docs/{name}": text for name, text in GENERATED.items()} | PAGES
+    pages = {*shown, *("benchmarks/README.md", "CONTRIBUTING.md", "CHANGELOG.md")}
+    for name in [name for name in shown if name.startswith("docs/")]:
+        links = re.findall(r"\]\(([^)\s#:]+\.md)", shown[name])
+        targets = {posixpath.normpath(posixpath.join(posixpath.dirname(name), link)) for link in links}
+        assert targets <= pages, name
 
 
 def test_links_of_the_site_alone_and_of_generated_pages_point_at_pages_and_headings(tmp_path):
