@@ -13,7 +13,7 @@ from fmdistill.backbones.sam import SamPreprocess
 from fmdistill.images import Images, build
 from fmdistill.mini import promptable
 from fmdistill.mini.labelled import LabelledImages, sample_prompts
-from fmdistill.mini.promptable import Promptable, SameObject, coverage, longer_contours, mask_losses, mixed_prompts
+from fmdistill.mini.promptable import Promptable, SameObject, coverage, longer_contours, mask_losses
 from fmdistill.mini.sam import MiniSam
 from fmdistill.mini.scenes import Scenes
 from fmdistill.registry import UserError
@@ -123,7 +123,7 @@ def test_points_and_boxes_share_a_call():
         batch["boxes"].flatten(0, 1),
         batch["use_box"].flatten(),
     )
-    logits, score = head.decode_batch(embedding, *mixed_prompts(head, points, torch.ones(8, 1), boxes, boxed))
+    logits, score = head.decode_batch(embedding, *head.encode_mixed(points, torch.ones(8, 1), boxes, boxed))
     for row in range(8):
         own = slice(row, row + 1)
         asked = (None, None, boxes[own]) if boxed[row] else (points[own], torch.ones(1, 1))
@@ -137,7 +137,8 @@ def test_a_corrective_point_joins_points_and_boxes():
     head = randomize(PromptHead.from_sam(tiny_sam()), seed=3)
     point, box, extra = torch.rand(2, 1, 2) * 64, torch.rand(2, 4) * 64, torch.rand(2, 1, 2) * 64
     one, zero, mask = torch.ones(2, 1), torch.zeros(2, 1), torch.randn(2, 1, 16, 16)
-    sparse, dense = mixed_prompts(head, point, one, box, torch.tensor([False, True]), (extra, zero), mask)
+    points, labels = torch.cat([point, extra], 1), torch.cat([one, zero], 1)
+    sparse, dense = head.encode_mixed(points, labels, box, torch.tensor([False, True]), mask)
     by_point = head.prompt_encoder((torch.cat([point, extra], 1), torch.cat([one, zero], 1)), None, mask)
     by_box = head.prompt_encoder((extra, zero), box, mask)
     torch.testing.assert_close(sparse, torch.stack([by_point[0][0], by_box[0][1]]))

@@ -125,11 +125,33 @@ class PromptHead(nn.Module):
             sparse, dense = self.prompt_encoder(points=point_pair, boxes=boxes, masks=masks)
             return sparse, dense, self.prompt_encoder.get_dense_pe()
 
+    def encode_mixed(
+        self, points: Tensor, labels: Tensor, boxes: Tensor, boxed: Tensor, masks: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return sparse (P, T, C) and dense (P, C, g, g) embeddings; if `boxed` (P,), of the box, not the first point.
+
+        Arguments are as in `decode`. A point comes with SAM's padding token and a box has two corners, so both are as
+        many tokens and share a decoder call; this holds too with corrective points after the first one, which belong to
+        either.
+        """
+        as_point, dense, _ = self.encode_prompts(points, labels, masks=masks)
+        later = (points[:, 1:], labels[:, 1:]) if points.shape[1] > 1 else (None, None)
+        as_box, _, _ = self.encode_prompts(*later, boxes=boxes)
+        return torch.where(boxed[:, None, None], as_box, as_point), dense
+
     def decode_batch(self, embedding: Tensor, sparse: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits (B*P, 4, n, n) and predicted IoU (B*P, 4) of P prompts for each of B embeddings (B, C, g, g).
 
-        `sparse` (B*P, T, C) and `dense` (B*P, C, g, g) come from `encode_prompts`, image by image. MaskDecoder itself
-        takes one image per call; this is its `predict_masks` with every image repeated for its own prompts.
+        `sparse` (B*P, T, C) and `dense` (B*P, C, g, g) come from `encode_prompts`, image by image.
+        """
+        logits, iou, _ = self.decode_tokens(embedding, sparse, dense)
+        return logits, iou
+
+    def decode_tokens(self, embedding: Tensor, sparse: Tensor, dense: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what `decode_batch` does, and the mask tokens (B*P, 4, C) from which the masks are made.
+
+        MaskDecoder itself takes one image per call; this is its `predict_masks` with every image repeated for its own
+        prompts.
         """
         decoder, per_image = self.mask_decoder, len(sparse) // len(embedding)
         own = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
@@ -139,9 +161,10 @@ class PromptHead(nn.Module):
             pe = self.prompt_encoder.get_dense_pe()
         out_PTC, src_PNC = decoder.transformer(src, pe.expand_as(src), tokens_PTC)
         upscaled = decoder.output_upscaling(src_PNC.transpose(1, 2).reshape(src.shape))
-        hyper = [mlp(out_PTC[:, 1 + i]) for i, mlp in enumerate(decoder.output_hypernetworks_mlps)]
-        logits = torch.stack(hyper, dim=1) @ upscaled.flatten(2)
-        return logits.view(len(sparse), -1, *upscaled.shape[-2:]), decoder.iou_prediction_head(out_PTC[:, 0])
+        masks_PMC = out_PTC[:, 1 : len(own)]
+        hyper = [mlp(masks_PMC[:, i]) for i, mlp in enumerate(decoder.output_hypernetworks_mlps)]
+        logits = (torch.stack(hyper, dim=1) @ upscaled.flatten(2)).view(len(sparse), -1, *upscaled.shape[-2:])
+        return logits, decoder.iou_prediction_head(out_PTC[:, 0]), masks_PMC
 
     def upsample(self, logits: Tensor, resized: tuple[int, int], original: tuple[int, int]) -> Tensor:
         """Return logits (P, M, n, n) at the original (H, W): bilinear to S, padding cropped, bilinear to (H, W)."""

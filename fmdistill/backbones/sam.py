@@ -63,6 +63,10 @@ class SamPreprocess:
         """Return bool (B, g, g): a token is valid if it holds any real pixel."""
         return self._inside(sizes, self.image_size // self.stride, self.stride)
 
+    def real_cells(self, sizes: Tensor, side: int) -> Tensor:
+        """Return bool (B, `side`, `side`): whether a cell of such a grid over the padded image holds any real pixel."""
+        return self._inside(sizes, side, self.image_size // side)
+
     def to_json(self) -> dict[str, Any]:
         """Return what determines the network's input, for a manifest."""
         return {

@@ -12,6 +12,7 @@ from fmdistill import recipe as recipes
 from fmdistill.backbones.device import pick_device
 from fmdistill.cache import finished
 from fmdistill.distill import checkpoint, tasks
+from fmdistill.distill import student as students
 from fmdistill.distill.student import WEIGHTS, load_student
 from fmdistill.distill.train import Engine, fit, validator
 from fmdistill.launcher import check_training
@@ -52,7 +53,7 @@ def run(recipe: Recipe, resume: bool = True) -> Path:
         parts = by_teacher(_with_saved_parts(recipe, out))
         for name, part in job.parts.items():
             _save_part(parts[name], part.student)
-        checkpoint.save_state(job.student.state_dict(), out / WEIGHTS)
+        students.save(job.student, out)
     engine.accelerator.wait_for_everyone()
     return out
 
@@ -64,7 +65,7 @@ def _names(recipe: Recipe) -> str:
 def _save_part(recipe: Recipe, student: nn.Module) -> None:
     """Save the student of one of several teachers as a finished run of its own."""
     recipes.save(recipe, recipe.out)
-    checkpoint.save_state(student.state_dict(), Path(recipe.out) / WEIGHTS)
+    students.save(student, Path(recipe.out))
 
 
 def _with_saved_parts(recipe: Recipe, out: Path) -> Recipe:

@@ -1,6 +1,7 @@
 """Build the students that are trained, and load those of finished runs."""
 
 import inspect
+import json
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -12,8 +13,11 @@ from torch import nn
 from fmdistill import recipe as recipes
 from fmdistill.backbones.checkpoints import read_state
 from fmdistill.backbones.classifiers import CLASSIFIERS
+from fmdistill.backbones.promptable import PromptHead
 from fmdistill.backbones.tinyvit import tinyvit_sam
 from fmdistill.backbones.tinyvit_clip import tinyvit_clip
+from fmdistill.distill import checkpoint
+from fmdistill.files import write_whole
 from fmdistill.registry import UserError, bind, convert, resolve
 
 STUDENTS: dict[str, Callable[..., nn.Module] | str] = {
@@ -30,6 +34,7 @@ STUDENTS: dict[str, Callable[..., nn.Module] | str] = {
 }
 WHOLE_CLIPS = ("clip_mini",)  # students with both towers of a CLIP, which need no teacher's text tower
 WEIGHTS = "student.safetensors"
+HEAD = "prompt_head.json"  # beside the weights of a run that trained a mask decoder: its sizes
 SHOWN = 2  # levels of modules that an error lists
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
@@ -45,7 +50,6 @@ def build(settings: Mapping[str, Any]) -> nn.Module:
     names = frozen_names(settings)
     builder, start = _bind({key: value for key, value in settings.items() if key != "freeze"})
     student = builder()
-    freeze(student, names)
     if start is not None:
         where, path = f"student.pretrained={start}", Path(start)
         path = path / WEIGHTS if path.is_dir() else path
@@ -54,7 +58,21 @@ def build(settings: Mapping[str, Any]) -> nn.Module:
                 f"{where}: no finished run or file; train that student first with its recipe, or set it to none"
             )
         _load_weights(student, path, where, f"use a run or a safetensors file of the same {settings['name']}")
+    freeze(student, names)
     return student
+
+
+def own_head(student: nn.Module) -> PromptHead | None:
+    """Return the mask decoder that was trained with the student, None if it uses its teacher's."""
+    head = getattr(student, "prompt_head", None)
+    return head if isinstance(head, PromptHead) else None
+
+
+def save(student: nn.Module, folder: Path) -> None:
+    """Write the student's weights into a run's folder, which finishes it, after the sizes of its own mask decoder."""
+    if (head := own_head(student)) is not None:
+        write_whole(folder / HEAD, json.dumps(head.config, indent=1) + "\n")
+    checkpoint.save_state(student.state_dict(), folder / WEIGHTS)
 
 
 def check(settings: Mapping[str, Any]) -> None:
@@ -139,7 +157,7 @@ def build_untrained(settings: Mapping[str, Any]) -> nn.Module:
 
 def _bind(settings: Mapping[str, Any]) -> tuple[Callable[[], nn.Module], str | None]:
     """Return the student's bound builder, and the `pretrained` weights to load afterwards if the builder takes none."""
-    if "pretrained" not in settings or _takes_own(settings):
+    if "pretrained" not in settings or _takes_own(settings) and not _is_run(settings["pretrained"]):
         return bind(settings, STUDENTS, "student"), None
     rest = {key: value for key, value in settings.items() if key != "pretrained"}
     start = convert(settings["pretrained"], str | None, "student.pretrained")
@@ -152,7 +170,13 @@ def _build_with_weights(settings: Mapping[str, Any], path: Path, way_out: str) -
     return student.eval()
 
 
+def _is_run(start: object) -> bool:
+    return isinstance(start, str) and (Path(start) / WEIGHTS).is_file()
+
+
 def _load_weights(student: nn.Module, path: Path, where: str, way_out: str) -> None:
+    if path.name == WEIGHTS and (config := path.with_name(HEAD)).is_file():
+        student.prompt_head = PromptHead.from_config(json.loads(config.read_text()))
     state = read_state(path, where, student.state_dict().keys())
     try:
         student.load_state_dict(state)

@@ -111,9 +111,14 @@ def distill(recipe: Recipe) -> Job:
     """Distil the recipe's teacher, cached or live, into its student; several teachers into students of one trunk."""
     if recipe.teachers:
         return joined.join({name: distill(part) for name, part in by_teacher(recipe).items()})
-    provider, student = providers.build(recipe), students.build(recipe.student)
+    return distill_job(recipe, providers.build(recipe), Distill)
+
+
+def distill_job(recipe: Recipe, provider: Provider, task: Callable[..., Distill]) -> Job:
+    """Return the job of `task`, a Distill or a subclass, for the provider's teacher and the recipe's student."""
+    student = students.build(recipe.student)
     _check_fit(student, provider, recipe)
-    return _job(recipe, provider, student)
+    return _job(recipe, provider, student, task)
 
 
 def classify(
@@ -151,7 +156,7 @@ def _statistics(preprocess: Preprocess) -> Any:
     return getattr(preprocess, "mean", None), getattr(preprocess, "std", None)
 
 
-def _job(recipe: Recipe, provider: Provider, student: nn.Module) -> Job:
+def _job(recipe: Recipe, provider: Provider, student: nn.Module, kind: Callable[..., Distill] = Distill) -> Job:
     shapes = {**_student_shapes(student, provider), **_shapes(provider)}
     priors = None
     if needs_priors(recipe.objective):
@@ -164,7 +169,7 @@ def _job(recipe: Recipe, provider: Provider, student: nn.Module) -> Job:
     gpu = recipe.train.device != "cpu" and torch.cuda.is_available()
     standardizers = targets.standardizers(recipe.objective, provider.cache, shapes, gpu)
     terms = Objective(recipe.objective, shapes, priors, standardizers)
-    task = Distill(student, terms, provider.preprocess, provider.outputs)
+    task = kind(student, terms, provider.preprocess, provider.outputs)
     targets.unfold_loaded(task.scales, student, recipe.student, recipe.seed)
     shared = vectors if any(output.is_vector for output in provider.outputs.values()) else None
     return Job(task, student, provider.train, provider.validation, shared, provider.complete, finish=task.fold)
@@ -192,6 +197,7 @@ def vectors(batch: Batch) -> dict[str, Tensor]:
 TASKS: dict[str, Callable[..., Job] | str] = {
     "distill": distill,
     "classify": classify,
+    "refine": "fmdistill.distill.refine:refine",
     "promptable": "fmdistill.mini.promptable:promptable",
     "contrastive": "fmdistill.mini.contrastive:contrastive",
 }
@@ -203,6 +209,7 @@ def check(recipe: Recipe) -> None:
     task = bind(recipe.task, TASKS, "task", context=("recipe",))
     if recipe.teachers and task.func is not distill:
         raise UserError(f"task.name={recipe.task['name']}: has one teacher or none; use task distill with `teachers`")
+    _check_masks(recipe, task.keywords)
     if recipe.task["name"] in WITHOUT_TEACHER:
         for part in ("teacher", "cache", "objective"):
             if getattr(recipe, part):
@@ -222,6 +229,18 @@ def check(recipe: Recipe) -> None:
                     f"task.statistics={statistics}: ignored, since the teacher's preprocessing decides, and "
                     f"teacher.statistics={decided}; leave task.statistics out, or set both alike"
                 )
+
+
+def _check_masks(recipe: Recipe, settings: Mapping[str, Any]) -> None:
+    from fmdistill.distill import refine
+
+    if recipe.task["name"] == "refine":
+        refine.check(recipe, settings)
+    elif names := [name for name in refine.mask_terms(recipe)]:
+        raise UserError(
+            f"objective.{names[0]}.output={recipe.objective[names[0]]['output']}: only task refine makes masks, and "
+            f"task.name={recipe.task['name']}; use task.name=refine"
+        )
 
 
 def build(recipe: Recipe) -> Job:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fmdistill.backbones.promptable import PromptHead
 from fmdistill.backbones.sam import SamPreprocess
 from fmdistill.distill import student as students
 from fmdistill.distill.job import Job
@@ -99,7 +98,7 @@ class Promptable(nn.Module):
         point_N12 = batch["points"].flatten(0, 1)[:, None].float()
         box_N4 = batch["boxes"].flatten(0, 1).float()
         foreground_N1 = torch.ones_like(point_N12[..., 0])
-        first = mixed_prompts(head, point_N12, foreground_N1, box_N4, boxed_N)
+        first = head.encode_mixed(point_N12, foreground_N1, box_N4, boxed_N)
         logits_NMnn, score_NM = head.decode_batch(embedding_BCgg, *first)
         losses, iou_NM = self._losses(logits_NMnn, score_NM, target_Nnn, valid_Nnn)
         rows = torch.arange(len(iou_NM), device=iou_NM.device)
@@ -114,9 +113,9 @@ class Promptable(nn.Module):
             new_N12, label_N1 = correction(
                 mask_N1nn[:, 0], target_Nnn[keep], valid_Nnn[keep], batch["objects"].shape[-1]
             )
-            second = mixed_prompts(
-                head, point_N12[keep], foreground_N1[keep], box_N4[keep], boxed_N[keep], (new_N12, label_N1), mask_N1nn
-            )
+            points_N22 = torch.cat([point_N12[keep], new_N12], 1)
+            labels_N2 = torch.cat([foreground_N1[keep], label_N1], 1)
+            second = head.encode_mixed(points_N22, labels_N2, box_N4[keep], boxed_N[keep], mask_N1nn)
             decoded = head.decode_batch(embedding_BCgg, *second)
             refined, _ = self._losses(*decoded, target_Nnn[keep], valid_Nnn[keep])
             losses["refined"] = torch.stack(list(refined.values())).sum() * self.refined
@@ -170,28 +169,6 @@ class SameObject(nn.Module):
         loss_BLL = F.softplus(torch.where(same_BLL, -logits_BLL, logits_BLL))
         positive, negative = ((loss_BLL * part).sum() / part.sum().clamp(min=1) for part in (positive, negative))
         return (positive + negative) / 2
-
-
-def mixed_prompts(
-    head: PromptHead,
-    points_NK2: Tensor,
-    labels_NK: Tensor,
-    box_N4: Tensor,
-    boxed_N: Tensor,
-    correction: tuple[Tensor, Tensor] | None = None,
-    masks_N1nn: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return sparse (N, T, C) and dense (N, C, g, g) embeddings: of the box if `boxed_N`, else of the point.
-
-    A point comes with SAM's padding token and a box has two corners, so both are as many tokens and share a decoder
-    call; this holds too if a corrective point (xy (N, 1, 2), label (N, 1)) is added to either.
-    """
-    if correction:
-        points_NK2 = torch.cat([points_NK2, correction[0]], dim=1)
-        labels_NK = torch.cat([labels_NK, correction[1]], dim=1)
-    as_point, dense, _ = head.encode_prompts(points_NK2, labels_NK, masks=masks_N1nn)
-    as_box, _, _ = head.encode_prompts(*(correction or (None, None)), boxes=box_N4)
-    return torch.where(boxed_N[:, None, None], as_box, as_point), dense
 
 
 def coverage(labels_BSS: Tensor, target_BP: Tensor, side: int) -> tuple[Tensor, Tensor]:

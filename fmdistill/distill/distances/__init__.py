@@ -13,6 +13,7 @@ from fmdistill.distill.distances.cross_entropy import CrossEntropy
 from fmdistill.distill.distances.dkd import DKD
 from fmdistill.distill.distances.fitnet import FitNet
 from fmdistill.distill.distances.kd import KD
+from fmdistill.distill.distances.mask import Mask, MaskPatches
 from fmdistill.distill.distances.mse import MSE
 from fmdistill.distill.distances.pad import PAD
 from fmdistill.distill.distances.pkt import PKT
@@ -53,4 +54,6 @@ DISTANCES: dict[str, Callable[..., Distance]] = {
     "cc": CC,
     "vid": VID,
     "pad": PAD,
+    "mask": Mask,
+    "mask_patches": MaskPatches,
 }

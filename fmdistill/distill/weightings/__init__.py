@@ -13,6 +13,7 @@ from fmdistill.distill.weightings.by_key import ByKey
 from fmdistill.distill.weightings.hard_discarding import HardDiscarding
 from fmdistill.distill.weightings.hard_mining import HardMining
 from fmdistill.distill.weightings.ipwd import IPWD
+from fmdistill.distill.weightings.masks import HardMask, MaskArea
 from fmdistill.distill.weightings.soft_exp import SoftExp
 from fmdistill.distill.weightings.soft_poly import SoftPoly
 from fmdistill.distill.weightings.srw import SRW
@@ -51,4 +52,6 @@ WEIGHTINGS: dict[str, Callable[..., Weighting]] = {
     "wsld": WSLD,
     "ipwd": IPWD,
     "by_key": ByKey,
+    "hard_mask": HardMask,
+    "mask_area": MaskArea,
 }
