@@ -1,4 +1,4 @@
-"""The second stage: prompts, masks and corrections compared with one decoder call a prompt, and with literal formulas."""
+"""The second stage: its prompts, masks and losses against one decoder call a prompt and literal formulas."""
 
 from dataclasses import replace
 from pathlib import Path
