@@ -164,7 +164,7 @@ class Noted:
         return torch.ones_like(distance)
 
 
-NOTED = "objective.embedding.weighting={name: 'test_distill_blend:Noted'}"
+NOTED = "objective.embedding.weighting.name=test_distill_blend:Noted"
 
 
 def test_every_micro_batch_has_the_share_of_the_run_done_before_its_step(cached):
@@ -193,7 +193,8 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def test_a_stopped_run_with_a_schedule_resumes_to_the_same_weights(cached, monkeypatch):
-    settings = ["objective.embedding.weighting={name: srw, temperature: 0.1, until: 0.6, fade: true, mix: 0.1}"]
+    own = {"temperature": 0.1, "until": 0.6, "fade": "true", "mix": 0.1}
+    settings = [f"objective.embedding.weighting.{key}={value}" for key, value in own.items()]
     whole = distill.run(tiny.load(cached, *settings, f"out={cached}/whole"))
     original = torch.optim.AdamW.step
     for end in (5, 9):  # before and after the end of the schedule
@@ -209,10 +210,8 @@ def test_a_stopped_run_with_a_schedule_resumes_to_the_same_weights(cached, monke
             distill.run(recipe)
         monkeypatch.setattr(torch.optim.AdamW, "step", original)
         assert same(weights(distill.run(recipe)), weights(whole)) and rows(cached / f"stopped{end}") == rows(whole)
-    plain = distill.run(
-        tiny.load(cached, *settings, "objective.embedding.weighting.fade=false", f"out={cached}/sudden")
-    )
-    assert not same(weights(plain), weights(whole))
+    settings[2] = "objective.embedding.weighting.fade=false"
+    assert not same(weights(distill.run(tiny.load(cached, *settings, f"out={cached}/sudden"))), weights(whole))
 
 
 @pytest.mark.parametrize("weighting", ["{name: srw, temperature: 0.1, until: 0.5, fade: true}", "{name: regional_srw}"])

@@ -71,8 +71,7 @@ def fit(
             with naming_memory(step, engine):
                 with files.saving_if_stopped(step, undo=True):
                     micro_batches = step_batches(parts, engine, shared, complete)
-                    when = {"epoch": (step + 1) / plan.steps_per_epoch, "progress": step / steps}
-                    losses = _backward(model, micro_batches, engine, state.finite, when)
+                    losses = _backward(model, micro_batches, engine, state.finite, _when(step, steps, plan))
                 norm: Tensor = accelerator.clip_grad_norm_(model.parameters(), settings.clip or math.inf)  # type: ignore
                 check_first_step(step, task, losses, norm, settings.best)
                 state.update(step, norm)
@@ -154,6 +153,11 @@ def _plan(data: Data, recipe: Recipe, engine: Engine) -> Batches:
     place = {"rank": accelerator.process_index, "world": accelerator.num_processes}
     counts = tuple(data.counts)
     return Batches(counts, settings.batch_size, recipe.seed, settings.window, accumulate=settings.parts, **place)
+
+
+def _when(step: int, steps: int, plan: Batches) -> dict[str, float]:
+    """Return the epochs done with this step, and the share of the run's steps done before it."""
+    return {"epoch": (step + 1) / plan.steps_per_epoch, "progress": step / steps}
 
 
 def _backward(
