@@ -37,17 +37,21 @@ def divide(unit: Tensor, valid: Tensor, count: int) -> Tensor:
     others are empty. Equal cosines go to the first patch and to the first anchor.
     """
     mean_BC1 = unit.masked_fill(~valid[:, None], 0).sum(2, keepdim=True)  # not divided: the largest cosine is the same
-    chosen_B1 = (mean_BC1 * unit).sum(1).masked_fill(~valid, -torch.inf).argmax(1, keepdim=True)
+    chosen_B1 = _cosines(mean_BC1, unit).masked_fill(~valid, -torch.inf).argmax(1, keepdim=True)
     nearest_BN = torch.full_like(unit[:, 0], -torch.inf)
     cosines = []
     for _ in range(count):
         anchor_BC1 = unit.gather(2, chosen_B1[:, None].expand(-1, unit.shape[1], -1))
         repeated_B1 = nearest_BN.gather(1, chosen_B1) >= 1 - ROUNDING
-        cosines.append((anchor_BC1 * unit).sum(1).masked_fill(repeated_B1, -torch.inf))
+        cosines.append(_cosines(anchor_BC1, unit).masked_fill(repeated_B1, -torch.inf))
         nearest_BN = nearest_BN.maximum(cosines[-1]).scatter(1, chosen_B1, 1)  # a patch of zeros has cosine 0 to itself
         chosen_B1 = nearest_BN.masked_fill(~valid, torch.inf).argmin(1, keepdim=True)
-    region_BN = torch.stack(cosines, 1).argmax(1)
-    return (F.one_hot(region_BN, count).transpose(1, 2) > 0) & valid[:, None]
+    region_B1N = torch.stack(cosines, 1).argmax(1, keepdim=True)
+    return (region_B1N == torch.arange(count, device=unit.device)[:, None]) & valid[:, None]
+
+
+def _cosines(vector_BC1: Tensor, unit_BCN: Tensor) -> Tensor:
+    return torch.bmm(vector_BC1.transpose(1, 2), unit_BCN).squeeze(1)
 
 
 def check_regions(count: int) -> None:
