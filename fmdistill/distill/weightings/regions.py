@@ -31,10 +31,10 @@ def teacher_regions(distance: Tensor, seen: Seen, feature: str | None, count: in
 def divide(unit: Tensor, valid: Tensor, count: int) -> Tensor:
     """Return the region of each valid patch as bool (B, R, N): that of the anchor with the largest cosine to it.
 
-    `unit` are unit vectors (B, C, N), zero for invalid patches. The first anchor is the patch most similar to the image's
-    mean; each further one is the patch whose largest cosine to the anchors before is smallest (farthest-point sampling,
-    without chance). A patch that equals an anchor is no anchor, so an image of fewer than R different patches has fewer
-    regions, and the others are empty. Equal cosines go to the first patch and to the first anchor.
+    `unit` are unit vectors (B, C, N), zero for invalid patches. The first anchor is the patch most similar to the
+    image's mean; each further one is the patch whose largest cosine to the anchors before is smallest (farthest-point
+    sampling, without chance). A patch that equals an anchor is no anchor, so an image of fewer than R different patches
+    has fewer regions, and the others are empty. Equal cosines go to the first patch and to the first anchor.
     """
     mean_BC1 = unit.sum(2, keepdim=True)  # not divided: the largest cosine is the same
     chosen_B1 = _cosines(mean_BC1, unit).masked_fill(~valid, -torch.inf).argmax(1, keepdim=True)
