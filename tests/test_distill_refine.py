@@ -14,7 +14,7 @@ from fmdistill import recipe as recipes
 from fmdistill.backbones.promptable import PromptHead
 from fmdistill.cache.batch import fill
 from fmdistill.distill import prompts, refine, tasks
-from fmdistill.distill.distances.mask import Mask
+from fmdistill.distill.distances.mask import Mask, MaskChoice
 from fmdistill.distill.student import load_student, own_head
 from fmdistill.distill.weightings.masks import MaskArea
 from fmdistill.recipe import Recipe
@@ -127,7 +127,7 @@ def test_the_best_masks_are_those_whose_iou_the_teacher_predicts_highest(cached)
         torch.testing.assert_close(
             getattr(best, which)("masks").flatten(0, 1), four[torch.arange(6), torch.tensor(chosen)]
         )
-    assert every.teacher("mask_tokens").shape == (2, tiny.CHANNELS, 12, 1)
+    assert every.teacher("mask_tokens").shape == (2, tiny.CHANNELS, 3, 4)
     assert best.teacher("mask_tokens").shape == (2, tiny.CHANNELS, 3, 1)
 
 
@@ -224,6 +224,21 @@ def test_patches_have_the_mean_loss_of_their_cells(cached):
     assert distance[1, 6].item() == pytest.approx(patch.item(), rel=1e-4)
 
 
+def test_the_distance_of_choices_equals_a_literal_divergence(cached):
+    terms = {"a": {"output": "mask_iou", "distance": {"name": "mask_choice", "temperature": 0.01},
+                   "weighting": {"name": "uniform"}}}  # fmt: skip
+    recipe = replace(load(cached, "task.rounds=1"), objective=terms)
+    job, batch = job_and_batch(recipe)
+    distance, _, seen = job.task.objective.terms["a"].measure(job.task.see(batch))
+    s, t = (v[1, 0, 4, 1:].double().tolist() for v in (seen.student("mask_iou"), seen.teacher("mask_iou")))
+    q, p = ([np.exp(v / 0.01) / sum(np.exp(w / 0.01) for w in values) for v in values] for values in (s, t))
+    assert distance.shape == (2, 6)
+    assert distance[1, 4].item() == pytest.approx(sum(a * np.log(a / b) for a, b in zip(p, q, strict=True)), rel=1e-3)
+    best, batch = job_and_batch(replace(recipe, task={**recipe.task, "masks": "best"}))
+    with pytest.raises(UserError, match="use output=mask_iou with task.masks=all"):
+        best.task(batch)
+
+
 def test_tokens_and_predicted_iou_are_compared_for_each_mask(cached):
     terms = {
         name: {"output": name, "distance": {"name": "mse"}, "weighting": {"name": "mask_area"}}
@@ -239,7 +254,7 @@ def test_tokens_and_predicted_iou_are_compared_for_each_mask(cached):
     iou = [head.decode_all(seen.outputs[f"{name}.embedding"][1], *prompt)[1][0] for name in ("student", "sam")]
     torch.testing.assert_close(measured["mask_iou"][0][1, 8:12], (iou[0] - iou[1]) ** 2, rtol=1e-3, atol=1e-5)
     gap = seen.student("mask_tokens") - seen.teacher("mask_tokens")
-    torch.testing.assert_close(measured["mask_tokens"][0], gap.square().mean(1)[..., 0])
+    torch.testing.assert_close(measured["mask_tokens"][0], gap.square().mean(1).flatten(1))
     assert measured["mask_tokens"][1].shape == (2, 24)
     job.task(batch)["loss"].backward()
 
@@ -258,7 +273,7 @@ def test_weights_of_masks_equal_a_literal_formula(cached, name):
     job, batch = job_and_batch(recipe)
     distance, weight, seen = job.task.objective.terms["masks"].measure(job.task.see(batch))
     raw = torch.zeros(2, 12)
-    tokens = seen.teacher("mask_tokens")[..., 0]
+    tokens = seen.teacher("mask_tokens").flatten(2)
     for image in range(2):
         rows, columns = (-(-int(n) // 4) for n in batch["sizes"][image])
         for mask in range(12):
@@ -309,6 +324,8 @@ def test_what_cannot_train_is_refused_before_anything_is_read(tmp_path, override
 def test_components_refuse_values_that_mean_nothing():
     with pytest.raises(UserError, match=r"weighting.power=0: expected a power above 0; use uniform"):
         MaskArea(0)
+    with pytest.raises(UserError, match=r"distance.temperature=0: expected an IoU above 0"):
+        MaskChoice(0)
     with pytest.raises(UserError, match=r"distance.bce=0, distance.dice=0: expected weights of at least 0"):
         Mask(0, 0)
 

@@ -1,7 +1,7 @@
 """Train a SAM student by its masks: the second stage, which reads the same cache as the first; task `refine`."""
 
 # Legend: B images, P prompts an image, N = B P prompts, M masks of a prompt, T tokens of a prompt, C channels,
-# g tokens a side, n = 4 g the low resolution, R rounds of corrections.
+# g tokens a side, n = 4 g the low resolution, R rounds of corrections, Q = P (R + 1) answers, K = Q M masks.
 
 import copy
 from dataclasses import dataclass, replace
@@ -118,11 +118,11 @@ def mask_terms(recipe: Recipe) -> list[str]:
 class Refine(Distill):
     """Student and objective, which sees the masks of both embeddings for the same prompts.
 
-    To the outputs of `Distill` it adds, for K masks of an image, those of all its prompts and rounds: "masks", logits
-    (B, K, n, n) of student and teacher; the same as "mask_patches", whose padding is known; "mask_tokens" (B, C, K, 1),
-    from which the masks are made; "mask_iou" (B, 1, K, 1), the predicted IoU, by which a mask is chosen; and "cells",
-    bool (B, n, n), the cells of the masks that hold any real pixel. The teacher's head is outside of the state and of
-    the optimizer.
+    To the outputs of `Distill` it adds, for the Q answers to an image's prompts in all rounds, K = Q M masks:
+    "masks", logits (B, K, n, n) of student and teacher; the same as "mask_patches", whose padding is known;
+    "mask_tokens" (B, C, Q, M), from which the masks are made; "mask_iou" (B, 1, Q, M), the predicted IoU, by which a
+    mask is chosen; and "cells", bool (B, n, n), the cells of the masks that hold any real pixel. The teacher's head is
+    outside of the state and of the optimizer.
     """
 
     def __init__(
@@ -150,19 +150,19 @@ class Refine(Distill):
         compared = [self._compared(teacher) for _, teacher in pairs]
 
         def joined(values: list[Tensor]) -> Tensor:
-            """Return the compared entries of all rounds, (B, K, ...)."""
+            """Return the compared entries of all rounds, (B, Q, M, ...)."""
             parts = [prompts.taken(v, chosen) for v, chosen in zip(values, compared, strict=True)]
-            return torch.cat([part.flatten(0, 1).unflatten(0, (len(sizes), -1)) for part in parts], 1)
+            return torch.cat([part.unflatten(0, (len(sizes), -1)) for part in parts], 1)
 
         outputs = dict(seen.outputs)
         for name, answers in (("student", [pair[0] for pair in pairs]), (family, [pair[1] for pair in pairs])):
-            logits_BKnn = joined([answer.logits for answer in answers])
-            tokens_BKC = joined([answer.tokens for answer in answers])
+            logits_BKnn = joined([answer.logits for answer in answers]).flatten(1, 2)
+            tokens_BQMC = joined([answer.tokens for answer in answers])
             outputs |= {
                 f"{name}.{MASKS}": logits_BKnn,
                 f"{name}.{PATCHES}": logits_BKnn,
-                f"{name}.{TOKENS}": tokens_BKC.transpose(1, 2)[..., None],
-                f"{name}.{IOU}": joined([answer.iou for answer in answers])[:, None, :, None],
+                f"{name}.{TOKENS}": tokens_BQMC.permute(0, 3, 1, 2),
+                f"{name}.{IOU}": joined([answer.iou for answer in answers])[:, None],
             }
         outputs[f"{family}.{CELLS}"] = self._real(sizes, outputs[f"student.{MASKS}"].shape[-1])
         grids = {**seen.grids, f"{family}.{PATCHES}": self.preprocess.valid(sizes).flatten(1)}
@@ -182,11 +182,11 @@ class Refine(Distill):
         teacher_head = self._teacher_head[0].to(teacher_BCgg)
         head = own_head(self.student) or teacher_head
         with torch.no_grad():
-            asked, draws_NX = self._first_prompts(teacher_head, teacher_BCgg, batch)
+            asked, draws_NX, known = self._first_prompts(teacher_head, teacher_BCgg, batch)
         pairs = []
         for number in range(self.prompting.rounds + 1):
             with torch.no_grad():
-                teacher = Answers.ask(teacher_head, teacher_BCgg, asked)
+                teacher = known if number == 0 and known else Answers.ask(teacher_head, teacher_BCgg, asked)
             student = Answers.ask(head, student_BCgg, asked)
             pairs.append((student, teacher))
             if number < self.prompting.rounds:
@@ -198,8 +198,13 @@ class Refine(Distill):
                 asked = asked.plus(*prompts.corrections(wrong_Nnn, wanted_Nnn, real_Nnn, draw_N, step))
         return pairs
 
-    def _first_prompts(self, head: PromptHead, teacher_BCgg: Tensor, batch: Batch) -> tuple[Prompts, Tensor]:
-        """Return the prompts of all images before any correction, and their random numbers (N, X)."""
+    def _first_prompts(
+        self, head: PromptHead, teacher_BCgg: Tensor, batch: Batch
+    ) -> tuple[Prompts, Tensor, Answers | None]:
+        """Return the prompts of all images before any correction, their random numbers (N, X), and known answers.
+
+        The teacher's answers are known if all prompts are the points that it was asked for already.
+        """
         settings, sizes = self.prompting, batch["sizes"]
         draws_BPX: Tensor = batch[DRAWS]  # type: ignore[literal-required]
         images, candidates, _ = draws_BPX.shape
@@ -216,9 +221,11 @@ class Refine(Distill):
         draws_NX = draws_BPX.flatten(0, 1)
         boxed_N = has_box_N & (draws_NX[:, BOX] < settings.boxes)
         if settings.candidates == 1:
-            return Prompts(point_N12, label_N1, box_N4, boxed_N), draws_NX
+            known = answers if settings.boxes == 0 else None
+            return Prompts(point_N12, label_N1, box_N4, boxed_N), draws_NX, known
         area_BP = mask_Nnn.flatten(1).sum(1).view(images, candidates)
         chosen_BP = prompts.favour_small(draws_BPX, area_BP, settings.prompts, settings.small)
         first_B1 = torch.arange(images, device=chosen_BP.device)[:, None] * candidates
         rows_N = (chosen_BP + first_B1).flatten()
-        return Prompts(point_N12[rows_N], label_N1[rows_N], box_N4[rows_N], boxed_N[rows_N]), draws_NX[rows_N]
+        asked = Prompts(point_N12[rows_N], label_N1[rows_N], box_N4[rows_N], boxed_N[rows_N])
+        return asked, draws_NX[rows_N], None

@@ -13,7 +13,7 @@ from fmdistill.distill.distances.cross_entropy import CrossEntropy
 from fmdistill.distill.distances.dkd import DKD
 from fmdistill.distill.distances.fitnet import FitNet
 from fmdistill.distill.distances.kd import KD
-from fmdistill.distill.distances.mask import Mask, MaskPatches
+from fmdistill.distill.distances.mask import Mask, MaskChoice, MaskPatches
 from fmdistill.distill.distances.mse import MSE
 from fmdistill.distill.distances.pad import PAD
 from fmdistill.distill.distances.pkt import PKT
@@ -56,4 +56,5 @@ DISTANCES: dict[str, Callable[..., Distance]] = {
     "pad": PAD,
     "mask": Mask,
     "mask_patches": MaskPatches,
+    "mask_choice": MaskChoice,
 }

@@ -66,3 +66,31 @@ class MaskPatches:
         loss = (F.softplus(logits) - logits * (teacher > 0)) * real
         cells = F.avg_pool2d(real, logits.shape[-1] // side)
         return (F.avg_pool2d(loss, logits.shape[-1] // side).mean(1) / cells[:, 0].clamp_min(1e-6)).flatten(1)
+
+
+@dataclass(frozen=True)
+class MaskChoice:
+    """How likely the student is to choose another mask of an answer than the teacher, for output=mask_iou.
+
+    A user gets the mask with the highest predicted IoU of masks 1 to 3. With the teacher's predictions t and the
+    student's s, the distance is the Kullback-Leibler divergence of softmax(s / `temperature`) from softmax(t /
+    `temperature`) over these masks, as in Hinton et al. 2015; a temperature near the usual gap between the best and the
+    second mask makes the choice count and not the value.
+    """
+
+    temperature: float = 0.05  # in units of IoU
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise UserError(f"distance.temperature={self.temperature}: expected an IoU above 0, such as 0.05")
+
+    def __call__(self, seen: Seen) -> Tensor:
+        """Return (B, Q) for predictions (B, 1, Q, M) of Q answers. Raises UserError for answers of one mask."""
+        student, teacher = require_same_shape(seen)
+        if student.dim() != 4 or student.shape[1] != 1 or student.shape[3] < 3:
+            raise UserError(
+                f"distance.name=mask_choice: compares which of several masks is chosen, but output={seen.output} has "
+                f"one of each answer; use output=mask_iou with task.masks=all"
+            )
+        log_s, log_t = ((iou[:, 0, :, 1:] / self.temperature).log_softmax(-1) for iou in (student, teacher))
+        return (log_t.exp() * (log_t - log_s)).sum(-1)
