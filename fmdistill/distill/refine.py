@@ -140,7 +140,12 @@ class Refine(Distill):
             own.mask_decoder.iou_prediction_head.requires_grad_(False)  # no loss is of its predictions
 
     def see(self, batch: Batch) -> Seen:
-        """Return what the objective sees of a batch, with the masks of its prompts."""
+        """Return what the objective sees of a batch, with the masks of its prompts.
+
+        The prompts of a batch without random numbers, such as one of a report's images, depend on its keys alone.
+        """
+        if DRAWS not in batch:
+            batch = self._with_draws(batch)
         seen, sizes = super().see(batch), batch["sizes"]
         (family,) = {name.partition(".")[0] for name in self.outputs}
         pairs = self._answers(seen.outputs["student.embedding"], seen.teacher("embedding"), batch)
@@ -163,6 +168,11 @@ class Refine(Distill):
         }
         grids = {**seen.grids, f"{family}.{PATCHES}": self.preprocess.valid(sizes).flatten(1)}
         return replace(seen, outputs=outputs, grids=grids)
+
+    def _with_draws(self, batch: Batch) -> Batch:
+        drawn = self.prompting.prompts * self.prompting.candidates
+        draws = [prompts.draw(key, drawn, self.prompting.rounds) for key in batch["keys"]]
+        return {**batch, DRAWS: torch.stack(draws).to(batch["pixels"].device)}  # type: ignore[typeddict-unknown-key]
 
     def _compared(self, teacher: Answers) -> Tensor:
         if self.prompting.masks == "best":
