@@ -1,4 +1,4 @@
-"""What an export is made from: a finished run's recipe and student, and what its cache stores of the teacher."""
+"""What an export is made from: a finished run's recipe, student and head, and what its cache stores of the teacher."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

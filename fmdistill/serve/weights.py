@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fmdistill.distill.refine import MASKS
 from fmdistill.distill.seen import Seen
 from fmdistill.distill.weightings.srw import SRW
 from fmdistill.recipe import Recipe
@@ -24,7 +25,7 @@ def weighting(recipes: Mapping[str, Recipe]) -> tuple[SRW, str]:
     for name, recipe in recipes.items():
         for term in recipe.objective.values():
             stated = term.get("weighting") or {}
-            if stated.get("name") == "srw":
+            if stated.get("name") == "srw" and term.get("output") != MASKS:  # whole masks have no place in the image
                 srw = SRW(**{key: stated[key] for key in names if key in stated})
                 return srw, f"{_settings(srw)}, as {name} was trained"
     return DEFAULT, _settings(DEFAULT)
