@@ -42,7 +42,7 @@ KINDS = {
         "weightings",
         "fmdistill.distill.weightings:WEIGHTINGS",
         "objective.TERM.weighting.name",
-        "How much each sample or patch counts.",
+        "How much each sample or patch counts. Each also takes `until` (a share of the run), `fade` and `mix`.",
         SHAPES,
     ),
     "rectify": Kind(

@@ -251,10 +251,16 @@ def load_claimed(folder: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
 
 def freeze(settings: Mapping[str, Any], where: str) -> Recipe:
-    """Convert `settings` to a Recipe. Raises UserError, beginning with the file `where`, if a setting is wrong."""
+    """Convert `settings` to a Recipe; a term of the objective that is null is removed.
+
+    Raises UserError, beginning with the file `where`, if a setting is wrong.
+    """
     train = settings.get("train")
     if isinstance(train, Mapping):  # "auto" as batch size is the default number
         settings = {**settings, "train": parts_by_memory(train, {"batch_size": Train.batch_size})}
+    objective = settings.get("objective")
+    if isinstance(objective, Mapping):  # a recipe that extends another one removes a term by null
+        settings = {**settings, "objective": {name: term for name, term in objective.items() if term is not None}}
     try:
         return Recipe(**typed(Recipe, settings, "recipe"))
     except UserError as error:

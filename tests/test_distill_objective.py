@@ -253,6 +253,7 @@ def test_srw_can_weigh_the_patches_of_all_images_as_one_group():
 
 WHOLE = {"mse": {}, "cosine": {}, "fitnet": {}, "at": {}, "vid": {}, "pad": {}}
 RARE = ("uniform", "srw", "sum_normalizer", "soft_exp", "soft_poly", "hard_mining", "hard_discarding")
+RARE += ("regional_srw", "region_balance")
 
 
 @pytest.mark.parametrize("weighting", RARE)

@@ -1,4 +1,4 @@
-"""The second stage: prompts, masks and corrections compared with one decoder call a prompt, and with literal formulas."""
+"""The second stage: its prompts, masks and losses against one decoder call a prompt and literal formulas."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -223,6 +223,26 @@ def test_patches_have_the_mean_loss_of_their_cells(cached):
     assert distance.shape == weight.shape == (2, 16)
     patch = loss[1, 4:8, 8:12].mean()  # row 1, column 2: wholly inside
     assert distance[1, 6].item() == pytest.approx(patch.item(), rel=1e-4)
+
+
+def test_tokens_and_predicted_iou_are_compared_for_each_mask(cached):
+    terms = {
+        name: {"output": name, "distance": {"name": "mse"}, "weighting": {"name": "mask_area"}}
+        for name in ("mask_tokens", "mask_iou")
+    }
+    recipe = replace(load(cached, "task.rounds=1", "task.boxes=0"), objective=terms)
+    job, batch = job_and_batch(recipe)
+    measured = {name: term.measure(job.task.see(batch)) for name, term in job.task.objective.items()}
+    head, seen = cache.open_cache(recipe).head(), measured["mask_iou"][2]
+    x, y, *_ = batch["draws"][1, 2].tolist()
+    h, w = batch["sizes"][1].tolist()
+    prompt = (as_points([[int(x * w), int(y * h)]]), torch.ones(1, 1))
+    iou = [head.decode_all(seen.outputs[f"{name}.embedding"][1], *prompt)[1][0] for name in ("student", "sam")]
+    torch.testing.assert_close(measured["mask_iou"][0][1, 8:12], (iou[0] - iou[1]) ** 2, rtol=1e-3, atol=1e-5)
+    gap = seen.student("mask_tokens") - seen.teacher("mask_tokens")
+    torch.testing.assert_close(measured["mask_tokens"][0], gap.square().mean(1)[..., 0])
+    assert measured["mask_tokens"][1].shape == (2, 24)
+    job.task(batch)["loss"].backward()
 
 
 WEIGHTINGS = {

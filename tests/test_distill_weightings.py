@@ -29,10 +29,13 @@ SETTINGS = {
     "wsld": {"normalize": True},
     "ipwd": {"normalize": True, "direction": "kd_over_cls"},
     "by_key": {"weights": "weights.json"},
+    "regional_srw": {"temperature": 0.3, "regions": 3},
+    "region_balance": {"power": 0.7, "regions": 3},
 }
 BY_DISTANCE = ["hard_discarding", "hard_mining", "soft_exp", "soft_poly"]
 BY_SIMILARITY = ["srw", "sum_normalizer"]
 OF_PATCHES = ["uniform", *BY_SIMILARITY, *BY_DISTANCE]  # whose groups may be images
+BY_REGION = ["regional_srw", "region_balance"]  # of patches only; their formulas are in test_distill_regions.py
 
 
 @pytest.fixture(autouse=True)
@@ -130,7 +133,7 @@ def test_weights_of_samples_are_the_literal_formula(name):
 
 
 @pytest.mark.parametrize("padding", ["include", "exclude"])
-@pytest.mark.parametrize("name", [*OF_PATCHES, "by_key"])
+@pytest.mark.parametrize("name", [*OF_PATCHES, *BY_REGION, "by_key"])
 def test_every_weighting_of_maps_has_mean_one_no_gradient_and_is_zero_on_padding(name, padding):
     distance, seen = maps(ragged=False)
     seen.valid[:, 12:] = False
@@ -143,7 +146,7 @@ def test_every_weighting_of_maps_has_mean_one_no_gradient_and_is_zero_on_padding
     torch.testing.assert_close(mean_B.mean() if name == "by_key" else mean_B, torch.ones(() if name == "by_key" else B))
 
 
-@pytest.mark.parametrize("name", sorted(WEIGHTINGS))
+@pytest.mark.parametrize("name", sorted(WEIGHTINGS.keys() - BY_REGION))
 def test_every_weighting_of_samples_has_mean_one_and_no_gradient(name):
     distance, seen = vectors()
     weight = weighting(name, **SETTINGS[name])(distance, seen)
@@ -152,7 +155,7 @@ def test_every_weighting_of_samples_has_mean_one_and_no_gradient(name):
     assert name == "uniform" or weight.max() > 1.01
 
 
-@pytest.mark.parametrize("name", [*OF_PATCHES, "by_key"])
+@pytest.mark.parametrize("name", [*OF_PATCHES, *BY_REGION, "by_key"])
 def test_weights_do_not_depend_on_padded_patches(name):
     distance, seen = maps()
     weigh = weighting(name, **SETTINGS[name])
@@ -270,7 +273,12 @@ def hostile() -> dict[str, tuple[torch.Tensor, Seen]]:
 
 @pytest.mark.parametrize(
     "name, case",
-    [(n, c) for n in WEIGHTINGS for c, (d, _) in hostile().items() if d.dim() == 1 or n not in ("wsld", "ipwd")],
+    [
+        (name, case)
+        for name in WEIGHTINGS
+        for case, (distance, _) in hostile().items()
+        if name not in (BY_REGION if distance.dim() == 1 else ("wsld", "ipwd"))
+    ],
 )
 def test_hostile_values_get_finite_weights(name, case):
     distance, seen = hostile()[case]
@@ -280,7 +288,7 @@ def test_hostile_values_get_finite_weights(name, case):
         assert torch.isfinite(weight).all() and (weight >= 0).all()
         if distance.dim() == 2:
             assert (weight[~seen.valid] == 0).all()
-        if name in OF_PATCHES:  # an image without valid patches has no mean
+        if name in OF_PATCHES + BY_REGION:  # an image without valid patches has no mean
             mean = weight.sum(1) / seen.valid.sum(1) if distance.dim() == 2 else weight.mean()
             torch.testing.assert_close(mean.nan_to_num(1), torch.ones_like(mean), rtol=1e-5, atol=1e-5)
 

@@ -23,6 +23,7 @@ EXPECTED = {
     "digits": (28, "kd", {"objective"}),
     "finetune": (3, "scratch", {"student", "optimizer"}),
     "imagenet_srw": (2, "kd", {"objective.teacher.weighting"}),
+    "sam_mini_compensate": (9, "mse", WEIGHTING),
     "sam_mini_standardize": (4, "mse", {"objective.embedding.standardize", "objective.embedding.distance"}),
     "sam_mini_weightings": (12, "mse", WEIGHTING),
 }

@@ -67,7 +67,19 @@ PAGES = {  # by kind, as in fmdistill.catalog
         "How student and teacher are compared. [Distances and weightings](../objectives.md) says how terms are put "
         "together.",
     ),
-    "weighting": Page("Weightings", "How much each image or patch counts."),
+    "weighting": Page(
+        "Weightings",
+        "How much each image or patch counts.",
+        (
+            (
+                "until",
+                "the share of the run's steps after which weights are uniform "
+                "([schedules](../objectives.md#schedules-and-mixtures))",
+            ),
+            ("fade", "whether they become so steadily, from the first step until `until`"),
+            ("mix", "the share of uniform weights in the whole run"),
+        ),
+    ),
     "rectify": Page("Rectifiers", "Corrections of the teacher's output before it is compared."),
     "optimizer": Page("Optimizers", "How the weights are updated."),
     "schedule": Page("Schedules", "The learning rate's factor over the steps."),

@@ -69,9 +69,10 @@ class Batch(_Filled, total=False):
     (H, W) of the decoded images. `labels` are int64 (B,), -1 for an image without one; `label_values` are the same on
     the CPU, so that looking at them does not wait for a GPU. `outputs` are the teacher's by name, such as
     "sam.embedding", (B, C, g, g) or (B, D) float32; empty until a cache or a live teacher fills them. `stored` is what
-    a cache has read for them. Training adds `whole`, the teacher's vectors for all images of the optimizer step, and
-    `epoch`, the number of epochs done, with its fraction. A batch for several teachers has `views`, the batch of each,
-    and `stored_views` instead of pixels and outputs of its own.
+    a cache has read for them. Training adds `whole`, the teacher's vectors for all images of the optimizer step,
+    `epoch`, the number of epochs done, with its fraction, and `progress`, the share of the run's steps done before this
+    one, in [0, 1). A batch for several teachers has `views`, the batch of each, and `stored_views` instead of pixels
+    and outputs of its own.
     """
 
     stored: StoredOutputs
@@ -79,6 +80,7 @@ class Batch(_Filled, total=False):
     views: dict[str, "Batch"]
     whole: dict[str, Tensor]
     epoch: float
+    progress: float
 
 
 class Data(Protocol):

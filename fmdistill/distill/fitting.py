@@ -87,7 +87,7 @@ def _fits(
                 batch = batch if complete is None else complete(batch)
                 batch["whole"] = {} if shared is None else shared(batch)
                 with engine.autocast():
-                    loss = task({**batch, "epoch": 0.0})["loss"]
+                    loss = task({**batch, "epoch": 0.0, "progress": 0.0})["loss"]
                 loss.backward()
                 optimizer.step()
         del held

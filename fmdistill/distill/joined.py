@@ -72,7 +72,7 @@ class SeveralTeachers(nn.Module):
         """Return {"loss": the sum, and each task's losses and statistics as "teacher/name"}."""
         losses: dict[str, Tensor] = {}
         for name, task in self.tasks.items():
-            view: Any = {**_views(batch)[name], "epoch": batch.get("epoch")}
+            view: Any = {**_views(batch)[name], "epoch": batch.get("epoch"), "progress": batch.get("progress")}
             if prefix_removed := {
                 key.removeprefix(f"{name}/"): value
                 for key, value in (batch.get("whole") or {}).items()

@@ -14,6 +14,9 @@ from fmdistill.distill.rectifiers import RECTIFIERS, Priors
 from fmdistill.distill.seen import Seen, teacher_name
 from fmdistill.distill.standardize import Standardizer
 from fmdistill.distill.weightings import WEIGHTINGS, Learned
+from fmdistill.distill.weightings.blend import Blend, bind_weighting, blended, check_values
+from fmdistill.distill.weightings.regions import no_regions
+from fmdistill.distill.weightings.uniform import Uniform
 from fmdistill.logs import log
 from fmdistill.registry import UserError, bind, complete, typed
 
@@ -53,7 +56,7 @@ class Term(nn.Module):
     ) -> None:
         super().__init__()
         self.settings, self.standardizer = settings, standardizer
-        distance, weighting, rectify = _bound(settings, where)
+        distance, weighting, rectify, self.blend = _bound(settings, where)
         known = {"priors": priors, **shapes_of(settings.output, shapes)}
         why = f": output={settings.output}. Known: {', '.join(sorted(shapes)) or 'none'}"
         self.rectify = rectify and complete(rectify, known, f"{where}.rectify", why)
@@ -87,9 +90,7 @@ class Term(nn.Module):
                     f"on the teacher's grid"
                 )
             seen = dataclasses.replace(seen, valid=torch.ones_like(distance, dtype=torch.bool))
-        weight = self.weighting(distance.detach(), seen)
-        self._check(weight, distance, seen.valid)
-        return distance, weight, seen
+        return distance, self._weight(distance.detach(), seen), seen
 
     def focus(self, seen: Seen) -> Seen:
         """Return the term's view of a batch, rectified, on the teacher's own scale."""
@@ -99,6 +100,15 @@ class Term(nn.Module):
     def standardised(self, seen: Seen) -> Seen:
         """Return the term's view with both compared outputs in the units in which the distance compares them."""
         return seen if self.standardizer is None else seen.mapped(self.standardizer)
+
+    def _weight(self, distance: Tensor, seen: Seen) -> Tensor:
+        """Return the weights of the detached distance at this time of the run."""
+        share = self.blend.share(seen.progress)
+        if share == 1:
+            return Uniform()(distance, seen)
+        weight = self.weighting(distance, seen)
+        self._check(weight, distance, seen.valid)
+        return blended(weight, distance, seen, share)
 
     def _check(self, weight: Tensor, distance: Tensor, valid: Tensor | None) -> None:
         """Raise a UserError for weights of a wrong shape; check their values once only, since that makes a GPU wait."""
@@ -151,7 +161,7 @@ class Objective(nn.Module):
         super().__init__()
         terms = check(settings).items()
         for name, term in terms:
-            _check_padding(term, f"objective.{name}", shapes_of(term.output, shapes or {}))
+            _check_vectors(term, f"objective.{name}", shapes_of(term.output, shapes or {}))
         self.terms = nn.ModuleDict(
             {
                 name: Term(term, f"objective.{name}", shapes or {}, priors, standardizers.get(name))
@@ -175,12 +185,12 @@ class Objective(nn.Module):
 
 
 def check(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, TermSettings]:
-    """Return the typed settings of every term; bind its components, without reading data."""
+    """Return the typed settings of every term; bind its components and check their values, without reading data."""
     if not settings:
         raise UserError("objective: has no term; a recipe that distils needs one, such as objective.embedding")
     terms = {name: TermSettings(**typed(TermSettings, s, f"objective.{name}")) for name, s in settings.items()}
     for name, term in terms.items():
-        _bound(term, f"objective.{name}")
+        check_values(_bound(term, f"objective.{name}")[1], f"objective.{name}")
     return terms
 
 
@@ -195,14 +205,18 @@ def check_trimmed(settings: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def check_vectors(settings: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise a UserError for a term that excludes padding, given a teacher whose outputs are all vectors."""
+    """Raise a UserError for a term that needs patches, given a teacher whose outputs are all vectors."""
     for name, term in check(settings).items():
-        _check_padding(term, f"objective.{name}", {"student": (1,), "teacher": (1,)})
+        _check_vectors(term, f"objective.{name}", {"student": (1,), "teacher": (1,)})
 
 
-def _check_padding(term: TermSettings, where: str, shapes: Mapping[str, Any]) -> None:
+def _check_vectors(term: TermSettings, where: str, shapes: Mapping[str, Any]) -> None:
     known = [shape for shape in (shapes["student"], shapes["teacher"]) if shape is not None]
-    if term.padding == "exclude" and known and all(len(shape) == 1 for shape in known):
+    if not known or any(len(shape) > 1 for shape in known):
+        return
+    if getattr(_bound(term, where)[1].func, "needs_patches", False):
+        raise no_regions(term.output, f"{where}.weighting.name={term.weighting['name']}")
+    if term.padding == "exclude":
         raise UserError(
             f"{where}.padding=exclude: ignored, since output={term.output} is one vector per image and has no "
             f"padded patches; remove `padding`"
@@ -215,11 +229,13 @@ def needs_priors(settings: Mapping[str, Mapping[str, Any]]) -> bool:
     return any(rectify and "priors" in inspect.signature(rectify.func).parameters for rectify in rectifiers)
 
 
-def _bound(term: TermSettings, where: str) -> tuple[Any, Any, Any]:
+def _bound(term: TermSettings, where: str) -> tuple[Any, Any, Any, Blend]:
+    weighting, blend = bind_weighting(term.weighting, f"{where}.weighting", SHAPES)
     return (
         bind(term.distance, DISTANCES, f"{where}.distance", SHAPES),
-        bind(term.weighting, WEIGHTINGS, f"{where}.weighting", SHAPES),
+        weighting,
         term.rectify and bind(term.rectify, RECTIFIERS, f"{where}.rectify", (*SHAPES, "priors")),
+        blend,
     )
 
 

@@ -24,7 +24,8 @@ from fmdistill.distill.tasks import Distill, distill_job
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError
 
-MASKS, PATCHES, CELLS, TOKENS = "masks", "mask_patches", "cells", "mask_tokens"  # outputs for an objective's terms
+# outputs for an objective's terms, and the cells that hold real pixels
+MASKS, PATCHES, TOKENS, IOU, CELLS = "masks", "mask_patches", "mask_tokens", "mask_iou", "cells"
 
 
 @dataclass(frozen=True)
@@ -102,25 +103,26 @@ def check(recipe: Recipe, settings: dict[str, Any]) -> None:
         )
     if not mask_terms(recipe):
         raise UserError(
-            f"task.name=refine: no term of the objective has output={MASKS} or output={PATCHES}, so no mask would be "
-            "compared; add one, such as objective.masks={output: masks, distance: {name: mask}, weighting: {name: "
-            "uniform}}, or use task distill"
+            f"task.name=refine: no term of the objective has output={MASKS}, {PATCHES}, {TOKENS} or {IOU}, so no mask "
+            "would be compared; add one, such as objective.masks={output: masks, distance: {name: mask}, weighting: "
+            "{name: uniform}}, or use task distill"
         )
 
 
 def mask_terms(recipe: Recipe) -> list[str]:
     """Return the names of the objective's terms that compare masks."""
     terms = objective.check(recipe.objective).items() if recipe.objective else ()
-    return [name for name, term in terms if term.output in (MASKS, PATCHES)]
+    return [name for name, term in terms if term.output in (MASKS, PATCHES, TOKENS, IOU)]
 
 
 class Refine(Distill):
     """Student and objective, which sees the masks of both embeddings for the same prompts.
 
     To the outputs of `Distill` it adds, for K masks of an image, those of all its prompts and rounds: "masks", logits
-    (B, K, n, n) of student and teacher; the same as "mask_patches", whose padding is known; the teacher's
-    "mask_tokens" (B, C, K, 1), from which its masks are made; and "cells", bool (B, n, n), the cells of the masks that
-    hold any real pixel. The teacher's head is outside of the state and of the optimizer.
+    (B, K, n, n) of student and teacher; the same as "mask_patches", whose padding is known; "mask_tokens" (B, C, K, 1),
+    from which the masks are made; "mask_iou" (B, 1, K, 1), the predicted IoU, by which a mask is chosen; and "cells",
+    bool (B, n, n), the cells of the masks that hold any real pixel. The teacher's head is outside of the state and of
+    the optimizer.
     """
 
     def __init__(
@@ -137,7 +139,8 @@ class Refine(Distill):
         if (own := own_head(self.student)) is not None:
             own.requires_grad_(prompting.head == "trained")
             own.prompt_encoder.requires_grad_(False)
-            own.mask_decoder.iou_prediction_head.requires_grad_(False)  # no loss is of its predictions
+            if not any(term.settings.output == IOU for _, term in self.objective.items()):
+                own.mask_decoder.iou_prediction_head.requires_grad_(False)  # no loss is of its predictions
 
     def see(self, batch: Batch) -> Seen:
         """Return what the objective sees of a batch, with the masks of its prompts.
@@ -156,16 +159,17 @@ class Refine(Distill):
             parts = [prompts.taken(v, chosen) for v, chosen in zip(values, compared, strict=True)]
             return torch.cat([part.flatten(0, 1).unflatten(0, (len(sizes), -1)) for part in parts], 1)
 
-        student_BKnn = joined([student.logits for student, _ in pairs])
-        teacher_BKnn = joined([teacher.logits for _, teacher in pairs])
-        tokens_BKC = joined([teacher.tokens for _, teacher in pairs])
-        outputs = {
-            **seen.outputs,
-            **{f"student.{name}": student_BKnn for name in (MASKS, PATCHES)},
-            **{f"{family}.{name}": teacher_BKnn for name in (MASKS, PATCHES)},
-            f"{family}.{TOKENS}": tokens_BKC.transpose(1, 2)[..., None],
-            f"{family}.{CELLS}": self._real(sizes, student_BKnn.shape[-1]),
-        }
+        outputs = dict(seen.outputs)
+        for name, answers in (("student", [pair[0] for pair in pairs]), (family, [pair[1] for pair in pairs])):
+            logits_BKnn = joined([answer.logits for answer in answers])
+            tokens_BKC = joined([answer.tokens for answer in answers])
+            outputs |= {
+                f"{name}.{MASKS}": logits_BKnn,
+                f"{name}.{PATCHES}": logits_BKnn,
+                f"{name}.{TOKENS}": tokens_BKC.transpose(1, 2)[..., None],
+                f"{name}.{IOU}": joined([answer.iou for answer in answers])[:, None, :, None],
+            }
+        outputs[f"{family}.{CELLS}"] = self._real(sizes, outputs[f"student.{MASKS}"].shape[-1])
         grids = {**seen.grids, f"{family}.{PATCHES}": self.preprocess.valid(sizes).flatten(1)}
         return replace(seen, outputs=outputs, grids=grids)
 

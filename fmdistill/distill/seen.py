@@ -20,7 +20,8 @@ class Seen:
     their map. `whole` holds the teachers' vectors (G, D) for the G images of the whole optimizer step, over processes
     and accumulation. `label` is (B,) int64, -1 for an image without a label, and None if no image has one;
     `label_values` are the same on the CPU, so that reading them makes no GPU wait. `keys` are the images' keys, and
-    `epoch` is the number of epochs done, with its fraction; None outside of training.
+    `epoch` is the number of epochs done, with its fraction; `progress` is the share of the run's steps done before this
+    one, in [0, 1). Both are None outside of training.
     """
 
     outputs: Mapping[str, Tensor]
@@ -33,6 +34,7 @@ class Seen:
     label_values: Sequence[int] = ()
     grids: Mapping[str, Tensor] = field(default_factory=dict)
     similarity: Mapping[str, Tensor] = field(default_factory=dict)
+    progress: float | None = None
 
     @property
     def labelled(self) -> int:

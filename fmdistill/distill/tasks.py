@@ -70,6 +70,7 @@ class Distill(nn.Module):
             label=batch["labels"] if any(value >= 0 for value in label_values) else None,
             keys=batch["keys"],
             epoch=batch.get("epoch"),
+            progress=batch.get("progress"),
             label_values=label_values,
             grids={name: self._grid(name, value, sizes) for name, value in teacher.items() if value.dim() > 2},
             similarity={of: batch["outputs"][name] for name, output in self.outputs.items() if (of := output.of)},

@@ -3,7 +3,7 @@
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, nullcontext
 from functools import partial
 
@@ -41,11 +41,11 @@ def fit(
     """Train `task` on `data` for the recipe's steps, resuming from the run's newest checkpoint; return the steps.
 
     With `train.ema`, the task has the moving average of its weights afterwards. `complete` adds values to each
-    micro-batch on its device; batch["epoch"] is the number of epochs done. The tensors that `shared` returns for each
-    micro-batch are gathered over all processes and all accumulation, and every micro-batch of the step has them as
-    batch["whole"], in the order of the global batch. An objective that needs no more of other images thus has the same
-    gradient for any number of processes and any accumulation. BatchNorm in train mode is an exception: its statistics
-    are one micro-batch's.
+    micro-batch on its device; batch["epoch"] is the number of epochs done, batch["progress"] the share of the steps
+    done before this one. The tensors that `shared` returns for each micro-batch are gathered over all processes and all
+    accumulation, and every micro-batch of the step has them as batch["whole"], in the order of the global batch. An
+    objective that needs no more of other images thus has the same gradient for any number of processes and any
+    accumulation. BatchNorm in train mode is an exception: its statistics are one micro-batch's.
     """
     accelerator = engine.accelerator
     recipe = choose_parts(task.to(accelerator.device).train(), data, recipe, engine, shared, complete)
@@ -71,7 +71,7 @@ def fit(
             with naming_memory(step, engine):
                 with files.saving_if_stopped(step, undo=True):
                     micro_batches = step_batches(parts, engine, shared, complete)
-                    losses = _backward(model, micro_batches, engine, state.finite, (step + 1) / plan.steps_per_epoch)
+                    losses = _backward(model, micro_batches, engine, state.finite, _when(step, steps, plan))
                 norm: Tensor = accelerator.clip_grad_norm_(model.parameters(), settings.clip or math.inf)  # type: ignore
                 check_first_step(step, task, losses, norm, settings.best)
                 state.update(step, norm)
@@ -155,17 +155,22 @@ def _plan(data: Data, recipe: Recipe, engine: Engine) -> Batches:
     return Batches(counts, settings.batch_size, recipe.seed, settings.window, accumulate=settings.parts, **place)
 
 
+def _when(step: int, steps: int, plan: Batches) -> dict[str, float]:
+    """Return the epochs done with this step, and the share of the run's steps done before it."""
+    return {"epoch": (step + 1) / plan.steps_per_epoch, "progress": step / steps}
+
+
 def _backward(
-    model: nn.Module, parts: Iterator[Batch], engine: Engine, finite: FiniteSteps, epoch: float
+    model: nn.Module, parts: Iterator[Batch], engine: Engine, finite: FiniteSteps, when: Mapping[str, float]
 ) -> dict[str, Tensor]:
-    """Accumulate the gradients of one step; return its losses, averaged over its micro-batches."""
+    """Accumulate the gradients of one step, `when` in the run; return its losses, averaged over its micro-batches."""
     accelerator, accumulate = engine.accelerator, engine.settings.parts
     sums: dict[str, Tensor] = {}
     for part, batch in enumerate(parts):
         last = part == accumulate - 1
         with nullcontext() if last else accelerator.no_sync(model):
             with engine.autocast():
-                losses = model({**batch, "epoch": epoch})
+                losses = model({**batch, **when})
             accelerator.backward(finite.scaled(losses["loss"], batch["keys"], accumulate))
         for name, value in losses.items():
             sums[name] = sums.get(name, torch.zeros_like(value.detach())) + value.detach() / accumulate

@@ -129,7 +129,7 @@ def _steps(recipe: Recipe, job: Job, engine: Engine, parts: Iterable[Batch], ste
         complete = None if "stored" not in ready[0] else job.complete
         for batch in step_batches(iter(ready), engine, job.shared, complete):
             with engine.autocast():
-                loss = task({**batch, "epoch": 0.0})["loss"]
+                loss = task({**batch, "epoch": 0.0, "progress": 0.0})["loss"]
             (loss / accumulate).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -14,6 +14,7 @@ from fmdistill.distill.distances import DISTANCES
 from fmdistill.distill.optim import OPTIMIZERS, SCHEDULES
 from fmdistill.distill.rectifiers import RECTIFIERS
 from fmdistill.distill.weightings import WEIGHTINGS
+from fmdistill.distill.weightings.blend import bind_weighting
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError, bind, parse
 from fmdistill.settings import flat, parse_recipe_name
@@ -83,12 +84,20 @@ def settled(settings: Recipe) -> dict[str, Any]:
 def _filled(value: Any, key: str) -> Any:
     if isinstance(value, Mapping):
         if key in TABLES and "name" in value:
-            component = bind(value, TABLES[key], key, SUPPLIED)
+            component, shared = _bound(value, key)
             parameters = inspect.signature(component.func).parameters.values()
             defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-            value = {"name": value["name"], **defaults, **component.keywords}
+            value = {"name": value["name"], **shared, **defaults, **component.keywords}
         return {name: _filled(inner, name) for name, inner in value.items()}
     return _read(value) if isinstance(value, str) else value
+
+
+def _bound(value: Mapping[str, Any], key: str) -> tuple[functools.partial, dict[str, Any]]:
+    """Return a component with its arguments bound, and the settings of its kind that are none of its arguments."""
+    if key == "weighting":
+        weighting, blend = bind_weighting(value, key, SUPPLIED)
+        return weighting, dataclasses.asdict(blend)
+    return bind(value, TABLES[key], key, SUPPLIED), {}
 
 
 @functools.lru_cache(maxsize=4096)

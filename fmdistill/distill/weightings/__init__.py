@@ -14,6 +14,8 @@ from fmdistill.distill.weightings.hard_discarding import HardDiscarding
 from fmdistill.distill.weightings.hard_mining import HardMining
 from fmdistill.distill.weightings.ipwd import IPWD
 from fmdistill.distill.weightings.masks import HardMask, MaskArea
+from fmdistill.distill.weightings.region_balance import RegionBalance
+from fmdistill.distill.weightings.regional_srw import RegionalSRW
 from fmdistill.distill.weightings.soft_exp import SoftExp
 from fmdistill.distill.weightings.soft_poly import SoftPoly
 from fmdistill.distill.weightings.srw import SRW
@@ -44,6 +46,8 @@ class Learned(Protocol):
 WEIGHTINGS: dict[str, Callable[..., Weighting]] = {
     "uniform": Uniform,
     "srw": SRW,
+    "regional_srw": RegionalSRW,
+    "region_balance": RegionBalance,
     "sum_normalizer": SumNormalizer,
     "soft_exp": SoftExp,
     "soft_poly": SoftPoly,

@@ -10,6 +10,8 @@ from fmdistill.distill.seen import Seen
 from fmdistill.distill.weightings.groups import Group, grouped, mean_one
 from fmdistill.registry import UserError
 
+OUTPUTS = ("masks", "mask_tokens", "mask_iou")  # outputs with a value for each mask
+
 
 @dataclass(frozen=True)
 class HardMask:
@@ -56,11 +58,13 @@ class MaskArea:
 
 def masks(seen: Seen, weighting: str) -> tuple[Tensor, Tensor]:
     """Return the student's and the teacher's masks, bool (B, K, n, n); UserError if the term compares no masks."""
-    if seen.output.rpartition(".")[2] != "masks":
-        raise UserError(f"weighting.name={weighting}: weighs masks, but the term has output={seen.output}; use masks")
+    output = seen.output.rpartition(".")[2]
+    if output not in OUTPUTS:
+        raise UserError(
+            f"weighting.name={weighting}: weighs masks, but the term has output={seen.output}; use {', '.join(OUTPUTS)}"
+        )
     real = seen.teacher("cells")[:, None]
-    student, teacher = seen.pair()
-    return (student.detach() > 0) & real, (teacher > 0) & real
+    return (seen.student("masks").detach() > 0) & real, (seen.teacher("masks") > 0) & real
 
 
 def by_group(raw_BK: Tensor, distance: Tensor, seen: Seen, group: Group | None) -> Tensor:

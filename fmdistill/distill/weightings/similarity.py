@@ -26,7 +26,7 @@ def similarities(
     """
     name, patches = feature or seen.output, distance.dim() == 2
     vectors, group = seen.teacher(name), group or ("image" if patches else "global_batch")
-    _check(group, name, seen, distance, vectors)
+    check_feature(group, name, seen, distance, vectors)
     if not patches:
         return sample_similarity(vectors, seen.whole_teacher(name) if group == "global_batch" else vectors)
     assert seen.valid is not None
@@ -56,7 +56,8 @@ def spread(similarity: Tensor, valid: Tensor) -> Tensor:
     return (((similarity - mean_R1).square() * valid).sum(1, keepdim=True) / count_R1).sqrt().clamp_min(ROUNDING)
 
 
-def _check(group: Group, feature: str, seen: Seen, distance: Tensor, vectors: Tensor) -> None:
+def check_feature(group: Group, feature: str, seen: Seen, distance: Tensor, vectors: Tensor) -> None:
+    """Raise a UserError if the entries of a distance cannot be weighed by the teacher's output `feature`, `vectors`."""
     kinds, patches, map_feature = (
         ("one vector per image", "one vector per patch"),
         distance.dim() == 2,
