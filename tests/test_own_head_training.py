@@ -123,11 +123,27 @@ def test_optimizers_train_the_head_at_the_full_rate(folder, kind):
     assert len(moved) > 0.9 * len(head)
 
 
+TERMS = {
+    "masks": "{output: masks, distance: {name: mask}, weighting: {name: uniform}}",
+    "patches": "{output: mask_patches, distance: {name: mask_patches}, weighting: {name: uniform}}",
+    "tokens": "{output: mask_tokens, distance: {name: mse}, weighting: {name: uniform}}",
+    "iou": "{output: mask_iou, distance: {name: mse}, weighting: {name: uniform}}",
+}
+
+
 @pytest.mark.parametrize("masks", ["all", "best"])
-def test_every_trained_parameter_of_the_head_has_a_gradient(folder, masks):
-    job, batch = second_stage.job_and_batch(trained(folder, f"task.masks={masks}"))
+@pytest.mark.parametrize("term", TERMS)
+def test_every_trained_parameter_has_a_gradient_or_several_processes_could_not_train(folder, term, masks):
+    objective = f"objective={{a: {TERMS[term]}}}"
+    job, batch = second_stage.job_and_batch(
+        trained(folder, "student.name=tiny:Student", objective, f"task.masks={masks}")
+    )
     job.task.train()(batch)["loss"].backward()
-    assert all(p.grad is not None for p in job.task.parameters() if p.requires_grad)
+    without = [name for name, p in job.task.named_parameters() if p.requires_grad and p.grad is None]
+    assert not without and learning(job)
+    unused = [name for name, p in job.task.named_parameters() if not p.requires_grad and "mask_decoder" in name]
+    assert any("iou_prediction_head" in name for name in unused) is (term != "iou")
+    assert any("output_upscaling" in name for name in unused) is (term in ("tokens", "iou"))
 
 
 class Killed(Exception):

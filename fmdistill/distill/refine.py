@@ -26,6 +26,7 @@ from fmdistill.registry import UserError
 
 # outputs for an objective's terms, and the cells that hold real pixels
 MASKS, PATCHES, TOKENS, IOU, CELLS = "masks", "mask_patches", "mask_tokens", "mask_iou", "cells"
+WHOLE_MASKS = (MASKS, TOKENS, IOU)  # those with one value for each mask, which is no place in the image
 
 
 @dataclass(frozen=True)
@@ -139,8 +140,13 @@ class Refine(Distill):
         if (own := own_head(self.student)) is not None:
             own.requires_grad_(prompting.head == "trained")
             own.prompt_encoder.requires_grad_(False)
-            if not any(term.settings.output == IOU for _, term in self.objective.items()):
-                own.mask_decoder.iou_prediction_head.requires_grad_(False)  # no loss is of its predictions
+            # what no loss is of: a parameter without a gradient would stop several processes
+            decoder, compared = own.mask_decoder, {term.settings.output for _, term in self.objective.items()}
+            if IOU not in compared:
+                decoder.iou_prediction_head.requires_grad_(False)
+            if not compared & {MASKS, PATCHES}:
+                decoder.output_upscaling.requires_grad_(False)
+                decoder.output_hypernetworks_mlps.requires_grad_(False)
 
     def see(self, batch: Batch) -> Seen:
         """Return what the objective sees of a batch, with the masks of its prompts.

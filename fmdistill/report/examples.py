@@ -16,7 +16,7 @@ from fmdistill.backbones.promptable import PromptHead
 from fmdistill.cache import Cache, open_cache
 from fmdistill.cache.batch import Batch
 from fmdistill.cache.dataset import CachedImages
-from fmdistill.distill.refine import MASKS
+from fmdistill.distill.refine import WHOLE_MASKS
 from fmdistill.distill.seen import Seen
 from fmdistill.distill.student import own_head
 from fmdistill.distill.tasks import Distill, open_task
@@ -144,7 +144,7 @@ def _weights(run: Opened, seen: Seen, g: int) -> dict[str, np.ndarray]:
         for name, weight, focused in term_weights(run, seen)
         if weight.dim() == 2
         and weight.shape[1] == g * g
-        and focused.output.rpartition(".")[2] != MASKS
+        and focused.output not in WHOLE_MASKS
         and float(weight[focused.valid].std()) > 0
     }
 
