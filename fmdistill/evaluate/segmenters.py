@@ -149,7 +149,7 @@ class Segmenters:
             assert used is not None
             # a head that was trained with its student is for images prepared as its teacher's are
             of_teacher = preprocess is not None and (heads[name] is None or own_head(model) is not None)
-            prepares = preprocess if of_teacher else _own_preprocess(used)
+            prepares: Any = preprocess if of_teacher else _own_preprocess(used)
             subjects[name] = Segmenter(used.to(target).eval(), prepares, bound(embed, model.to(target), prepares))
         data = CachedImages(cache, "validation") if cache is not None else _whole(images or recipe.images)
         return cls(subjects, data, dict(_named(data)))
