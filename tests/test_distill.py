@@ -3,14 +3,10 @@
 import dataclasses
 import itertools
 import json
-import os
-import random
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
+import kills
 import pytest
 import tiny
 import torch
@@ -20,8 +16,6 @@ from fmdistill import distill, stop
 from fmdistill.distill import checkpoint, train
 from fmdistill.distill.student import load_student
 from fmdistill.registry import UserError
-
-TESTS = Path(__file__).parent
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -90,30 +84,8 @@ def test_sigkill_at_twenty_moments_leaves_the_same_weights_and_log(cached):
     settings = ["train.steps=400", "train.checkpoint_every=10", "train.validate_every=40"]  # more than 20 kills allow
     settings += ["train.ema=0.9", "student.name=spoiled:NanImage"]
     whole = distill.run(tiny.load(cached, f"out={cached}/whole", *settings))
-    path = tiny.write(cached)
     run = cached / "killed"
-    code = "import sys; from fmdistill.cli import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, "distill", str(path), f"out={run}", *settings]
-    env = {**os.environ, "PYTHONPATH": f"{TESTS}:{TESTS.parent}", "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    kills, rng = 0, random.Random(0)
-    for _ in range(200):
-        process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        if kills < 20:
-            started = time.monotonic()
-            log = run / "metrics.jsonl"
-            seen, steps = (log.stat().st_size if log.exists() else 0), rng.uniform(-2, 12)
-            # Let it get a little further than before, then kill it somewhere.
-            while process.poll() is None and time.monotonic() - started < 60:
-                time.sleep(rng.uniform(0, 0.03))
-                if log.exists() and log.stat().st_size > seen + 240 * steps:
-                    break
-            if process.poll() is None:
-                process.send_signal(signal.SIGKILL)
-                kills += 1
-        process.wait()
-        if process.returncode == 0:
-            break
-    assert kills == 20
+    assert kills.distil(tiny.write(cached), run, settings) == 20
     assert same(weights(whole), weights(run)) and rows(whole) == rows(run)
     assert rows(run)[-2]["skipped"] > 100
 

@@ -17,6 +17,7 @@ from fmdistill.distill import prompts, refine, tasks
 from fmdistill.distill.distances.mask import Mask, MaskChoice
 from fmdistill.distill.student import load_student, own_head
 from fmdistill.distill.weightings.masks import MaskArea
+from fmdistill.files import write_whole
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError
 
@@ -32,7 +33,7 @@ def load(folder: Path, *overrides: str, task: str = "{name: refine, prompts: 3}"
         + text[text.index("optimizer:") :]
         + ("objective: {masks: {output: masks, distance: {name: mask}, weighting: {name: uniform}}}\n")
     )
-    (folder / "refine.yaml").write_text(text)
+    write_whole(folder / "refine.yaml", text)  # several processes of a launcher write and read it
     return recipes.load(folder / "refine.yaml", overrides)
 
 

@@ -36,13 +36,17 @@ class PromptedImages:
     def item(self, epoch: int, shard: int, index: int) -> Mapping[str, Any]:
         """Return one image without its outputs, and "draws", float32 (P, 4 + R) in [0, 1)."""
         sample = self.images.item(epoch, shard, index)
-        rng = np.random.default_rng([self.seed, epoch, zlib.crc32(sample["keys"].encode())])
-        draws = rng.random((self.prompts, FIRST_ROUND + self.rounds), np.float32)
-        return {**sample, DRAWS: torch.from_numpy(draws)}
+        return {**sample, DRAWS: draw(sample["keys"], self.prompts, self.rounds, self.seed, epoch)}
 
     def read_batch(self, places: Sequence[Place]) -> Mapping[str, Any]:
         """Return the outputs of `places` as they are stored."""
         return self.images.read_batch(places)
+
+
+def draw(key: str, prompts: int, rounds: int, seed: int = 0, epoch: int = 0) -> Tensor:
+    """Return the random numbers of one image's prompts, float32 (P, 4 + R) in [0, 1)."""
+    rng = np.random.default_rng([seed, epoch, zlib.crc32(key.encode())])
+    return torch.from_numpy(rng.random((prompts, FIRST_ROUND + rounds), np.float32))
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from fmdistill.registry import UserError
 
 # outputs for an objective's terms, and the cells that hold real pixels
 MASKS, PATCHES, TOKENS, IOU, CELLS = "masks", "mask_patches", "mask_tokens", "mask_iou", "cells"
+WHOLE_MASKS = (MASKS, TOKENS, IOU)  # those with one value for each mask, which is no place in the image
 
 
 @dataclass(frozen=True)
@@ -139,11 +140,21 @@ class Refine(Distill):
         if (own := own_head(self.student)) is not None:
             own.requires_grad_(prompting.head == "trained")
             own.prompt_encoder.requires_grad_(False)
-            if not any(term.settings.output == IOU for _, term in self.objective.items()):
-                own.mask_decoder.iou_prediction_head.requires_grad_(False)  # no loss is of its predictions
+            # what no loss is of: a parameter without a gradient would stop several processes
+            decoder, compared = own.mask_decoder, {term.settings.output for _, term in self.objective.items()}
+            if IOU not in compared:
+                decoder.iou_prediction_head.requires_grad_(False)
+            if not compared & {MASKS, PATCHES}:
+                decoder.output_upscaling.requires_grad_(False)
+                decoder.output_hypernetworks_mlps.requires_grad_(False)
 
     def see(self, batch: Batch) -> Seen:
-        """Return what the objective sees of a batch, with the masks of its prompts."""
+        """Return what the objective sees of a batch, with the masks of its prompts.
+
+        The prompts of a batch without random numbers, such as one of a report's images, depend on its keys alone.
+        """
+        if DRAWS not in batch:
+            batch = self._with_draws(batch)
         seen, sizes = super().see(batch), batch["sizes"]
         (family,) = {name.partition(".")[0] for name in self.outputs}
         pairs = self._answers(seen.outputs["student.embedding"], seen.teacher("embedding"), batch)
@@ -167,6 +178,11 @@ class Refine(Distill):
         outputs[f"{family}.{CELLS}"] = self._real(sizes, outputs[f"student.{MASKS}"].shape[-1])
         grids = {**seen.grids, f"{family}.{PATCHES}": self.preprocess.valid(sizes).flatten(1)}
         return replace(seen, outputs=outputs, grids=grids)
+
+    def _with_draws(self, batch: Batch) -> Batch:
+        drawn = self.prompting.prompts * self.prompting.candidates
+        draws = [prompts.draw(key, drawn, self.prompting.rounds) for key in batch["keys"]]
+        return {**batch, DRAWS: torch.stack(draws).to(batch["pixels"].device)}  # type: ignore[typeddict-unknown-key]
 
     def _compared(self, teacher: Answers) -> Tensor:
         if self.prompting.masks == "best":

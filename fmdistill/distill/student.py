@@ -8,6 +8,7 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from fmdistill import recipe as recipes
@@ -35,6 +36,7 @@ STUDENTS: dict[str, Callable[..., nn.Module] | str] = {
 WHOLE_CLIPS = ("clip_mini",)  # students with both towers of a CLIP, which need no teacher's text tower
 WEIGHTS = "student.safetensors"
 HEAD = "prompt_head.json"  # beside the weights of a run that trained a mask decoder: its sizes
+PROMPT_HEAD = "prompt_head"  # the name of such a decoder in its student
 SHOWN = 2  # levels of modules that an error lists
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
@@ -64,15 +66,28 @@ def build(settings: Mapping[str, Any]) -> nn.Module:
 
 def own_head(student: nn.Module) -> PromptHead | None:
     """Return the mask decoder that was trained with the student, None if it uses its teacher's."""
-    head = getattr(student, "prompt_head", None)
+    head = getattr(student, PROMPT_HEAD, None)
     return head if isinstance(head, PromptHead) else None
+
+
+def detach_head(student: nn.Module) -> PromptHead | None:
+    """Remove the mask decoder that was trained with the student from it, and return it; None if it has none."""
+    head = own_head(student)
+    if head is not None:
+        delattr(student, PROMPT_HEAD)
+    return head
 
 
 def save(student: nn.Module, folder: Path) -> None:
     """Write the student's weights into a run's folder, which finishes it, after the sizes of its own mask decoder."""
     if (head := own_head(student)) is not None:
-        write_whole(folder / HEAD, json.dumps(head.config, indent=1) + "\n")
+        save_sizes(head, folder)
     checkpoint.save_state(student.state_dict(), folder / WEIGHTS)
+
+
+def save_sizes(head: PromptHead, folder: Path) -> None:
+    """Write the sizes of a student's own mask decoder into `folder`, beside the weights that contain it."""
+    write_whole(folder / HEAD, json.dumps(head.config, indent=1) + "\n")
 
 
 def check(settings: Mapping[str, Any]) -> None:
@@ -82,20 +97,30 @@ def check(settings: Mapping[str, Any]) -> None:
 
 
 def check_start(settings: Mapping[str, Any]) -> None:
-    """Raise a UserError if `pretrained` names a file or a run that does not exist."""
+    """Raise a UserError if `pretrained` names a file or a run that does not exist, or lacks its decoder's sizes."""
     start = settings.get("pretrained")
     if not isinstance(start, str) or not (start.endswith(SUFFIXES) or "/" in start):
         return
     path = Path(start)
-    if not (path.is_file() or (path / WEIGHTS).is_file()):
+    weights = path if path.is_file() else path / WEIGHTS
+    if not weights.is_file():
         raise UserError(
             f"student.pretrained={start}: no such file or finished run; train it first, download it, or set it to none"
         )
+    if _holds_head(weights):
+        _head_beside(weights, f"student.pretrained={start}")
 
 
 def frozen_names(settings: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the names in `freeze`. Raises UserError if it is not a list of texts."""
-    return convert(settings.get("freeze", ()), tuple[str, ...], "student.freeze")
+    """Return the names in `freeze`. Raises UserError if it is not a list of texts, or names parts of a mask decoder."""
+    names = convert(settings.get("freeze", ()), tuple[str, ...], "student.freeze")
+    for name in names:
+        if name.partition(".")[0] == PROMPT_HEAD:
+            raise UserError(
+                f"student.freeze: '{name}' is of the student's own mask decoder, which task.head=frozen keeps as it is "
+                f"and task.head=trained trains; remove it here, and choose by task.head of task refine"
+            )
+    return names
 
 
 def freeze(student: nn.Module, names: Sequence[str]) -> None:
@@ -157,7 +182,7 @@ def build_untrained(settings: Mapping[str, Any]) -> nn.Module:
 
 def _bind(settings: Mapping[str, Any]) -> tuple[Callable[[], nn.Module], str | None]:
     """Return the student's bound builder, and the `pretrained` weights to load afterwards if the builder takes none."""
-    if "pretrained" not in settings or _takes_own(settings) and not _is_run(settings["pretrained"]):
+    if "pretrained" not in settings or _takes_own(settings) and not _is_own_state(settings["pretrained"]):
         return bind(settings, STUDENTS, "student"), None
     rest = {key: value for key, value in settings.items() if key != "pretrained"}
     start = convert(settings["pretrained"], str | None, "student.pretrained")
@@ -170,19 +195,49 @@ def _build_with_weights(settings: Mapping[str, Any], path: Path, way_out: str) -
     return student.eval()
 
 
-def _is_run(start: object) -> bool:
-    return isinstance(start, str) and (Path(start) / WEIGHTS).is_file()
+def _is_own_state(start: object) -> bool:
+    """Return whether `pretrained` names a finished run, or a file with a mask decoder that was trained with a student.
+
+    The builders of students that load weights themselves know neither.
+    """
+    return isinstance(start, str) and ((Path(start) / WEIGHTS).is_file() or _holds_head(Path(start)))
+
+
+def _holds_head(path: Path) -> bool:
+    if path.suffix != ".safetensors" or not path.is_file():
+        return False
+    try:
+        with safe_open(path, "pt") as file:
+            return any(f"{PROMPT_HEAD}." in name for name in file.keys())  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return False  # whoever reads all of it says why
 
 
 def _load_weights(student: nn.Module, path: Path, where: str, way_out: str) -> None:
-    if path.name == WEIGHTS and (config := path.with_name(HEAD)).is_file():
-        student.prompt_head = PromptHead.from_config(json.loads(config.read_text()))
-    state = read_state(path, where, student.state_dict().keys())
+    names = student.state_dict().keys()
+    state = read_state(path, where, names)
+    if any(name.startswith(f"{PROMPT_HEAD}.") for name in state.keys() - names):
+        setattr(student, PROMPT_HEAD, _head_beside(path, where))
     try:
         student.load_state_dict(state)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{where}: does not contain this student's weights ({reason}); {way_out}") from None
+
+
+def _head_beside(path: Path, where: str) -> PromptHead:
+    """Return a mask decoder of the sizes that are stored beside the weights `path`, frozen, with initial weights."""
+    sizes = path.with_name(HEAD)
+    if not sizes.is_file():
+        raise UserError(
+            f"{where}: contains the mask decoder that was trained with the student, but {sizes}, which states the "
+            f"decoder's sizes, is missing; copy it from the same run"
+        )
+    try:
+        head = PromptHead.from_config(json.loads(sizes.read_text()))
+    except (ValueError, TypeError, AssertionError) as error:
+        raise UserError(f"{sizes}: not the sizes of a mask decoder ({error}); copy it from the run again") from None
+    return head.requires_grad_(False)  # only task refine trains it
 
 
 def _takes_own(settings: Mapping[str, Any]) -> bool:

@@ -256,7 +256,10 @@ def open_task(run: str | Path, trust: bool = False) -> tuple[Job, Distill]:
     job = build(replace(saved, student={**saved.student, "pretrained": "none"}))
     if not isinstance(job.task, Distill) or not (Path(run) / students.WEIGHTS).is_file():
         raise UserError(f"{run}: not a finished run of task classify or distill, which has an objective to ask")
-    job.student.load_state_dict(students.load_student(run, trust).state_dict())
+    student = students.load_student(run, trust)
+    if (head := students.own_head(student)) is not None:
+        setattr(job.student, students.PROMPT_HEAD, head)
+    job.student.load_state_dict(student.state_dict())
     job.task.folded = True
     if job.task.objective.state_dict():
         path = checkpoint.learned(Path(run))

@@ -157,7 +157,7 @@ def run(protocol: str | Path, subject: str | Path, overrides: Overrides = ()) ->
         return rows
     check_folder(out, "the result")
     if exported:
-        student: nn.Module = open_student(artefact.read(subject))
+        student: nn.Module = _open_exported(subject, Path(recipe_path or ""), trust)
     elif weights == subject:
         whole = whole_sam(subject) if getattr(loaded.evaluator, "own_decoder", False) else None
         student = whole or students.load_checkpoint(recipe.student, subject)
@@ -168,6 +168,21 @@ def run(protocol: str | Path, subject: str | Path, overrides: Overrides = ()) ->
     if stores:
         loaded.evaluator.store_in(subject, weights, json.loads(path.read_text()))
     return rows
+
+
+def _open_exported(folder: Path, recipe_path: Path, trust: bool) -> nn.Module:
+    """Return an exported encoder, with the mask decoder that was trained with it, if any, from the recipe's run."""
+    student = open_student(artefact.read(folder))
+    if student.artefact.source.get("own_head"):
+        run = recipe_path.expanduser().parent
+        head = students.own_head(students.load_student(run, trust)) if (run / students.WEIGHTS).is_file() else None
+        if head is None:
+            raise UserError(
+                f"{folder}: was exported from a run that trained a mask decoder of its own, which protocols take from "
+                f"that run; add recipe=RUN/recipe.yaml of the exported run"
+            )
+        setattr(student, students.PROMPT_HEAD, head)
+    return student
 
 
 def run_together(protocol: str | Path, runs: Sequence[str | Path], trust: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""Score students by their masks for a grid of points, against the teacher's masks from the same prompt decoder.
+"""Score students by their masks for a grid of points, against the teacher's masks for the same points.
 
 Letters: P points, M masks of a prompt (1 or 3), C channels, g tokens a side, H x W original pixels,
 h x w resized pixels (before padding to SAM's square input).
@@ -9,6 +9,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -26,6 +27,7 @@ from fmdistill.evaluate.intervals import Means
 from fmdistill.evaluate.mask_choice import Resolution, binary, choose
 from fmdistill.evaluate.masks import Bits, iou, join, pack, to_rle
 from fmdistill.evaluate.results import Judged, Metric, Row
+from fmdistill.evaluate.segmenters import head_of
 from fmdistill.evaluate.stored_results import Partial
 from fmdistill.logs import log, progress
 from fmdistill.recipe import Recipe
@@ -33,10 +35,12 @@ from fmdistill.registry import UserError
 
 Select = Literal["single", "best_predicted", "paired", "oracle"]
 Advance = Callable[[int], object]
+NONE: Mapping[str, PromptHead] = MappingProxyType({})
 
 MIOU = (
     "mIoU × 100 of the masks that the student's and the teacher's embeddings give for the same k×k grid of points, "
-    "both through the teacher's prompt decoder; the teacher against itself scores 100."
+    "both through the teacher's prompt decoder, or the student's through its own if it has one; the teacher against "
+    "itself scores 100."
 )
 FEATURES = "Feature figures compare the embeddings themselves over the tokens that hold any real pixel."
 
@@ -71,6 +75,8 @@ class GridMiou:
         "cosine": Metric("feature", "cosine", better="higher", help=FEATURES),
         "mse": Metric("feature", "mse", better="lower", help=FEATURES),
     }
+
+    own_decoder: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Raise a UserError for settings that measure nothing."""
@@ -113,6 +119,10 @@ class GridMiou:
             )
         device = pick_device(self.device, "device")
         students = {name: student.to(device) for name, student in students.items()}
+        head = cache.head()
+        own = {name: trained for name, student in students.items() if (trained := head_of(student, recipe)) is not None}
+        for name, trained in own.items():
+            _check_sizes(name, trained, head)
         total = sum(len(shard.samples) for shard in cache.shards["validation"])
         done = partial.done if partial is not None else {}
         prompts, images = sum(k * k for k in self.grids), min(total, self.images or total)
@@ -121,7 +131,17 @@ class GridMiou:
         title, judged = f"grid_miou, {images} images", len(done) * prompts
         with progress(None, title, images * prompts, initial=judged, unit="prompt") as bar:
             cases = grid_cases.cases(cache, recipe, students, self.floors, device, done)
-            return run(self, cache.head(), cases, partial, bar.update)
+            return run(self, head, cases, partial, bar.update, own)
+
+
+def _check_sizes(name: str, own: PromptHead, teacher: PromptHead) -> None:
+    """Raise a UserError unless a student's own head takes images and embeddings of the teacher's sizes."""
+    for setting in ("image_size", "image_embedding_size", "embed_dim"):
+        if own.config[setting] != teacher.config[setting]:
+            raise UserError(
+                f"grid_miou: {name} has a mask decoder of {setting}={own.config[setting]}, its teacher's has "
+                f"{teacher.config[setting]}; judge it by the cache that it learned from, or by prompted_miou"
+            )
 
 
 def grid_points(k: int, original: Size) -> np.ndarray:
@@ -140,17 +160,19 @@ def compare(
     grid: int,
     protocol: GridMiou = GridMiou(),
     advance: Advance = lambda prompts: None,
+    own: Mapping[str, PromptHead] = NONE,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Return each student's IoU at every point, float64 (grid * grid,), and each bucket's members, bool (grid * grid,).
 
-    `advance` is called with the number of prompts of each finished batch.
+    `head` is the teacher's, and `own` holds those of students that have one, of the same sizes. `advance` is called
+    with the number of prompts of each finished batch.
     """
     scores: dict[str, list[np.ndarray]] = {name: [] for name in students}
     buckets: dict[str, list[np.ndarray]] = defaultdict(list)
     pixels = _pixels(head, grid, original, resized, protocol)
     with torch.inference_mode():
         decode_teacher = image_decoder(head, teacher)
-        decoders = {name: image_decoder(head, embedding) for name, embedding in students.items()}
+        decoders = {name: image_decoder(own.get(name, head), embedding) for name, embedding in students.items()}
         prompts = _prompts(head, grid, original, resized, protocol.points_per_batch)
         for points, xy in stop.between(zip(prompts, pixels, strict=True)):
             masks = masks_at(teacher_protocol(protocol), head, decode_teacher, points, original, resized)
@@ -200,20 +222,22 @@ def run(
     cases: Iterable[Case],
     partial: Partial | None = None,
     advance: Advance = lambda prompts: None,
+    own: Mapping[str, PromptHead] = NONE,
 ) -> Judged:
     """Score the cases; return rows, and details {"images": one per image and subject, "masks": the first grid's RLE}.
 
     `miou` is the mean over all points of all images and of each group, `miou_per_image` the mean of the images' means,
     with a row for every grid. Every bucket with points adds the mean over its points of all images. The feature
     figures `cosine` and `mse` are means over an image's valid tokens, then over images. `partial` stores the result of
-    each image; `cases` must then be the images that it lacks.
+    each image; `cases` must then be the images that it lacks. `own` holds the heads of students that have one.
     """
     device = pick_device(protocol.device, "device")
     head = head.to(device).eval()
+    own = {name: student_head.to(device).eval() for name, student_head in own.items()}
     judged = dict(partial.done) if partial is not None else {}
     remaining = None if protocol.images is None else max(0, protocol.images - len(judged))
     for case in stop.between(itertools.islice(cases, remaining)):
-        result = _judge(protocol, head, case, device, advance)
+        result = _judge(protocol, head, case, device, advance, own)
         if partial is not None:
             partial.add(case.image, result)
         judged[case.image] = result
@@ -226,7 +250,14 @@ def run(
     return rows, {"images": images, **means.details(), **(masks if protocol.write_masks else {})}
 
 
-def _judge(protocol: GridMiou, head: PromptHead, case: Case, device: torch.device, advance: Advance) -> dict[str, Any]:
+def _judge(
+    protocol: GridMiou,
+    head: PromptHead,
+    case: Case,
+    device: torch.device,
+    advance: Advance,
+    own: Mapping[str, PromptHead],
+) -> dict[str, Any]:
     """Score one image; return its means, each point's IoU and each bucket's members by grid, ready for JSON."""
     teacher = case.teacher.to(device)
     students = {name: embedding.to(device) for name, embedding in case.students.items()}
@@ -235,13 +266,13 @@ def _judge(protocol: GridMiou, head: PromptHead, case: Case, device: torch.devic
     for name, embedding in students.items():
         image[name].update(_features(head, teacher, embedding, case.resized), miou={})
     for k in protocol.grids:
-        scores, buckets = compare(head, teacher, students, case.original, case.resized, k, protocol, advance)
+        scores, buckets = compare(head, teacher, students, case.original, case.resized, k, protocol, advance, own)
         for name, values in scores.items():
             image[name]["miou"][f"{k}x{k}"] = float(values.mean())
         result["iou"][f"{k}x{k}"] = {name: values.tolist() for name, values in scores.items()}
         result["buckets"][f"{k}x{k}"] = {name: members.tolist() for name, members in buckets.items()}
     if protocol.write_masks:
-        result["masks"] = _rles(protocol, head, case, {"teacher": teacher, **students})
+        result["masks"] = _rles(protocol, head, case, {"teacher": teacher, **students}, own)
     return {"images": list(image.values()), **result}
 
 
@@ -307,13 +338,19 @@ def _features(head: PromptHead, teacher: Tensor, student: Tensor, resized: Size)
 
 
 @torch.inference_mode()
-def _rles(protocol: GridMiou, head: PromptHead, case: Case, embeddings: Mapping[str, Tensor]) -> list[dict]:
+def _rles(
+    protocol: GridMiou,
+    head: PromptHead,
+    case: Case,
+    embeddings: Mapping[str, Tensor],
+    own: Mapping[str, PromptHead],
+) -> list[dict]:
     k = protocol.grids[0]
     xy_P2 = grid_points(k, case.original)
     entries: list[dict] = [{"key": case.key, "grid": k, "point": [float(v) for v in xy]} for xy in xy_P2]
     for name, embedding in embeddings.items():
         selection = teacher_protocol(protocol) if name == "teacher" else protocol
-        decode, rles = image_decoder(head, embedding), []
+        decode, rles = image_decoder(own.get(name, head), embedding), []
         for points in _prompts(head, k, case.original, case.resized, protocol.points_per_batch):
             pieces = masks_at(selection, head, decode, points, case.original, case.resized)
             rles += [to_rle(mask) for piece in pieces for mask in piece.cpu().numpy()]

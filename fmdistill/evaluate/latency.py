@@ -18,6 +18,7 @@ from fmdistill.backbones.device import cores, pick_device, product_name
 from fmdistill.backbones.promptable import PromptHead
 from fmdistill.backbones.throughput import durations, flops
 from fmdistill.cache import open_cache
+from fmdistill.distill.student import own_head
 from fmdistill.evaluate import results
 from fmdistill.evaluate.annotated import DType
 from fmdistill.evaluate.results import TEACHER, Judged, Metric, Row
@@ -129,7 +130,7 @@ class Latency:
         encoder: Any = student.whole().visual if isinstance(student, WholeClip) else student
         encoder.to(device).eval().requires_grad_(False)  # else the counter of FLOPs follows gradients
         image_B3SS = noise(self.batch, 3, size, size).to(device)
-        within = count(head) if head is not None and head is getattr(student, "head", None) else 0
+        within = count(head) if head is not None and head in student.children() else 0
         yield self._part(ENCODER, lambda: encoder(image_B3SS), device, count(encoder) - within, self.batch)
         if head is not None:
             head.to(device).eval().requires_grad_(False)
@@ -232,7 +233,7 @@ def noise(*shape: int) -> Tensor:
 
 def _head(recipe: Recipe, student: nn.Module) -> PromptHead | TextHead | None:
     """Return the student's own head, or that of the cached teacher; None if neither has one or the cache is gone."""
-    own = getattr(student, "head", None)
+    own = own_head(student) or getattr(student, "head", None)
     if isinstance(own, PromptHead):
         return own
     if isinstance(student, WholeClip):

@@ -25,7 +25,7 @@ from fmdistill.cache.dataset import CachedImages
 from fmdistill.cache.prepare import PreparedImage, must_prepare
 from fmdistill.cache.reader import ShardReader
 from fmdistill.distill.data import SplitImages
-from fmdistill.distill.student import STUDENTS
+from fmdistill.distill.student import STUDENTS, own_head
 from fmdistill.evaluate.results import TEACHER
 from fmdistill.evaluate.segmentation import Size
 from fmdistill.evaluate.stored_results import Partial
@@ -133,13 +133,10 @@ class Segmenters:
 
         A source without validation images is taken whole. The teacher is the recipe's cache, exact, if the images are
         the cache's; else it runs if `teacher` is true, or is left out. Students use the teacher's head, or their own
-        if they are a `WholeSam` or were trained without a teacher. Raises UserError if cache or head are missing.
+        (`head_of`). Raises UserError if cache or head are missing.
         """
-        target, own = (
-            pick_device(device, "device"),
-            {name: _own_head(model, recipe) for name, model in students.items()},
-        )
-        all_own = None not in own.values()
+        target, heads = pick_device(device, "device"), {n: head_of(model, recipe) for n, model in students.items()}
+        all_own = None not in heads.values()
         cache = _cache(recipe, optional=teacher or all_own) if images is None else None
         live = teachers.build(recipe.teacher) if teacher and cache is None and recipe.teacher is not None else None
         head, preprocess = _shared(recipe, cache, live, all_own)
@@ -148,9 +145,11 @@ class Segmenters:
             network = None if live is None else bound(_embed_live, live)
             subjects[TEACHER] = Segmenter(head.to(target).eval(), preprocess, network)
         for name, model in students.items():
-            own_head = own[name]
-            used, prepares = (head, preprocess) if own_head is None else (own_head, _own_preprocess(own_head))
+            used = heads[name] or head
             assert used is not None
+            # a head that was trained with its student is for images prepared as its teacher's are
+            of_teacher = preprocess is not None and (heads[name] is None or own_head(model) is not None)
+            prepares: Any = preprocess if of_teacher else _own_preprocess(used)
             subjects[name] = Segmenter(used.to(target).eval(), prepares, bound(embed, model.to(target), prepares))
         data = CachedImages(cache, "validation") if cache is not None else _whole(images or recipe.images)
         return cls(subjects, data, dict(_named(data)))
@@ -202,6 +201,18 @@ class Segmenters:
         return SegmentedImage(encoded.key, source, _source(data).group(source), encoded, original, segmenters)
 
 
+def head_of(student: Any, recipe: Recipe) -> PromptHead | None:
+    """Return the head that decodes a student's embeddings if it is not the teacher's, else None.
+
+    It was trained with the student, or the student is a `WholeSam` or was trained without a teacher.
+    """
+    if (trained := own_head(student)) is not None:
+        return trained
+    own = isinstance(student, WholeSam) or (recipe.teacher is None and recipe.cache is None)
+    head = getattr(student, "head", None)
+    return head if own and isinstance(head, PromptHead) else None
+
+
 def check(evaluator: str, recipe: Recipe, teacher: bool = False) -> None:
     """Raise a UserError for a recipe whose run makes no masks, and if `teacher` is true but the recipe has none."""
     student = recipe.student.get("name")
@@ -211,13 +222,6 @@ def check(evaluator: str, recipe: Recipe, teacher: bool = False) -> None:
         raise UserError(f"{evaluator}: judges promptable models; student.name={student} without a teacher is none")
     if teacher and recipe.teacher is None:
         raise UserError("teacher=true: this recipe has no teacher; leave it out")
-
-
-def _own_head(student: Any, recipe: Recipe) -> PromptHead | None:
-    """Return the student's own head; None if its embeddings are for its teacher's."""
-    own = isinstance(student, WholeSam) or (recipe.teacher is None and recipe.cache is None)
-    head = getattr(student, "head", None)
-    return head if own and isinstance(head, PromptHead) else None
 
 
 def _own_preprocess(head: PromptHead) -> SamPreprocess:

@@ -34,6 +34,10 @@ TEACHER_LICENCES = {
     "clip_mini": "Apache-2.0 (packaged with fmdistill)",
 }
 DRAWN = ("scenes", "captioned")  # sources whose images fmdistill's own code draws
+OWN_DECODER = (
+    "The student replaces the image encoder, and the mask decoder was trained with it; the prompt encoder is the "
+    "teacher's. It takes points, boxes and masks as prompts, no text."
+)
 LIMITS = {
     "sam": (
         "The student replaces the image encoder; prompt encoder and mask decoder are the teacher's. It takes points, "
@@ -92,6 +96,8 @@ def _networks(source: FinishedRun) -> str:
         ("Teacher", _component(source.recipe.teacher) if source.recipe.teacher else "none"),
         ("Image side", f"{source.preprocess.image_size} px"),
     ]
+    if source.trained_head is not None:
+        rows.append(("Mask decoder", "the student's own, trained with it"))
     if source.correction is not None:
         power = f"of masks 1 to 3 corrected by fmdistill: raised to the power {source.correction.exponent:.4g}"
         rows.append(("Predicted IoU", power))
@@ -151,11 +157,11 @@ def _result(name: str, result: Result) -> str:
 
 
 def _limits(source: FinishedRun) -> str:
-    whole = source.has_own_head
+    whole, family = source.is_whole, LIMITS.get(source.family, "")
     lines = [
         "The figures hold for the protocols and images named above; of images unlike those that it was trained on, "
         "nothing is known.",
-        "" if whole else LIMITS.get(source.family, ""),
+        "" if whole else family if source.trained_head is None else OWN_DECODER,
         "" if whole else "The student imitates its teacher, with the teacher's errors and biases.",
     ]
     return "\n".join(f"- {line}" for line in lines if line)

@@ -1,4 +1,4 @@
-"""Write a student and its teacher's decoder as one file that MobileSAM's own code loads."""
+"""Write a student and its mask decoder, the teacher's or its own, as one file that MobileSAM's own code loads."""
 
 import io
 import json
@@ -24,7 +24,7 @@ BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "positional_enc
 
 
 def run(source: FinishedRun, out: Path) -> Path:
-    """Write a SAM of the student and the teacher's decoder, in the format of MobileSAM's checkpoint."""
+    """Write a SAM of the student and its decoder, in the format of MobileSAM's checkpoint."""
     source.leave_out_correction(out)
     return export(source.student, source.head(), out)
 

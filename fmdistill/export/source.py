@@ -1,4 +1,4 @@
-"""What an export is made from: a finished run's recipe and student, and what its cache stores of the teacher."""
+"""What an export is made from: a finished run's recipe, student and head, and what its cache stores of the teacher."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from fmdistill.backbones.iou_correction import IouCorrection
 from fmdistill.backbones.promptable import PromptHead
 from fmdistill.cache import manifest
 from fmdistill.cache.store import opened
-from fmdistill.distill.student import WEIGHTS, load_student
+from fmdistill.distill.student import WEIGHTS, detach_head, load_student
 from fmdistill.logs import log
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError
@@ -35,15 +35,18 @@ class FinishedRun:
     student: nn.Module
     license: str = ""  # of the student's weights, as the user states it for the model card: "apache-2.0"
     images_license: str = ""  # of the training images
+    trained_head: PromptHead | None = None  # the mask decoder that was trained with the student; None for the teacher's
 
     @classmethod
     def of(cls, run: str | Path, trust: bool = False, license: str = "", images_license: str = "") -> "FinishedRun":
         """Open a finished run. `trust` allows its recipe to name code outside fmdistill."""
         recipe = recipes.load_saved(run, ["trust=true"] if trust else [])
-        return cls(Path(run), recipe, load_student(run, trust), license, images_license)
+        student = load_student(run, trust)
+        trained_head = detach_head(student)  # so that `student` is an image encoder for every format
+        return cls(Path(run), recipe, student, license, images_license, trained_head)
 
     @property
-    def has_own_head(self) -> bool:
+    def is_whole(self) -> bool:
         """Whether the student is a whole CLIP, or a whole SAM that was trained without a teacher, as sam_mini is."""
         sam = isinstance(getattr(self.student, "head", None), PromptHead) and self.recipe.cache is None
         return sam or isinstance(self.student, WholeClip)
@@ -51,14 +54,14 @@ class FinishedRun:
     @property
     def family(self) -> str:
         """The student's family: its own, or the teacher's from the cache's manifest, which needs no images."""
-        if self.has_own_head:
+        if self.is_whole:
             return "clip" if isinstance(self.student, WholeClip) else "sam"
         return self._manifest["family"]
 
     @property
     def preprocess(self) -> Preprocess:
         """The student's preprocessing: its own, or the teacher's."""
-        if self.has_own_head:
+        if self.is_whole:
             return self.student.preprocess  # type: ignore[return-value]
         family = family_of_cache(self.family, self.recipe.teacher)
         return family.preprocess.from_json(self._manifest["teacher"]["preprocess"])
@@ -87,7 +90,9 @@ class FinishedRun:
             )  # fmt: skip
 
     def _head(self) -> Any:
-        if self.has_own_head:
+        if self.trained_head is not None:
+            return self.trained_head
+        if self.is_whole:
             student: Any = self.student
             if isinstance(student, WholeClip):
                 return TextHead.from_clip(student.whole(), student.config)
@@ -106,6 +111,7 @@ class FinishedRun:
             "steps": self.recipe.train.steps,
             "student": without_folders(dict(self.recipe.student)),
             "teacher": without_folders(dict(self.recipe.teacher or {})),
+            **({"own_head": True} if self.trained_head is not None else {}),
         }
 
     @cached_property

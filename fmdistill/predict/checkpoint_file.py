@@ -21,6 +21,10 @@ from fmdistill.registry import UserError
 WHOLE = {"head.prompt_encoder.": "sam_mini", "clip.": "clip_mini"}  # students that need no teacher, by their names
 PARTS = {  # names in files that hold no whole SAM or CLIP, what they are, and the way out
     "trunk.": ("a student without its teacher's head", "load the run that trained it, or an export"),
+    "prompt_head.": (
+        "a student with its own mask decoder, without the recipe that says what it is",
+        "load the run that trained it, or an export",
+    ),
     "layers.": ("a TinyViT without a mask decoder", "start a student from it by student.pretrained=FILE"),
     "stages.": ("a TinyViT without a mask decoder", "start a student from it by student.pretrained=FILE"),
     "visual.": (

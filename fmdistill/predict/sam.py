@@ -1,4 +1,4 @@
-"""Predict masks of points and boxes with a student's embedding and its teacher's head, as segment_anything does."""
+"""Predict masks of points and boxes with a student's embedding and its head, as segment_anything does."""
 
 # Legend: B images or prompts, K points of a prompt, M masks, S the square's side, C channels, g tokens a side,
 # n = 4 g the low resolution, H, W height and width of the image.
@@ -108,7 +108,7 @@ class MaskPredictor(SamPredictor):
 
 
 def torch_predictor(student: nn.Module, head: PromptHead, device: torch.device) -> MaskPredictor:
-    """Return the predictor of a student and its teacher's head. Raises UserError if their sizes differ."""
+    """Return the predictor of a student and its head, the teacher's or its own; UserError if their sizes differ."""
     for setting, of_student, of_head in (
         ("image side is", getattr(student, "image_size", None), head.config["image_size"]),
         ("embedding has", getattr(student, "out_channels", None), head.config["embed_dim"]),

@@ -16,7 +16,9 @@ from fmdistill.backbones.promptable import PromptHead
 from fmdistill.cache import Cache, open_cache
 from fmdistill.cache.batch import Batch
 from fmdistill.cache.dataset import CachedImages
+from fmdistill.distill.refine import WHOLE_MASKS
 from fmdistill.distill.seen import Seen
+from fmdistill.distill.student import own_head
 from fmdistill.distill.tasks import Distill, open_task
 from fmdistill.evaluate.mask_choice import choose
 from fmdistill.report import named
@@ -127,7 +129,10 @@ def _example(group: str, batch: Batch, cache: Cache, head: Any, opened: list[Ope
         seen = run.task.see(batch)
         embeddings[run.name] = seen.student("embedding")[0]
         weights |= _weights(run, seen, valid.shape[-1])
-    prompts = _prompts(head, embeddings, (h, w)) if isinstance(head, PromptHead) else {}
+    prompts = {}
+    if isinstance(head, PromptHead):
+        heads = {"teacher": head} | {run.name: own_head(run.task.student) or head for run in opened}
+        prompts = _prompts(heads, embeddings, (h, w))
     image = batch["pixels"][0, :, :h, :w].permute(1, 2, 0).numpy()
     return Example(batch["keys"][0], group, image, weights, valid[0].numpy(), prompts)
 
@@ -137,7 +142,10 @@ def _weights(run: Opened, seen: Seen, g: int) -> dict[str, np.ndarray]:
     return {
         name: weight.view(g, g).numpy()
         for name, weight, focused in term_weights(run, seen)
-        if weight.dim() == 2 and weight.shape[1] == g * g and float(weight[focused.valid].std()) > 0
+        if weight.dim() == 2
+        and weight.shape[1] == g * g
+        and focused.output not in WHOLE_MASKS
+        and float(weight[focused.valid].std()) > 0
     }
 
 
@@ -148,18 +156,20 @@ def term_weights(run: Opened, seen: Seen) -> Iterator[tuple[str, Tensor, Seen]]:
         yield run.name if len(run.task.objective.terms) == 1 else f"{run.name}, {name}", weight, focused
 
 
-def _prompts(head: PromptHead, embeddings: Mapping[str, Tensor], resized: tuple[int, int]) -> dict[str, PointMasks]:
+def _prompts(
+    heads: Mapping[str, PromptHead], embeddings: Mapping[str, Tensor], resized: tuple[int, int]
+) -> dict[str, PointMasks]:
     centres = (torch.arange(GRID) + 0.5) / GRID
     points_P2 = torch.cartesian_prod(centres * resized[1], centres * resized[0])
-    low = {name: _best(head, embedding, points_P2) for name, embedding in embeddings.items()}
-    share = low["teacher"].shape[-1] / head.config["image_size"]
+    low = {name: _best(heads[name], embedding, points_P2) for name, embedding in embeddings.items()}
+    share = low["teacher"].shape[-1] / heads["teacher"].config["image_size"]
     inside = tuple(slice(0, max(1, round(n * share))) for n in resized)
     bits = {name: logits[(slice(None), *inside)] > 0 for name, logits in low.items()}
     students = [mask for name, mask in bits.items() if name != "teacher"]
     prompts = {}
     for kind, chosen in choose_points(bits["teacher"], students, bits["teacher"][0].numel()).items():
         masks = {
-            name: (head.upsample(logits[None, chosen : chosen + 1], resized, resized)[0, 0] > 0).numpy()
+            name: (heads[name].upsample(logits[None, chosen : chosen + 1], resized, resized)[0, 0] > 0).numpy()
             for name, logits in low.items()
         }
         x, y = points_P2[chosen].tolist()

@@ -142,7 +142,10 @@ class Site:
             raise UserError("masks: the runs' teacher is a CLIP, which makes none")
         prompt = masks.MaskPrompt.from_json(stated)
         made = {name: image.embeddings[name] for name in self.opened.subjects if name in image.embeddings}
-        predictions = {name: masks.predict(self.opened, image, each.embedding, prompt) for name, each in made.items()}
+        predictions = {
+            name: masks.predict(self.opened, image, each.embedding, prompt, self.opened.subjects[name].head)
+            for name, each in made.items()
+        }
         return JSONResponse({"size": image.shown, "masks": masks.compare(predictions)})
 
     def _scores(self, image: OpenImage, stated: Any) -> Response:

@@ -1,4 +1,4 @@
-"""Predict the masks of a prompt from each network's embedding, by the teacher's decoder, and compare them."""
+"""Predict the masks of a prompt from each network's embedding, by the teacher's or its own decoder; compare them."""
 
 # Legend: K points, M masks, n the low resolution, H x W pixels of the picture that the page shows.
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fmdistill.backbones.promptable import PromptHead
 from fmdistill.evaluate.masks import iou, pack
 from fmdistill.evaluate.results import TEACHER
 from fmdistill.registry import UserError
@@ -73,14 +74,17 @@ class Prediction:
 
 
 @torch.inference_mode()
-def predict(opened: OpenedRuns, image: OpenImage, embedding: Tensor, prompt: MaskPrompt) -> Prediction:
-    """Return the mask of `prompt` from an embedding (C, g, g) of the image."""
+def predict(
+    opened: OpenedRuns, image: OpenImage, embedding: Tensor, prompt: MaskPrompt, own: PromptHead | None = None
+) -> Prediction:
+    """Return the mask of `prompt` from an embedding (C, g, g) of the image, by the teacher's head or the `own` one."""
+    head = own or opened.head
     start = time.perf_counter()
     resized = int(image.sizes[0, 0]), int(image.sizes[0, 1])
     arguments = tensors(prompt, resized, opened.device)
-    logits_1Mnn, predicted_1M = opened.head.decode_all(embedding, *arguments)
+    logits_1Mnn, predicted_1M = head.decode_all(embedding, *arguments)
     number = choose(predicted_1M[0], prompt)
-    logits_HW = opened.head.upsample(logits_1Mnn[:, number : number + 1], resized, image.shown)[0, 0]
+    logits_HW = head.upsample(logits_1Mnn[:, number : number + 1], resized, image.shown)[0, 0]
     mask_HW = (logits_HW > 0).cpu().numpy()
     synchronize(opened.device)
     return Prediction(mask_HW, float(predicted_1M[0, number]), number, 1000 * (time.perf_counter() - start))

@@ -1,4 +1,4 @@
-"""Open the runs that a page shows: their students, and the teacher, head and preprocessing that they share."""
+"""Open the runs that a page shows: their students, and the teacher, with its head and the preprocessing of all."""
 
 # Legend: B images, S the square's side, C channels, g tokens a side, D a vector's width.
 
@@ -39,6 +39,7 @@ class Subject:
     embed: Embed | None
     parameters: int | None = None
     problem: str = ""  # why it is not at hand
+    head: PromptHead | None = None  # on the device, of a student with a mask decoder of its own; else the teacher's
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class OpenedRuns:
 
     family: str
     recipe: Recipe  # of the first run
-    head: Any  # PromptHead or TextHead, on `device`
+    head: Any  # the teacher's, PromptHead or TextHead, on `device`
     preprocess: Preprocess
     decoding: Decoding
     device: torch.device
@@ -74,8 +75,9 @@ def open_runs(folders: Sequence[str], device: str = "auto", trust: bool = False)
     subjects = {TEACHER: _teacher_subject(first, teacher, problem)}
     for run in runs:
         model = students.load_student(run.folder, trust).to(where)
+        own = students.detach_head(model)
         title = run.recipe.title or str(run.folder)
-        subjects[run.name] = Subject(run.name, title, partial(_embed_by, model, preprocess), _count(model))
+        subjects[run.name] = Subject(run.name, title, partial(_embed_by, model, preprocess), _count(model), head=own)
     opened = OpenedRuns(
         family,
         first.recipe,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fmdistill.distill.refine import WHOLE_MASKS
 from fmdistill.distill.seen import Seen
 from fmdistill.distill.weightings.srw import SRW
 from fmdistill.recipe import Recipe
@@ -19,12 +20,12 @@ DEFAULT = SRW(temperature=0.5)  # as `fmdistill inspect`
 
 
 def weighting(recipes: Mapping[str, Recipe]) -> tuple[SRW, str]:
-    """Return the SRW of the first run that trained with it, or DEFAULT, and its description."""
+    """Return the SRW of the first run that weighed patches with it, or DEFAULT, and its description."""
     names = [field.name for field in fields(SRW) if field.name not in ("feature", "group")]
     for name, recipe in recipes.items():
         for term in recipe.objective.values():
             stated = term.get("weighting") or {}
-            if stated.get("name") == "srw":
+            if stated.get("name") == "srw" and term.get("output") not in WHOLE_MASKS:
                 srw = SRW(**{key: stated[key] for key in names if key in stated})
                 return srw, f"{_settings(srw)}, as {name} was trained"
     return DEFAULT, _settings(DEFAULT)
