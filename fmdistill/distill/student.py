@@ -38,9 +38,9 @@ def build(settings: Mapping[str, Any]) -> nn.Module:
     """Return the student that a recipe names, in train mode.
 
     `pretrained` may name a finished run, or a safetensors file of this student's state, whose weights it starts from.
-    If the student's own signature has `pretrained`, the value is passed to it instead. `freeze` may list modules and
-    parameters that are not trained. Raises UserError if the weights are missing or do not fit, or if nothing has a name
-    in `freeze`.
+    If the student's own signature has `pretrained`, any value but a finished run is passed to it instead. `freeze` may
+    list modules and parameters that are not trained. Raises UserError if the weights are missing or do not fit, or if
+    nothing has a name in `freeze`.
     """
     names = frozen_names(settings)
     builder, start = _bind({key: value for key, value in settings.items() if key != "freeze"})
@@ -138,11 +138,14 @@ def build_untrained(settings: Mapping[str, Any]) -> nn.Module:
 
 
 def _bind(settings: Mapping[str, Any]) -> tuple[Callable[[], nn.Module], str | None]:
-    """Return the student's bound builder, and the `pretrained` weights to load afterwards if the builder takes none."""
-    if "pretrained" not in settings or _takes_own(settings):
+    """Return the student's bound builder, and the `pretrained` weights to load afterwards unless it loads them."""
+    own, start = _takes_own(settings), settings.get("pretrained")
+    if own and isinstance(start, str) and (Path(start) / WEIGHTS).is_file():  # a builder knows files, not runs
+        return bind({**settings, "pretrained": "none"}, STUDENTS, "student"), start
+    if own or "pretrained" not in settings:
         return bind(settings, STUDENTS, "student"), None
     rest = {key: value for key, value in settings.items() if key != "pretrained"}
-    start = convert(settings["pretrained"], str | None, "student.pretrained")
+    start = convert(start, str | None, "student.pretrained")
     return bind(rest, STUDENTS, "student"), None if start in (None, "none") else start
 
 
