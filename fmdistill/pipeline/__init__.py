@@ -121,7 +121,6 @@ def check_before(settings: Recipe) -> None:
         name, first = next(iter(stages.items()))  # the others begin with the student of the one before
         with naming(settings, name):
             _check_start(first)
-    distill.check_claim(settings)
     for name, stage in stages.items():
         with naming(settings, name):
             _check_amount(stage)
@@ -204,6 +203,7 @@ def run(settings: Recipe) -> dict[str, list[Row]]:
     What is finished is not repeated. Only the first of several training processes evaluates; the others return {}.
     """
     check_before(settings)
+    distill.check_claim(settings)
     for name, part in by_teacher(settings).items():
         if part.teacher is not None and not finished.is_live(part.teacher):
             cache.run(part)
