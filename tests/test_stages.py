@@ -145,6 +145,23 @@ def test_a_run_stopped_in_any_stage_resumes_to_the_same_weights(cached, by_hand,
     assert (again == before) == (end >= 12)  # a finished stage is not touched
 
 
+def test_the_saved_recipe_of_the_last_stage_continues_it_too(cached, by_hand, monkeypatch):
+    build = tasks.build
+
+    def failing(recipe):
+        if (cached / "run/features" / students.WEIGHTS).exists():
+            raise Killed
+        return build(recipe)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tasks, "build", failing)
+        with pytest.raises(Killed):
+            distill.run(load(cached))
+    run = distill.run(recipes.load(cached / "run/recipe.yaml", ["trust=true"]))
+    assert weights(run) == weights(by_hand[1])
+    assert distill.run(load(cached)) == run
+
+
 @pytest.mark.parametrize("stage", ["run/features", "run"])
 def test_a_kill_between_the_last_step_of_a_stage_and_its_student_loses_nothing(cached, by_hand, monkeypatch, stage):
     recipe, save = load(cached), checkpoint.save_state
@@ -498,7 +515,7 @@ def test_verbs_that_describe_name_the_stages(tmp_path, capsys):
 
 def test_python_runs_stages_and_its_overrides_reach_them(cached):
     result = fmdistill.run(write(cached), {"stages.refine.train.steps": 2, "train": {"steps": 3}}, seed=4)
-    read = {name: run.recipe for name, run in rows.read_runs([result])[0].stages.items()}
+    read = {name: run.recipe for name, run in rows.read_runs([result.out])[0].stages.items()}
     assert {name: (recipe.train.steps, recipe.seed) for name, recipe in read.items()} == {
         "features": (3, 4),
         "refine": (2, 4),

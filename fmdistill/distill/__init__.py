@@ -141,6 +141,8 @@ def _check_names(recipe: Recipe) -> None:
     saved, names = saved_stages(recipe.out), list(recipe.stages or ())
     if saved is None or saved.stages is None or list(saved.stages) == names:
         return
+    if not names and _relative_start(recipe) in saved.stages:  # the recipe of its last stage
+        return
     if any(_is_trained(Path(recipe.out) / name) for name in saved.stages):
         raise UserError(
             f"{recipe.out}: holds a run of the stages {', '.join(saved.stages)}, and the recipe has "
