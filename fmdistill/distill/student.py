@@ -138,14 +138,11 @@ def build_untrained(settings: Mapping[str, Any]) -> nn.Module:
 
 
 def _bind(settings: Mapping[str, Any]) -> tuple[Callable[[], nn.Module], str | None]:
-    """Return the student's bound builder, and the `pretrained` weights to load afterwards unless it loads them."""
-    own, start = _takes_own(settings), settings.get("pretrained")
-    if own and isinstance(start, str) and (Path(start) / WEIGHTS).is_file():  # a builder knows files, not runs
-        return bind({**settings, "pretrained": "none"}, STUDENTS, "student"), start
-    if own or "pretrained" not in settings:
+    """Return the student's bound builder, and the `pretrained` weights to load afterwards if the builder takes none."""
+    if "pretrained" not in settings or _takes_own(settings) and not _is_run(settings["pretrained"]):
         return bind(settings, STUDENTS, "student"), None
     rest = {key: value for key, value in settings.items() if key != "pretrained"}
-    start = convert(start, str | None, "student.pretrained")
+    start = convert(settings["pretrained"], str | None, "student.pretrained")
     return bind(rest, STUDENTS, "student"), None if start in (None, "none") else start
 
 
@@ -153,6 +150,10 @@ def _build_with_weights(settings: Mapping[str, Any], path: Path, way_out: str) -
     student = build_untrained(settings)
     _load_weights(student, path, str(path), way_out)
     return student.eval()
+
+
+def _is_run(start: object) -> bool:
+    return isinstance(start, str) and (Path(start) / WEIGHTS).is_file()
 
 
 def _load_weights(student: nn.Module, path: Path, where: str, way_out: str) -> None:

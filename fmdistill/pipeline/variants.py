@@ -20,6 +20,7 @@ from fmdistill.registry import UserError, bind, parse
 from fmdistill.settings import flat, parse_recipe_name
 from fmdistill.stages import by_stage
 
+STAGE = "stage"  # begins the names of the settings of a recipe's stages
 TABLES = {
     "distance": DISTANCES,
     "weighting": WEIGHTINGS,
@@ -27,7 +28,6 @@ TABLES = {
     "optimizer": OPTIMIZERS,
     "schedule": SCHEDULES,
 }
-STAGE = "stage"  # begins the names of the settings of a recipe's stages
 SUPPLIED = (*objective.SHAPES, "priors", "model")  # arguments of components that do not come from a recipe
 
 
