@@ -490,7 +490,7 @@ def test_a_plan_has_the_steps_of_every_stage_and_writes_nothing(tmp_path):
     hours = [training.steps * training.seconds / 3600 for training in estimate.training.values()]
     assert estimate.training_hours == pytest.approx(sum(hours)) and estimate.steps == 21
     shown = plan.text(estimate, "staged.yaml").splitlines()
-    assert [line for line in shown if line.startswith("stage features") and "15 steps" in line]
+    assert [line for line in shown if line.startswith("stage features ") and "15 steps" in line]
     assert [line for line in shown if line.startswith("stage refine") and "of 6 images, 6 steps" in line]
     assert [line for line in shown if line.startswith("| 4 |") and "train.batch_size=6 is not divisible by 4" in line]
 

@@ -201,7 +201,7 @@ def text(plan: Plan, name: str) -> str:
     for name, training in plan.training.items():
         batch_size = training.settings.batch_size
         lines.append(
-            f"{f'stage {name}' if name else 'training':14}{batch_size / training.seconds:.3g} images/s, "
+            f"{f'stage {name}' if name else 'training':13} {batch_size / training.seconds:.3g} images/s, "
             f"{training.seconds:.3g} s a step of {batch_size} images, {training.steps} steps, on "
             f"{training.device}{with_teacher}"
         )
