@@ -56,7 +56,7 @@ class Comparison:
 
 
 def run(recipe: PathLike | Recipe, overrides: Overrides = (), **settings: Any) -> RunResult:
-    """Run all stages of a recipe: cache, distil and evaluate; finished stages are not repeated.
+    """Run a recipe: cache, distil and evaluate; what is finished is not repeated.
 
     `recipe` is a recipe's name as on the command line, or a loaded recipe. Raises UserError if a setting is wrong.
     """

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import os
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -15,16 +14,20 @@ from omegaconf.errors import OmegaConfBaseException
 from fmdistill.files import write_whole
 from fmdistill.registry import UserError, suggest, typed
 from fmdistill.settings import (
+    expand_home,
     folder_name,
+    foreign_names,
     merge,
     nested,
     parse_methods,
     parse_recipe_name,
     parts_by_memory,
     with_method,
+    without_null,
 )
 
 SAVED = "recipe.yaml"  # the resolved recipe in a run or cache; a file of this name is not trusted
+STAGES = "stages.yaml"  # beside it in a run of several stages: the recipe with all of them; not trusted either
 STUDY = "study.yaml"  # a study's file in its folder: a recipe, and in `methods` variants of it by name
 LOCAL_GB = 50.0  # default limit of the local copies of a cache at a URL
 VALIDATION = "validation/"  # begins the names of a validation's values in a run's log
@@ -45,6 +48,7 @@ Component = dict  # {"name": ..., argument: value, ...}; typed when it is bound 
 Overrides = (
     Iterable[str] | Mapping[str, Any]
 )  # "train.steps=100", or {"train.steps": 100}, or {"train": {"steps": 100}}
+NAMED = ("objective", "teachers", "stages")  # mappings of which an entry that is null is left out
 FREE = {"free": True}  # marks a field that does not affect weights: it may change when a run is resumed
 
 
@@ -170,6 +174,8 @@ class Recipe:
     objective: dict[str, dict] = field(default_factory=dict)
     # several teachers by name, instead of `teacher`: each has its own cache, objective, and student on the shared trunk
     teachers: dict[str, Component] = field(default_factory=dict)
+    # trained one after the other: what each changes of task, objective, optimizer, schedule, train and student, by name
+    stages: dict[str, dict] | None = None
     protocols: list[str] = field(default_factory=list, metadata=FREE)  # files that say how the student is evaluated
 
     def __post_init__(self) -> None:
@@ -241,8 +247,16 @@ def load_saved(folder: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
 
 def load_claimed(folder: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """Load the resolved recipe saved in a run or cache, also that of a run of several teachers."""
+    """Load the resolved recipe saved in a run or cache, also that of a run of several teachers.
+
+    For a run of several stages it is the recipe of the last one.
+    """
     path = Path(folder).expanduser() / SAVED
+    if not path.is_file() and path.with_name(STAGES).is_file():
+        raise UserError(
+            f"{folder}: its last stage has not begun; `fmdistill distill {folder}/{STAGES}` continues the run, and the "
+            f"runs of the stages before are in folders there"
+        )
     if not path.is_file():
         raise UserError(
             f"{folder}: not a run, it contains no {SAVED}; `fmdistill distill RECIPE out={folder}` creates one"
@@ -250,26 +264,24 @@ def load_claimed(folder: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     return load(path, overrides)
 
 
-def freeze(settings: Mapping[str, Any], where: str) -> Recipe:
-    """Convert `settings` to a Recipe; a term of the objective that is null is removed.
+def freeze(settings: Mapping[str, Any], where: str = "") -> Recipe:
+    """Convert `settings` to a Recipe. Raises UserError, beginning with the file `where`, if a setting is wrong.
 
-    Raises UserError, beginning with the file `where`, if a setting is wrong.
+    A term of the objective, a teacher or a stage that is null is left out.
     """
+    settings = {key: without_null(value) if key in NAMED else value for key, value in settings.items()}
     train = settings.get("train")
     if isinstance(train, Mapping):  # "auto" as batch size is the default number
         settings = {**settings, "train": parts_by_memory(train, {"batch_size": Train.batch_size})}
-    objective = settings.get("objective")
-    if isinstance(objective, Mapping):  # a recipe that extends another one removes a term by null
-        settings = {**settings, "objective": {name: term for name, term in objective.items() if term is not None}}
     try:
         return Recipe(**typed(Recipe, settings, "recipe"))
     except UserError as error:
-        raise UserError(f"{where}: {str(error).removeprefix('recipe.')}") from None
+        raise UserError(f"{where}{': ' * bool(where)}{str(error).removeprefix('recipe.')}") from None
 
 
-def save(recipe: Recipe, folder: str | Path) -> None:
-    """Write the resolved recipe to `folder`/recipe.yaml, unless the file has this content already."""
-    path, text = Path(folder) / SAVED, to_yaml(recipe)
+def save(recipe: Recipe, folder: str | Path, name: str = SAVED) -> None:
+    """Write the resolved recipe to `folder`/`name`, unless the file has this content already."""
+    path, text = Path(folder) / name, to_yaml(recipe)
     if path.is_file() and path.read_text() == text:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -307,12 +319,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not YAML: {_line(error)}") from error
     if not isinstance(loaded, dict):
         raise UserError(f"{path}: expected a mapping of settings")
-    return {str(key): _expand_home(value) for key, value in loaded.items()}
-
-
-def foreign_names(settings: Any) -> list[str]:
-    """Return the components in `settings` that are outside fmdistill, "package.module:Name"."""
-    return [name for name in _names(settings) if ":" in name]
+    return {str(key): expand_home(value) for key, value in loaded.items()}
 
 
 def parse_overrides(overrides: Overrides) -> dict[str, Any]:
@@ -321,7 +328,7 @@ def parse_overrides(overrides: Overrides) -> dict[str, Any]:
     The values of a mapping are used as they are.
     """
     if isinstance(overrides, Mapping):
-        return {key: _expand_home(value) for key, value in nested(overrides).items()}
+        return {key: expand_home(value) for key, value in nested(overrides).items()}
     parsed: dict[str, Any] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -335,7 +342,7 @@ def parse_overrides(overrides: Overrides) -> dict[str, Any]:
                 raise UserError(f"'{override}': another argument sets {parent} itself; remove one of the two")
         if isinstance(mapping.get(last), dict):
             raise UserError(f"'{override}': another argument sets a part of {last}; remove one of the two")
-        mapping[last] = _expand_home(text)
+        mapping[last] = expand_home(text)
     return parsed
 
 
@@ -349,9 +356,11 @@ def _read(path: Path, trust: bool, method: str = "", below: tuple[Path, ...] = (
     `below` are the files that extend this one.
     """
     settings = read_yaml(path)
+    if isinstance(stages := settings.get("stages"), dict):
+        settings["stages"] = nested(stages)
     methods = parse_methods(settings.pop("methods", {}), path)
     foreign = foreign_names([settings, *methods.values()])
-    saved = any(file.name == SAVED for file in (*below, path))  # a saved recipe may extend any file
+    saved = any(file.name in (SAVED, STAGES) for file in (*below, path))  # a saved recipe may extend any file
     if saved and foreign and not trust:
         raise UserError(f"{path}: names code outside fmdistill ({', '.join(foreign)}); add trust=true to import it")
     parent = settings.pop("extends", None)
@@ -381,22 +390,3 @@ def _own_out_and_title(settings: Mapping[str, Any], out: str, title: str) -> dic
     """Return `out` and `title` of a variant of a recipe: the recipe's with these suffixes."""
     own = {"title": ", ".join(filter(None, [settings.get("title"), title]))}
     return {**own, "out": f"{settings['out']}{out}"} if "out" in settings else own
-
-
-def _expand_home(value: Any) -> Any:
-    """Expand a leading ~ to the user's home folder in each path within a value."""
-    if isinstance(value, Mapping):
-        return {key: _expand_home(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_expand_home(inner) for inner in value]
-    is_path = isinstance(value, str) and value.startswith("~") and "/" in value  # ~ alone is YAML's null
-    return os.path.expanduser(value) if is_path else value
-
-
-def _names(settings: Any) -> list[str]:
-    if isinstance(settings, Mapping):
-        own = [str(settings["name"])] if "name" in settings else []
-        return own + [name for value in settings.values() for name in _names(value)]
-    if isinstance(settings, list):
-        return [name for value in settings for name in _names(value)]
-    return []

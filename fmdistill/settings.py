@@ -162,3 +162,34 @@ def folder_name(settings: Iterable[str]) -> str:
     plain = re.sub(r"[^\w.+-]", "_", text)
     lossless = len(plain) <= 120 and plain == text.replace("=", "_")
     return plain if lossless else f"{plain[:120]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def foreign_names(settings: Any) -> list[str]:
+    """Return the components in `settings` that are outside fmdistill, "package.module:Name"."""
+    return [name for name in _names(settings) if ":" in name]
+
+
+def expand_home(value: Any) -> Any:
+    """Expand a leading ~ to the user's home folder in each path within a value."""
+    if isinstance(value, Mapping):
+        return {key: expand_home(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [expand_home(inner) for inner in value]
+    is_path = isinstance(value, str) and value.startswith("~") and "/" in value  # ~ alone is YAML's null
+    return os.path.expanduser(value) if is_path else value
+
+
+def without_null(value: Any) -> Any:
+    """Return a mapping without its entries that are null, and any other value as it is."""
+    if not isinstance(value, Mapping):
+        return value
+    return {key: inner for key, inner in value.items() if inner not in (None, "null")}
+
+
+def _names(settings: Any) -> list[str]:
+    if isinstance(settings, Mapping):
+        own = [str(settings["name"])] if "name" in settings else []
+        return own + [name for value in settings.values() for name in _names(value)]
+    if isinstance(settings, list):
+        return [name for value in settings for name in _names(value)]
+    return []

@@ -8,7 +8,7 @@ from fmdistill.recipe import CacheSettings, Component, Recipe
 from fmdistill.registry import UserError, typed
 
 NAME = re.compile(r"[a-z][a-z0-9_]*")
-TAKEN = ("checkpoints", "evaluation")  # folders that a run has already
+TAKEN = ("checkpoints", "evaluation", "tensorboard")  # folders that a run has already
 OF_EACH = ("student", "teacher", "cache", "objective")  # settings that each teacher has instead of the recipe
 
 

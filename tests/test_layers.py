@@ -13,8 +13,9 @@ PACKAGE = Path(fmdistill.__file__).parent
 LAYERS = [
     {"registry", "files"},
     {"text", "settings", "signatures"},
-    {"recipe", "several", "images", "logs", "stop", "launcher"},
+    {"recipe", "images", "logs", "stop", "launcher"},
     {"catalog", "several"},
+    {"stages"},
     {"backbones"},
     {"teachers"},
     {"cache"},

@@ -139,13 +139,15 @@ def test_hours_are_images_over_rate_and_steps_times_seconds(tmp_path):
     assert estimate.teacher_pass and (estimate.teacher_pass.images, estimate.teacher_pass.failed) == (10, 0)
     assert estimate.rate == 10 / estimate.teacher_pass.seconds
     assert estimate.teacher_hours == pytest.approx(32 / estimate.rate / 3600)
-    assert estimate.steps == 12 and estimate.training_hours == 12 * estimate.seconds / 3600 > 0
+    assert estimate.steps == 12 and estimate.training_hours > 0
+    assert estimate.training_hours == pytest.approx(12 * estimate.seconds / 3600)
     shown = plan.text(estimate, "tiny.yaml")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown.splitlines() if line.startswith("| ")]
     assert [row[0] for row in rows] == ["devices like this", "1", "2", "3"]
     together = estimate.teacher_hours + estimate.training_hours
     assert rows[2][1:] == [f"{1800 * h:.2g} s" for h in (estimate.teacher_hours, estimate.training_hours, together)]
-    day = replace(estimate, missing_images=round(estimate.rate * 24 * 3600), seconds=4.8 * 60 / estimate.steps)
+    training = {"": replace(estimate.training[""], seconds=4.8 * 60 / estimate.steps)}
+    day = replace(estimate, missing_images=round(estimate.rate * 24 * 3600), training=training)
     assert "| 1 | 24 h | 4.8 min | 24.1 h |" in plan.text(day, "tiny.yaml")
     assert rows[3][2] == "-" and "train.batch_size=8 is not divisible by 3" in rows[3][4]
     epochs = plan.run(tiny.load(tmp_path, "train.epochs=5"), QUICK)

@@ -17,6 +17,7 @@ from fmdistill.evaluate.results import value
 from fmdistill.images.cifar100 import FILES
 from fmdistill.recipe import locate
 from fmdistill.report import rows
+from fmdistill.stages import by_stage, last_stage
 
 FILES_OF_RECIPES = [f"recipes/cifar100/{p.name}" for p in locate("recipes/cifar100/kd.yaml").parent.glob("*.yaml")]
 METHODS = [name for study in ("srw", "pad") for name in recipe.variants(f"recipes/studies/cifar100_{study}")]
@@ -72,7 +73,8 @@ def test_every_recipe_names_a_run_of_its_own_and_what_it_extends():
         assert rates == (0.05, 64, 0.0005) or (pad and rates[1:] == (128, 0.0005))
         assert (one.teacher is None) == (name in WITHOUT_TEACHER) == (one.protocols == ["eval/labels_top1.yaml"])
         assert one.task == {"name": "classify", "statistics": "cifar100", "crop": 4, "flip": True}
-    assert loaded["cifar100/pad_l2"].student["pretrained"] == loaded["cifar100/pad_l2_stage1"].out
+    first, alone = by_stage(loaded["cifar100/pad_l2"])["l2"], loaded["cifar100/pad_l2_stage1"]
+    assert first == dataclasses.replace(alone, out=first.out, title=first.title)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +88,7 @@ def test_every_recipe_names_a_run_of_its_own_and_what_it_extends():
     ],
 )
 def test_the_terms_are_the_tables(name, label, scale, output, distance):
-    plain = recipe.load(RECIPES[f"cifar100/{name}"]).objective
+    plain = last_stage(recipe.load(RECIPES[f"cifar100/{name}"])).objective
     assert (plain["label"]["scale"], plain["teacher"]["scale"]) == (label, scale)
     assert (plain["teacher"]["output"], plain["teacher"]["distance"]) == (output, distance)
     assert plain["teacher"]["weighting"] == {"name": "uniform"}
@@ -108,13 +110,12 @@ def test_a_recipe_runs_from_teacher_to_table(folder, name):
 
 
 def test_pad_trains_on_from_its_first_stage(folder):
-    first = distill.run(load(folder, "cifar100/pad_l2_stage1"))
-    settings = load(folder, "cifar100/pad_l2", f"student.pretrained={first}")
-    start = tasks.build(settings).student.state_dict()
-    assert all(torch.equal(start[name], value) for name, value in distill.load_student(first).state_dict().items())
+    alone = distill.load_student(distill.run(load(folder, "cifar100/pad_l2_stage1"))).state_dict()
+    settings = load(folder, "cifar100/pad_l2", "stages.pad.train.steps=2")
     (judged,) = pipeline.run(settings).values()
     assert value(judged, "top1", quartile="q1") >= 0
-    ended = distill.load_student(settings.out).state_dict()
+    start, ended = (distill.load_student(run).state_dict() for run in (f"{settings.out}/l2", settings.out))
+    assert all(torch.equal(start[name], value) for name, value in alone.items())
     assert any(not torch.equal(start[name], value) for name, value in ended.items())
 
 
@@ -145,6 +146,7 @@ def test_the_papers_tables_stand_beside_their_data_alone(folder):
 def test_the_imagenet_recipes_have_the_papers_settings(name):
     loaded = recipe.load(f"recipes/studies/imagenet_srw:{name}" if "kd" in name else f"recipes/imagenet/{name}.yaml")
     pipeline.check(loaded)
+    loaded = last_stage(loaded)
     assert loaded.out == f"runs/imagenet/{name}" and loaded.train.batch_size == 512
     assert loaded.optimizer["weight_decay"] == 0.0001 and loaded.train.image_memory == 0
     assert loaded.train.epochs == {"pad_l2_stage1": 90, "pad_l2": 30}.get(name, 100)

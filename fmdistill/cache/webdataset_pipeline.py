@@ -21,6 +21,7 @@ from fmdistill.images import build as build_images
 from fmdistill.images.source import SPLITS
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError
+from fmdistill.settings import foreign_names
 
 UNUSED = ("cache_dir", "cache_size", "url_to_name", "select_files", "rename_files")  # of tars that webdataset reads
 
@@ -134,7 +135,7 @@ def _images(folder: Path, opened: Mapping[str, Any], images: bool | Images | Rec
         if not path.is_file():
             raise UserError(f"{path}: missing, so give images=fmdistill.recipe.load(RECIPE) instead of images=True")
         settings = recipes.read_yaml(path).get("images")
-        if foreign := recipes.foreign_names(settings):
+        if foreign := foreign_names(settings):
             raise UserError(
                 f"{path}: its images name code outside fmdistill ({', '.join(foreign)}); to import it, give "
                 f"images=fmdistill.recipe.load(RECIPE)"

@@ -96,7 +96,10 @@ def _file(name: str) -> str:
     if listed := catalog.methods(path):
         parts += [textwrap.fill(f"Methods: {', '.join(listed)}", WIDTH), ""]
         name = f"{name}:{listed[0]}"
-    protocol = "name" in recipe.read_yaml(path)  # a recipe has none
+    stored = recipe.read_yaml(path)
+    protocol = "name" in stored  # a recipe has none
+    if isinstance(stages := stored.get("stages"), dict):
+        parts += [textwrap.fill(f"Stages: {', '.join(map(str, stages))}", WIDTH), ""]
     return "\n".join([*parts, f"All settings: {f'cat {path}' if protocol else f'fmdistill show {name}'}"])
 
 

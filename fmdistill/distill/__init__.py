@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+from collections.abc import Mapping
 from itertools import accumulate
 from pathlib import Path
 
@@ -21,27 +22,43 @@ from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError
 from fmdistill.settings import flat
 from fmdistill.several import by_teacher
+from fmdistill.stages import by_stage, naming, saved_stages
 
 __all__ = ["check_claim", "check_machine", "check_run", "load_student", "run"]
 
 # Settings that may change in a resumed run, in addition to the fields that the recipe marks: the cache's manifest
 # stores the hash of the weights, and the others do not change what the teacher computes.
 FREE = {f"teacher.{key}" for key in ("weights", "device", "batch", "workers")}
+START = "student.pretrained"
 
 
 def run(recipe: Recipe, resume: bool = True) -> Path:
-    """Train the recipe's student and return the run's directory.
+    """Train the recipe's student, in all its stages, and return the run's directory.
 
     With `resume`, an interrupted run continues at its newest checkpoint and a finished one is returned unchanged;
     without it, an existing run raises UserError.
     """
-    out = Path(recipe.out)
     check_machine(recipe)  # before a recipe that cannot be trained is written into the run's folder
+    check_claim(recipe, resume)
+    stages = by_stage(recipe)
+    if recipe.stages is not None and _is_writable(Path(recipe.out)):
+        recipes.save(recipe, recipe.out, recipes.STAGES)
+    _check_later_stages(recipe)
+    for name in _needed(stages):  # several processes ask each other for stops within training alone
+        with naming(recipe, name):
+            _train(stages[name])
+    return Path(recipe.out)
+
+
+def _train(recipe: Recipe) -> None:
+    """Train a stage of a recipe, unless its run is finished."""
+    out = Path(recipe.out)
     recipe = _with_saved_parts(recipe, out)
-    _claim(recipe, out, resume)
+    if _is_writable(out):
+        recipes.save(recipe, out)  # with the current location of its images
     if (out / WEIGHTS).is_file():
         log.info("%s: already trained", out)
-        return out
+        return
     engine = Engine(recipe.train)
     job = tasks.build(recipe)
     count = sum(p.numel() for p in job.student.parameters())
@@ -55,7 +72,28 @@ def run(recipe: Recipe, resume: bool = True) -> Path:
             _save_part(parts[name], part.student)
         students.save(job.student, out)
     engine.accelerator.wait_for_everyone()
-    return out
+
+
+def _needed(stages: Mapping[str, Recipe]) -> list[str]:
+    """Return the stages to train or to confirm as trained: those after the last finished one, and those with a run.
+
+    A stage before the last finished one is not trained again if its folder was deleted.
+    """
+    finished_stages = [name for name, stage in stages.items() if (Path(stage.out) / WEIGHTS).is_file()]
+    passed = list(stages).index(finished_stages[-1]) if finished_stages else -1
+    return [
+        name for number, (name, stage) in enumerate(stages.items()) if number > passed or _is_trained(Path(stage.out))
+    ]
+
+
+def _check_later_stages(recipe: Recipe) -> None:
+    """Build the jobs of the stages after an unfinished one, so that an error in them is raised before it is trained."""
+    stages = by_stage(recipe)
+    waiting = [name for name in _needed(stages) if not (Path(stages[name].out) / WEIGHTS).is_file()]
+    for name in waiting[1:]:
+        stage = stages[name]
+        with naming(recipe, name):
+            tasks.build(dataclasses.replace(stage, student={**stage.student, "pretrained": "none"}))
 
 
 def _names(recipe: Recipe) -> str:
@@ -80,22 +118,41 @@ def check_machine(recipe: Recipe) -> None:
     """Raise a UserError if the run is not finished and the device or the launcher's variables prevent training."""
     if not (Path(recipe.out) / WEIGHTS).is_file():
         check_training()
-        pick_device(recipe.train.device, "train.device")
+        for name, stage in by_stage(recipe).items():
+            with naming(recipe, name):
+                pick_device(stage.train.device, "train.device")
 
 
-def _claim(recipe: Recipe, out: Path, resume: bool) -> None:
-    """Save the recipe in `out`. Raises UserError if `out` holds a trained run of another recipe."""
-    if _is_trained(out) and not resume:
-        raise UserError(f"{out}: already holds a run; choose another out=FOLDER, or delete it")
-    check_claim(recipe)
-    if not (out / WEIGHTS).is_file() or os.access(out, os.W_OK):  # a finished run may be read-only
-        recipes.save(recipe, out)  # with the current location of its images
+def check_claim(recipe: Recipe, resume: bool = True) -> None:
+    """Raise a UserError if the folder of one of the recipe's stages contains a run of another recipe.
+
+    Interrupted and finished runs count alike. Without `resume`, a run of the same recipe raises it too.
+    """
+    _check_names(recipe)
+    for name, stage in by_stage(recipe).items():
+        if _is_trained(Path(stage.out)):
+            if not resume:
+                raise UserError(f"{stage.out}: already holds a run; choose another out=FOLDER, or delete it")
+            with naming(recipe, name):
+                check_run(stage, Path(stage.out))
 
 
-def check_claim(recipe: Recipe) -> None:
-    """Raise a UserError if the recipe's folder contains a run of another recipe, interrupted or finished."""
-    if _is_trained(Path(recipe.out)):
-        check_run(recipe, Path(recipe.out))
+def _check_names(recipe: Recipe) -> None:
+    """Raise a UserError if the recipe's folder contains runs of stages that the recipe does not have, in this order."""
+    saved, names = saved_stages(recipe.out), list(recipe.stages or ())
+    if saved is None or saved.stages is None or list(saved.stages) == names:
+        return
+    if not names and _relative_start(recipe) in saved.stages:  # the recipe of its last stage
+        return
+    if any(_is_trained(Path(recipe.out) / name) for name in saved.stages):
+        raise UserError(
+            f"{recipe.out}: holds a run of the stages {', '.join(saved.stages)}, and the recipe has "
+            f"{', '.join(names) or 'no stages'}. Choose another out=FOLDER, or delete it"
+        )
+
+
+def _is_writable(out: Path) -> bool:
+    return not (out / WEIGHTS).is_file() or os.access(out, os.W_OK)  # a finished run may be read-only
 
 
 def _is_trained(out: Path) -> bool:
@@ -112,6 +169,9 @@ def check_run(recipe: Recipe, out: Path) -> None:
     fixed = [key for key in sorted({*old, *new}) if not _is_free(key, free)]
     if recipe.train.accumulate == "auto":  # which the run has replaced
         fixed.remove("train.accumulate")
+    start = _relative_start(recipe)
+    if start is not None and start == _relative_start(saved):  # both runs may have moved together
+        fixed.remove(START)
     changed = [key for key in fixed if str(old.get(key)) != str(new.get(key))]
     if changed:
         differences = "; ".join(
@@ -124,3 +184,9 @@ def _is_free(key: str, free: set[str]) -> bool:
     key = re.sub(r"^teachers\.[^.]+\.", "", key)
     parents = accumulate(key.split("."), lambda above, name: f"{above}.{name}")
     return any(parent in free for parent in parents) or bool(re.match(r"images\..*root$", key))
+
+
+def _relative_start(recipe: Recipe) -> str | None:
+    """Return the path of the weights that the student begins with, from the run's folder; None if it names no file."""
+    start = recipe.student.get("pretrained")
+    return os.path.relpath(start, recipe.out) if isinstance(start, str) and "/" in start else None

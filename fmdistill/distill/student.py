@@ -45,9 +45,9 @@ def build(settings: Mapping[str, Any]) -> nn.Module:
     """Return the student that a recipe names, in train mode.
 
     `pretrained` may name a finished run, or a safetensors file of this student's state, whose weights it starts from.
-    If the student's own signature has `pretrained`, the value is passed to it instead. `freeze` may list modules and
-    parameters that are not trained. Raises UserError if the weights are missing or do not fit, or if nothing has a name
-    in `freeze`.
+    If the student's own signature has `pretrained`, any value but a finished run is passed to it instead. `freeze` may
+    list modules and parameters that are not trained. Raises UserError if the weights are missing or do not fit, or if
+    nothing has a name in `freeze`.
     """
     names = frozen_names(settings)
     builder, start = _bind({key: value for key, value in settings.items() if key != "freeze"})

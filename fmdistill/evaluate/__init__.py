@@ -22,6 +22,7 @@ from fmdistill.predict.checkpoint_file import whole_sam
 from fmdistill.predict.onnx_student import open_student
 from fmdistill.recipe import Overrides, Recipe
 from fmdistill.registry import UserError, bind, convert, resolve
+from fmdistill.stages import last_stage
 
 EVALUATORS: dict[str, Any] = {
     "grid_miou": "fmdistill.evaluate.grid_miou:GridMiou",
@@ -138,10 +139,11 @@ def run(protocol: str | Path, subject: str | Path, overrides: Overrides = ()) ->
                 f"recipe=RUN/recipe.yaml"
             )
         name = subject.name if exported else subject.stem
-        recipe, out = recipes.load(recipe_path, trusted), subject.parent / f"{name}.evaluation"
+        recipe, out = last_stage(recipes.load(recipe_path, trusted)), subject.parent / f"{name}.evaluation"
         weights = subject / artefact.NAME if exported else subject
     else:
-        recipe = recipes.load(recipe_path, trusted) if recipe_path else recipes.load_saved(subject, trusted)
+        own = recipes.load(recipe_path, trusted) if recipe_path else recipes.load_saved(subject, trusted)
+        recipe = last_stage(own)
         weights, out = students.weights_path(subject), subject / "evaluation"
     check(loaded, recipe)
     if stores and not hasattr(loaded.evaluator, "store_in"):

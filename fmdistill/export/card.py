@@ -14,6 +14,8 @@ from fmdistill.evaluate.results import Result
 from fmdistill.export.source import FinishedRun, without_folders
 from fmdistill.files import file_hash, write_whole
 from fmdistill.logs import log
+from fmdistill.recipe import Recipe
+from fmdistill.stages import by_stage, saved_stages
 
 NAME = "README.md"
 NOT_STATED = "not stated"
@@ -105,7 +107,14 @@ def _networks(source: FinishedRun) -> str:
 
 
 def _training(source: FinishedRun) -> str:
-    recipe = source.recipe
+    whole = saved_stages(source.run)
+    if whole is None:
+        return _trained(source.recipe)
+    tables = [f"Stage `{name}`:\n\n{_trained(stage)}" for name, stage in by_stage(whole).items()]
+    return "\n\n".join(["In stages, each of which began with the student of the one before.", *tables])
+
+
+def _trained(recipe: Recipe) -> str:
     rows = [("Images", _component(recipe.images)), ("Task", _component(recipe.task))]
     rows += [(f"Objective `{name}`", _component(term)) for name, term in recipe.objective.items()]
     length = f"{recipe.train.steps} steps" if recipe.train.steps is not None else f"{recipe.train.epochs:g} epochs"

@@ -1,4 +1,4 @@
-"""The verbs that combine stages: check and run in this file, the others in their own files."""
+"""The verbs that combine others: check and run in this file, the rest in their own files."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -25,6 +25,7 @@ from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError, bind
 from fmdistill.settings import parse_recipe_name
 from fmdistill.several import by_teacher
+from fmdistill.stages import by_stage, last_stage, naming
 
 TRUSTED = ["trust=true"]  # for a run that was checked to be of the user's recipe
 RECIPE_KEYS = {"extends", "out", "student", "task", "teacher"}  # settings that distinguish a recipe from a protocol
@@ -33,6 +34,14 @@ RECIPE_KEYS = {"extends", "out", "student", "task", "teacher"}  # settings that 
 def check(settings: Recipe) -> None:
     """Check every setting of a recipe and of its protocols without touching data. Raises UserError if one is wrong."""
     images.check(settings.images)
+    for name, stage in by_stage(settings).items():
+        with naming(settings, name):
+            _check_stage(stage)
+    protocols_by_teacher(settings)
+
+
+def _check_stage(settings: Recipe) -> None:
+    """Check how one stage of a recipe is trained."""
     tasks.check(settings)
     for part in by_teacher(settings).values():
         _check_teacher(part)
@@ -42,7 +51,6 @@ def check(settings: Recipe) -> None:
     check_installed(settings.train.trackers)
     if settings.train.steps is not None:
         schedule(0, settings.train.steps)  # raises if the schedule has fewer steps
-    protocols_by_teacher(settings)
 
 
 def _check_teacher(settings: Recipe) -> None:
@@ -70,9 +78,10 @@ def _check_teacher(settings: Recipe) -> None:
 def protocols_by_teacher(settings: Recipe) -> dict[str, list[str]]:
     """Return the protocols that judge the student of each teacher, by the teacher's name; "" if it is the only one.
 
-    With several teachers, a protocol judges each student that it can judge. Raises UserError if it can judge none.
+    With several teachers, a protocol judges each student that it can judge. Raises UserError if it can judge none. Of a
+    recipe with stages, the student of the last one is judged.
     """
-    parts = by_teacher(settings)
+    parts = judged_parts(settings)
     chosen: dict[str, list[str]] = {name: [] for name in parts}
     for path in settings.protocols:
         protocol, errors = evaluate.load(path), []
@@ -87,6 +96,11 @@ def protocols_by_teacher(settings: Recipe) -> dict[str, list[str]]:
     return chosen
 
 
+def judged_parts(settings: Recipe) -> dict[str, Recipe]:
+    """Return the recipe of each student that protocols judge, by the teacher's name, "" if it is the only one."""
+    return by_teacher(last_stage(settings))
+
+
 def check_machine(settings: Recipe) -> None:
     """Check that this machine can train and evaluate by the recipe. Raises UserError if not."""
     distill.check_machine(settings)
@@ -98,15 +112,28 @@ def check_before(settings: Recipe) -> None:
     """Check a recipe like `check`, and also this machine, the images with their labels, and the run's folder."""
     check(settings)
     check_machine(settings)
-    check_share(settings.train, processes()[1])
+    stages = by_stage(settings)
+    for name, stage in stages.items():
+        with naming(settings, name):
+            check_share(stage.train, processes()[1])
     if not (Path(settings.out) / student.WEIGHTS).is_file():  # a finished run may be read-only
         check_folder(settings.out, "the run")
-        for part in by_teacher(settings).values():
-            student.check_start(part.student)
-    _check_amount(settings)
+        name, first = next(iter(stages.items()))  # the others begin with the student of the one before
+        with naming(settings, name):
+            _check_start(first)
+    for name, stage in stages.items():
+        with naming(settings, name):
+            _check_amount(stage)
     for name, protocols in protocols_by_teacher(settings).items():
         for protocol in protocols:
-            evaluate.check_images(evaluate.load(protocol), by_teacher(settings)[name])
+            evaluate.check_images(evaluate.load(protocol), judged_parts(settings)[name])
+
+
+def _check_start(settings: Recipe) -> None:
+    """Raise a UserError if the run is not finished and the weights that its students begin with do not exist."""
+    if not (Path(settings.out) / student.WEIGHTS).is_file():
+        for part in by_teacher(settings).values():
+            student.check_start(part.student)
 
 
 def _check_amount(settings: Recipe) -> None:
@@ -163,18 +190,20 @@ def _files_of(path: str) -> list[str]:
     folder = Path(path).expanduser()
     if not folder.is_dir():
         return [path]
-    files = [folder / recipe.SAVED] if (folder / recipe.SAVED).is_file() else sorted(folder.rglob("*.yaml"))
+    saved = [folder / name for name in (recipe.STAGES, recipe.SAVED) if (folder / name).is_file()]
+    files = saved[:1] or sorted(folder.rglob("*.yaml"))
     if not files:
         raise UserError(f"{path}: contains no recipe or protocol (*.yaml); name a file, or another folder")
     return list(map(str, files))
 
 
 def run(settings: Recipe) -> dict[str, list[Row]]:
-    """Run all stages of a recipe: cache, evaluate the teacher, distil and evaluate; return the rows by protocol.
+    """Run a recipe: cache, evaluate the teacher, distil and evaluate; return the rows by protocol.
 
-    Finished stages are not repeated. Only the first of several training processes evaluates; the others return {}.
+    What is finished is not repeated. Only the first of several training processes evaluates; the others return {}.
     """
     check_before(settings)
+    distill.check_claim(settings)
     for name, part in by_teacher(settings).items():
         if part.teacher is not None and not finished.is_live(part.teacher):
             cache.run(part)
@@ -188,7 +217,7 @@ def evaluate_parts(settings: Recipe) -> dict[str, list[Row]]:
 
     If several students are judged by one protocol, the teacher's name follows the protocol's.
     """
-    parts, chosen = by_teacher(settings), protocols_by_teacher(settings)
+    parts, chosen = judged_parts(settings), protocols_by_teacher(settings)
     judged = [(protocol, name) for name, protocols in chosen.items() for protocol in protocols]
     several = [protocol for protocol, _ in judged]
     return {
@@ -219,5 +248,6 @@ def evaluate_recipe(settings: Recipe) -> dict[str, list[Row]]:
     """Evaluate the run of a recipe by the recipe's protocols; return the rows by protocol."""
     if not settings.protocols:
         raise UserError("protocols: this recipe has none; name one: fmdistill evaluate PROTOCOL RUN")
-    distill.check_run(settings, Path(settings.out))
+    distill.check_claim(settings)
+    distill.check_run(last_stage(settings), Path(settings.out))  # raises if there is none
     return evaluate_parts(settings)

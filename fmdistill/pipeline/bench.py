@@ -27,6 +27,7 @@ from fmdistill.pipeline.shard_speed import CPU, measure_codec, measure_shards
 from fmdistill.pipeline.training_speed import measure_training
 from fmdistill.recipe import CodecName, Recipe
 from fmdistill.registry import UserError
+from fmdistill.stages import by_stage
 from fmdistill.teachers.compute import Precision, computing, full_precision
 from fmdistill.teachers.family import Reference, Teacher
 
@@ -66,9 +67,11 @@ class SampleImages:
 def run(recipe: Recipe, settings: BenchSettings) -> dict[str, Any]:
     """Measure the parts of a recipe's teacher pass and its training; write and return `recipe.out`/bench.json.
 
-    Temporary files are written to the disk of the cache. Raises UserError if the recipe has no cached teacher.
+    Of a recipe with stages, the training of the first one is measured. Temporary files are written to the disk of the
+    cache. Raises UserError if the recipe has no cached teacher.
     """
     check_single_process("bench")
+    stage, first = next(iter(by_stage(recipe).items()))
     if recipe.teacher is None or recipe.cache is None or finished.is_live(recipe.teacher):
         raise UserError(
             "bench: measures a teacher and its cache, but this recipe has no teacher or a live one; set `teacher` and "
@@ -98,8 +101,8 @@ def run(recipe: Recipe, settings: BenchSettings) -> dict[str, Any]:
                 cast(CodecName, name), outputs, model.outputs, valid, Path(folder), settings.megabytes, settings.rounds
             )
         if settings.steps:
-            log.info("bench: %d training steps", settings.steps)
-            rows += measure_training(recipe, model, Path(folder), settings.images, settings.steps)
+            log.info("bench: %d training steps%s", settings.steps, f" of the stage {stage}" if stage else "")
+            rows += measure_training(first, model, Path(folder), settings.images, settings.steps)
     report = {
         "teacher": {"name": chosen["name"], "weights": settings.weights},
         "device": device_name(str(chosen.get("device", "auto")), "teacher.device"),
@@ -107,6 +110,7 @@ def run(recipe: Recipe, settings: BenchSettings) -> dict[str, Any]:
         "torch": torch.__version__,
         "images": len(few.pictures),
         "rounds": settings.rounds,
+        "stage": stage,
         "rows": [{**dataclasses.asdict(row), "ratio": row.ratio} for row in rows],
     }
     out = Path(recipe.out)
@@ -118,10 +122,11 @@ def run(recipe: Recipe, settings: BenchSettings) -> dict[str, Any]:
 def text(report: dict[str, Any]) -> str:
     """Format the result of `run` as a sentence and a markdown table."""
     weights = "WEIGHTS DRAWN AT RANDOM" if report["teacher"]["weights"] == "random" else "the recipe's weights"
+    trained = f" Training is that of the stage {report['stage']}." if report.get("stage") else ""
     head = (
         f"{report['teacher']['name']} ({weights}), {report['dtype']} on {report['device']}, torch {report['torch']}; "
         f"{report['images']} images, least of {report['rounds']} rounds, both sides of a row in turns. The files that "
-        f"are read are in the system's page cache."
+        f"are read are in the system's page cache.{trained}"
     )
     lines = [head, "", "| what | figure | unit | against | its figure | ratio |", "|---|---|---|---|---|---|"]
     for row in report["rows"]:

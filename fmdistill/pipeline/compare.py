@@ -12,7 +12,14 @@ from fmdistill.cache import finished
 from fmdistill.files import check_folder, write_whole
 from fmdistill.launcher import processes
 from fmdistill.logs import log
-from fmdistill.pipeline import check_before, evaluate_parts, protocols_by_teacher, side_by_side, variants
+from fmdistill.pipeline import (
+    check_before,
+    evaluate_parts,
+    judged_parts,
+    protocols_by_teacher,
+    side_by_side,
+    variants,
+)
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError
 from fmdistill.report import paired, rows
@@ -108,7 +115,7 @@ def _judged(settings: Recipe) -> Recipe:
             f"compare: protocols={settings.protocols} judge the students of {len(judged)} teachers, "
             f"{' and '.join(judged)}; set those of one of them, and compare the others by another command"
         )
-    return by_teacher(settings)[judged[0]]
+    return judged_parts(settings)[judged[0]]
 
 
 def _write(table: Path, planned: Mapping[str, Sequence[Recipe]]) -> None:

@@ -1,5 +1,6 @@
 """Estimate a recipe's images, bytes and hours before the work begins, by measuring a few of its images."""
 
+import dataclasses
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -24,8 +25,9 @@ from fmdistill.pipeline.rehearsal import (
     step_seconds,
     with_few_images,
 )
-from fmdistill.recipe import Recipe
+from fmdistill.recipe import Recipe, Train
 from fmdistill.registry import UserError
+from fmdistill.stages import by_stage
 from fmdistill.teachers.family import Teacher
 
 
@@ -50,6 +52,21 @@ class PlanSettings:
 
 
 @dataclass(frozen=True)
+class PlannedTraining:
+    """The estimated training of one stage of a recipe."""
+
+    settings: Train
+    device: str
+    steps: int
+    seconds: float  # of a step
+
+    @property
+    def hours(self) -> float:
+        """Hours of training from the first step."""
+        return self.steps * self.seconds / 3600
+
+
+@dataclass(frozen=True)
 class Plan:
     """The estimated work of a recipe; hours are for one device of the measured kind."""
 
@@ -60,9 +77,8 @@ class Plan:
     disk: Disk | None  # None if nothing is cached
     teacher_pass: MeasuredPass | None  # None if nothing is cached
     missing_images: int
-    devices: tuple[str, str]  # of the teacher and of training
-    steps: int
-    seconds: float  # of a training step
+    device: str  # of the teacher
+    training: dict[str, PlannedTraining]  # by stage, "" if it is the only one
     gpus: list[int]
     why_no_cache: str = ""
 
@@ -81,8 +97,18 @@ class Plan:
 
     @property
     def training_hours(self) -> float:
-        """Hours of training from the first step."""
-        return self.steps * self.seconds / 3600
+        """Hours of training, of all stages."""
+        return sum(training.hours for training in self.training.values())
+
+    @property
+    def steps(self) -> int:
+        """Training steps of all stages."""
+        return sum(training.steps for training in self.training.values())
+
+    @property
+    def seconds(self) -> float:
+        """The mean seconds of a training step."""
+        return 3600 * self.training_hours / self.steps
 
 
 def run(recipe: Recipe, settings: PlanSettings) -> Plan:
@@ -97,20 +123,24 @@ def run(recipe: Recipe, settings: PlanSettings) -> Plan:
     counts, counted = count(images, shards)
     by_name = dict(zip([s.name for s in shards], counts, strict=True))
     totals = {split: round(sum(by_name[s.name] for s in shards if s.split == split)) for split in SPLITS}
-    train = recipe.train
-    if totals["train"] < train.batch_size:
-        raise too_few_images(train.batch_size, totals["train"])
+    stages = by_stage(recipe)
+    for stage in stages.values():
+        if totals["train"] < stage.train.batch_size:
+            raise too_few_images(stage.train.batch_size, totals["train"])
     cached = recipe.teacher is not None and not finished.is_live(recipe.teacher)
     model = cache.load_teacher(recipe) if cached else None
     missing = _missing(recipe, images, shards, model) if model else []
     with tempfile.TemporaryDirectory(prefix="fmdistill-plan-") as folder:
-        few = settings.images or (2 * model.batch if model else train.batch_size)
+        few = settings.images or (2 * model.batch if model else recipe.train.batch_size)
         small = with_few_images(recipe, few, Path(folder))
         teacher_pass = measure_teacher_pass(small, model) if model else None
         disk = _disk(recipe, small, shards, by_name, missing) if model else None
         device = device_name(str((recipe.teacher or {}).get("device", "auto")), "teacher.device")
         model = None  # frees the device's memory for training
-        seconds = step_seconds(small, settings.steps)
+        training = {
+            name: _training(stage, small_stage, totals["train"], settings.steps)
+            for (name, stage), small_stage in zip(stages.items(), _drawn_stages(small), strict=True)
+        }
     return Plan(
         recipe=recipe,
         images=totals,
@@ -119,12 +149,24 @@ def run(recipe: Recipe, settings: PlanSettings) -> Plan:
         disk=disk,
         teacher_pass=teacher_pass,
         missing_images=round(sum(by_name[s.name] for s in missing)),
-        devices=(device, device_name(train.device, "train.device")),
-        steps=total_steps(train, Batches((totals["train"],), train.batch_size, recipe.seed, train.window)),
-        seconds=seconds,
+        device=device,
+        training=training,
         gpus=settings.devices,
         why_no_cache="" if cached else ("teacher.live=true" if recipe.teacher else "no teacher"),
     )
+
+
+def _drawn_stages(recipe: Recipe) -> list[Recipe]:
+    """Return the recipe's stages, where those that begin with an earlier one's student begin with a drawn one."""
+    first, *later = by_stage(recipe).values()
+    return [first, *(dataclasses.replace(stage, student=stage.student | {"pretrained": "none"}) for stage in later)]
+
+
+def _training(recipe: Recipe, small: Recipe, images: int, steps: int) -> PlannedTraining:
+    """Estimate the training of a stage on so many images; the recipe `small` is run to measure the seconds."""
+    train = recipe.train
+    total = total_steps(train, Batches((images,), train.batch_size, recipe.seed, train.window))
+    return PlannedTraining(train, device_name(train.device, "train.device"), total, step_seconds(small, steps))
 
 
 def _missing(recipe: Recipe, images: Images, shards: Sequence[Shard], model: Teacher) -> list[Shard]:
@@ -153,16 +195,16 @@ def text(plan: Plan, name: str) -> str:
     lines += _disk_lines(plan) if plan.disk else [f"cache         none: {plan.why_no_cache}"]
     if measured := plan.teacher_pass:
         failed = f", {measured.failed} of them without an output" if measured.failed else ""
-        lines.append(
-            f"teacher pass  {plan.rate:.3g} images/s, of {measured.images} images{failed}, on {plan.devices[0]}"
-        )
+        lines.append(f"teacher pass  {plan.rate:.3g} images/s, of {measured.images} images{failed}, on {plan.device}")
         lines += _failed_lines(plan, measured)
-    batch_size = plan.recipe.train.batch_size
     with_teacher = ", including the live teacher" if plan.why_no_cache.startswith("teacher.live") else ""
-    lines.append(
-        f"training      {batch_size / plan.seconds:.3g} images/s, {plan.seconds:.3g} s a step of "
-        f"{batch_size} images, {plan.steps} steps, on {plan.devices[1]}{with_teacher}"
-    )
+    for name, training in plan.training.items():
+        batch_size = training.settings.batch_size
+        lines.append(
+            f"{f'stage {name}' if name else 'training':13} {batch_size / training.seconds:.3g} images/s, "
+            f"{training.seconds:.3g} s a step of {batch_size} images, {training.steps} steps, on "
+            f"{training.device}{with_teacher}"
+        )
     lines += ["", "| devices like this | teacher pass | training | together |", "|---|---|---|---|"]
     lines += [_times(plan, count) for count in plan.gpus]
     lines += [
@@ -187,11 +229,11 @@ def _failed_lines(plan: Plan, measured: MeasuredPass) -> list[str]:
 
 
 def _times(plan: Plan, count: int) -> str:
-    train = plan.recipe.train
-    fits = train.divides(count)
-    training = _time(plan.training_hours / count) if fits else "-"
-    both = _time((plan.teacher_hours + plan.training_hours) / count) if fits else "-"
-    why = "" if fits else f" train.batch_size={train.batch_size} is not divisible by {count} devices |"
+    settings = [training.settings for training in plan.training.values()]
+    odd = next((train.batch_size for train in settings if not train.divides(count)), None)
+    training = _time(plan.training_hours / count) if odd is None else "-"
+    both = _time((plan.teacher_hours + plan.training_hours) / count) if odd is None else "-"
+    why = "" if odd is None else f" train.batch_size={odd} is not divisible by {count} devices |"
     return f"| {count} | {_time(plan.teacher_hours / count)} | {training} | {both} |{why}"
 
 
@@ -235,7 +277,8 @@ def _full_disk_lines(disk: Disk) -> list[str]:
 def _window_lines(plan: Plan, disk: Disk) -> list[str]:
     """Return a warning if the shards of a training window exceed the limit of local copies of a bucket."""
     assert plan.recipe.cache is not None
-    window, allowed = plan.recipe.train.window, plan.recipe.cache.local_bytes
+    window = max(training.settings.window for training in plan.training.values())
+    allowed = plan.recipe.cache.local_bytes
     needed = sum(sorted(size for split, _, size in disk.held if split == "train")[-window:])
     if needed <= allowed:
         return []

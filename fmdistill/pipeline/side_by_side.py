@@ -21,6 +21,7 @@ from fmdistill.distill.student import WEIGHTS
 from fmdistill.logs import progress, read_json_lines
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError
+from fmdistill.stages import by_stage
 
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 POLL = 0.5  # seconds between looks at the processes
@@ -42,8 +43,15 @@ def is_trained(recipe: Recipe) -> bool:
 
 
 def last_step(recipe: Recipe) -> int:
-    """Return the last training step in the log of the recipe's run, 0 before the first."""
-    return max((row.get("step", 0) for row in read_json_lines(Path(recipe.out) / "metrics.jsonl")), default=0)
+    """Return the last training step in the log of the recipe's run, 0 before the first; of stages, their sum."""
+    logs = [read_json_lines(Path(stage.out) / "metrics.jsonl") for stage in by_stage(recipe).values()]
+    return sum(max((row.get("step", 0) for row in rows), default=0) for rows in logs)
+
+
+def _steps(recipe: Recipe) -> int | None:
+    """Return the steps of all stages of a recipe, None if one of them counts epochs."""
+    steps = [stage.train.steps for stage in by_stage(recipe).values()]
+    return None if None in steps else sum(filter(None, steps))
 
 
 def run(recipes: Sequence[Recipe], jobs: int, evaluate: bool = False) -> None:
@@ -89,7 +97,7 @@ class _Worker:
     def begin(self, recipe: Recipe, evaluate: bool) -> None:
         """Have the process train the recipe."""
         self.recipe = recipe
-        self.bar = progress(None, f"training {recipe.out}", total=recipe.train.steps, unit="step")
+        self.bar = progress(None, f"training {recipe.out}", total=_steps(recipe), unit="step")
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(json.dumps({"recipe": asdict(recipe), "evaluate": evaluate}) + "\n")

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from fmdistill.distill.weightings.blend import bind_weighting
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError, bind, parse
 from fmdistill.settings import flat, parse_recipe_name
+from fmdistill.stages import by_stage
 
+STAGE = "stage"  # begins the names of the settings of a recipe's stages
 TABLES = {
     "distance": DISTANCES,
     "weighting": WEIGHTINGS,
@@ -49,14 +52,20 @@ def check_distinct(loaded: Mapping[str, Recipe], overrides: Sequence[str] = ()) 
     A component's defaults count as set, so that writing a default out makes no difference.
     """
     checked: list[tuple[str, dict[str, Any]]] = []
-    free = {"title", *recipe.free_settings()}
     for name, settings in loaded.items():
-        _check_effect(name, settings, overrides)
-        decisive = {k: v for k, v in settled(settings).items() if k not in free and not k.startswith("cache.executor.")}
+        with named(name):
+            _check_effect(name, settings, overrides)
+            decisive = {key: value for key, value in settled(settings).items() if _decides(key)}
         for other, other_decisive in checked:
             if decisive == other_decisive:
                 raise UserError(f"{name}: trains the same student as {other}; change one of its settings, or remove it")
         checked.append((name, decisive))
+
+
+def _decides(key: str) -> bool:
+    """Return whether a setting, by its dotted name from `settled`, affects the weights."""
+    name = re.sub(rf"^{STAGE} \d+\.", "", key)
+    return name not in {"title", *recipe.free_settings()} and not name.startswith("cache.executor.")
 
 
 def _check_effect(name: str, settings: Recipe, overrides: Sequence[str]) -> None:
@@ -73,12 +82,28 @@ def _check_effect(name: str, settings: Recipe, overrides: Sequence[str]) -> None
 
 
 def settled(settings: Recipe) -> dict[str, Any]:
-    """Return every setting by its dotted name, with texts parsed as YAML and the defaults of components filled in."""
+    """Return every setting by its dotted name, with texts parsed as YAML and the defaults of components filled in.
+
+    The names of a recipe with stages begin with the number of the stage, such as "stage 1.train.steps".
+    """
+    names = {"out": settings.out, "title": settings.title}
+    if settings.stages is None:
+        return {**_settled(settings), **names}
+    parts: dict[str, Any] = {}
+    for number, stage in enumerate(by_stage(settings).values()):
+        own = {key: value for key, value in _settled(stage).items() if key not in names}
+        if number:
+            del own["student.pretrained"]  # the folder of the run before
+        parts |= {f"{STAGE} {number}.{key}": value for key, value in own.items()}
+    return {**parts, **names}
+
+
+def _settled(settings: Recipe) -> dict[str, Any]:
     plain = dataclasses.asdict(settings)
     if settings.objective:
         terms = objective.check(settings.objective)
         plain["objective"] = {key: dataclasses.asdict(term) for key, term in terms.items()}
-    return {**flat(_filled(plain, "")), "out": settings.out, "title": settings.title}
+    return flat(_filled(plain, ""))
 
 
 def _filled(value: Any, key: str) -> Any:

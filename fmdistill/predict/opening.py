@@ -12,7 +12,7 @@ from fmdistill.predict import artefact
 from fmdistill.predict.checkpoint_file import open_file
 from fmdistill.predict.clip import open_folder
 from fmdistill.predict.run import open_run
-from fmdistill.recipe import SAVED
+from fmdistill.recipe import SAVED, STAGES
 from fmdistill.registry import UserError
 
 OPENERS = {  # function (artefact, device) -> predictor, by the artefact's kind and its model's runtime
@@ -39,7 +39,7 @@ def load(path: str | os.PathLike[str], device: str = "auto", trust: bool = False
         return open_folder(path, torch_device)
     if (path / manifest.NAME).is_file():
         raise UserError(f"{path}: is a cache of teacher outputs; load a run that was trained from it")
-    if (path / SAVED).is_file():
+    if any((path / name).is_file() for name in (SAVED, STAGES)):
         return open_run(path, torch_device, trust)
     content = "is empty" if not any(path.iterdir()) else f"has no {artefact.NAME}, {SAVED} or {OPEN_CLIP}"
     raise UserError(f"{path}: {content}; name {EXPECTED}")

@@ -30,6 +30,11 @@ ABOUT_CURVES = (
 )
 
 
+ABOUT_STAGES = (
+    "The stages of a run follow each other, each with a line of its own; the results above are those of the last one."
+)
+
+
 @dataclass(frozen=True)
 class Judged:
     """The runs' results by one protocol: its name, one of the results, which describes the metrics, rows and table."""
@@ -78,8 +83,13 @@ def _judged(runs: list[Run]) -> list[Judged]:
 
 def _titles(runs: list[Run]) -> str:
     return page.definitions(
-        (run.name, f"{run.recipe.title or 'untitled recipe'} · seed {run.recipe.seed}") for run in runs
+        (run.name, " · ".join([run.recipe.title or "untitled recipe", f"seed {run.recipe.seed}", *_stages(run)]))
+        for run in runs
     )
+
+
+def _stages(run: Run) -> list[str]:
+    return [f"stages {', '.join(run.stages)}"] if run.stage else []
 
 
 def _results(judged: list[Judged]) -> list[str]:
@@ -117,11 +127,14 @@ def _explanations(result: Result, table: Table) -> list[str]:
 
 
 def _curves(runs: list[Run]) -> list[str]:
-    pictures = plots.curve_figures({run.name: run.log for run in runs})
+    pictures = plots.curve_figures({name: log for run in runs for name, log in run.curves().items()})
     if not pictures:
         return []
-    figures = [page.figure(picture, "", f"{key} by step, one line per run") for key, picture in pictures.items()]
-    return [page.heading("Training"), page.paragraph(ABOUT_CURVES), page.grid(figures)]
+    staged = any(run.stage for run in runs)
+    lines = "one line per run and stage" if staged else "one line per run"
+    figures = [page.figure(picture, "", f"{key} by step, {lines}") for key, picture in pictures.items()]
+    about = f"{ABOUT_CURVES} {ABOUT_STAGES}" if staged else ABOUT_CURVES
+    return [page.heading("Training"), page.paragraph(about), page.grid(figures)]
 
 
 def _pictures(runs: list[Run], trust: bool, images: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -182,14 +182,19 @@ def _effective_sample_size(runs: Sequence[Run]) -> float | None:
     rows = [
         [value for name, value in row.items() if name.endswith(ending) and not name.startswith("validation/")]
         for run in runs
-        for row in run.log
+        for stage in run.stages.values()
+        for row in stage.log
     ]
     smallest = [min(row) for row in rows if row]  # not the mean, which an unweighted term of labels would raise
     return statistics.fmean(smallest) if smallest else None
 
 
 def _seconds(run: Run) -> float | None:
-    rows = [row for row in run.log if "images_per_second" in row]
-    if not rows or not rows[-1]["images_per_second"]:
-        return None
-    return rows[-1]["step"] * run.recipe.train.batch_size / rows[-1]["images_per_second"]
+    """Return the seconds of training, in all stages, None if the logs do not tell."""
+    seconds = 0.0
+    for stage in run.stages.values():
+        rows = [row for row in stage.log if "images_per_second" in row]
+        if not rows or not rows[-1]["images_per_second"]:
+            return None
+        seconds += rows[-1]["step"] * stage.recipe.train.batch_size / rows[-1]["images_per_second"]
+    return seconds

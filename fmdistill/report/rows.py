@@ -12,19 +12,40 @@ from fmdistill.evaluate.results import STUDENT, TEACHER, Key, Result
 from fmdistill.logs import read_json_lines
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError
+from fmdistill.stages import saved_stages
 
 Kind = Literal["run", "teacher", "floor", "published"]
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run read from its folder: recipe, training log, and results by the name of the protocol's file."""
+    """A run read from its folder: recipe, training log, and results by the name of the protocol's file.
+
+    If the run has stages, `stage` is the last one's name, and `earlier` are the runs of those before by their names.
+    """
 
     name: str
     folder: Path
     recipe: Recipe
     log: list[dict[str, Any]] = field(default_factory=list)
     evaluations: dict[str, Result] = field(default_factory=dict)
+    stage: str = ""
+    earlier: "dict[str, Run]" = field(default_factory=dict)
+
+    @property
+    def stages(self) -> "dict[str, Run]":
+        """The runs of all its stages by name, in their order; itself under "" if it has none."""
+        return {**self.earlier, self.stage: self}
+
+    def curves(self) -> dict[str, list[dict[str, Any]]]:
+        """Return the log by the run's name; of several stages, each one's log, its steps counted on from the last."""
+        drawn, done = {}, 0
+        for stage, run in self.stages.items():
+            rows = [row for row in run.log if "step" in row]
+            name = f"{self.name}, {stage}" if stage else self.name
+            drawn[name] = [{**row, "step": row["step"] + done} for row in rows]
+            done += max((row["step"] for row in rows), default=0)
+        return drawn
 
 
 @dataclass(frozen=True)
@@ -133,7 +154,13 @@ def _read_run(name: str, folder: Path) -> Run:
     recipe = recipes.load_saved(folder, ["trust=true"])  # reading a recipe imports nothing
     stored = {path.stem: results.read(path) for path in sorted((folder / "evaluation").glob("*.json"))}
     evaluations = {stem: result for stem, result in stored.items() if result is not None}
-    return Run(name, folder, recipe, read_json_lines(folder / "metrics.jsonl"), evaluations)
+    log, whole = read_json_lines(folder / "metrics.jsonl"), saved_stages(folder)
+    if whole is None or whole.stages is None:
+        return Run(name, folder, recipe, log, evaluations)
+    *before, last = whole.stages
+    kept = [stage for stage in before if (folder / stage / recipes.SAVED).is_file()]  # the others were deleted
+    earlier = {stage: _read_run(f"{name}/{stage}", folder / stage) for stage in kept}
+    return Run(name, folder, recipe, log, evaluations, last, earlier)
 
 
 def _by_subject(stored: Iterable[results.Row]) -> dict[str, list[results.Row]]:
