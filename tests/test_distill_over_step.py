@@ -117,7 +117,8 @@ def alone(tmp_path_factory) -> dict[str, torch.Tensor]:
 def test_the_gradient_of_a_step_is_that_of_the_formula_over_all_its_images(tmp_path, accumulate):
     expected, grads = literal(), gradients(tmp_path, accumulate)
     assert len(grads) == 1 + len(list(task().parameters()))
-    assert largest_difference(grads, expected) < 1e-6
+    assert largest_difference(grads, expected) < 1e-5  # SRW's weights are computed in float32
+    assert largest_difference(grads, gradients(tmp_path, 1)) < 1e-7
     assert min(float(value.abs().max()) for value in grads.values()) > 1e-3  # or equal gradients would show nothing
 
 
@@ -135,7 +136,7 @@ def test_two_processes_give_the_gradients_and_the_weights_of_one(tmp_path, alone
     done = processes.torchrun(tmp_path, str(accumulate), script=__file__)
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (load_file(tmp_path / f"gradients-{rank}.safetensors") for rank in (0, 1))
-    assert largest_difference({name: first[name] + second[name] for name in first}, literal()) < 1e-6
+    assert largest_difference({name: first[name] + second[name] for name in first}, gradients(tmp_path, 1)) < 1e-7
     weights = [load_file(tmp_path / f"weights-{rank}.safetensors") for rank in (0, 1)]
     assert largest_difference(weights[0], weights[1]) == 0
     assert largest_difference(weights[0], alone) < 1e-6
