@@ -84,7 +84,7 @@ class Distill(nn.Module):
         as BatchNorm's statistics, as they were.
         """
         names = self.objective.step_outputs
-        if batch.get("parts", 1) == 1:
+        if not names or batch.get("parts", 1) == 1:
             return vectors(batch)
         buffers = {name: value.clone() for name, value in self.student.named_buffers()}
         made = torch.func.functional_call(self.student, buffers, (self._image(batch),))

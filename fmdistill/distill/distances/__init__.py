@@ -9,7 +9,7 @@ from fmdistill.distill.distances.affinity import Affinity
 from fmdistill.distill.distances.at import AT
 from fmdistill.distill.distances.balanced import Balanced
 from fmdistill.distill.distances.cc import CC
-from fmdistill.distill.distances.contrastive import Contrastive
+from fmdistill.distill.distances.contrastive import ContrastiveDistance
 from fmdistill.distill.distances.cosine import CosineDistance
 from fmdistill.distill.distances.crd import CRD
 from fmdistill.distill.distances.cross_entropy import CrossEntropy
@@ -65,5 +65,5 @@ DISTANCES: dict[str, Callable[..., Distance]] = {
     "affinity": Affinity,
     "icl": ICL,
     "crd": CRD,
-    "contrastive": Contrastive,
+    "contrastive": ContrastiveDistance,
 }

@@ -30,7 +30,7 @@ class Affinity:
     directions. (Wu et al., "TinyCLIP", ICCV 2023, with the student's scale of 50 of the authors' code; the text tower
     is the teacher's for both.)
 
-    `teacher_scale` null is the teacher's own logit scale, which is not always the best: MobileCLIP2 (arXiv:2508.20691,
+    `teacher_scale` null is the teacher's own logit scale, which is not always the best: MobileCLIP2 (2025,
     Table 3) takes 50 to 90 for teachers whose own is 100. In training, memory grows with the square of the step's
     images.
     """

@@ -18,7 +18,7 @@ from fmdistill.distill.distances.texts import (
 from fmdistill.distill.seen import Seen
 
 
-class Contrastive(nn.Module):
+class ContrastiveDistance(nn.Module):
     """CLIP's symmetric cross-entropy of finding captions by images and images by captions, one value per image.
 
     With unit vectors s_i of the student and t_j of the captions, image i gets half of -log softmax_j(`scale` s_i . t_j)
