@@ -52,7 +52,7 @@ def test_a_run_learns_its_losses_and_the_scales(cached):
     job, task = open_task(run, trust=True)
     scales = [task.objective.terms[name].distance.scale().item() for name in ("relations", "interaction", "pairs")]
     assert len(set(scales)) == 3 and all(abs(scale - 1 / 0.07) > 1e-3 for scale in scales)
-    assert task.objective.terms["similar"].distance.logit_scale == pytest.approx(float(clips.model().logit_scale.exp()))
+    assert task.objective.terms["similar"].distance.logit_scale == pytest.approx(clips.model().logit_scale.exp().item())
     assert list(job.train.counts) == [8, 8]
 
 

@@ -28,13 +28,13 @@ class Seen:
     valid: Tensor | None = None
     output: str = ""
     whole: Mapping[str, Tensor] = field(default_factory=dict)
-    first: int = 0
     label: Tensor | None = None
     keys: Sequence[str] = ()
     epoch: float | None = None
     label_values: Sequence[int] = ()
     grids: Mapping[str, Tensor] = field(default_factory=dict)
     similarity: Mapping[str, Tensor] = field(default_factory=dict)
+    first: int = 0
 
     @property
     def labelled(self) -> int:
