@@ -25,7 +25,7 @@ class Kind:
     supplied: tuple[str, ...] = ()  # arguments that are no settings
 
 
-SHAPES = ("student", "teacher", "shapes", "priors")  # what a term gives its parts besides their settings
+SHAPES = ("student", "teacher", "shapes", "priors", "logit_scale")  # what a term gives its parts besides their settings
 KINDS = {
     "images": Kind("sources", "fmdistill.images:SOURCES", "images.name", "Where the images come from."),
     "teacher": Kind("teachers", "fmdistill.teachers:FAMILIES", "teacher.name", "The model that is distilled."),

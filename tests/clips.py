@@ -40,9 +40,9 @@ def folder(path: Path, seed: int = 0) -> str:
     return f"local-dir:{path}"
 
 
-def teacher(seed: int = 0, tokens: bool = False, dtype: str = "fp32", batch: int = 4) -> ClipTeacher:
+def teacher(seed: int = 0, tokens: bool = False, dtype: str = "fp32", batch: int = 4, captions: int = 0) -> ClipTeacher:
     """Return the toy CLIP as a teacher."""
-    settings = {"tokens": tokens, "device": "cpu", "dtype": dtype, "batch": batch, "workers": 1}
+    settings = {"tokens": tokens, "device": "cpu", "dtype": dtype, "batch": batch, "workers": 1, "captions": captions}
     return ClipTeacher(model(seed), CONFIG, name="toy", kind="toy", **settings)
 
 

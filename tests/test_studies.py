@@ -16,6 +16,7 @@ WEIGHTING = {"objective.embedding.weighting"}
 EXPECTED = {
     "cifar100_pad": (10, "l2", {"objective", "teacher.maps"}),
     "cifar100_srw": (8, "kd", {"objective", "teacher.maps"}),
+    "clip_mini_beyond_mse": (16, "unit_mse", {"objective", "optimizer"}),
     "clip_mini_weightings": (2, "mse", WEIGHTING),
     "codecs": (12, "fp32", {"cache.root", "cache.codec", "cache.trim", "objective.embedding.padding"}),
     "codecs_clip": (4, "fp32", {"cache.root", "cache.codec"}),

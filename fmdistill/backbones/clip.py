@@ -14,7 +14,7 @@ import torch
 from open_clip import CLIP, CoCa, CustomTextCLIP
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
@@ -192,6 +192,15 @@ class TextHead(nn.Module):
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise UserError(f"{folder}: no readable text head (head.json, head.safetensors): {reason}") from error
         return head.eval()
+
+
+def stored_scale(folder: str | Path) -> float:
+    """Return `scale` of the head in `folder`, without opening its text tower. Raises UserError if it has none."""
+    try:
+        with safe_open(Path(folder) / "head.safetensors", "pt") as file:
+            return float(file.get_tensor("logit_scale").exp())
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder}: no readable logit scale in head.safetensors ({error})") from None
 
 
 @runtime_checkable

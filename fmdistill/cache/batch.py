@@ -49,6 +49,7 @@ class StoredOutputs(TypedDict):
     codecs: dict[str, str]  # the codec's label
     data: dict[str, Tensor]  # uint8 (bytes,), the images of one shape side by side
     shapes: dict[str, list[Shape]]  # of each image
+    epochs: list[int]  # of each image: those done before, from which its caption is drawn
 
 
 class _Filled(TypedDict):
@@ -69,16 +70,19 @@ class Batch(_Filled, total=False):
     (H, W) of the decoded images. `labels` are int64 (B,), -1 for an image without one; `label_values` are the same on
     the CPU, so that looking at them does not wait for a GPU. `outputs` are the teacher's by name, such as
     "sam.embedding", (B, C, g, g) or (B, D) float32; empty until a cache or a live teacher fills them. `stored` is what
-    a cache has read for them. Training adds `whole`, the teacher's vectors for all images of the optimizer step,
-    `epoch`, the number of epochs done, with its fraction, and `progress`, the share of the run's steps done before this
-    one, in [0, 1). A batch for several teachers has `views`, the batch of each, and `stored_views` instead of pixels
-    and outputs of its own.
+    a cache has read for them. Training adds `whole`, the vectors of teacher and student for all images of the optimizer
+    step; `parts`, the number of batches that the step is divided into, over processes and accumulation; `first`, the
+    row of `whole` of this batch's first image; `epoch`, the number of epochs done, with its fraction; and `progress`,
+    the share of the run's steps done before this one, in [0, 1). A batch for several teachers has `views`, the batch of
+    each, and `stored_views` instead of pixels and outputs of its own.
     """
 
     stored: StoredOutputs
     stored_views: dict[str, StoredOutputs]
     views: dict[str, "Batch"]
     whole: dict[str, Tensor]
+    parts: int
+    first: int
     epoch: float
     progress: float
 
@@ -204,7 +208,8 @@ def read_outputs(places: Sequence[tuple[ShardReader, int]], pool: BufferPool) ->
         data[name] = torch.from_numpy(buffer[:start])
     for (shard, index), slot in zip(places, slots, strict=True):
         shard.read_into(index, slot)
-    return {"codecs": {name: codec.label for name, codec in first.codecs.items()}, "data": data, "shapes": shapes}
+    codecs = {name: codec.label for name, codec in first.codecs.items()}
+    return {"codecs": codecs, "data": data, "shapes": shapes, "epochs": [0] * len(places)}
 
 
 def decode_outputs(stored: StoredOutputs, shapes: Mapping[str, Shape]) -> dict[str, Tensor]:

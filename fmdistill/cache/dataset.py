@@ -55,7 +55,8 @@ class CachedImages:
 
     def read_batch(self, places: Sequence[Place]) -> dict[str, StoredOutputs]:
         """Return the outputs of `places` as they are stored."""
-        return {"stored": self._read([(shard, index) for _, shard, index in places])}
+        stored = self._read([(shard, index) for _, shard, index in places])
+        return {"stored": {**stored, "epochs": [epoch for epoch, _, _ in places]}}
 
     def decode(self, batch: Batch) -> Batch:
         """Return a loaded batch with its stored outputs decoded, on the device that it is on."""

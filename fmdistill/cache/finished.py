@@ -8,7 +8,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from fmdistill import recipe as recipes
-from fmdistill.cache import manifest, outputs, sidecar, store, unchanged
+from fmdistill.cache import captions, manifest, outputs, sidecar, store, unchanged
 from fmdistill.cache.store import Store
 from fmdistill.images import Images, Shard
 from fmdistill.images import build as build_images
@@ -45,7 +45,11 @@ def finished(recipe: Recipe, images: Images, shards: Sequence[Shard]) -> dict[st
     """Return the manifest if teacher.json shows the recipe's teacher and no shard is missing; else None."""
     opened = store.opened(cache_of(recipe))
     root = opened.folder
-    if not (root / manifest.NAME).exists() or not unchanged.is_noted(recipe.teacher or {}, root):
+    if not (root / manifest.NAME).exists():
+        return None
+    if captions.requested(recipe.teacher) not in (None, captions.stored(manifest.read(root)["outputs"])):
+        manifest.claim(root, requested_identity(recipe, images, manifest.read(root)))  # raises
+    if not unchanged.is_noted(recipe.teacher or {}, root):
         return None
     done = complete(opened, requested_identity(recipe, images, manifest.read(root)), shards)
     if done is not None and unchanged.lost_files(root):
@@ -71,12 +75,15 @@ def requested_identity(
     """
     settings = cache_of(recipe)
     own: dict[str, Output] = {name: o for name, o in outputs.from_json(stored["outputs"]).items() if o.of is None}
+    if (count := captions.requested(recipe.teacher)) is None:
+        count = captions.stored(own)
+    own = captions.with_captions(own, count)
     given = outputs.with_similarities(own) if settings.similarity else own
     return {
         **stored,
         "teacher": {**stored["teacher"], **teacher},
         "outputs": outputs.to_json(outputs.stored(given, settings)),
-        "images": images.identity(),
+        "images": images.identity(count > 0),
     }
 
 

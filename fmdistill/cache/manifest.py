@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fmdistill.cache import outputs
+from fmdistill.cache import captions, outputs
 from fmdistill.files import write_first
 from fmdistill.images import Decoding
 from fmdistill.registry import UserError
@@ -114,6 +114,8 @@ def _setting(stored: Mapping[str, Any], place: str, value: Any) -> str | None:
     if section == "outputs" and name.endswith(".codec.train"):
         codec = outputs.chosen_codec(outputs.from_json(stored["outputs"]))
         return f"cache.codec={codec.name} cache.trim={str(codec.trim).lower()}"
+    if place == "images.captions" or section == "outputs" and "." not in name and captions.stored([name]):
+        return f"teacher.captions={captions.stored(stored['outputs'])}"
     if section == "outputs" and "." not in name:  # an output that one side lacks: the similarities of a map
         similarity = any("of" in entry for entry in stored["outputs"].values())
         own = name.removesuffix(outputs.similarity_name(""))

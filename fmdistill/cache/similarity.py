@@ -6,11 +6,13 @@ With `relative`, T counts in deviations of the similarities, and 2^-12 may be a 
 
 # Legend: B images, N patches an image, C channels, g patches a side.
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fmdistill.cache.captions import TextTeacher, count_of
 from fmdistill.cache.outputs import with_similarities
 from fmdistill.teachers import refuse_similarity
 from fmdistill.teachers.family import Head, Teacher
@@ -55,7 +57,7 @@ class WithSimilarity:
         if self.outputs == teacher.outputs:
             refuse_similarity(type(teacher).__name__, "choose a teacher of maps, or leave `similarity` out")
         self.teacher, self.family, self.preprocess = teacher, teacher.family, teacher.preprocess
-        self.batch, self.workers = teacher.batch, teacher.workers
+        self.batch, self.workers, self.captions = teacher.batch, teacher.workers, count_of(teacher)
 
     @torch.inference_mode()
     def __call__(self, pixels: Tensor, sizes: Tensor) -> dict[str, Tensor]:
@@ -67,6 +69,11 @@ class WithSimilarity:
             map_BCgg = made[output.of or ""]
             made[name] = _both(map_BCgg, valid_Bgg if output.tokens == "image" else None)
         return made
+
+    def encode_captions(self, texts: Sequence[str]) -> Tensor:
+        """Return the texts' embeddings (N, D) by the teacher's own text tower."""
+        assert isinstance(self.teacher, TextTeacher)
+        return self.teacher.encode_captions(texts)
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the teacher's own fingerprint; the manifest's outputs show the similarities."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from fmdistill import recipe as recipes
 from fmdistill import teachers
-from fmdistill.cache import executors, manifest, outputs, similarity, store, unchanged
+from fmdistill.cache import captions, executors, manifest, outputs, similarity, store, unchanged
 from fmdistill.cache.executors.processes import MissingShards
 from fmdistill.cache.finished import cache_of, complete, finished, missing, requested_identity
 from fmdistill.cache.reader import Cache
@@ -39,6 +39,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
     shards = images.shards()  # first, so that missing images are noticed before a teacher is loaded
     if (done := finished(recipe, images, shards) or _finished_without_file(recipe, images, shards)) is not None:
         return done
+    captions.check_source(images, shards, captions.requested(recipe.teacher) or 0)
     opened = store.of(settings)
     plan = functools.partial(_plan, opened, images, shards)
     executor = executors.check(settings.executor)
@@ -112,7 +113,7 @@ def identity(recipe: Recipe, images: Images, model: Teacher) -> dict[str, Any]:
         "teacher": model.fingerprint(),
         "head": model.head() is not None,
         "outputs": outputs.to_json(outputs.stored(model.outputs, cache_of(recipe))),
-        "images": images.identity(),
+        "images": images.identity(captions.count_of(model) > 0),
     }
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fmdistill import stop
-from fmdistill.cache import sidecar
+from fmdistill.cache import captions, sidecar
 from fmdistill.cache.outputs import StoredOutput
 from fmdistill.cache.prefetch import LARGE, Waiting, advice, depth, prefetched
 from fmdistill.cache.prepare import prepare
@@ -97,6 +97,15 @@ class Pass:
 
     def _prepare(self, shard: str, index: int, encoded: Encoded) -> TeacherInput:
         item = TeacherInput(index, encoded.key, image_hash(encoded.data), encoded.label)
+        if count := captions.count_of(self.teacher):
+            try:
+                item.captions = captions.chosen(shard, encoded, count)
+            except UserError as error:
+                item.problem = str(error)
+                return item
+            if not item.captions:
+                item.problem = captions.MISSING
+                return item
         try:
             image = prepare(self.images, self.teacher.preprocess, encoded, shard)
         except DecodeError as error:
@@ -116,6 +125,7 @@ class Pass:
                     sizes_B2 = torch.tensor([item.resized for item in good])
                     pixels = [item.pixels for item in good if item.pixels is not None]
                     outputs = self.teacher(torch.stack(pixels), sizes_B2) if good else {}
+                    outputs |= captions.embedded(self.teacher, [item.captions for item in good])
                     waiting.append(thread.submit(self._write_batch, writer, batch, good, sizes_B2, outputs, bar))
                     if len(waiting) > BEHIND:
                         waiting.popleft().result()

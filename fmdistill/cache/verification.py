@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from isal.isal_zlib import crc32  # zlib's, nine times as fast
+from torch import Tensor
 
 from fmdistill import stop
-from fmdistill.cache import sidecar
+from fmdistill.cache import captions, sidecar
 from fmdistill.cache.bucket import DamagedError
 from fmdistill.cache.dataset import CachedImages
 from fmdistill.cache.reader import Cache, ShardReader
@@ -68,7 +69,8 @@ def verify_values(cache: Cache, teacher: Teacher, samples: int, seed: int = 0) -
         for number in stop.between(progress(sorted(chosen), f"recomputing {split}", unit="image")):
             shard, index = places[number]
             batch = data.batch([(shard, index)])
-            for name, values in teacher(batch["pixels"], batch["sizes"]).items():
+            made = teacher(batch["pixels"], batch["sizes"]) | _captions(data, shard, index, teacher)
+            for name, values in made.items():
                 stored, new = batch["outputs"][f"{cache.family}.{name}"][0], values[0]
                 codec, member = data.shards[shard].codecs[name], data.shards[shard].samples[index]["outputs"][name]
                 if "shape" in member:
@@ -95,6 +97,20 @@ def verify_values(cache: Cache, teacher: Teacher, samples: int, seed: int = 0) -
         "mean_error": mean,
         "mean_cosine": float(torch.stack(cosines).mean()),
     }
+
+
+def _captions(data: CachedImages, shard: int, index: int, teacher: Teacher) -> dict[str, Tensor]:
+    """Return the embeddings of an image's captions by output. Raises UserError if it has none any more."""
+    if not (count := captions.count_of(teacher)):
+        return {}
+    reader = data.shards[shard]
+    texts = captions.chosen(reader.name, data.encoded(shard, index), count)
+    if not texts:
+        raise UserError(
+            f"{reader.path}: image '{reader.keys[index]}' has no caption any more, but one was cached; restore it, or "
+            f"cache anew without teacher.captions"
+        )
+    return captions.embedded(teacher, [texts])
 
 
 def damage(path: Path, fields: dict | None) -> str:

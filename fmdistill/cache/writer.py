@@ -19,7 +19,7 @@ The similarities (2, g, g) that `cache.similarity` adds to a map are whole and f
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +49,7 @@ class TeacherInput:
     resized: tuple[int, int] = (0, 0)
     pixels: Tensor | None = None
     conversions: tuple[str, ...] = ()
+    captions: Sequence[str] = ()  # those that are embedded
     problem: str = ""
 
 

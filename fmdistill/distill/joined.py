@@ -36,7 +36,7 @@ def join(jobs: Mapping[str, Job]) -> Job:
             f"{name}/{key}": value
             for name, job in jobs.items()
             if job.shared is not None
-            for key, value in job.shared(_views(batch)[name]).items()
+            for key, value in job.shared({**_views(batch)[name], "parts": batch.get("parts", 1)}).items()
         }
 
     def complete(batch: Batch) -> Batch:
@@ -72,7 +72,8 @@ class SeveralTeachers(nn.Module):
         """Return {"loss": the sum, and each task's losses and statistics as "teacher/name"}."""
         losses: dict[str, Tensor] = {}
         for name, task in self.tasks.items():
-            view: Any = {**_views(batch)[name], "epoch": batch.get("epoch"), "progress": batch.get("progress")}
+            own = {"epoch": batch.get("epoch"), "progress": batch.get("progress"), "first": batch.get("first", 0)}
+            view: Any = {**_views(batch)[name], **own}
             if prefix_removed := {
                 key.removeprefix(f"{name}/"): value
                 for key, value in (batch.get("whole") or {}).items()

@@ -53,16 +53,18 @@ class Term(nn.Module):
         shapes: Mapping[str, Shape],
         priors: Priors | None = None,
         standardizer: Standardizer | None = None,
+        logit_scale: float | None = None,
     ) -> None:
         super().__init__()
         self.settings, self.standardizer = settings, standardizer
         distance, weighting, rectify, self.blend = _bound(settings, where)
-        known = {"priors": priors, **shapes_of(settings.output, shapes)}
+        known = {"priors": priors, "logit_scale": logit_scale, **shapes_of(settings.output, shapes)}
         why = f": output={settings.output}. Known: {', '.join(sorted(shapes)) or 'none'}"
         self.rectify = rectify and complete(rectify, known, f"{where}.rectify", why)
         self.distance = complete(distance, known, f"{where}.distance", why)
         self.weighting = complete(weighting, known, f"{where}.weighting", why)
         self.weighting_setting, self.weights_checked = f"{where}.weighting={settings.weighting['name']}", False
+        self.over_step = getattr(self.distance, "over_step", False)
 
     def forward(self, seen: Seen) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the term's scalar loss and its statistics: effective sample size and largest weight."""
@@ -78,9 +80,11 @@ class Term(nn.Module):
     def measure(self, seen: Seen) -> tuple[Tensor, Tensor, Seen]:
         """Return the distance and its weight, both (B,) or (B, N), and the rectified view they were computed from.
 
-        The distance alone is of standardised outputs: the view and the weighting are on the teacher's own scale.
+        The distance alone is of standardised outputs: the view and the weighting are on the teacher's own scale. Of a
+        distance over the step, all three are of the step's images, (G,).
         """
         seen = self.focus(seen)
+        seen = seen.of_step() if self.over_step else seen
         distance = self.distance(self.standardised(seen))
         if distance.dim() == 2 and (seen.valid is None or seen.valid.shape != distance.shape):
             if seen.valid is not None and not seen.valid.all():
@@ -148,7 +152,7 @@ class Objective(nn.Module):
 
     `shapes` are the shapes of one image's outputs, by the names of `Seen`; learned parts are built for them. `priors`
     are the class statistics, for rectifiers that need class frequencies. `standardizers` are those of the terms that
-    standardise, by the terms' names.
+    standardise, by the terms' names. `logit_scale` is the factor of a teacher's cosines between images and texts.
     """
 
     def __init__(
@@ -157,6 +161,7 @@ class Objective(nn.Module):
         shapes: Mapping[str, Shape] | None = None,
         priors: Priors | None = None,
         standardizers: Mapping[str, Standardizer] = {},
+        logit_scale: float | None = None,
     ) -> None:
         super().__init__()
         terms = check(settings).items()
@@ -164,7 +169,7 @@ class Objective(nn.Module):
             _check_vectors(term, f"objective.{name}", shapes_of(term.output, shapes or {}))
         self.terms = nn.ModuleDict(
             {
-                name: Term(term, f"objective.{name}", shapes or {}, priors, standardizers.get(name))
+                name: Term(term, f"objective.{name}", shapes or {}, priors, standardizers.get(name), logit_scale)
                 for name, term in terms
             }
         )
@@ -176,6 +181,11 @@ class Objective(nn.Module):
             losses[name], term_statistics = term(seen)
             statistics |= {f"{name}/{key}": value for key, value in term_statistics.items()}
         return losses, statistics
+
+    @property
+    def step_outputs(self) -> set[str]:
+        """The names of the student's outputs that terms compare over all images of the optimizer step."""
+        return {term.settings.output.rpartition(".")[2] for _, term in self.items() if term.over_step}
 
     def items(self) -> Iterator[tuple[str, Term]]:
         """Yield each term with its name."""
@@ -223,6 +233,12 @@ def _check_vectors(term: TermSettings, where: str, shapes: Mapping[str, Any]) ->
         )
 
 
+def needs_logit_scale(settings: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Return whether a term's distance depends on the teacher's logit scale."""
+    distances = [_bound(term, f"objective.{name}")[0] for name, term in check(settings).items()]
+    return any("logit_scale" in inspect.signature(distance.func).parameters for distance in distances)
+
+
 def needs_priors(settings: Mapping[str, Mapping[str, Any]]) -> bool:
     """Return whether a term needs the class statistics `Priors`."""
     rectifiers = [_bound(term, f"objective.{name}")[2] for name, term in check(settings).items()]
@@ -232,7 +248,7 @@ def needs_priors(settings: Mapping[str, Mapping[str, Any]]) -> bool:
 def _bound(term: TermSettings, where: str) -> tuple[Any, Any, Any, Blend]:
     weighting, blend = bind_weighting(term.weighting, f"{where}.weighting", SHAPES)
     return (
-        bind(term.distance, DISTANCES, f"{where}.distance", SHAPES),
+        bind(term.distance, DISTANCES, f"{where}.distance", (*SHAPES, "logit_scale")),
         weighting,
         term.rectify and bind(term.rectify, RECTIFIERS, f"{where}.rectify", (*SHAPES, "priors")),
         blend,

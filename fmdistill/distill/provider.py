@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fmdistill import teachers
-from fmdistill.cache import finished, open_cache
+from fmdistill.backbones.clip import stored_scale
+from fmdistill.cache import captions, finished, open_cache
 from fmdistill.cache.batch import NO_LABEL, Batch, Data, with_outputs
 from fmdistill.cache.dataset import CachedImages
 from fmdistill.cache.reader import Cache
@@ -44,6 +45,10 @@ class Provider:
     labels: Callable[[], np.ndarray]  # of the training images, int (N,), NO_LABEL for none
     vectors: Callable[[str], np.ndarray]  # a teacher's output for them, (N, D)
     cache: Cache | None = None  # the teacher's, with its statistics
+
+    def logit_scale(self) -> float | None:
+        """Return the factor of the teacher's cosines between images and texts; None if it is no cached CLIP."""
+        return stored_scale(self.cache.root) if self.cache is not None and self.cache.family == "clip" else None
 
 
 def build(recipe: Recipe, own: Preprocess | None = None, augment: Augment | None = None) -> Provider:
@@ -123,9 +128,16 @@ def _cached(recipe: Recipe) -> Provider:
         chunks = [places[start : start + CHUNK] for start in range(0, len(places), CHUNK)]
         return np.concatenate([train.outputs(chunk)[name].numpy().copy() for chunk in chunks])  # frees its buffer
 
-    outputs = with_prefix(cache.family, cache.outputs)
+    def complete(batch: Batch) -> Batch:
+        assert "stored" in batch, "this batch was not read from a cache"
+        places = [(recipe.seed, *place) for place in zip(batch["stored"]["epochs"], batch["keys"], strict=True)]
+        decoded = train.decode(batch)
+        decoded["outputs"] = captions.draw(decoded["outputs"], cache.family, places)
+        return decoded
+
+    outputs = with_prefix(cache.family, captions.drawn_outputs(cache.outputs))
     validation = CachedImages(cache, "validation")
-    return Provider(cache.preprocess, outputs, train, validation, train.decode, "the cache", labels, vectors, cache)
+    return Provider(cache.preprocess, outputs, train, validation, complete, "the cache", labels, vectors, cache)
 
 
 def _plain(

@@ -18,7 +18,8 @@ class Seen:
     the view of one term, `output` is the output that it compares and `valid` that output's mask, all true if padding is
     included; None for vectors. `similarity` holds the SRW similarities (B, 2, g, g) that a cache stores, by the name of
     their map. `whole` holds the teachers' vectors (G, D) for the G images of the whole optimizer step, over processes
-    and accumulation. `label` is (B,) int64, -1 for an image without a label, and None if no image has one;
+    and accumulation, and the student's that a term compares over the step, without gradient; `first` is the row of this
+    batch's first image in them. `label` is (B,) int64, -1 for an image without a label, and None if no image has one;
     `label_values` are the same on the CPU, so that reading them makes no GPU wait. `keys` are the images' keys, and
     `epoch` is the number of epochs done, with its fraction; `progress` is the share of the run's steps done before this
     one, in [0, 1). Both are None outside of training.
@@ -35,6 +36,7 @@ class Seen:
     grids: Mapping[str, Tensor] = field(default_factory=dict)
     similarity: Mapping[str, Tensor] = field(default_factory=dict)
     progress: float | None = None
+    first: int = 0
 
     @property
     def labelled(self) -> int:
@@ -57,6 +59,27 @@ class Seen:
         names = f"student.{self.output.rpartition('.')[2]}", self._teacher_name(self.output)
         pair = zip(names, self.pair(), strict=True)
         return dataclasses.replace(self, outputs={**self.outputs, **{name: function(value) for name, value in pair}})
+
+    def of_step(self) -> "Seen":
+        """Return the view of a term over all G images of the optimizer step: outputs (G, D) instead of (B, D).
+
+        The student's output is that of `whole`, with this batch's rows replaced by those that have a gradient. Their
+        gradient is multiplied by the number of the step's batches, over whose losses the loop takes the mean: so each
+        batch can have the loss of the whole step, and the step the gradient of one process with all its images. Keys
+        and labels of the other images are not known, so the view has none if the step is divided.
+        """
+        own_BD, total = self.student(), len(self.whole_teacher(self.output))
+        size, name = len(own_BD), f"student.{self.output.rpartition('.')[2]}"
+        if size == total:
+            return self
+        assert name in self.whole, f"the loop does not share {name}"
+        rows_BD = own_BD.view_as(own_BD)
+        if rows_BD.requires_grad:
+            rows_BD.register_hook(lambda gradient_BD: gradient_BD * (total // size))
+        others_GD = at_least_float32(self.whole[name])
+        every_GD = torch.cat([others_GD[: self.first], rows_BD, others_GD[self.first + size :]])
+        outputs = {**self.whole, name: every_GD}
+        return dataclasses.replace(self, outputs=outputs, first=0, keys=(), label=None, label_values=())
 
     def student(self, output: str | None = None) -> Tensor:
         """Return the student's `output`, by default the term's, in float32 or better.

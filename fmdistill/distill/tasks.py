@@ -18,7 +18,7 @@ from fmdistill.distill import checkpoint, joined, targets
 from fmdistill.distill import provider as providers
 from fmdistill.distill import student as students
 from fmdistill.distill.job import Job
-from fmdistill.distill.objective import Objective, needs_priors
+from fmdistill.distill.objective import Objective, needs_logit_scale, needs_priors
 from fmdistill.distill.plain import Augment
 from fmdistill.distill.provider import Provider
 from fmdistill.distill.seen import Seen, at_least_float32
@@ -46,7 +46,7 @@ class Distill(nn.Module):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return {"loss", each named term, each term's statistics} for a batch of images and teacher outputs.
 
-        batch["whole"] holds the teacher's vectors of the whole optimizer step; without it the batch is the whole.
+        batch["whole"] holds the vectors of the whole optimizer step; without it the batch is the whole.
         With logits and labels, "accuracy" is the share of the labelled images whose label has the highest logit.
         """
         seen = self.see(batch)
@@ -59,14 +59,14 @@ class Distill(nn.Module):
 
     def see(self, batch: Batch) -> Seen:
         """Return what the objective sees of a batch."""
-        pixels, sizes = batch["pixels"], batch["sizes"]
-        image_BCHW = self.preprocess.normalize(pixels, sizes).contiguous(memory_format=self.layout)
-        student = {f"student.{name}": self._scaled(name, value) for name, value in self.student(image_BCHW).items()}
+        sizes, made = batch["sizes"], self.student(self._image(batch))
+        student = {f"student.{name}": self._scaled(name, value) for name, value in made.items()}
         teacher = {name: value for name, value in batch["outputs"].items() if self.outputs[name].of is None}
         label_values = batch["label_values"]
         return Seen(
             outputs={**student, **teacher},
             whole=batch.get("whole") or vectors(batch),
+            first=batch.get("first", 0),
             label=batch["labels"] if any(value >= 0 for value in label_values) else None,
             keys=batch["keys"],
             epoch=batch.get("epoch"),
@@ -76,12 +76,33 @@ class Distill(nn.Module):
             similarity={of: batch["outputs"][name] for name, output in self.outputs.items() if (of := output.of)},
         )
 
+    @torch.no_grad()
+    def shared(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the vectors (B, D) of a batch that the whole optimizer step shares, by the names of `Seen`.
+
+        They are the teacher's, and the student's that a term compares over the step. The latter take a forward pass
+        more, unless the batch is the whole step. It is computed as in training, but leaves the student's buffers, such
+        as BatchNorm's statistics, as they were.
+        """
+        names = self.objective.step_outputs
+        if not names or batch.get("parts", 1) == 1:
+            return vectors(batch)
+        buffers = {name: value.clone() for name, value in self.student.named_buffers()}
+        made = torch.func.functional_call(self.student, buffers, (self._image(batch),))
+        own = {f"student.{name}": self._scaled(name, value) for name, value in made.items() if name in names}
+        return {**vectors(batch), **own}
+
     def fold(self) -> None:
         """Fold the teacher's scale into the student's last layers, if a term standardises its targets."""
         if not self.folded:
             for scale in self.scales.values():
                 scale.fold()
         self.folded = True
+
+    def _image(self, batch: Batch) -> Tensor:
+        """Return the student's input (B, 3, S, S)."""
+        image_BCHW = self.preprocess.normalize(batch["pixels"], batch["sizes"])
+        return image_BCHW.contiguous(memory_format=self.layout)
 
     def _scaled(self, name: str, value: Tensor) -> Tensor:
         """Return a student's output on the teacher's scale."""
@@ -169,10 +190,12 @@ def _job(recipe: Recipe, provider: Provider, student: nn.Module, kind: Callable[
         priors = providers.priors(provider, shapes["student.logits"][0])
     gpu = recipe.train.device != "cpu" and torch.cuda.is_available()
     standardizers = targets.standardizers(recipe.objective, provider.cache, shapes, gpu)
-    terms = Objective(recipe.objective, shapes, priors, standardizers)
+    logit_scale = provider.logit_scale() if needs_logit_scale(recipe.objective) else None
+    terms = Objective(recipe.objective, shapes, priors, standardizers, logit_scale)
     task = kind(student, terms, provider.preprocess, provider.outputs)
     targets.unfold_loaded(task.scales, student, recipe.student, recipe.seed)
-    shared = vectors if any(output.is_vector for output in provider.outputs.values()) else None
+    vector = any(output.is_vector for output in provider.outputs.values())
+    shared = (task.shared if terms.step_outputs else vectors) if vector else None
     return Job(task, student, provider.train, provider.validation, shared, provider.complete, finish=task.fold)
 
 

@@ -3,8 +3,8 @@
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
 
 import torch
@@ -45,7 +45,8 @@ def fit(
     done before this one. The tensors that `shared` returns for each micro-batch are gathered over all processes and all
     accumulation, and every micro-batch of the step has them as batch["whole"], in the order of the global batch. An
     objective that needs no more of other images thus has the same gradient for any number of processes and any
-    accumulation. BatchNorm in train mode is an exception: its statistics are one micro-batch's.
+    accumulation. BatchNorm in train mode is an exception: its statistics are one micro-batch's. `shared` may run the
+    student; random layers then draw the same numbers again in training.
     """
     accelerator = engine.accelerator
     recipe = choose_parts(task.to(accelerator.device).train(), data, recipe, engine, shared, complete)
@@ -188,9 +189,24 @@ def step_batches(
     whole: dict[str, Tensor] = {}
     if shared is not None:
         step = list(step)
-        tensors = [shared(batch) for batch in step]
+        _number(step, engine)
+        with engine.autocast(), _same_draws(device):
+            tensors = [shared(batch) for batch in step]
         own = {name: torch.cat([part[name] for part in tensors]) for name in sorted(tensors[0])}
         whole = {name: engine.accelerator.gather(value) for name, value in own.items()}  # type: ignore[misc]
     for batch in step:
         batch["whole"] = whole
         yield batch
+
+
+def _number(step: Sequence[Batch], engine: Engine) -> None:
+    """Write into each of a process's batches of a step their number over all processes, and its place among them."""
+    parts, world = len(step), engine.accelerator.num_processes
+    for part, batch in enumerate(step):
+        batch["parts"] = parts * world
+        batch["first"] = (engine.accelerator.process_index * parts + part) * engine.micro_batch
+
+
+def _same_draws(device: torch.device) -> AbstractContextManager:
+    """Return a context after which random numbers go on as before it: a student's layers draw what they drew in it."""
+    return torch.random.fork_rng(devices=[torch.cuda.current_device()] if device.type == "cuda" else [])

@@ -14,7 +14,7 @@ from fmdistill.images.image_classes import ImageClasses
 from fmdistill.images.mix import Mix
 from fmdistill.images.picture import DecodeError, Decoding, Picture, decode
 from fmdistill.images.picture import read as read_picture
-from fmdistill.images.source import SPLITS, Encoded, Source, captions, escape, unescape
+from fmdistill.images.source import CAPTION, SPLITS, Encoded, Source, captions, escape, unescape
 from fmdistill.images.tar import Tar
 from fmdistill.registry import UserError, bind, convert, typed
 
@@ -89,9 +89,10 @@ class Images:
         except DecodeError as error:
             raise undecodable(shard, encoded.key, error) from None
 
-    def identity(self) -> dict:
-        """Return the settings that determine keys, labels and pixels."""
-        return {**self.source.identity(), "decoding": self.decoding.identity()}
+    def identity(self, captions: bool = False) -> dict:
+        """Return the settings that determine keys, labels and pixels, and with `captions` the captions too."""
+        own = {**self.source.identity(), "decoding": self.decoding.identity()}
+        return {**own, "captions": caption_column(self.source)} if captions else own
 
     def labels(self, shard: Shard) -> list[int | None]:
         """Return the labels of the shard's images, in order."""
@@ -114,6 +115,14 @@ class Images:
                 count = counts[group][name]
                 yield Shard(name, split, left[group] if count > left[group] else None, self._keys(name))
                 left[group] -= count
+
+
+def caption_column(source: Source) -> Any:
+    """Return the name of the column of a source's captions; of a mix, that of each source by name."""
+    if isinstance(source, Mix):
+        return {name: caption_column(member) for name, member in source.members.items()}
+    column = getattr(source, "caption_column", None)  # optional in a source
+    return column() if column else CAPTION
 
 
 def undecodable(shard: str, key: str, error: DecodeError) -> UserError:

@@ -28,8 +28,9 @@ class Encoded:
 class Source(Protocol):
     """A set of images in shards. Shard names and keys never depend on the order in which a file system lists files.
 
-    Two methods are optional: `current_keys(shard)` returns the shard's keys now, for a source whose shards may change
-    under their names; `labels(shard)` returns a label or None for each key without reading images.
+    Three methods are optional: `current_keys(shard)` returns the shard's keys now, for a source whose shards may change
+    under their names; `labels(shard)` returns a label or None for each key without reading images; `caption_column()`
+    returns the name of the captions' column, for a source in which it is a setting.
     """
 
     def shards(self) -> dict[str, list[str]]:

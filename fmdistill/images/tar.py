@@ -94,8 +94,12 @@ class Tar:
 
     def identity(self) -> dict:
         """Return the rules that determine keys, images and labels, without the lists, which may grow."""
-        columns = {"image": self.columns.image, "label": self.columns.label}  # nothing cached depends on captions
+        columns = {"image": self.columns.image, "label": self.columns.label}  # `caption_column` is asked for apart
         return {"name": "tar", "key": "path up to the first dot of the base name, as unpacked", "columns": columns}
+
+    def caption_column(self) -> str | None:
+        """Return the setting that names the captions' column; None if they are not read."""
+        return self.columns.caption
 
     def _encoded(self, file: BinaryIO, key: str, members: dict[str, Extent], shard: str) -> Encoded:
         columns = {}

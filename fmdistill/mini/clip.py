@@ -118,13 +118,18 @@ def build_clip_mini(weights: str | Path = "packaged") -> CLIP:
 def clip_mini(
     weights: str = "packaged",
     tokens: bool = False,
+    captions: int = 0,
     device: str = "auto",
     dtype: DType = "auto",
     batch: int = 64,
     workers: int = 2,
 ) -> ClipTeacher:
-    """Return clip_mini as a teacher, 64 px; `weights` is "packaged", "none", a run's folder or a safetensors file."""
+    """Return clip_mini as a teacher, 64 px; `weights` is "packaged", "none", a run's folder or a safetensors file.
+
+    `captions` is the number of captions of each image that its text tower embeds.
+    """
     settings: dict[str, Any] = {"device": device, "dtype": dtype, "batch": batch, "workers": workers}
+    settings["captions"] = captions
     return ClipTeacher(build_clip_mini(weights), CONFIG, name="clip_mini", kind="clip_mini", tokens=tokens, **settings)
 
 

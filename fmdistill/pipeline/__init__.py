@@ -10,7 +10,7 @@ from fmdistill import distill, images, recipe, stop, teachers
 from fmdistill.backbones.device import pick_device
 from fmdistill.cache import executors, finished
 from fmdistill.cache.order import Batches
-from fmdistill.distill import objective, student, targets, tasks
+from fmdistill.distill import captions, objective, student, targets, tasks
 from fmdistill.distill.engine import check_share
 from fmdistill.distill.optim import OPTIMIZERS, SCHEDULES
 from fmdistill.distill.trackers import check_installed
@@ -73,6 +73,7 @@ def _check_teacher(settings: Recipe) -> None:
         objective.check_vectors(settings.objective)
     student.check(settings.student)
     targets.check(settings)
+    captions.check(settings)
 
 
 def protocols_by_teacher(settings: Recipe) -> dict[str, list[str]]:

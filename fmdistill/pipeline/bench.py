@@ -15,7 +15,7 @@ from PIL import Image
 from fmdistill import teachers
 from fmdistill.backbones.device import pick_device
 from fmdistill.backbones.throughput import flops, matmul_flops
-from fmdistill.cache import finished, store
+from fmdistill.cache import captions, finished, store
 from fmdistill.cache.codec import CODECS
 from fmdistill.files import check_folder, write_whole
 from fmdistill.images import DecodeError, Encoded, Images
@@ -92,7 +92,7 @@ def run(recipe: Recipe, settings: BenchSettings) -> dict[str, Any]:
         rows = _decoding(images, few, model, plain, settings)
         log.info("bench: the teacher%s", f", compared with {plain.name}" if plain else "")
         rows += _teaching(recipe, few, model, plain, settings)
-        outputs = {name: value.numpy() for name, value in model(few.pixels, few.sizes).items()}
+        outputs = {name: value.numpy() for name, value in _outputs(model, few).items()}
         valid = model.preprocess.valid(few.sizes).numpy()
         for name in CODECS:
             log.info("bench: codec %s, and its shards in %s", name, folder)
@@ -137,6 +137,14 @@ def text(report: dict[str, Any]) -> str:
 
 def _device(settings: Any) -> torch.device:
     return pick_device(str(settings.get("device", "auto")), "teacher.device")
+
+
+def _outputs(model: Teacher, few: SampleImages) -> dict[str, torch.Tensor]:
+    """Return the teacher's outputs of the images, the captions' too. Raises UserError if an image has no caption."""
+    texts = [captions.chosen("bench", encoded, captions.count_of(model)) for encoded in few.encoded]
+    if captions.count_of(model) and not all(texts):
+        raise UserError("teacher.captions: one of the first images has no caption; measure with teacher.captions=0")
+    return model(few.pixels, few.sizes) | captions.embedded(model, texts)
 
 
 def _dtype(model: Teacher) -> Precision:

@@ -29,7 +29,12 @@ TABLES = {
     "optimizer": OPTIMIZERS,
     "schedule": SCHEDULES,
 }
-SUPPLIED = (*objective.SHAPES, "priors", "model")  # arguments of components that do not come from a recipe
+SUPPLIED = (
+    *objective.SHAPES,
+    "priors",
+    "logit_scale",
+    "model",
+)  # arguments of components that do not come from a recipe
 
 
 def load(names: Iterable[str], overrides: Sequence[str] = ()) -> dict[str, Recipe]:

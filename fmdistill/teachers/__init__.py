@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from fmdistill.registry import UserError, bind, resolve, suggest
+from fmdistill.registry import UserError, bind, convert, resolve, suggest
 
 if TYPE_CHECKING:  # loading torch takes seconds, and some functions here do not need it
     from fmdistill.teachers.family import Family, Teacher
@@ -73,10 +73,15 @@ def check(settings: Mapping[str, Any], trim: bool = False, similarity: bool = Fa
         refuse_trim(f"teacher.name={settings['name']}")
     arguments = {key: value for key, value in settings.items() if key not in NO_ARGUMENT}
     builder = bind(arguments, _builders(record), "teacher")
-    for name, least in (("batch", 1), ("workers", 0)):
+    for name, least in (("batch", 1), ("workers", 0), ("captions", 0)):
         value = builder.keywords.get(name)
         if isinstance(value, int) and value < least:
             raise UserError(f"teacher.{name}={value}: expected {least} or more")
+    if builder.keywords.get("captions") and convert(settings.get("live", False), bool, "teacher.live"):
+        raise UserError(
+            f"teacher.captions={builder.keywords['captions']}: a live teacher sees images alone; cache its captions, "
+            f"without teacher.live, or leave `captions` out"
+        )
     if similarity and record is not None and not record.makes_maps(builder.keywords):
         instead = f"request a map by teacher.{record.map_setting}, or remove the setting"
         refuse_similarity(f"teacher.name={settings['name']}", instead)

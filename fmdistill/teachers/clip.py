@@ -6,6 +6,7 @@ import copy
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from fmdistill.backbones.throughput import flops
 from fmdistill.registry import UserError, convert, typed
 from fmdistill.teachers.compute import DType, Precision, computing, own_device, own_dtype, state_hash
 from fmdistill.teachers.family import Family, Reference, weights_setting
-from fmdistill.teachers.output import Output
+from fmdistill.teachers.output import Output, caption_names
 
 DEFAULT = "ViT-B-32"
 
@@ -39,7 +40,8 @@ class ClipTeacher:
     """A frozen image tower of open_clip with the outputs embedding (B, D) and, if `tokens`, tokens (B, C, g, g).
 
     The embedding is projected. The tokens are the patch tokens of the tower's last layer, at its width C and not
-    projected: open_clip's `output_tokens`.
+    projected: open_clip's `output_tokens`. With `captions` N, the outputs caption, caption_2 ... (B, D) are the text
+    tower's embeddings of N captions of each image, which `encode_captions` makes.
     """
 
     family = "clip"
@@ -56,8 +58,10 @@ class ClipTeacher:
         dtype: DType,
         batch: int,
         workers: int,
+        captions: int = 0,
     ) -> None:
         self.name, self.kind, self.tokens, self.batch, self.workers = name, kind, tokens, batch, workers
+        self.captions = captions
         self.device = own_device(device)
         self.dtype: Precision = own_dtype(dtype, self.device)
         self.model: Any = model.eval().requires_grad_(False)
@@ -73,6 +77,7 @@ class ClipTeacher:
                 )
             self.visual.output_tokens = True
             self.outputs["tokens"] = Output((self.visual.conv1.out_channels, grid, grid), "all")
+        self.outputs |= dict.fromkeys(caption_names(captions), self.outputs["embedding"])
         image_size = ClipPreprocess.from_config(config["preprocess_cfg"], 1).image_size
         self.preprocess = ClipPreprocess.from_config(config["preprocess_cfg"], image_size // (grid or 1))
 
@@ -88,6 +93,17 @@ class ClipTeacher:
             tokens_BCgg = tokens_BNC[0].transpose(1, 2).unflatten(2, self.outputs["tokens"].shape[1:])
             outputs["tokens"] = tokens_BCgg.float().cpu().contiguous()
         return outputs
+
+    @torch.inference_mode()
+    def encode_captions(self, texts: Sequence[str]) -> Tensor:
+        """Return the texts' embeddings (N, D), float32 on the CPU, not normalised."""
+        with computing(self.dtype, self.device):
+            return self._text.encode_text(list(texts)).cpu()
+
+    @cached_property
+    def _text(self) -> TextHead:
+        """The text tower on the teacher's device; the head itself stays on the CPU, from which it is stored."""
+        return self._head if self.device.type == "cpu" else copy.deepcopy(self._head).to(self.device)
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the teacher's identity; the weights' hash covers both towers."""
@@ -122,6 +138,7 @@ def open_clip(
     context_length: int | None = None,
     tokenizer: str | None = None,
     tokens: bool = False,
+    captions: int = 0,  # captions of each image whose embeddings are outputs too
     device: str = "auto",
     dtype: DType = "auto",
     batch: int = 64,
@@ -130,8 +147,9 @@ def open_clip(
     """Return any CLIP of open_clip: `model` is a name or local-dir:FOLDER, `pretrained` a tag, a file or none.
 
     Tags, OpenAI's own .pt files and folders determine preprocessing and activation. For other files these come from
-    the tag `as_tag`, or else from all tags of `model` if they agree; each of `ClipSettings` replaces one value. Raises
-    UserError if `pretrained` is not set or the weights cannot be loaded.
+    the tag `as_tag`, or else from all tags of `model` if they agree; each of `ClipSettings` replaces one value.
+    `captions` is the number of captions of each image that the text tower embeds. Raises UserError if `pretrained` is
+    not set or the weights cannot be loaded.
     """
     local = model.startswith(LOCAL)
     if pretrained is None and not local:
@@ -142,6 +160,7 @@ def open_clip(
     unstated = ClipSettings(as_tag, mean, std, interpolation, resize_mode, quick_gelu, context_length, tokenizer)
     clip, config = load_clip(model, pretrained or "none", unstated)
     settings: dict[str, Any] = {"device": device, "dtype": dtype, "batch": batch, "workers": workers}
+    settings["captions"] = captions
     return ClipTeacher(clip, config, name="open_clip", kind=_kind(model), tokens=tokens, **settings)
 
 

@@ -80,7 +80,10 @@ class Teacher(Protocol):
 
     @property
     def outputs(self) -> Mapping[str, Output]:
-        """Return a description of each of its outputs for one image, by name."""
+        """Return a description of each of its outputs for one image, by name.
+
+        A teacher with `captions` and `encode_captions` (`fmdistill.cache.captions.TextTeacher`) lists those too.
+        """
         ...
 
     def __call__(self, pixels: Tensor, sizes: Tensor) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from fmdistill.registry import UserError
 
 Shape = tuple[int, ...]
 Tokens = Literal["image", "all"]
+CAPTION = "caption"  # the embedding of an image's caption, a vector of the width of the image's own
 
 
 @dataclass(frozen=True)
@@ -33,3 +34,8 @@ class Output:
     def is_vector(self) -> bool:
         """Return whether the output is one vector per image, not a map."""
         return self.tokens is None
+
+
+def caption_names(count: int) -> list[str]:
+    """Return the names of the outputs that are the embeddings of an image's captions, `count` of them."""
+    return [CAPTION if number == 1 else f"{CAPTION}_{number}" for number in range(1, count + 1)]

@@ -5,13 +5,17 @@ from typing import Protocol
 
 from torch import Tensor
 
+from fmdistill.distill.distances.affinity import Affinity
 from fmdistill.distill.distances.at import AT
 from fmdistill.distill.distances.balanced import Balanced
 from fmdistill.distill.distances.cc import CC
+from fmdistill.distill.distances.contrastive import ContrastiveDistance
 from fmdistill.distill.distances.cosine import CosineDistance
+from fmdistill.distill.distances.crd import CRD
 from fmdistill.distill.distances.cross_entropy import CrossEntropy
 from fmdistill.distill.distances.dkd import DKD
 from fmdistill.distill.distances.fitnet import FitNet
+from fmdistill.distill.distances.icl import ICL
 from fmdistill.distill.distances.kd import KD
 from fmdistill.distill.distances.mask import Mask, MaskChoice, MaskPatches
 from fmdistill.distill.distances.mse import MSE
@@ -30,7 +34,12 @@ class Distance(Protocol):
     """Measures how far the student's output named `seen.output` is from the teacher's, or from the label.
 
     It is a frozen dataclass, or an nn.Module if it learns. Its constructor may take the arguments `student` and
-    `teacher`: the shapes of the outputs of one image that it compares.
+    `teacher`, the shapes of the outputs of one image that it compares; `shapes`, those of all outputs by name; and
+    `logit_scale`, the factor of a teacher's cosines between images and texts.
+
+    Two attributes are optional. With `over_step` true, `seen` holds the vectors of all images of the optimizer step,
+    over processes and accumulation, and the distance returns a value for each of them. `needs_captions` is true if it
+    compares images with the embeddings of their captions.
     """
 
     def __call__(self, seen: Seen) -> Tensor:
@@ -54,6 +63,10 @@ DISTANCES: dict[str, Callable[..., Distance]] = {
     "cc": CC,
     "vid": VID,
     "pad": PAD,
+    "affinity": Affinity,
+    "icl": ICL,
+    "crd": CRD,
+    "contrastive": ContrastiveDistance,
     "mask": Mask,
     "mask_patches": MaskPatches,
     "mask_choice": MaskChoice,

@@ -36,7 +36,12 @@ class ByKey:
 
         Raises UserError if an image's key is not in the file, while training.
         """
-        assert len(seen.keys) == len(distance), "the batch has no keys"
+        if len(seen.keys) != len(distance):
+            raise UserError(
+                f"weighting.weights={self.weights}: weighs by the images' keys, but this distance compares all images "
+                f"of the optimizer step, and those of other processes and accumulated batches are not known by key; "
+                f"use one process with train.accumulate=1, or weigh another term"
+            )
         unlisted = [key for key in seen.keys if key not in self.listed]
         if unlisted and seen.epoch is not None:
             raise UserError(
