@@ -73,9 +73,9 @@ class Answers:
     tokens: Tensor
 
     @classmethod
-    def ask(cls, head: PromptHead, embedding_BCgg: Tensor, asked: Prompts) -> "Answers":
+    def ask(cls, head: PromptHead, embedding_BCgg: Tensor, request: Prompts) -> "Answers":
         """Decode all prompts of all images together."""
-        sparse, dense = head.encode_mixed(asked.points, asked.labels, asked.boxes, asked.boxed)
+        sparse, dense = head.encode_mixed(request.points, request.labels, request.boxes, request.boxed)
         return cls(*head.decode_tokens(embedding_BCgg, sparse, dense))
 
     @property

@@ -4,6 +4,7 @@
 # g tokens a side, n = 4 g the low resolution, R rounds of corrections, Q = P (R + 1) answers, K = Q M masks.
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -86,7 +87,7 @@ def refine(
         return Refine(student, *arguments, teacher_head, settings)
 
     drawn = settings.prompts * settings.candidates
-    parts = {
+    parts: dict[str, Any] = {
         split: PromptedImages(images, drawn, settings.rounds, recipe.seed)
         for split, images in (("train", provider.train), ("validation", provider.validation))
         if isinstance(images, CachedImages)
@@ -94,7 +95,7 @@ def refine(
     return distill_job(recipe, replace(provider, **parts), task)
 
 
-def check(recipe: Recipe, settings: dict[str, Any]) -> None:
+def check(recipe: Recipe, settings: Mapping[str, Any]) -> None:
     """Raise a UserError if the task cannot train this recipe, without touching data."""
     Prompting(**settings)
     if recipe.teacher is None or recipe.cache is None or finished.is_live(recipe.teacher):
@@ -198,12 +199,12 @@ class Refine(Distill):
         teacher_head = self._teacher_head[0].to(teacher_BCgg)
         head = own_head(self.student) or teacher_head
         with torch.no_grad():
-            asked, draws_NX, known = self._first_prompts(teacher_head, teacher_BCgg, batch)
+            request, draws_NX, known = self._first_prompts(teacher_head, teacher_BCgg, batch)
         pairs = []
         for number in range(self.prompting.rounds + 1):
             with torch.no_grad():
-                teacher = known if number == 0 and known else Answers.ask(teacher_head, teacher_BCgg, asked)
-            student = Answers.ask(head, student_BCgg, asked)
+                teacher = known if number == 0 and known else Answers.ask(teacher_head, teacher_BCgg, request)
+            student = Answers.ask(head, student_BCgg, request)
             pairs.append((student, teacher))
             if number < self.prompting.rounds:
                 wanted_Nnn = teacher.mask(teacher.best)
@@ -211,7 +212,7 @@ class Refine(Distill):
                 real_Nnn = self._real(batch["sizes"], wanted_Nnn.shape[-1])
                 real_Nnn = real_Nnn.repeat_interleave(self.prompting.prompts, 0)
                 draw_N, step = draws_NX[:, FIRST_ROUND + number], self.preprocess.image_size / wanted_Nnn.shape[-1]
-                asked = asked.plus(*prompts.corrections(wrong_Nnn, wanted_Nnn, real_Nnn, draw_N, step))
+                request = request.plus(*prompts.corrections(wrong_Nnn, wanted_Nnn, real_Nnn, draw_N, step))
         return pairs
 
     def _first_prompts(
@@ -219,7 +220,7 @@ class Refine(Distill):
     ) -> tuple[Prompts, Tensor, Answers | None]:
         """Return the prompts of all images before any correction, their random numbers (N, X), and known answers.
 
-        The teacher's answers are known if all prompts are the points that it was asked for already.
+        The teacher's answers are known if all prompts are the points that it was asked already.
         """
         settings, sizes = self.prompting, batch["sizes"]
         draws_BPX: Tensor = batch[DRAWS]  # type: ignore[literal-required]
@@ -243,5 +244,5 @@ class Refine(Distill):
         chosen_BP = prompts.favour_small(draws_BPX, area_BP, settings.prompts, settings.small)
         first_B1 = torch.arange(images, device=chosen_BP.device)[:, None] * candidates
         rows_N = (chosen_BP + first_B1).flatten()
-        asked = Prompts(point_N12[rows_N], label_N1[rows_N], box_N4[rows_N], boxed_N[rows_N])
-        return asked, draws_NX[rows_N], None
+        request = Prompts(point_N12[rows_N], label_N1[rows_N], box_N4[rows_N], boxed_N[rows_N])
+        return request, draws_NX[rows_N], None

@@ -260,7 +260,7 @@ def _check_masks(recipe: Recipe, settings: Mapping[str, Any]) -> None:
 
     if recipe.task["name"] == "refine":
         refine.check(recipe, settings)
-    elif names := [name for name in refine.mask_terms(recipe)]:
+    elif names := refine.mask_terms(recipe):
         raise UserError(
             f"objective.{names[0]}.output={recipe.objective[names[0]]['output']}: only task refine makes masks, and "
             f"task.name={recipe.task['name']}; use task.name=refine"
