@@ -18,12 +18,15 @@ from fmdistill.cache.dataset import CachedImages
 from fmdistill.distill import objective, prompts
 from fmdistill.distill import provider as providers
 from fmdistill.distill.job import Job
+from fmdistill.distill.objective import Objective
 from fmdistill.distill.prompts import BOX, DRAWS, FIRST_ROUND, Answers, PromptedImages, Prompts
 from fmdistill.distill.seen import Seen
 from fmdistill.distill.student import own_head
 from fmdistill.distill.tasks import Distill, distill_job
 from fmdistill.recipe import Recipe
 from fmdistill.registry import UserError
+from fmdistill.teachers.family import Preprocess
+from fmdistill.teachers.output import Output
 
 # outputs for an objective's terms, and the cells that hold real pixels
 MASKS, PATCHES, TOKENS, IOU, CELLS = "masks", "mask_patches", "mask_tokens", "mask_iou", "cells"
@@ -81,10 +84,10 @@ def refine(
     assert provider.cache is not None, "checked by `check`"
     teacher_head = provider.cache.head()
 
-    def task(student: nn.Module, *arguments: Any) -> Refine:
+    def task(student: nn.Module, objective: Objective, preprocess: Preprocess, outputs: Mapping[str, Output]) -> Refine:
         if settings.head == "trained" and own_head(student) is None:
             student.prompt_head = copy.deepcopy(teacher_head)
-        return Refine(student, *arguments, teacher_head, settings)
+        return Refine(student, objective, preprocess, outputs, teacher_head, settings)
 
     drawn = settings.prompts * settings.candidates
     parts: dict[str, Any] = {
@@ -130,9 +133,9 @@ class Refine(Distill):
     def __init__(
         self,
         student: nn.Module,
-        objective: Any,
-        preprocess: Any,
-        outputs: Any,
+        objective: Objective,
+        preprocess: Preprocess,
+        outputs: Mapping[str, Output],
         teacher_head: PromptHead,
         prompting: Prompting,
     ) -> None:
