@@ -34,6 +34,7 @@ SETTINGS = {
 }
 BY_DISTANCE = ["hard_discarding", "hard_mining", "soft_exp", "soft_poly"]
 BY_SIMILARITY = ["srw", "sum_normalizer"]
+OF_MASKS = {"hard_mask", "mask_area"}  # in tests/test_distill_refine.py, since they need masks
 OF_PATCHES = ["uniform", *BY_SIMILARITY, *BY_DISTANCE]  # whose groups may be images
 BY_REGION = ["regional_srw", "region_balance"]  # of patches only; their formulas are in test_distill_regions.py
 
@@ -109,7 +110,7 @@ def groups(seen: Seen, distance: torch.Tensor, group: str):
 
 
 def test_every_weighting_is_tested_here():
-    assert SETTINGS.keys() == WEIGHTINGS.keys()
+    assert SETTINGS.keys() == WEIGHTINGS.keys() - OF_MASKS
 
 
 @pytest.mark.parametrize("group", ["image", "batch"])
@@ -146,7 +147,7 @@ def test_every_weighting_of_maps_has_mean_one_no_gradient_and_is_zero_on_padding
     torch.testing.assert_close(mean_B.mean() if name == "by_key" else mean_B, torch.ones(() if name == "by_key" else B))
 
 
-@pytest.mark.parametrize("name", sorted(WEIGHTINGS.keys() - BY_REGION))
+@pytest.mark.parametrize("name", sorted(SETTINGS.keys() - BY_REGION))
 def test_every_weighting_of_samples_has_mean_one_and_no_gradient(name):
     distance, seen = vectors()
     weight = weighting(name, **SETTINGS[name])(distance, seen)
@@ -275,7 +276,7 @@ def hostile() -> dict[str, tuple[torch.Tensor, Seen]]:
     "name, case",
     [
         (name, case)
-        for name in WEIGHTINGS
+        for name in SETTINGS
         for case, (distance, _) in hostile().items()
         if name not in (BY_REGION if distance.dim() == 1 else ("wsld", "ipwd"))
     ],

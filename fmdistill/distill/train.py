@@ -45,8 +45,7 @@ def fit(
     done before this one. The tensors that `shared` returns for each micro-batch are gathered over all processes and all
     accumulation, and every micro-batch of the step has them as batch["whole"], in the order of the global batch. An
     objective that needs no more of other images thus has the same gradient for any number of processes and any
-    accumulation. BatchNorm in train mode is an exception: its statistics are one micro-batch's. `shared` may run the
-    student; random layers then draw the same numbers again in training.
+    accumulation. BatchNorm in train mode is an exception: its statistics are one micro-batch's.
     """
     accelerator = engine.accelerator
     recipe = choose_parts(task.to(accelerator.device).train(), data, recipe, engine, shared, complete)
@@ -71,8 +70,8 @@ def fit(
             state.finite.begin()
             with naming_memory(step, engine):
                 with files.saving_if_stopped(step, undo=True):
-                    micro_batches = step_batches(parts, engine, shared, complete)
-                    losses = _backward(model, micro_batches, engine, state.finite, _when(step, steps, plan))
+                    step_parts = step_batches(parts, engine, shared, complete)
+                    losses = _backward(model, step_parts, engine, state.finite, _when(step, steps, plan))
                 norm: Tensor = accelerator.clip_grad_norm_(model.parameters(), settings.clip or math.inf)  # type: ignore
                 check_first_step(step, task, losses, norm, settings.best)
                 state.update(step, norm)
