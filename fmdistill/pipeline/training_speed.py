@@ -118,7 +118,7 @@ def _steps(recipe: Recipe, job: Job, engine: Engine, parts: Iterable[Batch], ste
     accelerator, accumulate = engine.accelerator, recipe.train.parts
     task = job.task.to(accelerator.device).train()
     optimizer = bind(recipe.optimizer, OPTIMIZERS, "optimizer", context=("model",))(task)
-    before, loaded, waiting, start = _begin_memory(accelerator.device), iter(parts), 0.0, 0.0
+    before, loaded, waiting, start = begin_memory(accelerator.device), iter(parts), 0.0, 0.0
     for step in range(steps + 1):
         if step == 1:
             _wait(accelerator.device)
@@ -134,7 +134,7 @@ def _steps(recipe: Recipe, job: Job, engine: Engine, parts: Iterable[Batch], ste
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     _wait(accelerator.device)
-    return TrainingSpeed(time.perf_counter() - start, waiting, _peak_memory(accelerator.device) - before)
+    return TrainingSpeed(time.perf_counter() - start, waiting, peak_memory(accelerator.device) - before)
 
 
 def _split(places: list[tuple[int, int, int]], size: int) -> list[list[tuple[int, int, int]]]:
@@ -146,7 +146,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _begin_memory(device: torch.device) -> int:
+def begin_memory(device: torch.device) -> int:
     """Begin to record the peak of memory, and return the bytes in use: of the GPU, else of this process."""
     gc.collect()
     if device.type == "cuda":
@@ -159,7 +159,8 @@ def _begin_memory(device: torch.device) -> int:
     return _status("VmRSS")
 
 
-def _peak_memory(device: torch.device) -> int:
+def peak_memory(device: torch.device) -> int:
+    """Return the peak of memory since `begin_memory` in bytes: of the GPU, else of this process."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
 
 
