@@ -313,6 +313,8 @@ def test_the_second_stage_starts_from_a_run_trains_resumes_and_never_opens_the_e
         (["task.candidates=2"], "task.candidates=2, task.small=0.0: each is ignored without the other"),
         (["task.masks=some"], "task.masks='some': unknown"),
         (["teacher.live=true", "cache=null"], "task.name=refine: decodes the teacher's cached embeddings"),
+        (["teacher={name: clip_mini}"], "teacher.name=clip_mini: is no SAM"),
+        (["cache.trim=true"], "cache.trim=true: stores no padded tokens"),
         (["objective.masks.output=embedding", "objective.masks.distance={name: mse}"], "no term of the objective has"),
         (["task={name: distill}"], "objective.masks.output=masks: only task refine makes masks"),
     ],

@@ -44,7 +44,7 @@ def run(recipe: Recipe, resume: bool = True) -> Path:
     if recipe.stages is not None and _is_writable(Path(recipe.out)):
         recipes.save(recipe, recipe.out, recipes.STAGES)
     _check_later_stages(recipe)
-    for name in _needed(stages):  # several processes ask each other for stops within training alone
+    for name in _needed(stages):  # a stop ends the stage in training, where all processes agree on it
         with naming(recipe, name):
             _train(stages[name])
     return Path(recipe.out)

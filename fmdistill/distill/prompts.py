@@ -111,7 +111,10 @@ def favour_small(draws_BPX: Tensor, area_BP: Tensor, count: int, power: float) -
 
 
 def boxes(mask_Nnn: Tensor, step: float) -> tuple[Tensor, Tensor]:
-    """Return the boxes (N, 4) xyxy of bool masks in pixels, `step` a cell, and whether the masks have one (N,)."""
+    """Return the boxes (N, 4) xyxy, in pixels, around bool masks, and whether each mask has any cell (N,).
+
+    A cell is `step` pixels wide.
+    """
     rows_Nn, columns_Nn = mask_Nnn.any(2), mask_Nnn.any(1)
     side = mask_Nnn.shape[-1]
 
@@ -124,7 +127,9 @@ def boxes(mask_Nnn: Tensor, step: float) -> tuple[Tensor, Tensor]:
     return torch.cat([low, high], 1).float(), rows_Nn.any(1)
 
 
-def corrections(wrong_Nnn: Tensor, wanted_Nnn: Tensor, real_Nnn: Tensor, draw_N: Tensor, step: float) -> tuple:
+def corrections(
+    wrong_Nnn: Tensor, wanted_Nnn: Tensor, real_Nnn: Tensor, draw_N: Tensor, step: float
+) -> tuple[Tensor, Tensor]:
     """Return a point (N, 1, 2) xy uniform over each mask's wrong cells, and its label (N, 1), 1 or 0.
 
     It is the centre of a cell, `step` pixels wide, and of the wanted cells if nothing is wrong, and of the `real` ones

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fmdistill import teachers
 from fmdistill.backbones.promptable import PromptHead
 from fmdistill.cache import finished
 from fmdistill.cache.batch import Batch
@@ -105,6 +106,16 @@ def check(recipe: Recipe, settings: Mapping[str, Any]) -> None:
         raise UserError(
             "task.name=refine: decodes the teacher's cached embeddings with its mask decoder; it needs a `teacher` and "
             "a `cache`, and no teacher.live"
+        )
+    if not teachers.may_belong_to(recipe.teacher, "sam"):
+        raise UserError(
+            f"teacher.name={recipe.teacher.get('name')}: is no SAM, and task refine trains by masks; use a teacher of "
+            "the family sam, or task distill"
+        )
+    if recipe.cache.trim:
+        raise UserError(
+            "cache.trim=true: stores no padded tokens, but the mask decoder of task refine reads all of them; set "
+            "cache.trim=false, in another cache.root=FOLDER if that cache is trimmed already"
         )
     if not mask_terms(recipe):
         raise UserError(
@@ -223,7 +234,7 @@ class Refine(Distill):
     ) -> tuple[Prompts, Tensor, Answers | None]:
         """Return the prompts of all images before any correction, their random numbers (N, X), and known answers.
 
-        The teacher's answers are known if all prompts are the points that it was asked already.
+        The teacher's answers are known if all prompts are the points for which they were decoded already.
         """
         settings, sizes = self.prompting, batch["sizes"]
         draws_BPX: Tensor = batch[DRAWS]  # type: ignore[literal-required]

@@ -19,7 +19,7 @@ from fmdistill.distill.seen import Seen
 
 
 class ICL(nn.Module):
-    """Cross-entropy of finding an image's caption by the student's embedding among the teacher's, one value per image.
+    """Cross-entropy of choosing an image's own caption by the student's embedding of the image, one value per image.
 
     With unit vectors s_i of the student and t_j of the captions, image i gets -log softmax_j(`scale` s_i . t_j) at its
     own caption, over all captions of the optimizer step. (Yang et al., "CLIP-KD", CVPR 2024: the image anchors of
